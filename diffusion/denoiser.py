@@ -1,0 +1,31 @@
+"""The one language of this project: a denoiser D(x, sigma, labels) -> estimate of x0."""
+
+import torch
+from torch import Tensor, nn
+
+from diffusion.preconditioning import Preconditioning
+
+
+class Denoiser(nn.Module):
+    """A raw network read through a preconditioning.
+
+    Sigma, coefficients and the combination with x stay in the precision of x (float64, else float32) whatever autocast
+    does; the network itself sees float32 and runs under the caller's autocast.
+    """
+
+    def __init__(self, network: nn.Module, preconditioning: Preconditioning):
+        super().__init__()
+        self.network = network
+        self.preconditioning = preconditioning
+
+    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        """x (B, C, H, W): data in [-1, 1] plus noise of level sigma, a scalar or (B,); labels (B,) int64 or None.
+
+        Returns the estimate of x0 with the shape of x, in float64 if x is, else in float32.
+        """
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        x = x.to(dtype)
+        sigma = sigma.to(x).expand(len(x))
+        c = self.preconditioning(sigma[:, None, None, None])
+        out = self.network((c.in_ * x).float(), c.noise.flatten().float(), labels)
+        return c.skip * x + c.out * out.to(dtype)

@@ -1,0 +1,75 @@
+"""Where random numbers come from: sample i from seed i alone, a training step from (seed, rank, step) alone.
+
+Counter-based generation (Philox4x32-10, Salmon et al. 2011) makes the noise of every sample a pure function of its seed:
+independent of batch size, process count and device, computed for the whole batch at once on the device that needs it.
+
+Seeds 0 .. 2^32-1 belong to evaluation. Training pairs start at `TRAIN_SEEDS`, held-out pairs at `HELD_OUT_SEEDS`, so no
+student is measured on noise that it was trained on.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+TRAIN_SEEDS = 1 << 32
+HELD_OUT_SEEDS = 2 << 32
+_LABEL_STREAM = 0xFFFFFFFF
+_MASK = 0xFFFFFFFF
+
+
+def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four random 32-bit words (in int64 tensors) per counter, by Philox4x32-10.
+
+    `counter` is four and `key` two broadcastable int64 tensors with values in [0, 2^32).
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # int64 products wrap, but their 64 bits are those of the unsigned product.
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (p1 >> 32 & _MASK) ^ c1 ^ k0, p1 & _MASK, (p0 >> 32 & _MASK) ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = k0 + 0x9E3779B9 & _MASK, k1 + 0xBB67AE85 & _MASK
+    return c0, c1, c2, c3
+
+
+def _words(seeds: Tensor, blocks: int, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if seeds.dtype != torch.int64 or seeds.ndim != 1:
+        raise ValueError(f"seeds must be a 1-D int64 tensor, got {seeds.dtype} of shape {tuple(seeds.shape)}")
+    block = torch.arange(blocks, device=seeds.device).expand(len(seeds), blocks)
+    zero = torch.zeros_like(block)
+    seed = seeds[:, None]
+    return philox((block, zero + stream, zero, zero), (seed & _MASK, seed >> 32 & _MASK))
+
+
+def sample_noise(seeds: Tensor, shape: Sequence[int], stream: int = 0) -> Tensor:
+    """Standard normal noise (B, *shape) in float32 on the device of `seeds` (B,), int64; row i depends on seeds[i] alone.
+
+    `stream` (0 .. 2^32-2) numbers independent draws of the same sample, such as the steps of a stochastic solver.
+    """
+    size = math.prod(shape)
+    words = _words(seeds, -(-size // 4), stream)
+    # Box-Muller in double precision, so that devices agree after rounding to float32.
+    u = [(w.double() + 0.5) * 2.0**-32 for w in words]
+    pairs = [(torch.sqrt(-2 * torch.log(u[i])), 2 * math.pi * u[i + 1]) for i in (0, 2)]
+    normals = torch.stack([f(angle) * radius for radius, angle in pairs for f in (torch.cos, torch.sin)], dim=-1)
+    return normals.flatten(1)[:, :size].float().reshape(len(seeds), *shape)
+
+
+def sample_labels(seeds: Tensor, num_classes: int) -> Tensor | None:
+    """Uniform class labels (B,), int64 in [0, num_classes), one per seed; None where there are no classes."""
+    if not num_classes:
+        return None
+    return (_words(seeds, 1, _LABEL_STREAM)[0][:, 0] * num_classes) >> 32
+
+
+def derive_seed(*parts: int) -> int:
+    """A 63-bit seed that differs in every tuple of non-negative integers."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def seed_step(seed: int, rank: int, step: int) -> None:
+    """Seed torch's global generators (CPU and current device) for one training step of one process."""
+    torch.manual_seed(derive_seed(seed, rank, step))

@@ -1,0 +1,88 @@
+"""Solvers of the probability-flow ODE dx/dsigma = (x - D(x, sigma)) / sigma (EDM equation 3), as pure functions.
+
+Each is a generator over `sigmas` (n + 1 levels, descending, on the CPU) that yields the state after every step, so that
+a caller keeps only what it needs. States have the dtype of x; the steps themselves are Python floats (double precision).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from diffusion.seeds import sample_noise
+
+DenoiserFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def _direction(denoiser: DenoiserFunction, x: Tensor, sigma: float, labels: Tensor | None) -> Tensor:
+    return (x - denoiser(x, x.new_full((), sigma), labels)) / sigma
+
+
+def euler(denoiser: DenoiserFunction, x: Tensor, sigmas: Tensor, labels: Tensor | None = None) -> Iterator[Tensor]:
+    """First order, one evaluation a step. In this coordinate it is DDIM, and rectified flow's own Euler step."""
+    levels = sigmas.tolist()
+    for sigma, following in pairwise(levels):
+        x = x + (following - sigma) * _direction(denoiser, x, sigma, labels)
+        yield x
+
+
+def heun(denoiser: DenoiserFunction, x: Tensor, sigmas: Tensor, labels: Tensor | None = None) -> Iterator[Tensor]:
+    """Second order, two evaluations a step but the last one to sigma = 0, which is an Euler step (EDM algorithm 1)."""
+    yield from stochastic_heun(denoiser, x, sigmas, labels, s_churn=0)
+
+
+def stochastic_heun(
+    denoiser: DenoiserFunction,
+    x: Tensor,
+    sigmas: Tensor,
+    labels: Tensor | None = None,
+    *,
+    s_churn: float,
+    s_min: float = 0.0,
+    s_max: float = math.inf,
+    s_noise: float = 1.0,
+) -> Iterator[Tensor]:
+    """Heun with noise added back before each step (EDM algorithm 2).
+
+    The added noise of a sample is a function of its own starting latent, so it does not depend on the batch around it.
+    """
+    if s_churn < 0 or s_noise <= 0 or s_min > s_max:
+        raise ValueError(f"need s_churn >= 0, s_noise > 0, s_min <= s_max; got {s_churn}, {s_noise}, {s_min}, {s_max}")
+    levels = sigmas.tolist()
+    seeds = _latent_seeds(x) if s_churn else None
+    gamma = min(s_churn / (len(levels) - 1), math.sqrt(2) - 1)
+    for step, (sigma, following) in enumerate(pairwise(levels)):
+        if seeds is not None and s_min <= sigma <= s_max:
+            raised = sigma * (1 + gamma)
+            noise = sample_noise(seeds, x.shape[1:], stream=step)
+            x = x + math.sqrt(raised**2 - sigma**2) * s_noise * noise.to(x)
+            sigma = raised
+        slope = _direction(denoiser, x, sigma, labels)
+        euler_state = x + (following - sigma) * slope
+        if following > 0:
+            slope = (slope + _direction(denoiser, euler_state, following, labels)) / 2
+            x = x + (following - sigma) * slope
+        else:
+            x = euler_state
+        yield x
+
+
+def _latent_seeds(x: Tensor) -> Tensor:
+    """A seed per sample, read from the bits of its first two latent values (B,), int64."""
+    low, high = x.flatten(1)[:, 0], x.flatten(1)[:, -1]
+    bits = torch.stack([low, high]).float().contiguous().view(torch.int32).long() & 0xFFFFFFFF
+    return bits[0] | bits[1] << 32
+
+
+SOLVERS: dict[str, Callable[..., Iterator[Tensor]]] = {
+    "euler": euler,
+    "heun": heun,
+    "stochastic_heun": stochastic_heun,
+}
+
+
+def evaluations(solver: str, steps: int) -> int:
+    """Network evaluations (NFE) of `steps` steps that end at sigma = 0."""
+    return steps if solver == "euler" else 2 * steps - 1

@@ -1,0 +1,139 @@
+"""A frozen denoiser that knows how it is sampled."""
+
+import copy
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusion.denoiser import Denoiser
+from diffusion.preconditioning import Preconditioning
+from diffusion.solvers import SOLVERS, evaluations
+from networks.weights import hash_state, load_weights
+
+
+class Teacher:
+    """A denoiser with its weights, schedule, solver, labels and licence.
+
+    It is deliberately no nn.Module and copies to itself: held by a LightningModule it stays out of checkpoints,
+    optimisers, averages and DDP buckets. `weights=None` leaves the network at its random initialisation, as training one needs.
+
+    Errors: ValueError for an unknown solver or an impossible step count, FileNotFoundError for missing weights.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        network: nn.Module,
+        preconditioning: Preconditioning,
+        schedule: Callable[[int], Tensor],
+        *,
+        weights: str | None = None,
+        sha256: str | None = None,
+        solver: str = "heun",
+        solver_options: Mapping[str, float] | None = None,
+        steps: int = 18,
+        conditional: bool = True,
+        licence: str = "unknown",
+    ):
+        if solver not in SOLVERS:
+            raise ValueError(f"teacher.solver={solver!r} is unknown; choose one of {', '.join(SOLVERS)}")
+        options = dict(solver_options or {})
+        try:
+            inspect.signature(SOLVERS[solver]).bind(None, None, None, None, **options)
+        except TypeError as error:
+            raise ValueError(f"teacher.solver_options={options} do not fit the solver {solver!r}: {error}") from None
+        self.name = name
+        self.weights = weights
+        self.licence = licence
+        self.solver = solver
+        self.solver_options = options
+        self.schedule = schedule
+        self.steps = steps
+        self.conditional = conditional
+        if weights is not None:
+            load_weights(weights, network, sha256)
+        self.denoiser = Denoiser(network, preconditioning).eval().requires_grad_(False)
+        self.sigmas()  # an impossible step count is refused now, not after an hour
+        self._hash: str | None = None
+
+    def __deepcopy__(self, memo: dict) -> "Teacher":
+        return self
+
+    @property
+    def resolution(self) -> int:
+        return self.denoiser.network.resolution
+
+    @property
+    def channels(self) -> int:
+        return self.denoiser.network.in_channels
+
+    @property
+    def num_classes(self) -> int:
+        """0 where labels are absent or ignored."""
+        return self.denoiser.network.num_classes if self.conditional else 0
+
+    @property
+    def solver_name(self) -> str:
+        """The solver with its options, as named in stores and fingerprints."""
+        options = ",".join(f"{key}={value}" for key, value in sorted(self.solver_options.items()))
+        return f"{self.solver}({options})" if options else self.solver
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over weights and preconditioning, 64 hex digits."""
+        if self._hash is None:
+            preconditioning = self.denoiser.preconditioning
+            settings = {
+                k: v for k, v in vars(preconditioning).items() if isinstance(v, int | float) and k != "training"
+            }
+            parts = [hash_state(self.denoiser.network), type(preconditioning).__name__, settings]
+            text = json.dumps(parts, sort_keys=True)
+            self._hash = hashlib.sha256(text.encode()).hexdigest()
+        return self._hash
+
+    def to(self, device: torch.device | str) -> "Teacher":
+        self.denoiser.to(device)
+        return self
+
+    def student(self) -> Denoiser:
+        """A trainable copy of the denoiser."""
+        return copy.deepcopy(self.denoiser).requires_grad_(True)
+
+    def sigmas(self, steps: int | None = None) -> Tensor:
+        """The sampling noise levels: float64 on the CPU, descending, the last one zero."""
+        return self.schedule(self.steps if steps is None else steps)
+
+    def nfe(self, steps: int | None = None) -> int:
+        return evaluations(self.solver, len(self.sigmas(steps)) - 1)
+
+    def trajectory(
+        self, noise: Tensor, labels: Tensor | None = None, steps: int | None = None, denoiser: Any = None
+    ) -> Iterator[Tensor]:
+        """States after each solver step, float64 (B, C, H, W), from unit normal `noise` of that shape.
+
+        `denoiser` (default: the teacher's) lets a network in training be sampled by the teacher's schedule and solver.
+        """
+        denoiser = denoiser or self.denoiser
+        sigmas = self.sigmas(steps)
+        x = noise.double() * denoiser.preconditioning.prior_std(sigmas[0]).item()
+        states = SOLVERS[self.solver](denoiser, x, sigmas, labels if self.conditional else None, **self.solver_options)
+        while True:
+            with torch.no_grad():  # around each step alone: a generator must not leak the mode to its consumer
+                state = next(states, None)
+            if state is None:
+                return
+            yield state
+
+    def sample(
+        self, noise: Tensor, labels: Tensor | None = None, steps: int | None = None, denoiser: Any = None
+    ) -> Tensor:
+        """The end point of the trajectory, float32 (B, C, H, W) in about [-1, 1], not clipped."""
+        state = noise
+        for state in self.trajectory(noise, labels, steps, denoiser):  # noqa: B007
+            pass
+        return state.float()

@@ -1,0 +1,6 @@
+"""Raw networks and their weights on disk; no Lightning, no Hydra."""
+
+from networks.song_unet import SongUNet
+from networks.weights import find_weights, hash_state, load_weights, save_weights
+
+__all__ = ["SongUNet", "find_weights", "hash_state", "load_weights", "save_weights"]

@@ -1,0 +1,70 @@
+"""Checks that the networks share: every complaint is one line that names the option, its value and what would do."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def check_counts(minimum: int = 1, **options: int) -> None:
+    for name, value in options.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+
+
+def check_sequence(name: str, values: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise ValueError(f"{name} must be a list of integers, got {values!r}")
+    check_counts(**{f"{name}[{i}]": value for i, value in enumerate(values)})
+    return tuple(values)
+
+
+def check_shares(**options: float) -> None:
+    for name, value in options.items():
+        if not isinstance(value, int | float) or not 0 <= value < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {value!r}")
+
+
+def check_choice(name: str, value: object, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+
+
+def check_levels(resolution: int, channel_mult: tuple[int, ...], attn_resolutions: tuple[int, ...]) -> None:
+    levels = len(channel_mult)
+    if not levels or resolution % 2 ** (levels - 1):
+        raise ValueError(
+            f"channel_mult must name 1 or more levels that halve the resolution each, "
+            f"got {levels} levels at resolution {resolution}"
+        )
+    sizes = [resolution >> level for level in range(levels)]
+    if not set(attn_resolutions) <= set(sizes):
+        raise ValueError(f"attn_resolutions must be among the levels' resolutions {sizes}, got {attn_resolutions}")
+
+
+def check_inputs(
+    network: nn.Module, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None
+) -> None:
+    """Shapes and dtypes of a network's inputs against its attributes; reads no values, so it costs no transfer."""
+    expected = (network.in_channels, network.resolution, network.resolution)
+    if x.ndim != 4 or tuple(x.shape[1:]) != expected:
+        raise ValueError(f"x must have shape (B, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
+    batch = len(x)
+    if tuple(noise_labels.shape) != (batch,) or not noise_labels.is_floating_point():
+        raise ValueError(f"noise_labels must be floats of shape ({batch},), got {_describe(noise_labels)}")
+    if class_labels is not None:
+        if not network.num_classes:
+            raise ValueError("class_labels were given to an unconditional network (num_classes=0); pass None")
+        if tuple(class_labels.shape) != (batch,) or class_labels.dtype != torch.int64:
+            raise ValueError(f"class_labels must be int64 of shape ({batch},), got {_describe(class_labels)}")
+    if augment_labels is not None:
+        if not network.augment_dim:
+            raise ValueError("augment_labels were given to a network without them (augment_dim=0); pass None")
+        if tuple(augment_labels.shape) != (batch, network.augment_dim):
+            raise ValueError(
+                f"augment_labels must have shape ({batch}, {network.augment_dim}), got {_describe(augment_labels)}"
+            )
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"

@@ -1,0 +1,88 @@
+"""What a U-Net is told beside the image: the noise level, the class, the augmentation."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from networks.layers import linear
+
+
+class PositionalEmbedding(nn.Module):
+    """Sines, then cosines, of the noise label (B,) at frequencies in geometric steps from 1 to 1/10000 (DDPM++)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        half = channels // 2
+        # In float32 throughout: labels reach 999, where a last-bit difference in a frequency shows in the phase, and
+        # the published weights were trained on these values.
+        exponent = torch.arange(half, dtype=torch.float32) / (half - 1)
+        self.register_buffer("freqs", (1 / 10000) ** exponent, persistent=False)
+
+    def forward(self, noise_labels: Tensor) -> Tensor:
+        return _sin_cos(noise_labels, self.freqs)
+
+
+class FourierEmbedding(nn.Module):
+    """Sines, then cosines, of the noise label (B,) at random frequencies of standard deviation 16 (NCSN++).
+
+    The frequencies are drawn once, never trained, and belong to the weights.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("freqs", torch.randn(channels // 2) * 16)
+
+    def forward(self, noise_labels: Tensor) -> Tensor:
+        return _sin_cos(noise_labels, 2 * math.pi * self.freqs)
+
+
+EMBEDDINGS = {"positional": PositionalEmbedding, "fourier": FourierEmbedding}
+
+
+class Embedding(nn.Module):
+    """Noise label, class and augmentation of each sample as one vector (B, emb_channels), in full precision always."""
+
+    def __init__(
+        self,
+        kind: str,
+        noise_channels: int,
+        emb_channels: int,
+        num_classes: int,
+        augment_dim: int,
+        label_dropout: float,
+    ):
+        super().__init__()
+        self.num_classes = num_classes
+        self.label_dropout = label_dropout
+        self.noise = EMBEDDINGS[kind](noise_channels)
+        self.label = linear(num_classes, noise_channels) if num_classes else None
+        self.augment = linear(augment_dim, noise_channels, bias=False) if augment_dim else None
+        self.layer1 = linear(noise_channels, emb_channels)
+        self.layer2 = linear(emb_channels, emb_channels)
+
+    def forward(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
+        # Half precision would blur neighbouring noise levels, and there is next to nothing to gain here.
+        with torch.autocast(noise_labels.device.type, enabled=False):
+            emb = self.noise(noise_labels).to(self.layer1.weight.dtype)
+            # Absent labels are zeros rather than a skipped layer: every parameter always has a gradient (DDP needs it).
+            if self.label is not None:
+                emb = emb + self.label(self._one_hot(class_labels, emb) * math.sqrt(self.num_classes))
+            if self.augment is not None:
+                zeros = emb.new_zeros(len(emb), self.augment.in_features)
+                emb = emb + self.augment(zeros if augment_labels is None else augment_labels.to(emb.dtype))
+            return F.silu(self.layer2(F.silu(self.layer1(emb))))
+
+    def _one_hot(self, class_labels: Tensor | None, like: Tensor) -> Tensor:
+        if class_labels is None:
+            return like.new_zeros(len(like), self.num_classes)
+        one_hot = F.one_hot(class_labels, self.num_classes).to(like.dtype)
+        if self.training and self.label_dropout:
+            one_hot = one_hot * (torch.rand(len(like), 1, device=like.device) >= self.label_dropout)
+        return one_hot
+
+
+def _sin_cos(labels: Tensor, freqs: Tensor) -> Tensor:
+    angles = labels[:, None] * freqs
+    return torch.cat([angles.sin(), angles.cos()], dim=1)

@@ -1,0 +1,116 @@
+"""Weights on disk: safetensors files, each with a JSON card beside it that says where the weights come from."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+def save_weights(path: str | Path, state_dict: Mapping[str, Tensor], card: dict, replace: bool = False) -> None:
+    """Write `path` (.safetensors) and its card, the same name with .json, to which the file's "sha256" is added.
+
+    Tensors keep their dtype. Both files appear whole or not at all, the weights last: where they are, their card is.
+    Raises FileExistsError where weights exist already and may not be replaced, OSError where the disk refuses.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"weights are saved as .safetensors, got {path}")
+    try:
+        json.dumps(card, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the card of {path} cannot be written as JSON: {error}") from error
+    if path.exists() and not replace:
+        raise FileExistsError(f"{path} exists already; move it away or choose another name")
+    card_path = path.with_suffix(".json")
+    new_weights, new_card = (p.with_name(f"{p.name}.{os.getpid()}.tmp") for p in (path, card_path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in state_dict.items()}, new_weights)
+        new_card.write_text(json.dumps({**card, "sha256": _hash_file(new_weights)}, indent=2) + "\n")
+        os.replace(new_card, card_path)
+        os.replace(new_weights, path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot write {path}: {error}; free some space there or choose another folder") from error
+    finally:
+        new_weights.unlink(missing_ok=True)
+        new_card.unlink(missing_ok=True)
+
+
+def load_weights(path: str | Path, module: nn.Module, sha256: str | None = None) -> None:
+    """Copy the weights of the file `path` (see `find_weights`) into `module`, each cast to the dtype it has there.
+
+    Every name and shape must fit, else ValueError; `module` is then as it was. `sha256`: the file's expected hash.
+    Raises FileNotFoundError for a missing file and OSError for a damaged one or another hash.
+    """
+    path = find_weights(path)
+    if sha256 is not None and (found := _hash_file(path)) != sha256.lower():
+        raise OSError(f"{path} has SHA-256 {found}, expected {sha256}; fetch it again or correct teacher.sha256")
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise OSError(
+            f"{path} is damaged, cut short or no safetensors file ({error}); delete it and fetch or train it again"
+        ) from error
+    own = module.state_dict()
+    problems = {
+        "missing": sorted(own.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - own.keys()),
+        "of another shape": [
+            f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+            for name in sorted(own.keys() & state.keys())
+            if state[name].shape != own[name].shape
+        ],
+    }
+    if any(problems.values()):
+        found = "; ".join(f"{problem}: {_shorten(names)}" for problem, names in problems.items() if names)
+        raise ValueError(f"{path} does not fit this {type(module).__name__}: {found}; check the network's options")
+    module.load_state_dict(state)
+
+
+def find_weights(path: str | Path) -> Path:
+    """The absolute path of an existing file; a relative one is sought in the current folder, then in the project's."""
+    path = Path(path).expanduser()
+    places = [Path.cwd() / path] if path.is_absolute() else [Path.cwd() / path, PROJECT_ROOT / path]
+    for place in places:
+        if place.is_file():
+            return place
+    raise FileNotFoundError(
+        f"no weights at {' or '.join(dict.fromkeys(map(str, places)))}; "
+        "train some with `python train.py method=pretrain data=...`, or set teacher.weights"
+    )
+
+
+def hash_state(state: nn.Module | Mapping[str, Tensor]) -> str:
+    """SHA-256 (64 hex digits) over sorted names, shapes and values as little-endian float32.
+
+    The same for the same weights on any device, in any order and memory format, and in any dtype that holds them.
+    """
+    if isinstance(state, nn.Module):
+        state = state.state_dict()
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].detach().to("cpu", torch.float32).contiguous()
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(value.numpy().astype("<f4", copy=False).data)
+    return digest.hexdigest()
+
+
+def _hash_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _shorten(names: list[str], shown: int = 5) -> str:
+    rest = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,101 @@
+"""Denoisers that are known exactly: the truth that solvers, preconditionings and methods are tested against."""
+
+import torch
+from torch import Tensor, nn
+
+from diffusion import preconditioning as P
+from diffusion.schedules import ddpm_sigmas, karras
+from diffusion.teacher import Teacher
+
+MEANS = torch.tensor([[-0.6, 0.3], [0.5, 0.5], [0.1, -0.7]], dtype=torch.float64)
+
+
+class Mixture:
+    """x0 ~ sum_k N(mean_k, std^2 I) / K over pixels.
+
+    Its denoiser is D(x, sigma) = sum_k r_k (std^2 x + sigma^2 mean_k) / (std^2 + sigma^2).
+    """
+
+    def __init__(self, means: Tensor = MEANS, std: float = 0.2):
+        self.means, self.std = means, std
+
+    def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        flat = x.flatten(1).double()
+        sigma = sigma.double().expand(len(x))[:, None]
+        variance = self.std**2 + sigma**2
+        means = self.means.to(flat)
+        log_r = -(flat[:, None] - means).square().sum(-1) / (2 * variance)
+        if labels is not None:
+            log_r = log_r.masked_fill(labels[:, None] != torch.arange(len(means), device=x.device), -torch.inf)
+        mean = log_r.softmax(1) @ means
+        return ((self.std**2 * flat + sigma**2 * mean) / variance).reshape(x.shape).to(x.dtype)
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        component = torch.randint(len(self.means), (count,), generator=generator)
+        noise = torch.randn(count, self.means.shape[1], generator=generator, dtype=torch.float64)
+        return (self.means[component] + self.std * noise)[:, :, None, None]
+
+
+class ExactNetwork(nn.Module):
+    """The mixture's exact prediction in one family's own variables: what a perfectly trained network would output.
+
+    Written from the definitions of eps, v, x0 and velocity, not from the coefficients under test.
+    """
+
+    def __init__(self, family: str, mixture: Mixture):
+        super().__init__()
+        self.family, self.mixture = family, mixture
+        self.in_channels, self.out_channels, self.resolution = 2, 2, 1
+        self.num_classes = 0
+
+    def process(self, noise_labels: Tensor) -> tuple[Tensor, Tensor]:
+        """a and s of x_t = a x0 + s e for this family's time input."""
+        t = noise_labels.double()
+        if self.family == "epsilon":
+            sigma = ddpm_sigmas()[t.long()]
+            return 1 / (1 + sigma**2).sqrt(), sigma / (1 + sigma**2).sqrt()
+        if self.family in ("v", "x0"):
+            return torch.cos(torch.pi * t / 2000), torch.sin(torch.pi * t / 2000)
+        if self.family == "velocity":
+            return t / 999, 1 - t / 999
+        sigma = torch.exp(4 * t)  # EDM: network input is divided by the total standard deviation
+        total = (sigma**2 + 0.25).sqrt()
+        return 1 / total, sigma / total
+
+    def forward(self, z: Tensor, noise_labels: Tensor, class_labels=None, augment_labels=None) -> Tensor:
+        a, s = (value[:, None, None, None] for value in self.process(noise_labels))
+        z = z.double()
+        x0 = self.mixture(z / a, (s / a).flatten(), class_labels)
+        e = (z - a * x0) / s
+        target = {"epsilon": e, "v": a * e - s * x0, "x0": x0, "velocity": x0 - e}.get(self.family)
+        if target is None:  # EDM's effective target, equation 8 of the paper: (D - c_skip x) / c_out
+            sigma = s / a
+            target = (x0 - 0.25 / (sigma**2 + 0.25) * z / a) / (sigma * 0.5 / (sigma**2 + 0.25).sqrt())
+        return target.float()
+
+
+FAMILIES = {"edm": P.EDM, "epsilon": P.Epsilon, "v": P.V, "x0": P.X0, "velocity": P.Velocity}
+
+
+class Corrected(nn.Module):
+    """An exact network plus a trainable correction that starts at zero: teachers stay exact, their copies can learn."""
+
+    def __init__(self, exact: nn.Module, size: int = 2, width: int = 64):
+        super().__init__()
+        self.exact = exact
+        self.in_channels, self.out_channels, self.resolution = 2, 2, 1
+        self.num_classes = 0
+        self.layers = nn.Sequential(nn.Linear(size, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.last = nn.Linear(width, size)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, z: Tensor, noise_labels: Tensor, class_labels=None, augment_labels=None) -> Tensor:
+        correction = self.last(self.layers(z.flatten(1))).reshape(z.shape)
+        return self.exact(z, noise_labels, class_labels) + correction
+
+
+def exact_teacher(mixture: Mixture | None = None, steps: int = 16, **options) -> Teacher:
+    """An EDM teacher of the mixture with images of shape (2, 1, 1)."""
+    network = Corrected(ExactNetwork("edm", mixture or Mixture()))
+    return Teacher("mixture", network, P.EDM(), karras, steps=steps, **options)

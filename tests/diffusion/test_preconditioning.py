@@ -1,0 +1,105 @@
+import pytest
+import torch
+
+from closed_forms import FAMILIES, ExactNetwork, Mixture
+from diffusion import preconditioning as P
+from diffusion.denoiser import Denoiser
+from diffusion.losses import denoising_score_matching
+from diffusion.schedules import ddpm_sigmas
+
+
+def noisy(sigma, count=16):
+    generator = torch.Generator().manual_seed(3)
+    x0 = Mixture().sample(count, generator)
+    return x0 + sigma[:, None, None, None] * torch.randn(x0.shape, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_the_same_denoiser(family):
+    # Levels of the DDPM table, so that eps networks too are asked at their own times.
+    sigma = ddpm_sigmas()[torch.linspace(5, 995, 16).long()]
+    x = noisy(sigma)
+    mixture = Mixture()
+    denoiser = Denoiser(ExactNetwork(family, mixture), FAMILIES[family]())
+    expected = mixture(x, sigma)
+    # The network's float32 output is multiplied by c_out; allow for its rounding.
+    tolerance = 2e-6 * (1 + denoiser.preconditioning(sigma).out.abs().max().item())
+    torch.testing.assert_close(denoiser(x, sigma), expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close(denoiser(x, sigma[3])[3], denoiser(x, sigma)[3])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_weight_makes_the_loss_the_networks_own_mse(family):
+    """lambda |D - x0|^2 with an exact network must equal |F - target|^2 in that family's own variables."""
+    sigma = ddpm_sigmas()[torch.tensor([100, 300, 600, 800])]
+    generator = torch.Generator().manual_seed(0)
+    x0 = Mixture().sample(4, generator)
+    e = torch.randn(x0.shape, generator=generator, dtype=torch.float64)
+    preconditioning = FAMILIES[family]()
+    network = ExactNetwork(family, Mixture())
+    loss = denoising_score_matching(Denoiser(network, preconditioning), x0, sigma, e)
+
+    c = preconditioning(sigma[:, None, None, None])
+    x = x0 + sigma[:, None, None, None] * e
+    output = network((c.in_ * x).float(), c.noise.flatten().float()).double()
+    s = sigma[:, None, None, None]
+    a_vp = 1 / (1 + s**2).sqrt()
+    target = {
+        "epsilon": e,
+        "v": a_vp * e - s * a_vp * x0,
+        "x0": x0,
+        "velocity": x0 - e,
+        "edm": (x0 - 0.25 / (s**2 + 0.25) * x) * (s**2 + 0.25).sqrt() / (0.5 * s),
+    }[family]
+    torch.testing.assert_close(loss, (output - target).square().flatten(1).sum(1), rtol=1e-4, atol=1e-6)
+
+
+def test_epsilon_index_is_exact_on_the_table_and_interpolates_between():
+    epsilon = P.Epsilon()
+    table = ddpm_sigmas()
+    assert torch.equal(epsilon.index(table), torch.arange(1000.0, dtype=torch.float64))
+    assert torch.equal(epsilon.index(table.float()), torch.arange(1000.0, dtype=torch.float64))
+    between = epsilon.index((table[:-1] * table[1:]).sqrt())
+    torch.testing.assert_close(between, torch.arange(999.0, dtype=torch.float64) + 0.5)
+    assert epsilon.index(torch.tensor([1e-9, 1e9])).tolist() == [0, 999]
+
+
+def test_one_step_form_of_an_eps_network_is_the_residual():
+    network = ExactNetwork("epsilon", Mixture())
+    student = Denoiser(network, P.Epsilon().one_step())
+    z = torch.randn(8, 1, 1, 2, generator=torch.Generator().manual_seed(0))
+    sigma = ddpm_sigmas()[-1].float()
+    x = z * student.preconditioning.prior_std(sigma)
+    expected = z - network(z, torch.full((8,), 999.0))
+    torch.testing.assert_close(student(x, sigma), expected, rtol=0, atol=1e-5)
+    assert isinstance(P.V().one_step(), P.V)
+
+
+@pytest.mark.parametrize(("family", "std"), [("edm", 80.0), ("epsilon", (80**2 + 1) ** 0.5), ("velocity", 81.0)])
+def test_sampling_starts_with_unit_noise_in_the_networks_variable(family, std):
+    assert FAMILIES[family]().prior_std(torch.tensor(80.0)).item() == pytest.approx(std)
+
+
+def test_denoiser_keeps_float64_and_ignores_autocast():
+    seen = []
+
+    class Spy(torch.nn.Module):
+        def forward(self, z, noise_labels, class_labels=None):
+            seen.append((z.dtype, noise_labels.dtype))
+            return (z.flatten(1) @ torch.eye(2)).reshape(z.shape)
+
+    denoiser = Denoiser(Spy(), P.EDM())
+    x = torch.randn(4, 2, 1, 1)
+    assert denoiser(x.double(), torch.tensor(2.0)).dtype == torch.float64
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = denoiser(x, torch.tensor(2.0))
+    assert out.dtype == torch.float32
+    assert seen == [(torch.float32, torch.float32)] * 2
+    # Only the network's own matmul may be rounded to bf16, not the skip connection.
+    c = P.EDM()(torch.tensor(2.0))
+    assert (out - denoiser(x, torch.tensor(2.0))).abs().max() < 0.01 * c.out
+
+
+def test_sigma_data_must_be_positive():
+    with pytest.raises(ValueError, match="sigma_data must be positive, got 0"):
+        P.EDM(sigma_data=0)

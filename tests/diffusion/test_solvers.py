@@ -1,0 +1,186 @@
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from scipy.integrate import solve_ivp
+
+from closed_forms import ExactNetwork, Mixture, exact_teacher
+from diffusion import preconditioning as P
+from diffusion.denoiser import Denoiser
+from diffusion.interpolation import slerp
+from diffusion.schedules import ddim_quadratic, ddim_uniform, flow_uniform, karras
+from diffusion.solvers import SOLVERS, euler, evaluations, heun, stochastic_heun
+
+SIGMA_MAX = 10.0
+
+
+def latents(count=8):
+    generator = torch.Generator().manual_seed(0)
+    return SIGMA_MAX * torch.randn(count, 1, 1, 2, generator=generator, dtype=torch.float64)
+
+
+def last(states):
+    *_, state = states
+    return state
+
+
+def exact_solution(x, sigma_from, sigma_to):
+    mixture = Mixture()
+
+    def slope(sigma, flat):
+        state = torch.tensor(flat).reshape(x.shape)
+        return ((state - mixture(state, torch.tensor(sigma))) / sigma).numpy().ravel()
+
+    solution = solve_ivp(slope, (sigma_from, sigma_to), x.numpy().ravel(), method="DOP853", rtol=1e-11, atol=1e-12)
+    return torch.tensor(solution.y[:, -1]).reshape(x.shape)
+
+
+@pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2)])
+def test_convergence_order_to_the_exact_ode(solver, order):
+    x = latents()
+    truth = exact_solution(x, SIGMA_MAX, 0.05)
+    errors = []
+    for steps in (40, 80, 160):
+        sigmas = karras(steps + 1, sigma_min=0.05, sigma_max=SIGMA_MAX)[:-1]  # without the last step to zero
+        errors.append((last(solver(Mixture(), x, sigmas)) - truth).abs().mean().item())
+    rates = np.log2(np.array(errors[:-1]) / np.array(errors[1:]))
+    assert rates == pytest.approx(order, abs=0.2)
+
+
+def test_states_come_after_every_step_and_evaluations_are_counted():
+    calls = []
+
+    def denoiser(x, sigma, labels):
+        calls.append(float(sigma))
+        return Mixture()(x, sigma)
+
+    sigmas = karras(6)
+    for solver in ("euler", "heun"):
+        calls.clear()
+        states = list(SOLVERS[solver](denoiser, latents(), sigmas))
+        assert len(states) == 6
+        assert len(calls) == evaluations(solver, 6)
+    # The last step to zero returns the denoiser itself.
+    torch.testing.assert_close(states[-1], Mixture()(states[-2], sigmas[-2]))
+
+
+@pytest.mark.parametrize("schedule", [ddim_uniform, ddim_quadratic])
+def test_euler_is_diffusers_ddim(schedule):
+    denoiser = Denoiser(network := ExactNetwork("epsilon", Mixture()), P.Epsilon())
+    sigmas = schedule(20)
+    z = torch.randn(16, 1, 1, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    ours = list(euler(denoiser, z * denoiser.preconditioning.prior_std(sigmas[0]), sigmas))
+
+    scheduler = DDIMScheduler(beta_schedule="linear", clip_sample=False, set_alpha_to_one=True)
+    indices = denoiser.preconditioning.index(sigmas[:-1]).long().tolist()
+    for step, index in enumerate(indices):
+        following = indices[step + 1] if step + 1 < len(indices) else -1  # -1: the data, abar = 1
+        scale = scheduler.alphas_cumprod[following].sqrt().item() if following >= 0 else 1.0
+        scheduler.num_inference_steps = Stride(index - following)
+        epsilon = network(z, torch.full((16,), float(index)))
+        z = scheduler.step(epsilon.double(), index, z).prev_sample
+        torch.testing.assert_close(ours[step] * scale, z, rtol=0, atol=1e-5)
+
+
+class Stride:
+    """DDIMScheduler.step goes `num_train_timesteps // num_inference_steps` indices back: make that any stride."""
+
+    def __init__(self, stride: int):
+        self.stride = stride
+
+    def __rfloordiv__(self, _: int) -> int:
+        return self.stride
+
+
+def test_euler_in_flow_time_is_the_straight_velocity_step():
+    network = ExactNetwork("velocity", Mixture())
+    denoiser = Denoiser(network, P.Velocity())
+    sigmas = flow_uniform(10)
+    z = torch.randn(8, 1, 1, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    ours = last(euler(denoiser, z * denoiser.preconditioning.prior_std(sigmas[0]), sigmas))
+    times = 1 / (1 + sigmas)
+    for t, following in pairwise(times):
+        z = z + (following - t) * network(z, (999 * t).expand(8).float()).double()
+    torch.testing.assert_close(ours, z, rtol=0, atol=1e-5)
+
+
+def test_churn_of_zero_is_heun_and_churned_samples_follow_the_law():
+    x = latents()
+    assert torch.equal(last(stochastic_heun(Mixture(), x, karras(8), s_churn=0)), last(heun(Mixture(), x, karras(8))))
+    # One Gaussian: the SDE must keep the marginal N(mean, std^2).
+    gaussian = Mixture(means=torch.tensor([[0.3, -0.2]], dtype=torch.float64), std=0.5)
+    start = 80 * torch.randn(20000, 1, 1, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    end = last(stochastic_heun(gaussian, start, karras(64), s_churn=30)).flatten(1)
+    assert (end.mean(0) - gaussian.means[0]).abs().max() < 0.02
+    assert (end.std(0) - 0.5).abs().max() < 0.02
+    deterministic = last(heun(gaussian, start, karras(64))).flatten(1)
+    assert np.corrcoef(end[:, 0], deterministic[:, 0])[0, 1] < 0.9  # noise was really added
+
+
+def test_churn_does_not_depend_on_the_batch():
+    x = latents(6)
+    sigmas = karras(8, sigma_max=SIGMA_MAX)
+    whole = last(stochastic_heun(Mixture(), x, sigmas, s_churn=4))
+    parts = [last(stochastic_heun(Mixture(), part, sigmas, s_churn=4)) for part in x.split(2)]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_churn_settings_are_checked():
+    with pytest.raises(ValueError, match="need s_churn >= 0"):
+        list(stochastic_heun(Mixture(), latents(), karras(4), s_churn=-1))
+    with pytest.raises(ValueError, match="solver_options=.* do not fit the solver 'euler'"):
+        exact_teacher(solver="euler", solver_options={"s_churn": 3})
+    with pytest.raises(ValueError, match="do not fit the solver 'stochastic_heun': missing .*s_churn"):
+        exact_teacher(solver="stochastic_heun")
+
+
+def test_teacher_samples_the_mixture_and_names_itself():
+    teacher = exact_teacher(steps=16)
+    noise = torch.randn(4000, 1, 1, 2, generator=torch.Generator().manual_seed(0))
+    samples = teacher.sample(noise)
+    nearest = torch.cdist(samples.flatten(1).double(), Mixture().means).argmin(1)
+    shares = torch.bincount(nearest, minlength=3) / 4000
+    assert (shares - 1 / 3).abs().max() < 0.04
+    residual = samples.flatten(1).double() - Mixture().means[nearest]
+    assert residual.std().item() == pytest.approx(0.2, abs=0.02)
+    assert teacher.nfe() == 31
+    assert len(list(teacher.trajectory(noise[:4], steps=5))) == 5
+
+    same, other = exact_teacher(), exact_teacher()
+    other.denoiser.network.last.bias.data += 1
+    assert len(teacher.hash) == 64
+    other.denoiser.network.load_state_dict(same.denoiser.network.state_dict())
+    assert same.hash == other.hash
+    with pytest.raises(ValueError, match="teacher.solver='eular' is unknown; choose one of euler, heun"):
+        exact_teacher(solver="eular")
+
+
+def test_teacher_is_frozen_and_its_student_is_not():
+    import copy
+
+    teacher = exact_teacher()
+    assert copy.deepcopy(teacher) is teacher
+    assert not any(p.requires_grad for p in teacher.denoiser.parameters())
+    student = teacher.student()
+    assert all(p.requires_grad for p in student.parameters())
+    with torch.no_grad():
+        student.network.last.bias += 1
+    assert (teacher.denoiser.network.last.bias == 0).all()
+
+
+def test_slerp_follows_the_great_circle():
+    generator = torch.Generator().manual_seed(0)
+    z0, z1 = torch.randn(2, 5, 3, 8, 8, generator=generator)
+    u = torch.linspace(0, 1, 11)
+    path = slerp(z0, z1, u)
+    assert path.shape == (11, 5, 3, 8, 8)
+    torch.testing.assert_close(path[0], z0)
+    torch.testing.assert_close(path[-1], z1)
+    unit0, unit1 = (z / z.flatten(1).norm(dim=1)[:, None, None, None] for z in (z0, z1))
+    circle = slerp(unit0, unit1, u).flatten(2)
+    torch.testing.assert_close(circle.norm(dim=2), torch.ones(11, 5), rtol=0, atol=1e-5)
+    angles = (circle * circle[:1]).sum(2).clamp(-1, 1).arccos()
+    torch.testing.assert_close(angles, u[:, None] * angles[-1:], rtol=0, atol=2e-3)
+    torch.testing.assert_close(slerp(z0, z0, u), z0.expand(11, *z0.shape))

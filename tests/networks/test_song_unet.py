@@ -1,0 +1,297 @@
+import copy
+
+import pytest
+import torch
+
+from diffusion.seeds import sample_noise
+from networks import SongUNet
+
+DDPMPP = {}
+NCSNPP = {"embedding": "fourier", "channel_mult_noise": 2, "encoder": "residual", "resample_filter": (1, 3, 3, 1)}
+SKIP = {"encoder": "skip", "decoder": "skip", "resample_filter": (1, 3, 3, 1)}
+VARIANTS = {"ddpmpp": DDPMPP, "ncsnpp": NCSNPP, "skip": SKIP}
+
+TINY = {
+    "resolution": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "num_classes": 10,
+    "model_channels": 16,
+    "channel_mult": (1, 2),
+    "num_blocks": 1,
+    "attn_resolutions": (4,),
+}
+
+
+def tiny(seed: int = 0, **options) -> SongUNet:
+    """A small network none of whose layers is near zero, in evaluation mode."""
+    torch.manual_seed(seed)
+    network = SongUNet(**{**TINY, **options})
+    for name, parameter in network.named_parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+        elif name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.2)
+    return network.eval()
+
+
+def inputs(batch: int = 6, channels: int = 1, resolution: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, channels, resolution, resolution, generator=generator)
+    return x, torch.randn(batch, generator=generator), torch.arange(batch) % 10
+
+
+def noise(seed: int, *shape: int) -> torch.Tensor:
+    return sample_noise(torch.tensor([seed]), shape)[0]
+
+
+def fill(network: SongUNet) -> None:
+    """Every weight from its shape alone, so that another implementation can be given the same ones."""
+    for name, value in network.state_dict().items():
+        new = noise(value.numel(), *value.shape)
+        if value.ndim == 1:
+            new = 0.2 * new + (1 if name.endswith("weight") else 0)
+        else:
+            new = new / value[0].numel() ** 0.5
+        if "qkv" in name:  # the other implementation interleaves queries, keys and values
+            new = new.reshape(len(new) // 3, 3, -1).transpose(0, 1).reshape(value.shape)
+        value.copy_(new)
+
+
+@pytest.mark.parametrize(
+    ("variant", "expected"),
+    [
+        ("ddpmpp", [0.90034, -0.45341, -0.77453, 0.28758, 0.88577, -0.62383, 0.20677, -0.03294]),
+        ("ncsnpp", [0.74284, -0.02597, -0.28457, 0.40551, 0.55213, 0.1853, 0.09918, 0.24621]),
+        ("skip", [0.7062, -0.43549, -0.65992, 0.68337, 0.90551, -0.09382, -0.25488, 0.31334]),
+    ],
+)
+def test_output_is_that_of_edms_own_network(variant, expected):
+    """`expected`: 8 output pixels of NVlabs/edm's SongUNet (commit 008a4e5) given the same weights and inputs."""
+    options = {"num_classes": 4, "augment_dim": 9, "model_channels": 16, "channel_mult": (1, 2, 2), "num_blocks": 1}
+    network = SongUNet(16, 3, 3, **options, attn_resolutions=(8,), **VARIANTS[variant]).eval()
+    fill(network)
+    with torch.no_grad():
+        out = network(noise(1, 2, 3, 16, 16), torch.tensor([-1.0, 0.5]), torch.tensor([3, 1]), noise(2, 2, 9))
+    pixels = out.flatten(1)[:, [0, 17, 391, 767]].flatten()
+    torch.testing.assert_close(pixels, torch.tensor(expected), rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize(
+    ("variant", "resolution", "channel_mult", "num_classes", "count"),
+    [
+        ("ddpmpp", 32, (2, 2, 2), 0, 55_733_891),
+        ("ddpmpp", 32, (2, 2, 2), 10, 55_735_299),
+        ("ddpmpp", 64, (1, 2, 2, 2), 0, 61_805_571),
+        ("ncsnpp", 32, (2, 2, 2), 0, 56_397_827),
+        ("ncsnpp", 32, (2, 2, 2), 10, 56_400_643),
+        ("ncsnpp", 64, (1, 2, 2, 2), 0, 62_761_091),
+    ],
+)
+def test_parameter_counts_of_the_published_networks(variant, resolution, channel_mult, num_classes, count):
+    options = {"num_classes": num_classes, "channel_mult": channel_mult, "augment_dim": 9, **VARIANTS[variant]}
+    with torch.device("meta"):
+        network = SongUNet(resolution, 3, 3, **options)
+    assert sum(p.numel() for p in network.parameters()) == count
+
+
+def test_state_dict_holds_the_parameters_and_the_fourier_frequencies_only():
+    for variant, extra in (("ddpmpp", set()), ("ncsnpp", {"embed.noise.freqs"}), ("skip", set())):
+        network = tiny(**VARIANTS[variant])
+        assert set(network.state_dict()) - {name for name, _ in network.named_parameters()} == extra
+
+
+def test_weights_depend_on_the_seed_alone():
+    first, again, other = (SongUNet(**TINY, **NCSNPP) for i in range(3) if torch.manual_seed(i // 2))
+    pairs = list(
+        zip(first.state_dict().values(), again.state_dict().values(), other.state_dict().values(), strict=True)
+    )
+    assert all(torch.equal(a, b) for a, b, _ in pairs)
+    assert any(not torch.equal(a, c) for a, _, c in pairs)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_each_sample_is_on_its_own(variant):
+    network = tiny(**VARIANTS[variant])
+    x, noise_labels, labels = inputs()
+    with torch.no_grad():
+        out = network(x, noise_labels, labels)
+        order = torch.tensor([3, 0, 5, 1, 4, 2])
+        torch.testing.assert_close(network(x[order], noise_labels[order], labels[order]), out[order])
+        torch.testing.assert_close(network(x[2:3], noise_labels[2:3], labels[2:3]), out[2:3])
+    assert out.std() > 0.1
+
+
+def test_noise_class_and_augment_labels_matter_and_none_is_zero():
+    network = tiny(augment_dim=9)
+    x, noise_labels, labels = inputs()
+    augment = torch.randn(6, 9)
+    with torch.no_grad():
+        out = network(x, noise_labels, labels, augment)
+        for changed in (
+            network(x, noise_labels + 1, labels, augment),
+            network(x, noise_labels, (labels + 1) % 10, augment),
+            network(x, noise_labels, labels, augment + 1),
+        ):
+            assert ((changed - out).abs().amax((1, 2, 3)) > 1e-3).all()
+        assert torch.equal(network(x, noise_labels, labels, torch.zeros(6, 9)), network(x, noise_labels, labels))
+        unlabelled = network(x, noise_labels)
+        network.embed.label.weight.zero_()
+        torch.testing.assert_close(network(x, noise_labels, labels), unlabelled)
+
+
+def test_labels_are_hidden_in_training_only():
+    network = tiny(label_dropout=0.5, dropout=0.0)
+    x, noise_labels, _ = (t[:1].expand(400, *t.shape[1:]) for t in inputs())
+    labels = torch.full((400,), 7)
+    with torch.no_grad():
+        labelled, unlabelled = network(x, noise_labels, labels), network(x, noise_labels)
+        assert (labelled == labelled[:1]).all()
+        out = network.train()(x, noise_labels, labels)
+    shown, hidden = ((out - y).abs().amax((1, 2, 3)) < 1e-4 for y in (labelled, unlabelled))
+    assert (shown ^ hidden).all()
+    assert 140 < hidden.sum() < 260  # six standard deviations
+
+
+def test_dropout_acts_in_training_only():
+    network = tiny(dropout=0.3)
+    x, noise_labels, labels = inputs()
+    with torch.no_grad():
+        assert torch.equal(network(x, noise_labels, labels), network(x, noise_labels, labels))
+        network.train()
+        assert not torch.equal(network(x, noise_labels, labels), network(x, noise_labels, labels))
+
+
+@pytest.mark.parametrize("decoder", ["standard", "skip"])
+@pytest.mark.parametrize("encoder", ["standard", "residual", "skip"])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_every_parameter_has_a_gradient(encoder, decoder, labelled):
+    network = tiny(encoder=encoder, decoder=decoder, resample_filter=(1, 3, 3, 1), augment_dim=9).train()
+    x, noise_labels, labels = inputs()
+    out = network(x, noise_labels, *((labels, torch.randn(6, 9)) if labelled else ()))
+    out.square().sum().backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None, name
+        unused = not labelled and name in ("embed.label.weight", "embed.augment.weight")
+        assert bool(parameter.grad.any()) != unused, name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_channels_last_gives_the_same(variant):
+    network = tiny(**VARIANTS[variant])
+    x, noise_labels, labels = inputs()
+    with torch.no_grad():
+        expected = network(x, noise_labels, labels)
+        network.to(memory_format=torch.channels_last)
+        seen = []
+        network.decoder["8"].register_forward_hook(lambda _, __, out: seen.append(out))
+        out = network(x.to(memory_format=torch.channels_last), noise_labels, labels)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bfloat16_autocast_is_close(variant):
+    network = tiny(**VARIANTS[variant])
+    x, noise_labels, labels = inputs()
+    embeddings = []
+    network.embed.register_forward_hook(lambda _, __, out: embeddings.append(out))
+    with torch.no_grad():
+        expected = network(x, noise_labels, labels)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = network(x, noise_labels, labels)
+    assert out.dtype == torch.bfloat16
+    assert ((out - expected).norm() / expected.norm()) < 0.03
+    assert torch.equal(*embeddings)  # the noise level is not rounded
+
+
+def test_training_is_one_graph():
+    torch._dynamo.reset()
+    network = tiny(**NCSNPP, decoder="skip", augment_dim=9, label_dropout=0.1).train()
+    x, noise_labels, labels = inputs()
+    report = torch._dynamo.explain(network)(x, noise_labels, labels, torch.randn(6, 9))
+    assert (report.graph_count, report.graph_break_count) == (1, 0)
+
+
+def test_compiled_under_autocast_gives_the_same():
+    torch._dynamo.reset()
+    network = tiny(encoder="skip")
+    x, noise_labels, labels = inputs()
+    compiled = torch.compile(network, fullgraph=True, backend="eager")
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(compiled(x, noise_labels, labels), network(x, noise_labels, labels))
+
+
+def test_copies_are_independent():
+    network = tiny()
+    twin = copy.deepcopy(network)
+    x, noise_labels, labels = inputs()
+    with torch.no_grad():
+        before = network(x, noise_labels, labels)
+        for parameter in twin.parameters():
+            parameter.zero_()
+        assert torch.equal(network(x, noise_labels, labels), before)
+
+
+def test_runs_in_double_precision():
+    network = tiny().double()
+    x, noise_labels, labels = inputs()
+    out = network(x.double(), noise_labels.double(), labels)
+    assert out.dtype == torch.float64
+    with torch.no_grad():
+        torch.testing.assert_close(network.float()(x, noise_labels, labels), out.float(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"embedding": "sinus"}, "embedding must be one of positional, fourier, got 'sinus'"),
+        ({"encoder": "resid"}, "encoder must be one of standard, residual, skip, got 'resid'"),
+        ({"decoder": "residual"}, "decoder must be one of standard, skip, got 'residual'"),
+        ({"resample_filter": (1, 2, 1)}, r"resample_filter must be one of \(1, 1\), \(1, 3, 3, 1\), got \(1, 2, 1\)"),
+        ({"num_blocks": 0}, "num_blocks must be an integer of at least 1, got 0"),
+        ({"model_channels": 32.0}, "model_channels must be an integer of at least 1, got 32.0"),
+        ({"model_channels": 30}, "model_channels must be a multiple of 4, got 30"),
+        ({"num_classes": -1}, "num_classes must be an integer of at least 0, got -1"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"dropout": "0.1"}, r"dropout must be in \[0, 1\), got '0.1'"),
+        ({"label_dropout": float("nan")}, r"label_dropout must be in \[0, 1\), got nan"),
+        ({"label_dropout": 0.1, "num_classes": 0}, "label_dropout=0.1 needs labels"),
+        ({"channel_mult": 2}, "channel_mult must be a list of integers, got 2"),
+        ({"channel_mult": (1, 0)}, r"channel_mult\[1\] must be an integer of at least 1, got 0"),
+        ({"channel_mult": ()}, "got 0 levels at resolution 8"),
+        ({"channel_mult": (1,) * 5}, "got 5 levels at resolution 8"),
+        ({"resolution": 9}, "got 2 levels at resolution 9"),
+        ({"attn_resolutions": (16,)}, r"attn_resolutions must be among the levels' resolutions \[8, 4\], got \(16,\)"),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        SongUNet(**{**TINY, **options})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(2, 3, 8, 8), torch.zeros(2)), r"x must have shape \(B, 1, 8, 8\), got \(2, 3, 8, 8\)"),
+        ((torch.zeros(2, 1, 8, 8), torch.zeros(2, 1)), r"noise_labels must be floats of shape \(2,\), got float32 of"),
+        ((torch.zeros(2, 1, 8, 8), torch.zeros(2).long()), r"noise_labels must be floats of shape \(2,\), got int64"),
+        ((torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.zeros(2)), r"class_labels must be int64 of shape \(2,\)"),
+        ((torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.zeros(1).long()), r"class_labels must be int64 of shape"),
+        ((torch.zeros(2, 1, 8, 8), torch.zeros(2), None, torch.zeros(2, 9)), r"augment_dim=0\); pass None"),
+    ],
+)
+def test_wrong_inputs_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiny()(*arguments)
+
+
+def test_labels_for_an_unconditional_network_and_wrong_augmentation_are_refused():
+    x, noise_labels, labels = inputs(2)
+    with pytest.raises(ValueError, match="unconditional network"):
+        tiny(num_classes=0)(x, noise_labels, labels)
+    with pytest.raises(ValueError, match=r"augment_labels must have shape \(2, 9\), got float32 of shape \(2, 8\)"):
+        tiny(augment_dim=9)(x, noise_labels, labels, torch.zeros(2, 8))
+    with pytest.raises(RuntimeError, match="smaller than num_classes"):
+        tiny()(x, noise_labels, labels + 10)
