@@ -1,0 +1,193 @@
+"""From seeds to values with error bars: sample, quantise, extract, compare."""
+
+import statistics
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from diffusion.seeds import sample_labels
+from metrics.distances import frechet_distance, inception_score, kernel_distance, precision_recall
+from metrics.extractors import FeatureExtractor
+from metrics.images import UINT8_RULE
+from metrics.records import Record
+from metrics.reference import PackedImages, Reference, real_features
+from metrics.sampling import Sampler, features
+from metrics.statistics import RunningGaussian
+
+METRICS = ("fid", "kid", "precision", "recall", "is")
+_NEED_REAL_ROWS = {"kid", "precision", "recall"}
+
+
+def measure(
+    sample: Sampler,
+    *,
+    name: str,
+    subject: str,
+    nfe: int,
+    reference: Reference,
+    extractor: FeatureExtractor,
+    num_samples: int,
+    blocks: int = 3,
+    shape: Sequence[int],
+    num_classes: int,
+    batch_size: int,
+    device: torch.device | str,
+    metrics: Sequence[str] = ("fid",),
+    weights: str | None = None,
+    precision: str = "32-true",
+    steps: int | None = None,
+    solver: str | None = None,
+    teacher: str | None = None,
+    progress: bool = True,
+) -> list[Record]:
+    """One record per metric (of METRICS), each with one value per block and their mean and spread.
+
+    Block b samples seeds b * num_samples .. (b + 1) * num_samples - 1. weights: "ema" or "raw" for a student, None for a
+    teacher; precision: that of sampling, metrics run in float32 and above. Both are noted, not applied: the caller swaps
+    weights and sets autocast. images_per_second is the median over blocks, so that compilation in the first is no matter.
+    """
+    _check(metrics, reference, extractor, num_samples, blocks, batch_size)
+    reference = reference.to(device)
+    values: list[dict[str, float]] = []
+    rates = []
+    for block in range(blocks):
+        seeds = torch.arange(block * num_samples, (block + 1) * num_samples)
+        rows, seconds = features(
+            sample,
+            extractor,
+            seeds,
+            shape=shape,
+            num_classes=num_classes,
+            batch_size=batch_size,
+            device=device,
+            label=f"{name} {subject}, block {block + 1}/{blocks}" if progress else None,
+        )
+        values.append(_scores(rows, reference, extractor, metrics))
+        rates.append(num_samples / seconds)
+    fingerprint = _fingerprint(extractor, reference, num_samples, blocks, num_classes, weights, precision)
+    how = {"steps": steps, "solver": solver, "teacher": teacher}
+    return _records(values, extractor, fingerprint, name, subject, nfe, statistics.median(rates), how)
+
+
+def measure_real(
+    packed: PackedImages,
+    *,
+    name: str,
+    reference: Reference,
+    extractor: FeatureExtractor,
+    num_samples: int,
+    blocks: int = 3,
+    num_classes: int,
+    batch_size: int,
+    device: torch.device | str,
+    metrics: Sequence[str] = ("fid",),
+    precision: str = "32-true",
+    progress: bool = True,
+) -> list[Record]:
+    """The floor: what exact draws from the data set, with replacement, score at this number of samples.
+
+    Draw i depends on seed i alone, blocks are those of `measure`. Give the same num_classes and precision as there: the
+    records then carry the same fingerprint and share the table.
+    """
+    _check(metrics, reference, extractor, num_samples, blocks, batch_size)
+    reference = reference.to(device)
+    draws = sample_labels(torch.arange(blocks * num_samples), len(packed)).numpy()
+    label = f"{name} real" if progress else None
+    rows = real_features(packed, extractor, batch_size, device, indices=draws, label=label)
+    values = [_scores(part, reference, extractor, metrics) for part in rows.split(num_samples)]
+    fingerprint = _fingerprint(extractor, reference, num_samples, blocks, num_classes, None, precision)
+    return _records(values, extractor, fingerprint, name, "real", 0, None, {})
+
+
+def check_settings(metrics: Sequence[str], num_samples: int, blocks: int, batch_size: int) -> None:
+    """Refuse before an hour of training or sampling what would fail after it."""
+    if isinstance(metrics, str) or not metrics:
+        raise ValueError(f"metrics must be a list of some of {', '.join(METRICS)}, got {metrics!r}")
+    if unknown := [metric for metric in metrics if metric not in METRICS]:
+        raise ValueError(f"metrics {', '.join(map(str, unknown))} are unknown; choose among {', '.join(METRICS)}")
+    whole = all(isinstance(value, int) for value in (num_samples, blocks, batch_size))
+    if not whole or num_samples < 10 or blocks < 1 or batch_size < 1:
+        raise ValueError(
+            f"num_samples={num_samples}, blocks={blocks}, batch_size={batch_size}: "
+            "at least 10 samples in 1 block, in batches of at least 1"
+        )
+
+
+def _check(
+    metrics: Sequence[str],
+    reference: Reference,
+    extractor: FeatureExtractor,
+    num_samples: int,
+    blocks: int,
+    batch_size: int,
+) -> None:
+    check_settings(metrics, num_samples, blocks, batch_size)
+    if len(reference.mu) != extractor.dim:
+        raise ValueError(
+            f"the reference has {len(reference.mu)} features, the {extractor.name} extractor {extractor.dim}; "
+            "use statistics made by this extractor"
+        )
+    if reference.features is None and (needy := _NEED_REAL_ROWS.intersection(metrics)):
+        raise ValueError(
+            f"{', '.join(sorted(needy))} compare with the features of all real images, and this reference has only their "
+            "mean and covariance; make it from the packed images with keep_features=True"
+        )
+
+
+def _scores(
+    rows: Tensor, reference: Reference, extractor: FeatureExtractor, metrics: Sequence[str]
+) -> dict[str, float]:
+    scores = {}
+    if "fid" in metrics:
+        gaussian = RunningGaussian(extractor.dim, rows.device).update(rows)
+        scores["fid"] = frechet_distance(gaussian.mean, gaussian.cov, reference.mu, reference.cov)
+    if "kid" in metrics:
+        scores["kid"] = kernel_distance(rows, reference.features).mean()
+    if {"precision", "recall"}.intersection(metrics):
+        scores["precision"], scores["recall"] = precision_recall(rows, reference.features)
+    if "is" in metrics:
+        scores["is"] = inception_score(extractor.class_logits(rows)).mean()
+    return {metric: scores[metric].item() for metric in metrics}
+
+
+def _fingerprint(
+    extractor: FeatureExtractor,
+    reference: Reference,
+    num_samples: int,
+    blocks: int,
+    num_classes: int,
+    weights: str | None,
+    precision: str,
+) -> dict[str, object]:
+    return {
+        "extractor": extractor.name,
+        "extractor_hash": extractor.hash,
+        "reference": reference.hash,
+        "num_samples": num_samples,
+        "seeds": [0, blocks * num_samples - 1],
+        "labels": f"uniform over {num_classes} by seed" if num_classes else "none",
+        "uint8": UINT8_RULE,
+        "precision": precision,
+        "weights": weights,
+    }
+
+
+def _records(
+    values: list[dict[str, float]],
+    extractor: FeatureExtractor,
+    fingerprint: dict[str, object],
+    name: str,
+    subject: str,
+    nfe: int,
+    rate: float | None,
+    how: dict[str, object],
+) -> list[Record]:
+    records = []
+    for metric in values[0]:
+        series = [block[metric] for block in values]
+        std = statistics.stdev(series) if len(series) > 1 else None
+        printed = metric + extractor.metric_suffix
+        mean = statistics.fmean(series)
+        records.append(Record(name, printed, subject, nfe, mean, std, series, rate, fingerprint, **how))
+    return records

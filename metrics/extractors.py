@@ -1,0 +1,70 @@
+"""Feature extractors: the space in which sets of images are compared."""
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from metrics.digits_classifier import FEATURES, WEIGHTS, DigitsClassifier
+from networks.weights import hash_state, load_weights
+
+
+class FeatureExtractor(Protocol):
+    """What metrics need of an extractor.
+
+    `metric_suffix` is appended to every metric's printed name: only Inception features, whose suffix is empty, may be
+    called FID. `hash` is a SHA-256 of the weights. An extractor is deliberately no nn.Module: as an attribute of a
+    LightningModule it stays out of checkpoints, averages and parameter counts.
+    """
+
+    name: str
+    metric_suffix: str
+    dim: int
+    hash: str
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features (N, dim), float32, of uint8 images (N, C, H, W); no gradient, autocast off whatever surrounds it."""
+
+    def class_logits(self, features: Tensor) -> Tensor:
+        """Logits (N, K) of the extractor's own classes, float32, for the inception score."""
+
+    def to(self, device: torch.device | str) -> "FeatureExtractor": ...
+
+
+class Digits:
+    """The penultimate layer of the digit classifier, 64 features, for images (N, 1, 8, 8); its metrics end in `_digits`.
+
+    Raises FileNotFoundError for missing weights and OSError for damaged ones.
+    """
+
+    name = "digits"
+    metric_suffix = "_digits"
+    dim = FEATURES
+
+    def __init__(self, weights: str | Path = WEIGHTS):
+        self._classifier = DigitsClassifier().eval().requires_grad_(False)
+        try:
+            load_weights(weights, self._classifier)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"no digit classifier at {weights}; make it with `python -m metrics.digits_classifier --output {weights}`"
+            ) from error
+        self.hash = hash_state(self._classifier)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (1, 8, 8):
+            raise ValueError(
+                f"the digits extractor reads uint8 images (N, 1, 8, 8), got {images.dtype} {tuple(images.shape)}; "
+                "choose an extractor that fits the data"
+            )
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            return self._classifier.features(images)
+
+    def class_logits(self, features: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+            return self._classifier.head(features.float())
+
+    def to(self, device: torch.device | str) -> "Digits":
+        self._classifier.to(device)
+        return self

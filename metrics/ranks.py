@@ -1,0 +1,69 @@
+"""Work spread over the processes of torch.distributed, in an order that does not depend on their number."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's number and the number of processes: (0, 1) where torch.distributed is not initialised."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def share(total: int) -> slice:
+    """The contiguous part of range(total) that this process works on; the parts of all ranks follow each other."""
+    rank, world = rank_and_world()
+    return slice(total * rank // world, total * (rank + 1) // world)
+
+
+def gather_rows(rows: Tensor, total: int) -> Tensor:
+    """All `total` rows on every rank, in order, from each rank's `share(total)` of them, (n, D)."""
+    _, world = rank_and_world()
+    if world == 1:
+        return rows
+    sizes = [total * (r + 1) // world - total * r // world for r in range(world)]
+    padded = rows.new_zeros(max(sizes), *rows.shape[1:])  # collectives want equal shapes
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def slowest(seconds: float, device: torch.device | str) -> float:
+    """The largest `seconds` of all ranks."""
+    if rank_and_world()[1] == 1:
+        return seconds
+    longest = torch.tensor(seconds, dtype=torch.float64, device=device)
+    dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+    return longest.item()
+
+
+def from_rank_zero(function: Callable[[], Any]) -> Any:
+    """The result of `function()`, called on rank 0 alone, on every rank; so is its ValueError or OSError."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return function()
+    outcome: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            outcome[0] = function()
+        except (ValueError, OSError) as error:  # the others wait: they must hear of it
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def progress_bar(total: int, label: str | None) -> tqdm:
+    """Images per second and time left, on rank 0, which counts its own part; silent where `label` is None."""
+    silent = label is None or rank_and_world()[0] != 0
+    interval = 2 if sys.stderr.isatty() else 10
+    return tqdm(total=total, desc=label, unit="img", mininterval=interval, disable=silent, leave=False)

@@ -1,0 +1,89 @@
+"""Measured values, each with the fingerprint that says what it may be compared with."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from metrics.files import write_file
+
+SUBJECTS = ("teacher", "student", "real")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One metric of one subject (student, teacher or real).
+
+    name: the run, the teacher or the data set. nfe: network evaluations per sample (0 for real images).
+    mean, std: over `values`, one per block of seeds; std is that of a sample (n - 1), None for a single block.
+    images_per_second: sampling alone, all devices together; None for real images.
+    fingerprint: what has to be alike before two values may stand side by side, plus "weights", which may differ.
+    steps, solver: how it was sampled, where that is a choice. teacher: the name of a student's teacher.
+    """
+
+    name: str
+    metric: str
+    subject: str
+    nfe: int
+    mean: float
+    std: float | None
+    values: list[float]
+    images_per_second: float | None
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+    steps: int | None = None
+    solver: str | None = None
+    teacher: str | None = None
+
+    def __post_init__(self):
+        if self.subject not in SUBJECTS:
+            raise ValueError(f"subject must be one of {', '.join(SUBJECTS)}, got {self.subject!r}")
+
+    @property
+    def comparable(self) -> dict[str, Any]:
+        """The part of the fingerprint that values in one table have in common: all but the choice of weights."""
+        return {key: value for key, value in self.fingerprint.items() if key != "weights"}
+
+    @property
+    def comparable_id(self) -> str:
+        """The first 8 hex digits of a hash of `comparable`."""
+        text = json.dumps(self.comparable, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+    @property
+    def identity(self) -> tuple:
+        """What a new measurement has to share with an old one to take its place."""
+        how = json.dumps(self.fingerprint, sort_keys=True)
+        return self.name, self.metric, self.subject, self.nfe, self.steps, self.solver, how
+
+
+def merge_records(old: Iterable[Record], new: Iterable[Record]) -> list[Record]:
+    """`old`, with every record that was measured again replaced in its place, then what is new."""
+    merged = {record.identity: record for record in old}
+    merged.update({record.identity: record for record in new})
+    return list(merged.values())
+
+
+def save_records(path: str | Path, records: Iterable[Record]) -> None:
+    """Write the list as JSON, whole or not at all."""
+    text = json.dumps([asdict(record) for record in records], indent=2, allow_nan=False)
+    write_file(path, (text + "\n").encode())
+
+
+def load_records(path: str | Path) -> list[Record]:
+    """The list in `path`; ValueError, naming the file, for damaged JSON or entries that are no records."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no metrics at {path}; measure the run with `python evaluate.py run=...`")
+    known = {f.name for f in fields(Record)}
+    try:
+        entries = json.loads(path.read_bytes())
+        for entry in entries:
+            if unknown := set(entry) - known:
+                raise ValueError(f"unknown entries {', '.join(sorted(unknown))}")
+        return [Record(**entry) for entry in entries]
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged or no list of metrics ({error}); move it away and measure again"
+        ) from error

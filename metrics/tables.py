@@ -1,0 +1,108 @@
+"""Records as text: values with unlike fingerprints never share a table."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from metrics.records import SUBJECTS, Record
+
+
+def table(records: Iterable[Record]) -> str:
+    """Aligned plain text: one table per fingerprint, each under a line that names it and what sets it apart."""
+    return "\n\n".join("\n".join([heading, *_aligned(rows)]) for heading, rows in _tables(list(records)))
+
+
+def markdown(records: Iterable[Record]) -> str:
+    """The same tables for a README."""
+    texts = []
+    for heading, (header, *rows) in _tables(list(records)):
+        rule = ["---", "---", *["---:"] * (len(header) - 2)]
+        lines = [f"| {' | '.join(cells)} |" for cells in (header, rule, *rows)]
+        texts.append("\n".join([*lines, "", heading]))
+    return "\n\n".join(texts)
+
+
+def _tables(records: list[Record]) -> list[tuple[str, list[list[str]]]]:
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record.comparable_id, []).append(record)
+    prints = [group[0].comparable for group in groups.values()]
+    keys = dict.fromkeys(key for p in prints for key in p)
+    differing = [key for key in keys if len({repr(p.get(key)) for p in prints}) > 1]
+    return [(_heading(group[0], differing), _rows(group)) for group in groups.values()]
+
+
+def _heading(record: Record, differing: list[str]) -> str:
+    def show(keys: Iterable[str]) -> str:
+        return ", ".join(f"{key} {_short(record.comparable.get(key))}" for key in keys)
+
+    common = [key for key in record.comparable if key not in differing]
+    text = f"fingerprint {record.comparable_id}"
+    if differing:
+        text += f", not to be compared with the others: {show(differing)}"
+    return f"{text} ({show(common)})" if common else text
+
+
+def _short(value: Any) -> str:
+    """Hashes by their first 8 digits."""
+    text = str(value)
+    return text[:8] if len(text) == 64 else text
+
+
+def _rows(records: list[Record]) -> list[list[str]]:
+    """Header and body; one row per subject, one column per metric."""
+    metrics = list(dict.fromkeys(record.metric for record in records))
+    subjects: dict[tuple, dict[str, Record]] = {}
+    for r in records:
+        key = (r.name, r.subject, r.fingerprint.get("weights"), r.nfe, r.steps, r.solver)
+        subjects.setdefault(key, {})[r.metric] = r
+    order = sorted(subjects.values(), key=lambda row: _rank(next(iter(row.values()))))
+    body = []
+    for row in order:
+        r = next(iter(row.values()))
+        values = [_value(row[metric]) if metric in row else "–" for metric in metrics]
+        body.append([r.name, _subject(r), str(r.nfe), *values, _rate(r), _speed_up(r, records)])
+    return [["name", "subject", "NFE", *metrics, "images/s", "speed-up"], *body]
+
+
+def _rank(record: Record) -> tuple:
+    return SUBJECTS.index(record.subject), -record.nfe if record.subject == "teacher" else 0
+
+
+def _subject(record: Record) -> str:
+    notes = [record.fingerprint.get("weights") if record.subject == "student" else None, record.solver]
+    notes.append(f"{record.steps} steps" if record.steps and record.steps > 1 else None)
+    shown = ", ".join(note for note in notes if note)
+    return f"{record.subject} ({shown})" if shown else record.subject
+
+
+def _value(record: Record) -> str:
+    if not record.std:
+        return f"{record.mean:.4g}"
+    decimals = min(max(1 - math.floor(math.log10(record.std)), 0), 6)  # two digits of the spread
+    return f"{record.mean:.{decimals}f} ± {record.std:.{decimals}f}"
+
+
+def _rate(record: Record) -> str:
+    rate = record.images_per_second
+    return "–" if rate is None else f"{rate:,.{0 if rate >= 100 else 1}f}"
+
+
+def _speed_up(record: Record, records: list[Record]) -> str:
+    """Sampling speed over that of the student's teacher at its most evaluations; nothing where that is ambiguous."""
+    teachers = [
+        r for r in records if r.subject == "teacher" and r.images_per_second and record.teacher in (None, r.name)
+    ]
+    if record.subject != "student" or not record.images_per_second or len({r.name for r in teachers}) != 1:
+        return "–"
+    slowest = max(teachers, key=lambda r: r.nfe)
+    return f"{record.images_per_second / slowest.images_per_second:.1f}x"
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]

@@ -1,0 +1,112 @@
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from metrics.digits_classifier import WEIGHTS, accuracy, digits, split
+from metrics.distances import frechet_distance
+from metrics.extractors import Digits
+from metrics.images import to_uint8
+from metrics.statistics import RunningGaussian
+from networks.weights import find_weights
+
+IMAGES, LABELS = digits()
+
+
+@pytest.fixture(scope="module")
+def extractor():
+    return Digits()
+
+
+@pytest.fixture(scope="module")
+def card():
+    return json.loads(find_weights(WEIGHTS).with_suffix(".json").read_text())
+
+
+def test_uint8_rule_is_edms_and_inverts_normalisation():
+    x = torch.tensor([-5.0, -1, -0.9999, 0, 0.999, 0.9999, 1, 5])
+    assert to_uint8(x).tolist() == [0, 0, 0, 128, 255, 255, 255, 255]
+    pixels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(pixels.float() / 127.5 - 1), pixels)
+    assert to_uint8(x.bfloat16()).dtype == torch.uint8
+
+
+def test_classifier_is_as_accurate_as_its_card_says(extractor, card):
+    train, held_out = split()
+    assert len(train) + len(held_out) == 1797
+    assert hashlib.sha256(held_out.numpy().tobytes()).hexdigest() == card["held_out_sha256"], "another split"
+    assert not set(train.tolist()) & set(held_out.tolist())
+    logits = extractor.class_logits(extractor(IMAGES[held_out]))
+    share_right = (logits.argmax(dim=1) == LABELS[held_out]).float().mean().item()
+    assert share_right == pytest.approx(card["held_out_accuracy"])
+    assert accuracy(extractor._classifier, IMAGES[held_out], LABELS[held_out]) == pytest.approx(share_right)
+    assert share_right >= 0.985
+
+
+def test_classifier_file_is_the_one_on_the_card_and_small(card):
+    content = Path(find_weights(WEIGHTS)).read_bytes()
+    assert hashlib.sha256(content).hexdigest() == card["sha256"]
+    assert len(content) < 150_000
+
+
+def test_features_are_float32_without_gradient_and_the_same_under_autocast(extractor):
+    plain = extractor(IMAGES[:50])
+    assert plain.shape == (50, extractor.dim)
+    assert plain.dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        within = extractor(IMAGES[:50])
+        logits = extractor.class_logits(within)
+    assert torch.equal(within, plain)
+    assert torch.equal(logits, extractor.class_logits(plain))
+    assert logits.dtype == torch.float32
+    assert not plain.requires_grad
+
+
+def test_extractor_refuses_other_images(extractor):
+    with pytest.raises(ValueError, match=r"uint8 images \(N, 1, 8, 8\), got torch.uint8 \(2, 3, 32, 32\)"):
+        extractor(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"got torch\.float32"):
+        extractor(torch.zeros(2, 1, 8, 8))
+
+
+def test_missing_classifier_is_named_with_the_command_that_makes_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no digit classifier at .*gone.*python -m metrics\.digits_classifier"):
+        Digits(tmp_path / "gone.safetensors")
+
+
+def test_every_feature_is_alive_and_the_covariance_has_full_rank(extractor):
+    features = extractor(IMAGES)
+    assert features.std(dim=0).min() > 1e-2
+    eigenvalues = torch.linalg.eigvalsh(features.double().T.cov())
+    assert eigenvalues[0] > 1e-3
+    assert eigenvalues.sum() ** 2 / eigenvalues.square().sum() > 8  # effective rank
+
+
+def test_distance_orders_damage_by_its_size(extractor):
+    generator = torch.Generator().manual_seed(1)
+    order = torch.randperm(len(IMAGES), generator=generator)
+    ours, theirs = IMAGES[order[::2]], IMAGES[order[1::2]]
+    labels = LABELS[order[1::2]]
+    reference = RunningGaussian(extractor.dim).update(extractor(ours))
+
+    def distance(images):
+        other = RunningGaussian(extractor.dim).update(extractor(images))
+        return frechet_distance(other.mean, other.cov, reference.mean, reference.cov).item()
+
+    def noisy(std):
+        return (theirs + std * torch.randn(theirs.shape, generator=generator)).clamp(0, 255).to(torch.uint8)
+
+    def blurred(share):
+        blur = functional.avg_pool2d(functional.pad(theirs.float(), (1, 1, 1, 1)), 3, 1)
+        return (share * blur + (1 - share) * theirs).to(torch.uint8)
+
+    floor = distance(theirs)
+    noise = [distance(noisy(std)) for std in (24, 48, 96)]
+    blur = [distance(blurred(share)) for share in (0.25, 0.5, 1)]
+    dropped = [distance(theirs[labels >= missing]) for missing in (1, 3, 5)]
+    for damage in (noise, blur, dropped):
+        assert floor * 1.2 < damage[0] < damage[1] < damage[2], (floor, damage)
+        assert damage[2] > 10 * floor, (floor, damage)

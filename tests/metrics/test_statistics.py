@@ -1,0 +1,72 @@
+import numpy as np
+import pytest
+import torch
+
+from metrics.statistics import RunningGaussian, load_statistics, save_statistics
+
+
+def rows(count=500, dim=6):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, dim, generator=generator) * torch.arange(1, dim + 1) + 30
+
+
+def test_running_statistics_are_those_of_all_rows():
+    x = rows()
+    running = RunningGaussian(6)
+    for part in x.split(37):
+        running.update(part)
+    assert running.count == 500
+    torch.testing.assert_close(running.mean, x.double().mean(dim=0), rtol=1e-13, atol=0)
+    torch.testing.assert_close(running.cov, x.double().T.cov(), rtol=1e-10, atol=1e-10)
+
+
+def test_running_statistics_accumulate_in_float64():
+    x = rows().double() + 30_000  # in float32 the spread of 1 to 6 would drown
+    running = RunningGaussian(6)
+    for part in x.split(50):
+        running.update(part)
+    torch.testing.assert_close(running.cov, x.T.cov(), rtol=1e-5, atol=1e-5)
+
+
+def test_too_few_rows_are_refused():
+    running = RunningGaussian(3)
+    with pytest.raises(ValueError, match="at least 1 rows of features, got 0"):
+        _ = running.mean
+    running.update(torch.ones(1, 3))
+    with pytest.raises(ValueError, match="at least 2 rows of features, got 1"):
+        _ = running.cov
+
+
+def test_reference_file_round_trip_and_edm_format(tmp_path):
+    running = RunningGaussian(6).update(rows())
+    path = tmp_path / "new" / "reference.npz"
+    save_statistics(path, running.mean, running.cov)
+    mu, cov = load_statistics(path)
+    assert torch.equal(mu, running.mean)
+    assert torch.equal(cov, running.cov)
+    with np.load(path) as file:  # as EDM's fid.py reads it
+        assert set(file) == {"mu", "sigma"}
+        assert file["mu"].dtype == file["sigma"].dtype == np.float64
+    np.savez(tmp_path / "edm.npz", mu=running.mean.numpy(), sigma=running.cov.numpy())  # as it writes it
+    assert torch.equal(load_statistics(tmp_path / "edm.npz")[1], running.cov)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_bad_reference_files_are_refused_by_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no reference statistics at .*none\.npz; give the path"):
+        load_statistics(tmp_path / "none.npz")
+    path = tmp_path / "bad.npz"
+    save_statistics(path, torch.zeros(4), torch.eye(4))
+    whole = path.read_bytes()
+    hostile = tmp_path / "pickle.npz"
+    np.savez(hostile, mu=np.array([{}], dtype=object), sigma=np.eye(1))
+    np.savez(tmp_path / "other.npz", mu=np.zeros(4))
+    for content in (whole[: len(whole) // 2], b"", b"not an archive", hostile.read_bytes()):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"bad\.npz is damaged or holds no reference statistics"):
+            load_statistics(path)
+    with pytest.raises(ValueError, match=r"other\.npz is damaged or holds no .*sigma"):
+        load_statistics(tmp_path / "other.npz")
+    np.savez(path, mu=np.zeros(4), sigma=np.eye(5))
+    with pytest.raises(ValueError, match=r"mu \(4,\) and sigma \(5, 5\)"):
+        load_statistics(path)
