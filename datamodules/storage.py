@@ -1,0 +1,159 @@
+"""Files and folders that exist whole or not at all, .npy files that are checked before use, and disk space."""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import tokenize
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_BLOCK = 1 << 24
+
+
+def _process_space() -> str:
+    """Eight hex digits that two processes share only if each can see whether the other one is alive."""
+    try:
+        place = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
+    except OSError:  # no Linux
+        place = socket.gethostname()
+    return hashlib.sha256(place.encode()).hexdigest()[:8]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def sweep(folder: Path, name: str = "") -> None:
+    """Delete what killed processes of this machine left in `folder` under temporary names that begin with `name`."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = re.fullmatch(r"(.+)\.tmp-(\d+)-([0-9a-f]{8})", path.name)
+        if match and match[1].startswith(name) and match[3] == _process_space() and not _alive(int(match[2])):
+            _remove(path)
+
+
+@contextmanager
+def scratch(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` for the block to fill and rename; whatever is left under it afterwards is removed.
+
+    A killed process leaves it behind under a name that nobody reads and that `sweep` recognises.
+    """
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{_process_space()}")
+    _remove(temporary)  # of a dead process that had this one's number
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        reason = os.strerror(error.errno)
+        raise OSError(f"{reason}: {path} was not written, nothing of it is left; free space and run again") from error
+    finally:
+        _remove(temporary)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    with scratch(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+        os.replace(temporary, path)
+
+
+def readable(size: float) -> str:
+    """Bytes as people read them: 1.3 GB."""
+    power = min(4, int(math.log(max(size, 1), 1000)))
+    return f"{size / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def free_space(folder: Path) -> int:
+    """Free bytes on the disk where `folder` is or will be."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    return shutil.disk_usage(existing).free
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Errors: OSError when `folder` cannot take `needed` more bytes."""
+    free = free_space(folder)
+    if needed > free:
+        raise OSError(
+            f"disk too small for {folder}: needed {readable(needed)}, free {readable(free)}; "
+            "free space or point root to another disk"
+        )
+
+
+def write_npy(
+    path: Path, shape: tuple[int, ...], dtype: np.dtype, chunks: Iterable[np.ndarray], *, trailer: bool = False
+) -> str:
+    """Stream arrays into one .npy file and return the SHA-256 (hex) of its data; `trailer` appends its 32 bytes.
+
+    Written, not mapped: on a full disk a write raises OSError, whereas a store to a mapped page kills the process.
+    """
+    digest = hashlib.sha256()
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": tuple(shape)}
+    with open(path, "xb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for chunk in chunks:
+            data = memoryview(np.ascontiguousarray(chunk)).cast("B")
+            digest.update(data)
+            file.write(data)
+        if trailer:
+            file.write(digest.digest())
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def check_npy(path: Path, shape: tuple[int, ...], dtype: np.dtype, way_out: str, *, trailer: bool = False) -> int:
+    """The byte at which the data of a .npy file begin.
+
+    Errors: OSError where the file is absent, is no such array, or is shorter or longer than its header says.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: {way_out}")
+    try:
+        with open(path, "rb") as file:
+            if np.lib.format.read_magic(file) != (1, 0):
+                raise ValueError
+            found_shape, fortran, found_dtype = np.lib.format.read_array_header_1_0(file)
+            offset = file.tell()
+    except (ValueError, SyntaxError, tokenize.TokenError):  # whatever numpy makes of a damaged header
+        raise OSError(f"{path} is not a .npy file of this project: {way_out}") from None
+    if (found_shape, found_dtype, fortran) != (tuple(shape), np.dtype(dtype), False):
+        found, expected = f"{found_dtype} {found_shape}", f"{np.dtype(dtype)} {tuple(shape)}"
+        raise OSError(f"{path} is a foreign file, it holds {found} instead of {expected}: {way_out}")
+    expected_size = offset + math.prod(shape) * np.dtype(dtype).itemsize + 32 * trailer
+    size = path.stat().st_size
+    if size != expected_size:
+        raise OSError(f"{path} is damaged, {size} bytes instead of {expected_size}: {way_out}")
+    return offset
+
+
+def hash_range(path: Path, offset: int, size: int) -> str:
+    """SHA-256 (hex) of `size` bytes of a file from `offset` on."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        file.seek(offset)
+        while size and (block := file.read(min(size, _BLOCK))):
+            digest.update(block)
+            size -= len(block)
+    return digest.hexdigest()
