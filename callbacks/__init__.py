@@ -1,0 +1,28 @@
+"""What happens around training."""
+
+from callbacks.checkpoint import AtomicCheckpointIO, Checkpoints, read_checkpoint
+from callbacks.csv_logger import CSVLogger
+from callbacks.curves import Curves, draw_curves, reference_lines
+from callbacks.ema import EMA, student_state
+from callbacks.generative_metrics import GenerativeMetrics
+from callbacks.non_finite import NonFiniteGuard
+from callbacks.progress import Progress
+from callbacks.sample_grid import SampleGrid
+from callbacks.wandb_logger import wandb_logger
+
+__all__ = [
+    "EMA",
+    "AtomicCheckpointIO",
+    "CSVLogger",
+    "Checkpoints",
+    "Curves",
+    "GenerativeMetrics",
+    "NonFiniteGuard",
+    "Progress",
+    "SampleGrid",
+    "draw_curves",
+    "read_checkpoint",
+    "reference_lines",
+    "student_state",
+    "wandb_logger",
+]

@@ -1,0 +1,162 @@
+"""Checkpoints that survive a kill at any moment: checkpoints/last.ckpt every n steps, checkpoints/best.ckpt by a metric."""
+
+import math
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.trainer.states import TrainerFn
+
+from callbacks.schedule import is_last
+
+
+def read_checkpoint(path: str | Path, map_location: Any = "cpu", weights_only: bool = True) -> dict[str, Any]:
+    """The checkpoint's contents.
+
+    Raises FileNotFoundError, or ValueError for a file that is truncated, changed on disk or holds foreign objects.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    way_out = f"put an older copy back, or remove {path.name} to start again from the beginning"
+    with path.open("rb") as file:
+        try:
+            # torch.load does not look at the checksums and would return damaged weights.
+            damaged = zipfile.ZipFile(file).testzip()
+        except Exception as error:  # a damaged zip file raises half a dozen of them
+            damaged = str(error) or type(error).__name__
+    if damaged:
+        raise ValueError(f"the checkpoint {path} is damaged or cut short ({damaged}): {way_out}")
+    try:
+        return torch.load(path, map_location=map_location, weights_only=weights_only)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"the checkpoint {path} holds objects other than tensors and plain values, which are not loaded: {way_out}"
+        ) from error
+    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+        raise ValueError(f"the checkpoint {path} cannot be read ({' '.join(str(error).split())}): {way_out}") from error
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """A checkpoint is either the old one or the new one, complete and on disk, whenever the process or machine stops.
+
+    Lightning's own writes a copy to the system's temporary folder and moves it: on another file system that is a plain
+    copy over the old checkpoint.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # One fixed name, so that what a kill leaves behind is overwritten by the next save.
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        except (OSError, RuntimeError) as error:
+            temporary.unlink(missing_ok=True)
+            # torch hides a failed write behind an internal assertion of its zip writer.
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
+                raise
+            state = "the previous one is intact" if path.exists() else "there is no earlier one"
+            raise OSError(
+                cause.errno, f"cannot write the checkpoint {path}: {cause.strerror}; {state}. Make room and run again"
+            ) from error
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        return read_checkpoint(path, map_location or "cpu", weights_only is not False)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Puts a rename on disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class Checkpoints(pl.callbacks.Checkpoint):
+    """Writes <run folder>/checkpoints/last.ckpt and, after validations that improve `pl_module.monitor`, best.ckpt.
+
+    `monitor` names a logged metric of which smaller is better; None: no best.ckpt. last.ckpt is written every
+    `every_n_steps` optimiser steps and at the end of training. Where a validation is due at the same step it is written
+    after it, so that a resumed run repeats an interrupted validation. Lightning's ModelCheckpoint does neither: it writes
+    nothing at the end when it has saved before, and it saves before the validation, which a resumed run then leaves out.
+    """
+
+    def __init__(self, every_n_steps: int) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"Checkpoints: every_n_steps must be at least 1, got {every_n_steps}")
+        self.every_n_steps = every_n_steps
+        self.best: float | None = None
+        self._saved_step = -1
+        self._pending = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._saved_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if is_last(trainer) or trainer.global_step % self.every_n_steps == 0:
+            self._pending = True
+            if not _validation_follows(trainer):
+                self._save_last(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return
+        if pl_module.monitor is not None:
+            self._save_best(trainer, pl_module.monitor)
+        if self._pending:
+            self._save_last(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._save_last(trainer)
+
+    def _save_last(self, trainer: pl.Trainer) -> None:
+        self._pending = False
+        if trainer.global_step != self._saved_step and not trainer.fast_dev_run:
+            trainer.save_checkpoint(self.folder(trainer) / "last.ckpt")
+            self._saved_step = trainer.global_step
+
+    def _save_best(self, trainer: pl.Trainer, monitor: str) -> None:
+        if monitor not in trainer.callback_metrics:
+            raise ValueError(
+                f"Checkpoints: {monitor!r} was not logged in validation; there is {[*trainer.callback_metrics]}"
+            )
+        value = trainer.strategy.broadcast(float(trainer.callback_metrics[monitor]))
+        # NaN is never better, and as the first value it must not become the one to beat.
+        if not math.isnan(value) and (self.best is None or value < self.best) and not trainer.fast_dev_run:
+            self.best = value
+            trainer.save_checkpoint(self.folder(trainer) / "best.ckpt")
+
+    @staticmethod
+    def folder(trainer: pl.Trainer) -> Path:
+        return Path(trainer.default_root_dir) / "checkpoints"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+
+def _validation_follows(trainer: pl.Trainer) -> bool:
+    """Whether Lightning validates after this batch, for `val_check_interval=n, check_val_every_n_epoch=None`."""
+    if not trainer.enable_validation or trainer.check_val_every_n_epoch is not None:
+        return False
+    interval = trainer.val_check_batch
+    return isinstance(interval, int) and (trainer.fit_loop.total_batch_idx + 1) % interval == 0

@@ -1,0 +1,94 @@
+"""curves.png: how the losses and the generative metrics went, drawn from metrics.csv."""
+
+import csv
+import io
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+from matplotlib.figure import Figure
+from pytorch_lightning.utilities import rank_zero_only
+
+from callbacks.ema import RAW
+from callbacks.generative_metrics import GenerativeMetrics, counted
+from callbacks.schedule import due, is_last
+from metrics.files import write_file
+from metrics.records import load_records
+
+
+class Curves(pl.Callback):
+    """Draws <run folder>/curves.png after each evaluation of GenerativeMetrics and at the end of training.
+
+    Reference lines come from <run folder>/metrics.json if it is there.
+    """
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        times = [callback.every_kimg for callback in trainer.callbacks if isinstance(callback, GenerativeMetrics)]
+        if not is_last(trainer) and any(due(trainer, pl_module, every_kimg) for every_kimg in times):
+            self._draw(trainer)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._draw(trainer)
+
+    @rank_zero_only
+    def _draw(self, trainer: pl.Trainer) -> None:
+        folder = Path(trainer.default_root_dir)
+        if (folder / "metrics.csv").exists():
+            draw_curves(folder / "metrics.csv", folder / "curves.png", reference_lines(folder / "metrics.json"))
+
+
+def reference_lines(path: str | Path) -> dict[str, dict[str, float]]:
+    """From a metrics.json: the means of the teacher and of real images, {metric and number of samples: {label: mean}}."""
+    lines: dict[str, dict[str, float]] = {}
+    for record in load_records(path) if Path(path).exists() else []:
+        if record.subject in ("teacher", "real"):
+            label = f"teacher ({record.nfe} NFE)" if record.subject == "teacher" else "real"
+            metric = counted(record.metric, record.fingerprint["num_samples"])
+            lines.setdefault(metric, {})[label] = record.mean
+    return lines
+
+
+def draw_curves(
+    csv_path: str | Path, png_path: str | Path, reference_lines: Mapping[str, Mapping[str, float]] | None = None
+) -> Figure:
+    """Draws a metrics.csv against kimg, one panel for the losses and one per generative metric, and returns the figure.
+
+    Losses are the columns loss, loss/... and heldout/...; a generative metric has one column per averaged copy, such as
+    fid_digits_1k/ema_0.999 and fid_digits_1k/raw. `reference_lines`: {metric: {label: value}}, drawn in the metric's panel.
+    """
+    with Path(csv_path).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    curves = {
+        key: [(float(r["nimg"]) / 1000, float(r[key])) for r in rows if r[key]] for key in (rows[0] if rows else ())
+    }
+    panels: dict[str, list[str]] = {"loss": []}
+    for key in curves:
+        group, _, copy = key.rpartition("/")
+        if key == "loss" or group in ("loss", "heldout"):
+            panels["loss"].append(key)
+        elif group and (copy == RAW or copy.startswith("ema_")):
+            panels.setdefault(group, []).append(key)
+
+    figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
+    for axes, (title, keys) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for key in keys:
+            kimg, values = np.array(curves[key]).reshape(-1, 2).T
+            axes.plot(kimg, values, marker="." if len(values) < 30 else None, label=key)
+        for number, (label, value) in enumerate((reference_lines or {}).get(title, {}).items()):
+            axes.axhline(value, label=label, color="black", linewidth=1, linestyle=("--", ":", "-.")[number % 3])
+        if title == "loss" and any(0 < v < math.inf for key in keys for _, v in curves[key]):
+            axes.set_yscale("log")
+        axes.set(title=title, xlabel="kimg")
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small")
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    write_file(png_path, buffer.getvalue())
+    return figure

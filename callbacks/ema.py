@@ -1,0 +1,221 @@
+"""Exponential moving averages of the student's weights, kept for evaluation beside the weights that are trained."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+RAW = "raw"
+_PREFIX = "student."
+
+
+@dataclass(frozen=True)
+class Average:
+    """One averaging rule: a constant `decay` per update, or a half-life in thousands of images with a ramp-up.
+
+    The half-life is cut to `rampup_ratio` times the images seen so far (None: never), as in EDM's training loop, so that
+    the initial weights are forgotten early.
+    """
+
+    decay: float | None = None
+    halflife_kimg: float | None = None
+    rampup_ratio: float | None = 0.05
+
+    def __post_init__(self) -> None:
+        if (self.decay is None) == (self.halflife_kimg is None):
+            raise ValueError(f"EMA: an average is either {{decay}} or {{halflife_kimg, rampup_ratio}}, got {self}")
+        if self.decay is not None and not 0 <= self.decay < 1:
+            raise ValueError(f"EMA: decay must lie in [0, 1), got {self.decay}")
+        if self.halflife_kimg is not None and not self.halflife_kimg > 0:
+            raise ValueError(f"EMA: halflife_kimg must be positive, got {self.halflife_kimg}")
+        if self.rampup_ratio is not None and not self.rampup_ratio > 0:
+            raise ValueError(f"EMA: rampup_ratio must be positive or null, got {self.rampup_ratio}")
+
+    @property
+    def name(self) -> str:
+        return f"ema_{self.decay}" if self.decay is not None else f"ema_{self.halflife_kimg:g}kimg"
+
+    def beta(self, nimg: int, batch_size: int) -> float:
+        """The old average's weight in an update after a batch of `batch_size`, with `nimg` images seen before it."""
+        if self.decay is not None:
+            return self.decay
+        halflife_nimg = 1000 * self.halflife_kimg
+        if self.rampup_ratio is not None:
+            halflife_nimg = min(halflife_nimg, nimg * self.rampup_ratio)
+        return 0.5 ** (batch_size / max(halflife_nimg, 1e-8))
+
+
+class EMA(pl.Callback):
+    """Averages of `pl_module.student` and of nothing else, in float32, updated once per optimiser step.
+
+    `averages`: one rule or several, each a mapping with the fields of `Average`, such as {"decay": 0.999}; validation,
+    test and predict see the first. A batch with `pl_module.student_updated` False is not counted, so that decays and
+    half-lives mean updates and images of the student. Buffers are not averaged: an average uses the student's own.
+    """
+
+    def __init__(self, averages: Mapping[str, float] | Sequence[Mapping[str, float]] = ({"decay": 0.999},)) -> None:
+        specs = [averages] if isinstance(averages, Mapping) else list(averages)
+        fields = set(Average.__dataclass_fields__)
+        for spec in specs:
+            if not isinstance(spec, Mapping) or not set(spec) <= fields or {"decay", "rampup_ratio"} <= set(spec):
+                raise ValueError(f"EMA: an average is either {{decay}} or {{halflife_kimg, rampup_ratio}}, got {spec}")
+        self.averages = {rule.name: rule for rule in (Average(**spec) for spec in specs)}
+        if not specs or len(self.averages) < len(specs):
+            raise ValueError(f"EMA: averages must be one or several different rules, got {specs}")
+        self.updates = 0
+        self._values: dict[str, dict[str, Tensor]] = {}
+        self._step = 0
+        self._active = RAW
+        self._raw: list[Tensor] = []
+        self._live: list[nn.Parameter] = []
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the averages, such as ema_0.999 and ema_500kimg; the first is the one that is evaluated."""
+        return list(self.averages)
+
+    @contextmanager
+    def applied(self, pl_module: pl.LightningModule, name: str | None = None) -> Iterator[None]:
+        """Puts an average (None: the first; "raw": the trained weights) into the student, and back even on an exception.
+
+        Before training has begun the averages are the weights themselves.
+        """
+        before = self._active
+        self._put(pl_module, name or self.names[0])
+        try:
+            yield
+        finally:
+            self._put(pl_module, before)
+
+    def _put(self, pl_module: pl.LightningModule, name: str) -> None:
+        if name != RAW and name not in self.averages:
+            raise ValueError(f"EMA: no average is called {name!r}; there are {[*self.names, RAW]}")
+        if name == self._active or not self._values:
+            return
+        # Lightning validates in inference mode, whose tensors could never be trained again.
+        with torch.inference_mode(False), torch.no_grad():
+            self._align(pl_module.student)
+            parameters = list(pl_module.student.parameters())
+            if self._active == RAW:
+                self._raw = [p.data for p in parameters]
+            values = self._raw if name == RAW else self._values[name].values()
+            for p, value in zip(
+                parameters, [v.to(p.dtype) for v, p in zip(values, parameters, strict=True)], strict=True
+            ):
+                p.data = value
+            self._active = name
+            if name == RAW:
+                self._raw = []
+            # Inside an autocast region the low-precision copies of the other weights would still be in use.
+            torch.clear_autocast_cache()
+
+    def _align(self, student: nn.Module) -> None:
+        """Lays restored averages out as the student's parameters are, on their device and in their memory format."""
+        parameters = dict(student.named_parameters())
+        for name, values in self._values.items():
+            if list(values) != list(parameters):
+                odd = sorted(values.keys() ^ parameters.keys())
+                raise ValueError(f"EMA: {name} in the checkpoint averages another student: only one of them has {odd}")
+            pairs = zip(values.values(), parameters.values(), strict=True)
+            if any(v.device != p.device or v.stride() != p.stride() for v, p in pairs):
+                self._values[name] = {
+                    key: torch.empty_like(p, dtype=torch.float32).copy_(values[key]) for key, p in parameters.items()
+                }
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._step = trainer.global_step
+        if not self._values:
+            for name in self.names:
+                self._values[name] = {
+                    key: p.detach().to(torch.float32, copy=True) for key, p in pl_module.student.named_parameters()
+                }
+        self._align(pl_module.student)
+        self._live = list(pl_module.student.parameters())
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        stepped = trainer.global_step != self._step
+        self._step = trainer.global_step
+        if not stepped or not getattr(pl_module, "student_updated", True):
+            return
+        live = [p.float() for p in self._live]
+        nimg, batch_size = self.updates * pl_module.batch_size, pl_module.batch_size
+        for name, rule in self.averages.items():
+            torch._foreach_lerp_(list(self._values[name].values()), live, 1 - rule.beta(nimg, batch_size))
+        self.updates += 1
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._put(pl_module, self.names[0])
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._put(pl_module, RAW)
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._put(pl_module, RAW)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates, "averages": self._values}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        stored = list(state_dict["averages"])
+        if stored and stored != self.names:
+            raise ValueError(
+                f"EMA: the checkpoint holds {stored}, the config asks for {self.names}: "
+                "keep callbacks.ema.averages as the run began, or start a run under a new name"
+            )
+        self.updates = state_dict["updates"]
+        self._values = dict(state_dict["averages"])
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._active != RAW:
+            raise RuntimeError(
+                f"EMA: the student holds the average {self._active} now; a checkpoint would lose the trained weights. "
+                "Save outside of EMA.applied() and of validation"
+            )
+
+
+def copies(
+    trainer: pl.Trainer, user: pl.Callback, names: Sequence[str] | None
+) -> dict[str, Callable[[pl.LightningModule], AbstractContextManager[None]]]:
+    """Name -> context manager that puts this copy of the weights into the student while `user` looks at it.
+
+    `names` None: the first average, or the trained weights where the trainer has no EMA. ValueError for unknown names,
+    and where EMA comes after `user`: its averages would lack the step that has just been made.
+    """
+    ema = next((callback for callback in trainer.callbacks if isinstance(callback, EMA)), None)
+    if ema is not None and trainer.callbacks.index(ema) > trainer.callbacks.index(user):
+        raise ValueError(f"{type(user).__name__} must come after EMA in callbacks")
+    known = [*(ema.names if ema else ()), RAW]
+    chosen = known[:1] if names is None else list(names)
+    if not chosen or not set(chosen) <= set(known):
+        raise ValueError(f"{type(user).__name__}: ema_names must be some of {known}, got {chosen}")
+    if ema is None:
+        return {RAW: nullcontext}
+    return {name: partial(ema.applied, name=name) for name in chosen}
+
+
+def student_state(checkpoint: dict[str, Any], name: str | None = None) -> dict[str, Tensor]:
+    """The student's state dict from a loaded checkpoint: an average by name, "raw" for the trained weights.
+
+    None means the first average, or the trained weights of a run without EMA. Floats of an average are float32.
+    """
+    raw = {k.removeprefix(_PREFIX): v for k, v in checkpoint["state_dict"].items() if k.startswith(_PREFIX)}
+    averages = checkpoint.get("callbacks", {}).get(EMA.__qualname__, {}).get("averages", {})
+    name = name or next(iter(averages), RAW)
+    if name == RAW:
+        return raw
+    if name not in averages:
+        raise ValueError(f"the checkpoint has no weights called {name!r}; it has {[*averages, RAW]}")
+    return raw | averages[name]

@@ -1,0 +1,102 @@
+"""The quality of samples during training, always of the same seeds."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from callbacks.aside import aside
+from callbacks.ema import copies
+from callbacks.schedule import check_every_kimg, due
+from metrics.evaluation import METRICS, measure
+from metrics.extractors import FeatureExtractor
+from metrics.reference import Reference, reference_statistics
+
+_NEED_REAL_ROWS = {"kid", "precision", "recall"}
+
+
+class GenerativeMetrics(pl.Callback):
+    """Measures samples of evaluation seeds 0 .. num_samples - 1 every `every_kimg` thousand images and at the end.
+
+    Logs fid_digits_1k/ema_0.999 and the like: metric and extractor, number of samples (values of different numbers cannot
+    be compared), averaged copy. `ema_names`: averages by name, "raw" for the trained weights; None: the first average.
+    Sampling is in float32, shared by all processes, and leaves random state and modes as they were. The real images are
+    those of `pl_module.data`; their statistics are kept in `cache_folder` (None: computed in every run).
+
+    Must come after EMA among the trainer's callbacks.
+    """
+
+    def __init__(
+        self,
+        every_kimg: float,
+        num_samples: int,
+        extractor: FeatureExtractor,
+        metrics: Sequence[str] = ("fid",),
+        ema_names: Sequence[str] | None = None,
+        batch_size: int = 500,
+        cache_folder: str | None = "data/statistics",
+    ) -> None:
+        if num_samples < 10 or batch_size < 1:
+            raise ValueError(
+                f"GenerativeMetrics: num_samples={num_samples}, batch_size={batch_size}; "
+                "at least 10 samples, in batches of at least 1"
+            )
+        if not metrics or not set(metrics) <= set(METRICS):
+            raise ValueError(f"GenerativeMetrics: metrics must be some of {', '.join(METRICS)}, got {list(metrics)}")
+        self.every_kimg = check_every_kimg("GenerativeMetrics", every_kimg)
+        self.num_samples, self.extractor, self.metrics = num_samples, extractor, list(metrics)
+        self.ema_names, self.batch_size, self.cache_folder = ema_names, batch_size, cache_folder
+        self._reference: Reference | None = None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        copies(trainer, self, self.ema_names)
+        # Here, so that an extractor that does not fit the data is refused before training.
+        self._reference = reference_statistics(
+            pl_module.data.reference(),
+            self.extractor,
+            self.cache_folder,
+            keep_features=bool(_NEED_REAL_ROWS.intersection(self.metrics)),
+            device=pl_module.device,
+        )
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if due(trainer, pl_module, self.every_kimg):
+            values = self.evaluate(trainer, pl_module)
+            trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=trainer.global_step - 1)  # Lightning's own number of this batch
+
+    def evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
+        """The values by the names under which they are logged; every rank must call it."""
+        data = pl_module.data
+        values = {}
+        with aside(pl_module):
+            for name, applied in copies(trainer, self, self.ema_names).items():
+                with applied(pl_module):
+                    records = measure(
+                        pl_module.sample,
+                        name=pl_module.name,
+                        subject="student",
+                        nfe=pl_module.nfe,
+                        reference=self._reference,
+                        extractor=self.extractor,
+                        num_samples=self.num_samples,
+                        blocks=1,
+                        shape=(data.channels, data.resolution, data.resolution),
+                        num_classes=data.num_classes,
+                        batch_size=self.batch_size,
+                        device=pl_module.device,
+                        metrics=self.metrics,
+                        weights=name,
+                        progress=False,
+                    )
+                values |= {f"{counted(record.metric, self.num_samples)}/{name}": record.mean for record in records}
+        return values
+
+
+def counted(metric: str, num_samples: int) -> str:
+    """fid_digits of 1000 samples is fid_digits_1k."""
+    return f"{metric}_{num_samples // 1000}k" if num_samples % 1000 == 0 else f"{metric}_{num_samples}"

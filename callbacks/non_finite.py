@@ -1,0 +1,74 @@
+"""Stops a run whose loss or weights are no longer numbers, before they reach a checkpoint."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class NonFiniteError(FloatingPointError):
+    """The loss or the weights became NaN or infinite."""
+
+
+class NonFiniteGuard(pl.Callback):
+    """Raises NonFiniteError when the loss was NaN or infinite, looking every `every_n_steps` steps and at each checkpoint.
+
+    The losses are only added up on the device in between: a sum keeps NaN and infinity, and costs no synchronisation. A
+    checkpoint also has all its weights looked at: an overflowing gradient ruins them one step before the loss shows it.
+    """
+
+    def __init__(self, every_n_steps: int = 50) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"NonFiniteGuard: every_n_steps must be at least 1, got {every_n_steps}")
+        self.every_n_steps = every_n_steps
+        self._sum: Tensor | None = None
+        self._checked_step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._sum = torch.zeros((), device=pl_module.device)
+        self._checked_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not isinstance(outputs, dict) or "loss" not in outputs:
+            raise ValueError(f"NonFiniteGuard: {type(pl_module).__name__}.training_step must return its loss")
+        self._sum += outputs["loss"].detach().float()
+        if trainer.global_step % self.every_n_steps == 0:
+            self._check(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._sum is not None:
+            self._check(trainer)
+        names = [k for k, v in checkpoint["state_dict"].items() if v.is_floating_point() and v.numel()]
+        if names:
+            largest = torch.stack(torch._foreach_norm([checkpoint["state_dict"][k] for k in names], float("inf")))
+            finite = torch.isfinite(largest).tolist()
+            if not all(finite):
+                bad = names[finite.index(False)]
+                raise NonFiniteError(f"{bad} is not finite after step {trainer.global_step}. {_way_out(trainer)}")
+
+    def _check(self, trainer: pl.Trainer) -> None:
+        # Rank zero writes the checkpoint: it has to know of the losses of all.
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self._sum)
+        total = self._sum.item()
+        first, self._checked_step = self._checked_step + 1, trainer.global_step
+        if not math.isfinite(total):
+            raise NonFiniteError(
+                f"the loss became {'NaN' if math.isnan(total) else total} within steps {first} to {trainer.global_step}. "
+                + _way_out(trainer)
+            )
+        self._sum.zero_()
+
+
+def _way_out(trainer: pl.Trainer) -> str:
+    last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+    kept = f"The last good checkpoint is {last}" if last.exists() else "No checkpoint had been written yet"
+    return f"{kept}. Try a lower method.lr or trainer.precision=32-true, under a new run name"

@@ -1,0 +1,90 @@
+"""How far the run is: a bar on a terminal, one line per interval in a log file."""
+
+import sys
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+from tqdm import tqdm
+
+from callbacks.schedule import check_every_kimg, due
+
+
+class Progress(pl.Callback):
+    """Progress in images, on standard error of rank zero; takes the place of Lightning's bar.
+
+    On a terminal: a bar with images/s and the time left. Elsewhere one line every `every_kimg` thousand images or, if that
+    is None, every `every_seconds`: step, kimg done and to do, images/s since the line before, loss, time left.
+    Also logs speed/images_per_second, since the row before, with the trainer's other metrics.
+    """
+
+    def __init__(self, every_kimg: float | None = None, every_seconds: float = 10.0) -> None:
+        if every_kimg is not None:
+            check_every_kimg("Progress", every_kimg)
+        if every_seconds < 0:
+            raise ValueError(f"Progress: every_seconds must not be negative, got {every_seconds}")
+        self.every_kimg, self.every_seconds = every_kimg, every_seconds
+        self._bar: tqdm | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        steps = trainer.max_steps if trainer.max_steps and trainer.max_steps > 0 else None
+        self._total = steps and steps * pl_module.batch_size
+        self._start = self._line = self._row = (time.monotonic(), pl_module.nimg)
+        if trainer.is_global_zero and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=self._total,
+                initial=pl_module.nimg,
+                unit="img",
+                unit_scale=True,
+                mininterval=0.5,
+                dynamic_ncols=True,
+            )
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        now = (time.monotonic(), pl_module.nimg)
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            pl_module.log("speed/images_per_second", _rate(self._row, now), rank_zero_only=True)
+            self._row = now
+        if not trainer.is_global_zero:
+            return
+        if self._bar is not None:
+            self._bar.update(pl_module.batch_size)
+        late = self.every_kimg is None and now[0] - self._line[0] >= self.every_seconds
+        if late or due(trainer, pl_module, self.every_kimg):
+            self._show(trainer, now)
+            self._line = now
+
+    def _show(self, trainer: pl.Trainer, now: tuple[float, int]) -> None:
+        losses = {k: float(v) for k, v in trainer.callback_metrics.items() if k == "loss" or k.startswith("loss/")}
+        if self._bar is not None:
+            self._bar.set_postfix({k: f"{v:.4g}" for k, v in losses.items()}, refresh=False)
+            return
+        done, rate = now[1], _rate(self._start, now)
+        left = f"{tqdm.format_interval((self._total - done) / rate)} left" if self._total and rate else ""
+        total = f"/{self._total / 1000:.1f}" if self._total else ""
+        fields = [
+            f"step {trainer.global_step}",
+            f"{done / 1000:.1f}{total} kimg",
+            f"{_rate(self._line, now):.0f} img/s",
+            *[f"{k} {v:.4g}" for k, v in losses.items()],
+            left,
+        ]
+        print(" | ".join(filter(None, fields)), file=sys.stderr, flush=True)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _rate(before: tuple[float, int], now: tuple[float, int]) -> float:
+    """Images per second between two (seconds, images) marks."""
+    return (now[1] - before[1]) / max(now[0] - before[0], 1e-9)

@@ -1,0 +1,28 @@
+"""When a callback acts: at multiples of a number of images, so that an interrupted run acts where an uninterrupted one does."""
+
+import pytorch_lightning as pl
+
+
+def check_every_kimg(owner: str, every_kimg: float) -> float:
+    """`every_kimg` (thousands of images); a ValueError in the name of `owner` unless it is positive."""
+    if not every_kimg > 0:
+        raise ValueError(f"{owner}: every_kimg must be positive, got {every_kimg}")
+    return every_kimg
+
+
+def is_last(trainer: pl.Trainer) -> bool:
+    """Whether the batch that just ended is the last of the run."""
+    return trainer.global_step == trainer.max_steps or trainer.should_stop
+
+
+def due(trainer: pl.Trainer, pl_module: pl.LightningModule, every_kimg: float | None) -> bool:
+    """Whether the batch that just ended reached a multiple of `every_kimg` thousand images (None: never), or is the last.
+
+    For on_train_batch_end, which comes before the checkpoint of that batch: an interrupted action is done again.
+    """
+    if is_last(trainer):
+        return True
+    if every_kimg is None:
+        return False
+    interval = max(1, round(1000 * every_kimg))
+    return pl_module.nimg // interval > (pl_module.nimg - pl_module.batch_size) // interval

@@ -1,0 +1,99 @@
+"""NaN stops the run, says what to do, and never reaches a checkpoint."""
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from tiny_module import TWO, TinyMethod, in_two_processes, trainer
+
+from callbacks.checkpoint import Checkpoints, read_checkpoint
+from callbacks.non_finite import NonFiniteError, NonFiniteGuard
+
+
+def fit(folder, steps, *callbacks, bad_step=-1, module=None):
+    trainer(folder, steps, callbacks).fit(module or TinyMethod(bad_step=bad_step))
+
+
+def test_nan_is_seen_at_the_next_look(tmp_path):
+    with pytest.raises(
+        FloatingPointError, match=r"loss became NaN within steps 6 to 10.*No checkpoint.*lower method.lr"
+    ):
+        fit(tmp_path, 20, NonFiniteGuard(5), bad_step=7)
+
+
+def test_nan_never_reaches_a_checkpoint(tmp_path):
+    # Checkpoints is listed first: Lightning moves it behind the guard, and the guard looks before the file is written.
+    last = tmp_path / "checkpoints/last.ckpt"
+    with pytest.raises(NonFiniteError, match=rf"within steps 5 to 8. The last good checkpoint is {last}. Try") as info:
+        fit(tmp_path, 20, Checkpoints(4), NonFiniteGuard(100), bad_step=6)
+    assert "\n" not in str(info.value)
+    checkpoint = read_checkpoint(last)
+    assert checkpoint["global_step"] == 4
+    assert all(torch.isfinite(v).all() for v in checkpoint["state_dict"].values())
+    assert list(last.parent.iterdir()) == [last]
+
+
+def test_infinite_loss_and_cancelling_infinities(tmp_path):
+    class Infinite(TinyMethod):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss + {2: float("inf"), 3: float("-inf")}.get(self.trainer.global_step, 0.0)
+
+    with pytest.raises(NonFiniteError, match="within steps 1 to 5"):
+        fit(tmp_path, 20, NonFiniteGuard(5), module=Infinite())
+
+
+def test_ruined_weights_behind_a_finite_loss(tmp_path):
+    class Overflow(pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            if trainer.global_step == 7:
+                pl_module.student[0].weight.grad[0, 0, 0, 0] = float("inf")
+
+    with pytest.raises(NonFiniteError, match=r"student.0.weight is not finite after step 8. The last good checkpoint"):
+        fit(tmp_path, 20, Overflow(), NonFiniteGuard(100), Checkpoints(4))
+    assert read_checkpoint(tmp_path / "checkpoints/last.ckpt")["global_step"] == 4
+
+
+def test_a_good_run_is_left_alone_and_not_synchronised(tmp_path, monkeypatch):
+    looks = []
+    monkeypatch.setattr(NonFiniteGuard, "_check", lambda self, trainer: looks.append(trainer.global_step))
+    fit(tmp_path / "a", 9, NonFiniteGuard(4))
+    assert looks == [4, 8]
+    monkeypatch.undo()
+
+    class Large(TinyMethod):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + 2e38
+
+    fit(tmp_path / "large", 4, NonFiniteGuard(1), module=Large())  # the sum is over the steps since the last look
+    fit(tmp_path / "b", 9, NonFiniteGuard(4), Checkpoints(3))
+    assert read_checkpoint(tmp_path / "b/checkpoints/last.ckpt")["global_step"] == 9
+
+
+def _diverge_rank(rank, folder):
+    class OneRank(TinyMethod):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            # NaN in rank one's value alone, not in the gradients: rank zero, which writes, has nothing to see
+            return loss + float("nan") if self.global_rank == 1 and self.trainer.global_step == 6 else loss
+
+    with pytest.raises(NonFiniteError, match="loss became NaN within steps 5 to 8"):
+        trainer(folder, 20, [NonFiniteGuard(100), Checkpoints(4)], **TWO).fit(OneRank())
+
+
+def test_the_writing_process_hears_of_the_other(tmp_path):
+    in_two_processes(_diverge_rank, tmp_path)
+    assert read_checkpoint(tmp_path / "checkpoints/last.ckpt")["global_step"] == 4
+
+
+def test_misuse(tmp_path):
+    with pytest.raises(ValueError, match="NonFiniteGuard: every_n_steps must be at least 1, got 0"):
+        NonFiniteGuard(0)
+
+    class Silent(TinyMethod):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            self.optimizers().step()
+
+    with pytest.raises(ValueError, match=r"Silent.training_step must return its loss"):
+        fit(tmp_path, 2, NonFiniteGuard(), module=Silent())
