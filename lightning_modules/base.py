@@ -1,0 +1,103 @@
+"""What every method shares. A method is a subclass with a `student`, a `training_step` and a `generate`."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from diffusion.denoiser import Denoiser
+from diffusion.seeds import seed_step
+from diffusion.teacher import Teacher
+
+
+class Method(pl.LightningModule):
+    """A distillation (or training) method.
+
+    Subclasses set `student`, and implement `training_step(batch, batch_idx)` with one optimiser step per batch and
+    `generate(noise, labels)`. Progress is counted in images seen (`nimg`); random numbers of a step come from
+    (seed, rank, step) alone, the learning rate from nimg alone, so a resumed run repeats an uninterrupted one.
+
+    name: used in run names and tables. batch_size: global, over all processes. kimg: budget in thousands of images.
+    lr: peak learning rate, reached linearly over the first `warmup_kimg`.
+    """
+
+    student: Denoiser
+    teacher: Teacher | None = None
+    data: pl.LightningDataModule  # the image data set that the run is about, set by `training_data`
+    monitor: str | None = None  # a logged metric, smaller is better, by which checkpoints/best.ckpt is chosen
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        batch_size: int,
+        seed: int,
+        kimg: float,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        warmup_kimg: float = 0.0,
+    ):
+        super().__init__()
+        for option, value in (("kimg", kimg), ("lr", lr), ("batch_size", batch_size)):
+            if not isinstance(value, int | float) or not value > 0:
+                raise ValueError(f"{option} must be a positive number, got {value!r}")
+        if not isinstance(warmup_kimg, int | float) or warmup_kimg < 0:
+            raise ValueError(f"method.warmup_kimg must not be negative, got {warmup_kimg!r}")
+        numbers = isinstance(betas, Sequence) and all(isinstance(b, int | float) for b in betas)
+        if not numbers or len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+            raise ValueError(f"method.betas must be two numbers in [0, 1), got {betas!r}")
+        self.name = name
+        self.batch_size = batch_size
+        self.seed = seed
+        self.lr = lr
+        self.betas = tuple(betas)
+        self.warmup_nimg = 1000 * warmup_kimg
+        self.total_steps = math.ceil(1000 * kimg / batch_size)
+
+    @property
+    def nimg(self) -> int:
+        """Images seen so far, over all processes."""
+        return self.trainer.global_step * self.batch_size
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations of one `sample` call."""
+        return 1
+
+    def training_data(self, data: pl.LightningDataModule) -> pl.LightningDataModule:
+        """What this method trains on, given the run's image data set: the images themselves unless overridden."""
+        self.data = data
+        return data
+
+    def generate(self, noise: Tensor, labels: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def sample(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Images (B, C, H, W), float32 in about [-1, 1], of unit normal noise (B, C, H, W) and labels (B,) or None."""
+        training = self.student.training
+        self.student.eval()
+        try:
+            return self.generate(noise, labels).float()
+        finally:
+            self.student.train(training)
+
+    def adam(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.Adam(parameters, lr=self.lr, betas=self.betas)
+
+    def configure_optimizers(self) -> Any:
+        return self.adam(self.student.parameters())
+
+    def on_fit_start(self) -> None:
+        if self.teacher is not None:
+            self.teacher.to(self.device)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        seed_step(self.seed, self.global_rank, self.trainer.global_step)
+        warm = min((self.nimg + self.batch_size) / self.warmup_nimg, 1.0) if self.warmup_nimg else 1.0
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr * warm

@@ -1,0 +1,70 @@
+"""Denoising Student: regress the teacher's deterministic sampler in one step (Luhman & Luhman, arXiv 2101.02388)."""
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from datamodules import TrajectoryDataModule
+from diffusion.losses import REGRESSIONS, regression
+from diffusion.teacher import Teacher
+from lightning_modules.base import Method
+
+
+class DenoisingStudent(Method):
+    """min_S E |S(z) - T(z)|^2 / 2 over z ~ N(0, I), with T the teacher's ODE solution.
+
+    That is the KL between unit-variance Gaussians around the two images. The student is the teacher's network, evaluated
+    once at the highest noise level (an eps network in its residual form). One step is one batch of stored pairs (z, T(z)).
+
+    loss: "l2" as in the paper's equation, "l1" as in its CIFAR-10 code. target_noise: standard deviation of the noise
+    added to the teacher's images (the paper's device for a finite KL; it leaves the expected L2 gradient unchanged).
+    pairs, held_out: numbers of stored pairs; the held-out ones choose the checkpoint. dtype: their storage.
+    """
+
+    monitor = "heldout/loss"
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        *,
+        loss: str = "l2",
+        target_noise: float = 0.0,
+        pairs: int,
+        held_out: int,
+        dtype: str = "uint8",
+        store: str = "data/trajectories",
+        **common,
+    ):
+        super().__init__(**common)
+        if loss not in REGRESSIONS:
+            raise ValueError(f"method.loss={loss!r} is unknown; choose one of {', '.join(REGRESSIONS)}")
+        if not isinstance(target_noise, int | float) or target_noise < 0:
+            raise ValueError(f"method.target_noise must not be negative, got {target_noise!r}")
+        self.teacher = teacher
+        self.student = teacher.student().eval()  # no dropout in the student, as released
+        self.student.preconditioning = self.student.preconditioning.one_step()
+        self.sigma = teacher.sigmas()[0].item()
+        self.loss, self.target_noise = loss, target_noise
+        self.pairs = {"pairs": pairs, "held_out": held_out, "dtype": dtype, "root": store}
+
+    def training_data(self, data: pl.LightningDataModule) -> pl.LightningDataModule:
+        super().training_data(data)
+        options = {"batch_size": self.batch_size, "seed": self.seed, "images": data}
+        return TrajectoryDataModule(self.teacher, **options, **self.pairs)
+
+    def generate(self, noise: Tensor, labels: Tensor | None) -> Tensor:
+        """S(z): one evaluation at the teacher's highest noise level."""
+        sigma = noise.new_full((), self.sigma)
+        return self.student(noise * self.student.preconditioning.prior_std(sigma), sigma, labels)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        target = batch["states"][:, -1]
+        if self.target_noise:
+            target = target + self.target_noise * torch.randn_like(target)
+        loss = regression(self.generate(batch["noise"], batch.get("label")), target, self.loss).mean()
+        self.log("loss/student", loss.detach())
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        loss = regression(self.sample(batch["noise"], batch.get("label")), batch["states"][:, -1], self.loss).mean()
+        self.log(self.monitor, loss, batch_size=len(batch["noise"]), sync_dist=True)

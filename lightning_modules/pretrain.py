@@ -1,0 +1,39 @@
+"""Training a teacher: denoising score matching as in EDM (arXiv 2206.00364, section 5)."""
+
+from torch import Tensor
+
+from diffusion.losses import denoising_score_matching, log_normal_sigmas
+from diffusion.teacher import Teacher
+from lightning_modules.base import Method
+
+
+class Pretrain(Method):
+    """Trains the network of a teacher config from scratch, or on from its weights.
+
+    p_mean, p_std: ln(sigma) ~ N(p_mean, p_std^2). One step is one batch of images, each at one noise level.
+    """
+
+    def __init__(self, teacher: Teacher, *, p_mean: float = -1.2, p_std: float = 1.2, **common):
+        super().__init__(**common)
+        if not isinstance(p_std, int | float) or p_std <= 0:
+            raise ValueError(f"method.p_std must be positive, got {p_std!r}")
+        if not isinstance(p_mean, int | float):
+            raise ValueError(f"method.p_mean must be a number, got {p_mean!r}")
+        self.sampler = teacher  # its schedule and solver draw the samples
+        self.student = teacher.student().train()
+        self.p_mean, self.p_std = p_mean, p_std
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch["image"], batch.get("label")
+        sigma = log_normal_sigmas(len(images), self.p_mean, self.p_std, images.device)
+        noise = images.new_empty(images.shape).normal_()
+        loss = denoising_score_matching(self.student, images, sigma, noise, labels).mean()
+        self.log("loss/student", loss.detach())
+        return loss
+
+    @property
+    def nfe(self) -> int:
+        return self.sampler.nfe()
+
+    def generate(self, noise: Tensor, labels: Tensor | None) -> Tensor:
+        return self.sampler.sample(noise, labels, denoiser=self.student)

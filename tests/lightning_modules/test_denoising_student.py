@@ -1,0 +1,136 @@
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from closed_forms import Corrected, ExactNetwork, Mixture, exact_teacher
+from diffusion.preconditioning import Epsilon, ResidualEpsilon
+from diffusion.schedules import ddim_quadratic
+from diffusion.seeds import HELD_OUT_SEEDS, sample_noise
+from diffusion.teacher import Teacher
+from lightning_modules import DenoisingStudent
+
+
+def method(tmp_path, teacher=None, **options):
+    options = {"kimg": 40, "lr": 3e-3, "warmup_kimg": 1, "betas": (0.9, 0.98), "pairs": 2048, "held_out": 256} | options
+    return DenoisingStudent(
+        teacher or exact_teacher(),
+        name="denoising_student",
+        batch_size=128,
+        seed=0,
+        dtype="float32",
+        store=str(tmp_path / "trajectories"),
+        **options,
+    )
+
+
+def fit(module, **options):
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=module.total_steps,
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+        **options,
+    )
+    trainer.fit(module, module.training_data(None))
+    return trainer
+
+
+def held_out_error(module):
+    noise = sample_noise(torch.arange(HELD_OUT_SEEDS, HELD_OUT_SEEDS + 512), (2, 1, 1))
+    return (module.sample(noise) - module.teacher.sample(noise)).square().flatten(1).sum(1).mean().item()
+
+
+@pytest.mark.parametrize("loss", ["l1", "l2"])
+def test_it_learns_the_exact_teachers_map(tmp_path, loss):
+    """The untrained student returns the data mean; trained, under a tenth of that error is left on unseen noise."""
+    module = method(tmp_path, loss=loss)
+    before = held_out_error(module)
+    trainer = fit(module)
+    assert trainer.global_step == module.total_steps == 313
+    assert held_out_error(module) < 0.1 * before
+
+
+def test_it_learns_from_an_eps_teacher_in_residual_form(tmp_path):
+    network = Corrected(ExactNetwork("epsilon", Mixture()))
+    teacher = Teacher("eps", network, Epsilon(), ddim_quadratic, solver="euler", steps=25)
+    module = method(tmp_path, teacher, loss="l2")
+    assert isinstance(module.student.preconditioning, ResidualEpsilon)
+    assert isinstance(teacher.denoiser.preconditioning, Epsilon)
+    noise = sample_noise(torch.arange(64), (2, 1, 1))
+    expected = noise - network(noise, torch.full((64,), 999.0))
+    torch.testing.assert_close(module.sample(noise), expected, rtol=0, atol=1e-4)
+    before = held_out_error(module)
+    fit(module)
+    assert held_out_error(module) < 0.1 * before
+
+
+def test_a_sample_is_one_evaluation_at_the_highest_noise(tmp_path):
+    module = method(tmp_path)
+    seen = []
+    module.student.network.register_forward_hook(lambda _, args, out: seen.append(args[1]))
+    noise = sample_noise(torch.arange(8), (2, 1, 1))
+    images = module.sample(noise)
+    assert module.nfe == len(seen) == 1
+    torch.testing.assert_close(seen[0], torch.full((8,), 80.0).log() / 4)
+    # The copy starts as the exact teacher: D(80 z, 80), the data mean to within 1/80.
+    torch.testing.assert_close(images, Mixture()(80 * noise, torch.tensor(80.0)), rtol=0, atol=1e-4)
+
+
+def test_losses_are_the_papers(tmp_path):
+    batch = {"noise": sample_noise(torch.arange(4), (2, 1, 1)), "states": torch.rand(4, 1, 2, 1, 1)}
+    for loss, expected in (
+        ("l2", lambda e: (e**2).sum(dim=(1, 2, 3)).mean() / 2),
+        ("l1", lambda e: e.abs().sum(dim=(1, 2, 3)).mean()),
+    ):
+        module = method(tmp_path, loss=loss)
+        module.log = lambda *args, **kwargs: None
+        error = module.sample(batch["noise"]) - batch["states"][:, 0]
+        torch.testing.assert_close(module.training_step(batch, 0), expected(error))
+
+
+def test_target_noise_changes_the_loss_by_its_variance_alone(tmp_path):
+    """E |S - T - s n|^2 / 2 = |S - T|^2 / 2 + d s^2 / 2."""
+    count = 50000
+    batch = {"noise": sample_noise(torch.arange(count), (2, 1, 1)), "states": torch.rand(count, 1, 2, 1, 1)}
+    losses = []
+    for target_noise in (0.0, 0.5):
+        module = method(tmp_path, loss="l2", target_noise=target_noise)
+        module.log = lambda *args, **kwargs: None
+        torch.manual_seed(0)
+        losses.append(module.training_step(batch, 0).item())
+    assert losses[1] - losses[0] == pytest.approx(2 * 0.5**2 / 2, rel=0.03)
+
+
+def test_only_the_student_is_trained_and_stored(tmp_path):
+    module = method(tmp_path, kimg=1)
+    before = module.teacher.hash
+    fit(module)
+    module.teacher._hash = None
+    assert module.teacher.hash == before
+    assert all(key.startswith("student.") for key in module.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "l3"}, "method.loss='l3' is unknown; choose one of l1, l2"),
+        ({"target_noise": -1}, "method.target_noise must not be negative, got -1"),
+        ({"lr": 0}, "lr must be a positive number, got 0"),
+        ({"lr": "fast"}, "lr must be a positive number, got 'fast'"),
+        ({"kimg": -2}, "kimg must be a positive number, got -2"),
+        ({"warmup_kimg": -1}, "method.warmup_kimg must not be negative, got -1"),
+    ],
+)
+def test_misuse(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        method(tmp_path, **options)
+
+
+def test_unknown_options_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'pars'"):
+        method(tmp_path, pars=3)

@@ -1,0 +1,115 @@
+from functools import partial
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from closed_forms import Mixture
+from diffusion.preconditioning import EDM
+from diffusion.schedules import karras
+from diffusion.seeds import sample_noise
+from diffusion.teacher import Teacher
+from lightning_modules import Pretrain
+
+
+class PointNetwork(nn.Module):
+    """A perceptron of (x, noise level) for images of two pixels."""
+
+    in_channels = out_channels = 2
+    resolution = 1
+    num_classes = 0
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(3, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2)
+        )
+
+    def forward(self, x, noise_labels, class_labels=None, augment_labels=None):
+        return self.layers(torch.cat([x.flatten(1), noise_labels[:, None]], 1)).reshape(x.shape)
+
+
+class MixtureImages(pl.LightningDataModule):
+    def __init__(self, batch_size):
+        super().__init__()
+        self.batch_size = batch_size
+
+    def train_dataloader(self):
+        images = Mixture().sample(self.batch_size * 100, torch.Generator().manual_seed(0)).float()
+        batches = [{"image": part} for part in images.split(self.batch_size)]
+        return DataLoader(batches, batch_size=None)
+
+
+def module(**options):
+    torch.manual_seed(0)
+    schedule = partial(karras, sigma_min=0.02, sigma_max=10.0)
+    teacher = Teacher("points", PointNetwork(), EDM(), schedule, steps=12)
+    options = {"kimg": 300, "lr": 3e-3, "p_mean": -1.0, "p_std": 1.2} | options
+    return Pretrain(teacher, name="pretrain", batch_size=256, seed=0, **options)
+
+
+def test_it_learns_the_exact_denoiser_and_samples_the_mixture():
+    method = module()
+    x0 = Mixture().sample(2000, torch.Generator().manual_seed(5)).float()
+    noise = sample_noise(torch.arange(2000), (2, 1, 1))
+
+    def error():
+        worst = []
+        for sigma in torch.tensor([0.15, 0.4, 1.0]):
+            x = x0 + sigma * noise
+            gap = method.student(x, sigma) - Mixture()(x, sigma)
+            worst.append((gap.square().mean() / (x0 - x0.mean(0)).square().mean()).item())
+        return max(worst)
+
+    before = error()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=method.total_steps,
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(method, method.training_data(MixtureImages(256)))
+    after = error()
+    assert before > 0.05
+    assert after < 0.01  # of the data's variance
+
+    samples = method.sample(noise).flatten(1).double()
+    distance, nearest = torch.cdist(samples, Mixture().means).min(1)
+    assert (torch.bincount(nearest, minlength=3) / 2000 - 1 / 3).abs().max() < 0.06
+    assert distance.square().mean().item() == pytest.approx(2 * 0.2**2, rel=0.25)
+
+
+def test_its_loss_is_edms():
+    """E lambda |D - x0|^2 with lambda = (sigma^2 + sd^2)/(sigma sd)^2, on the step's own random draws."""
+    method = module(p_mean=0.0, p_std=0.5)
+    method.log = lambda *args, **kwargs: None
+    images = Mixture().sample(64, torch.Generator().manual_seed(1)).float()
+    torch.manual_seed(3)
+    loss = method.training_step({"image": images}, 0)
+    torch.manual_seed(3)
+    sigma = (torch.randn(64) * 0.5).exp()
+    noise = torch.empty(64, 2, 1, 1).normal_()
+    denoised = method.student(images + sigma[:, None, None, None] * noise, sigma)
+    weight = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
+    expected = (weight * (denoised - images).square().flatten(1).sum(1)).mean()
+    torch.testing.assert_close(loss, expected)
+
+
+def test_sampling_is_in_eval_mode_and_training_mode_returns():
+    method = module()
+    modes = []
+    method.student.register_forward_hook(lambda net, *_: modes.append(net.training))
+    method.sample(sample_noise(torch.arange(2), (2, 1, 1)))
+    assert not any(modes)
+    assert len(modes) == method.nfe == 23
+    assert method.student.training
+
+
+def test_misuse():
+    with pytest.raises(ValueError, match="method.p_std must be positive, got 0"):
+        module(p_std=0)
