@@ -1,0 +1,68 @@
+"""From a config to objects. The one place that instantiates."""
+
+from typing import Any
+
+import pytorch_lightning as pl
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from callbacks import AtomicCheckpointIO
+from launch.folder import RunFolder
+from launch.processes import choose_strategy, process_count
+from lightning_modules import Method
+from networks.checks import check_counts
+
+
+def build(node: DictConfig | None) -> Any:
+    """The object (or dict of objects) that a config node describes; plain containers only reach constructors."""
+    return instantiate(node, _convert_="all")
+
+
+def check_fit(method: Method, data: Any) -> None:
+    """Errors: ValueError where network and data differ in size or classes, which may show only after training."""
+    network = method.student.network
+    pairs = [("resolution", network.resolution, data.resolution), ("channels", network.in_channels, data.channels)]
+    if data.num_classes:
+        pairs.append(("num_classes", network.num_classes, data.num_classes))
+    if method.teacher is not None:
+        pairs.append(("num_classes in use", method.teacher.num_classes, data.num_classes))
+    for option, ours, theirs in pairs:
+        if ours != theirs:
+            raise ValueError(
+                f"the network has {option}={ours}, the data {data.name} {theirs}: choose a teacher that fits the data"
+            )
+
+
+def build_trainer(config: DictConfig, method: Method, folder: RunFolder) -> pl.Trainer:
+    """A Trainer for endless loaders, in the run folder, with its strategy chosen by the number of processes."""
+    options = dict(build(config.trainer))
+    intervals = ("validate_every_n_steps", "log_every_n_steps")
+    check_counts(**{f"trainer.{key}": options[key] for key in intervals})
+    validate_every = options.pop("validate_every_n_steps")
+    processes = process_count(options["devices"], options["num_nodes"], options["accelerator"])
+    if config.batch_size % processes:
+        raise ValueError(
+            f"batch_size={config.batch_size} can't be shared by the {processes} processes of trainer.devices"
+        )
+    options["strategy"] = choose_strategy(options["strategy"], processes)
+    callbacks = [callback for callback in build(config.callbacks).values() if callback is not None]
+    loggers = [logger for logger in build(config.logger).values() if logger is not None]
+    try:
+        return pl.Trainer(
+            **options,
+            max_steps=method.total_steps,
+            max_epochs=-1,
+            val_check_interval=validate_every,
+            check_val_every_n_epoch=None,
+            limit_val_batches=1.0 if method.monitor else 0,
+            num_sanity_val_steps=0,
+            default_root_dir=folder.path,
+            callbacks=callbacks,
+            logger=loggers,
+            plugins=[AtomicCheckpointIO()],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+    except TypeError as error:  # an unknown option, or one of another type
+        raise ValueError(f"trainer: {error}") from error

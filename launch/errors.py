@@ -1,0 +1,67 @@
+"""Bad input ends in one line on stderr and exit code 1, not in a traceback."""
+
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hydra.errors import CompactHydraException, HydraException
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from omegaconf.errors import OmegaConfBaseException
+
+# What bad input and broken files raise here. A programming error (TypeError, KeyError, ...) keeps its traceback.
+EXPECTED = (
+    ValueError,
+    OSError,
+    FloatingPointError,
+    MisconfigurationException,
+    HydraException,
+    OmegaConfBaseException,
+)
+
+
+# Seconds in which a child process lets the first one speak, which mostly has met the same error and then ends it.
+GRACE = 3
+
+
+class JobFailed(CompactHydraException):
+    """A job of a sweep ended in an error that has been reported already; Hydra exits with code 1 after the last job."""
+
+
+@contextmanager
+def reported(job: str, *, sweep: bool = False) -> Iterator[None]:
+    """Report expected errors in one line naming `job`; exit, or in a sweep let the other jobs go on.
+
+    HYDRA_FULL_ERROR=1 shows the traceback instead.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not expected(error) or os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0"):
+            raise
+        if int(os.environ.get("LOCAL_RANK", 0)):
+            time.sleep(GRACE)
+        print(f"error: {job}: {one_line(error)}", file=sys.stderr, flush=True)
+        if sweep:
+            raise JobFailed(one_line(error)) from None
+        sys.exit(1)
+
+
+def expected(error: Exception) -> bool:
+    # wandb's (no key, no network) by name: importing it takes half a second.
+    return isinstance(error, EXPECTED) or type(error).__module__.startswith("wandb.")
+
+
+def one_line(error: BaseException) -> str:
+    """The innermost message, behind the config key that Hydra or OmegaConf adds to it."""
+    key = re.search(r"full_key: (\S+)", str(error))
+    while isinstance(error, HydraException) and error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).partition("full_key: ")[0].split())
+    if isinstance(error, TypeError) and "argument" not in text:  # a comparison or the like, deep inside
+        text = f"an option has the wrong type ({text})"
+    if isinstance(error, OSError) and error.filename and str(error.filename) not in text:
+        text = f"{text}: {error.filename}"
+    return f"{key[1]}: {text}" if key else text

@@ -1,0 +1,76 @@
+"""A run's folder: its config is written once, and everything after must agree with it."""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from metrics.files import write_file
+from metrics.records import load_records
+from metrics.tables import table
+
+
+class RunFolder:
+    """runs/NAME with config.yaml, checkpoints/, metrics.csv, metrics.json and pictures."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.checkpoints = self.path / "checkpoints"
+        self.last = self.checkpoints / "last.ckpt"
+        self.best = self.checkpoints / "best.ckpt"
+        self.metrics = self.path / "metrics.json"
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    def begun(self) -> bool:
+        """Whether there is training to lose: a folder whose run failed before its first checkpoint may be used again."""
+        return self.last.exists() or self.metrics.exists()
+
+    def complete(self) -> bool:
+        """The final evaluation is written last."""
+        return self.metrics.exists()
+
+    def report(self) -> str:
+        """The table of the final evaluation."""
+        return table(load_records(self.metrics))
+
+    def read_config(self) -> DictConfig:
+        """Errors: FileNotFoundError where the folder holds no run, ValueError for an unreadable config."""
+        if not self.config.is_file():
+            raise FileNotFoundError(f"{self.path} holds no run (no config.yaml); give a folder that train.py made")
+        try:
+            config = OmegaConf.load(self.config)
+        except Exception as error:
+            raise ValueError(f"{self.config} can't be read ({type(error).__name__}); restore or remove it") from error
+        if not isinstance(config, DictConfig):
+            raise ValueError(f"{self.config} is not the config of a run; restore or remove it")
+        return config
+
+    def check(self, config: dict[str, Any]) -> None:
+        """Errors: ValueError where a run with another config is here, showing the first difference with both values."""
+        if not self.begun():
+            return
+        changes = differences(OmegaConf.to_container(self.read_config(), resolve=True), config)
+        if changes:
+            (key, was, now), *others = changes
+            more = f" (also changed: {', '.join(name for name, *_ in others)})" if others else ""
+            raise ValueError(
+                f"this run was started with {key}={was!r}, but this command has {key}={now!r}{more}; "
+                "choose another name=..., or remove the folder"
+            )
+
+    def claim(self, config: dict[str, Any]) -> None:
+        """Write the config of a run that has not begun; that of one that has begun is never touched."""
+        if not self.begun():
+            write_file(self.config, OmegaConf.to_yaml(OmegaConf.create(config)).encode())
+
+
+def differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, old value, new value) of every leaf that differs between two plain configs; absent counts as None."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(k for k in new if k not in old)]
+        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{key}.{k}" if key else str(k))]
+    return [] if old == new else [(key, old, new)]

@@ -1,0 +1,169 @@
+"""What a run or a teacher is worth: samples of fixed seeds -> metrics, a table and pictures."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from callbacks import read_checkpoint, student_state
+from diffusion.seeds import sample_noise
+from diffusion.teacher import Teacher
+from launch.folder import RunFolder
+from lightning_modules import Method
+from metrics.evaluation import check_settings, measure, measure_real
+from metrics.images import to_uint8
+from metrics.pictures import interpolation_strip, nearest, side_by_side
+from metrics.ranks import from_rank_zero, rank_and_world
+from metrics.records import Record, load_records, save_records
+from metrics.reference import Reference, reference_statistics
+from metrics.sampling import Sampler
+
+SETTINGS = {"extractor", "metrics", "num_samples", "blocks", "batch_size"}
+PICTURE_ROWS = 16
+PICTURE_PIXELS = 48
+STRIPS = 4
+NEAREST_AMONG = 50_000  # the first ones of a larger data set
+
+
+class Evaluation:
+    """The settings of one evaluation (conf/evaluation) with the data set's reference: what all subjects share."""
+
+    def __init__(self, settings: dict[str, Any], data: Any, device: torch.device, cache: str | Path = "data"):
+        self.settings = checked(settings)
+        self.extractor = self.settings.pop("extractor").to(device)
+        self.data, self.device = data, device
+        self.cache = Path(cache)
+        needs_rows = bool({"kid", "precision", "recall"}.intersection(self.settings["metrics"]))
+        self.reference: Reference = reference_statistics(
+            data.reference(), self.extractor, self.cache / "statistics", keep_features=needs_rows, device=device
+        )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.data.channels, self.data.resolution, self.data.resolution
+
+    def _common(self, num_classes: int) -> dict[str, Any]:
+        return {
+            "reference": self.reference,
+            "extractor": self.extractor,
+            "num_classes": num_classes,
+            "device": self.device,
+            **self.settings,
+        }
+
+    def run(self, method: Method, name: str, weights: str) -> list[Record]:
+        """Records of a method's teacher, its student and real images, all against the same reference.
+
+        The student's weights are in place already; `weights` is their name (an average's, or "raw").
+        """
+        student = measure(
+            method.sample,
+            name=name,
+            subject="student",
+            nfe=method.nfe,
+            shape=self.shape,
+            weights=weights,
+            teacher=method.teacher.name if method.teacher else None,
+            **self._common(self.data.num_classes),
+        )
+        teacher = self.teacher(method.teacher) if method.teacher else []
+        return teacher + student + self.real()
+
+    def teacher(self, teacher: Teacher, steps: int | None = None) -> list[Record]:
+        """Records of a teacher; kept on disk by all that they depend on, since a sweep asks for the same ones again."""
+        teacher.to(self.device)
+        path = self._teacher_cache(teacher, steps)
+        stored = from_rank_zero(lambda: load_records(path) if path.exists() else None)
+        if stored is not None:
+            return stored
+        records = measure(
+            lambda noise, labels: teacher.sample(noise, labels, steps),
+            name=teacher.name,
+            subject="teacher",
+            nfe=teacher.nfe(steps),
+            shape=self.shape,
+            steps=len(teacher.sigmas(steps)) - 1,
+            solver=teacher.solver_name,
+            **self._common(teacher.num_classes),
+        )
+        from_rank_zero(lambda: save_records(path, records))
+        return records
+
+    def _teacher_cache(self, teacher: Teacher, steps: int | None) -> Path:
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
+        key = {
+            "teacher": teacher.hash,
+            "solver": teacher.solver_name,
+            "sigmas": teacher.sigmas(steps).tolist(),
+            "num_classes": teacher.num_classes,
+            "extractor": self.extractor.hash,
+            "reference": self.reference.hash,
+            "device": device,
+            **self.settings,
+        }
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        return self.cache / "measured" / f"{teacher.name}-{digest}.json"
+
+    def real(self) -> list[Record]:
+        """The floor: real images against all real images."""
+        return measure_real(self.data.reference(), name=self.data.name, **self._common(self.data.num_classes))
+
+    @torch.no_grad()
+    def pictures(self, folder: Path, samplers: dict[str, Sampler]) -> None:
+        """samples.png and interpolation.png in `folder`, of samplers {title: function of (noise, labels)}.
+
+        Rows of samples.png share noise and label; its last column is the real image nearest to the last sampler's.
+        """
+        if rank_and_world()[0] != 0:
+            return
+        scale = max(1, PICTURE_PIXELS // self.data.resolution)
+        seeds = torch.arange(PICTURE_ROWS, device=self.device)
+        noise = sample_noise(seeds, self.shape)
+        # Every class once shows more than drawn labels do.
+        labels = seeds % self.data.num_classes if self.data.num_classes else None
+        columns = {title: to_uint8(sample(noise, labels)).cpu() for title, sample in samplers.items()}
+        packed = self.data.reference()
+        real, _ = packed.fetch(np.arange(min(len(packed), NEAREST_AMONG)))
+        columns["nearest real"] = real[nearest(list(columns.values())[-1], real)]
+        side_by_side(folder / "samples.png", columns, scale)
+        interpolation_strip(
+            folder / "interpolation.png",
+            samplers,
+            seeds[: 2 * STRIPS].reshape(STRIPS, 2),
+            shape=self.shape,
+            num_classes=self.data.num_classes,
+            scale=scale,
+        )
+
+
+def checked(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a final evaluation, without those of measurements on the way; ValueError for impossible ones."""
+    final = {key: value for key, value in settings.items() if key != "training"}
+    if odd := SETTINGS.symmetric_difference(final):
+        raise ValueError(
+            f"evaluation needs {', '.join(sorted(SETTINGS))}; unknown or missing: {', '.join(sorted(odd))}"
+        )
+    check_settings(**{key: value for key, value in final.items() if key != "extractor"})
+    return final
+
+
+def load_student(method: Method, folder: RunFolder, weights: str | None = None, checkpoint: str | None = None) -> str:
+    """Put a run's trained student into `method`; returns the name of the weights taken.
+
+    checkpoint: "last", or "best" by held-out loss (default: best where the method has it). weights: an average's name or
+    "raw" (default: the run's first average).
+    """
+    name = checkpoint or ("best" if method.monitor and folder.best.exists() else "last")
+    state = read_checkpoint(folder.checkpoints / f"{name}.ckpt")
+    method.student.load_state_dict(student_state(state, weights))
+    averages = state.get("callbacks", {}).get("EMA", {}).get("averages", {})
+    return weights or next(iter(averages), "raw")
+
+
+def samplers(method: Method) -> dict[str, Sampler]:
+    """What a run's pictures show: its teacher, if it has one, and its student."""
+    teacher = {"teacher": method.teacher.sample} if method.teacher else {}
+    return teacher | {"student": method.sample}

@@ -1,0 +1,60 @@
+import re
+
+import pytest
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from launch.errors import JobFailed, one_line, reported
+
+
+def strict(size: int) -> int:
+    if size < 1:
+        raise ValueError(f"size must be positive, got {size}")
+    return size
+
+
+def test_expected_errors_become_one_line_and_exit_code_1(capsys):
+    with pytest.raises(SystemExit) as exit_code, reported("runs/a"):
+        raise ValueError("loss is unknown;\n choose l1")
+    assert exit_code.value.code == 1
+    assert capsys.readouterr().err == "error: runs/a: loss is unknown; choose l1\n"
+
+
+def test_a_sweep_goes_on_after_the_message(capsys):
+    with pytest.raises(JobFailed, match="no file"), reported("runs/b", sweep=True):
+        raise FileNotFoundError("no file")
+    assert capsys.readouterr().err == "error: runs/b: no file\n"
+
+
+def test_programming_errors_keep_their_traceback():
+    with pytest.raises(KeyError), reported("runs/c"):
+        {}["x"]
+
+
+def test_the_traceback_can_be_asked_for(monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ValueError, match="shown"), reported("runs/d"):
+        raise ValueError("shown")
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        ({"size": 0}, "method: size must be positive, got 0"),
+        ({"size": 1, "siez": 2}, r"method: .*unexpected keyword argument 'siez'"),
+    ],
+)
+def test_what_a_constructor_raised_is_shown_with_its_key(node, message):
+    config = OmegaConf.create({"method": {"_target_": f"{__name__}.strict", **node}})
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        instantiate(config.method)
+    assert re.search(message, one_line(caught.value))
+    assert "\n" not in one_line(caught.value)
+
+
+def test_the_file_of_a_system_error_is_named(tmp_path):
+    missing = tmp_path / "nothing.txt"
+    with pytest.raises(OSError, match="nothing.txt") as caught:
+        missing.read_text()
+    caught.value.strerror = None
+    assert str(missing) in one_line(caught.value)

@@ -1,0 +1,72 @@
+import pytest
+from omegaconf import OmegaConf
+
+from launch.folder import RunFolder, differences
+from metrics.records import Record, save_records
+
+CONFIG = {"seed": 0, "method": {"lr": 1e-3, "betas": [0.9, 0.999]}}
+
+
+def begun(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.claim(CONFIG)
+    folder.checkpoints.mkdir()
+    folder.last.write_bytes(b"checkpoint")
+    return folder
+
+
+def test_the_config_of_a_run_is_written_once(tmp_path):
+    folder = begun(tmp_path)
+    before = folder.config.read_bytes()
+    folder.check(CONFIG)
+    folder.claim(CONFIG | {"seed": 5})
+    assert folder.config.read_bytes() == before
+    assert OmegaConf.to_container(folder.read_config()) == CONFIG
+
+
+def test_a_changed_config_is_refused_with_both_values(tmp_path):
+    folder = begun(tmp_path)
+    with pytest.raises(ValueError, match=r"started with method.lr=0.001, but this command has method.lr=0.002; choose"):
+        folder.check(CONFIG | {"method": {"lr": 2e-3, "betas": [0.9, 0.999]}})
+    with pytest.raises(ValueError, match=r"seed=0, but this command has seed=1 \(also changed: method.betas, new\)"):
+        folder.check({"seed": 1, "method": {"lr": 1e-3, "betas": [0.9, 0.99]}, "new": 3})
+
+
+def test_a_folder_without_checkpoint_may_be_used_again(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.check(CONFIG)
+    folder.claim(CONFIG)
+    folder.check({"seed": 1})
+    folder.claim({"seed": 1})
+    assert folder.read_config().seed == 1
+
+
+def test_checkpoints_without_config_are_not_taken_over(tmp_path):
+    folder = begun(tmp_path)
+    folder.config.unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no run \(no config.yaml\)"):
+        folder.check(CONFIG)
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2"])
+def test_a_damaged_config_is_named(tmp_path, text):
+    folder = begun(tmp_path)
+    folder.config.write_text(text)
+    with pytest.raises(
+        ValueError, match=r"config.yaml (can't be read|is not the config of a run).*; restore or remove it"
+    ):
+        folder.check(CONFIG)
+
+
+def test_a_run_is_complete_with_its_metrics(tmp_path):
+    folder = begun(tmp_path)
+    assert not folder.complete()
+    save_records(folder.metrics, [Record("run", "fid_digits", "student", 1, 2.5, 0.1, [2.4, 2.6], 100.0)])
+    assert folder.complete()
+    assert "2.50 ± 0.10" in folder.report()
+
+
+def test_differences_reach_into_nested_configs():
+    old = {"a": {"b": 1, "c": {"d": 2}}, "e": [1, 2]}
+    new = {"a": {"b": 1, "c": {"d": 3}}, "e": [1, 2], "f": None, "g": {"h": 1}}
+    assert differences(old, new) == [("a.c.d", 2, 3), ("g", None, {"h": 1})]

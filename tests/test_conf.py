@@ -1,0 +1,57 @@
+"""Every file in conf/ composes, and what it describes can be built."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from launch.build import build, build_trainer
+from launch.folder import RunFolder
+
+CONF = Path(__file__).parent.parent / "conf"
+FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml") if "local" not in path.parts)
+PRIMARY = ("config", "evaluate")
+
+
+@pytest.fixture(autouse=True)
+def _conf():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def override(file: Path) -> list[str]:
+    group, option = "/".join(file.parts[:-1]), file.stem
+    return [f"{group}={option}"] if file.parts[0] != "hydra" else []
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f.stem not in PRIMARY], ids=str)
+def test_every_file_composes_and_builds(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if file == Path("teacher/none.yaml"):
+        assert "name" not in (compose("evaluate", override(file)).teacher or {})
+        return
+    cfg = compose("config", override(file))
+    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    data, method = build(cfg.data), build(cfg.method)
+    assert method.batch_size == data.batch_size == cfg.batch_size
+    assert set(build(cfg.evaluation)) == {"extractor", "metrics", "num_samples", "blocks", "batch_size", "training"}
+    if file == Path("trainer/ddp.yaml"):
+        assert cfg.trainer.accelerator == "gpu"  # only a GPU machine can build it
+        return
+    trainer = build_trainer(cfg, method, RunFolder(cfg.folder))
+    assert trainer.max_steps == method.total_steps
+
+
+@pytest.mark.parametrize("teacher", sorted(p.stem for p in (CONF / "teacher").glob("*.yaml") if p.stem != "none"))
+def test_evaluate_composes_with_every_teacher(teacher):
+    cfg = compose("evaluate", [f"teacher={teacher}"])
+    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    assert cfg.teacher.name == teacher
+
+
+def test_every_key_has_a_comment_near_it():
+    """A newcomer reads the YAML: each file opens with a comment that says what it is."""
+    for file in FILES:
+        if file.parts[0] != "hydra" and file.parts[0] != "callbacks":
+            assert (CONF / file).read_text().startswith("#"), file

@@ -1,0 +1,67 @@
+"""Train a method: compose -> build -> fit -> final evaluation. The same command again resumes.
+
+python train.py method=denoising_student data=digits seed=0
+"""
+
+import os
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from launch.names import register_run_name
+
+# Before torch is loaded: its C++ side warns of what launch/processes.py does on purpose.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+def train(cfg: DictConfig) -> None:
+    # Heavy imports wait until here, so that --help and TAB completion are quick.
+    import pytorch_lightning as pl
+
+    from launch.build import build, build_trainer, check_fit
+    from launch.final import finish
+    from launch.folder import RunFolder
+    from launch.measure import checked
+    from launch.processes import is_rank_zero, one_job
+    from launch.quiet import quiet
+
+    quiet()
+    folder = RunFolder(cfg.folder)
+    config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    del config["folder"]  # a run may be moved
+    folder.check(config)
+    if folder.complete():
+        print(f"{folder.path} is complete:\n\n{folder.report()}\n\nChoose another name=... or seed=... to train again.")
+        return
+    data = build(cfg.data)
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    method = build(cfg.method)
+    # Whatever is wrong shows now, before anything is written, and not after training.
+    check_fit(method, data)
+    training, evaluation = method.training_data(data), checked(build(cfg.evaluation))
+    trainer = build_trainer(cfg, method, folder)
+    with one_job(trainer):
+        if is_rank_zero():
+            folder.claim(config)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(config)
+        resume = folder.last if folder.last.exists() else None
+        trainer.fit(method, training, ckpt_path=resume)
+        finish(method, data, evaluation, folder, trainer.strategy.root_device)
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(cfg: DictConfig) -> None:
+    from launch.errors import reported
+
+    hydra_config = HydraConfig.get()
+    cfg.folder = os.path.relpath(hydra_config.runtime.output_dir)
+    with reported(cfg.folder, sweep=hydra_config.mode == RunMode.MULTIRUN):
+        train(cfg)
+
+
+if __name__ == "__main__":
+    register_run_name()
+    main()
