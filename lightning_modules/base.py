@@ -86,7 +86,9 @@ class Method(pl.LightningModule):
             self.student.train(training)
 
     def adam(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.Adam(parameters, lr=self.lr, betas=self.betas)
+        # Lightning can't clip the gradients of a fused optimiser under mixed precision.
+        fused = not self.trainer.gradient_clip_val
+        return torch.optim.Adam(parameters, lr=self.lr, betas=self.betas, fused=fused)
 
     def configure_optimizers(self) -> Any:
         return self.adam(self.student.parameters())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +33,8 @@ def save_weights(path: str | Path, state_dict: Mapping[str, Tensor], card: dict,
     new_weights, new_card = (p.with_name(f"{p.name}.{os.getpid()}.tmp") for p in (path, card_path))
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in state_dict.items()}, new_weights)
+        # Not save_file, which makes files that only their owner can read.
+        new_weights.write_bytes(save({name: t.detach().cpu().contiguous() for name, t in state_dict.items()}))
         new_card.write_text(json.dumps({**card, "sha256": _hash_file(new_weights)}, indent=2) + "\n")
         os.replace(new_card, card_path)
         os.replace(new_weights, path)
