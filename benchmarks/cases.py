@@ -1,0 +1,70 @@
+"""What is trained for the benchmarks: the default config, and the same at CIFAR-10 size."""
+
+from dataclasses import dataclass
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from benchmarks.measuring import ROOT
+from networks.weights import find_weights
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network to train and how long to watch it.
+
+    overrides: on the default config. pair_steps: solver steps behind the stored pairs (None: the teacher's own).
+    warmup: steps before the first figure. window: steps behind one figure, a multiple of trainer.log_every_n_steps, so
+    that each figure has its share of logging. rounds: figures. sampling_rounds: the same for sampling.
+    """
+
+    title: str
+    overrides: tuple[str, ...] = ()
+    pair_steps: int | None = None
+    warmup: int = 20
+    window: int = 20
+    rounds: int = 11
+    sampling_rounds: int = 5
+
+
+DIGITS = Case("digits, as in conf/")
+# EDM's DDPM++ for CIFAR-10 (arXiv 2206.00364, table 7), unconditional. The student has no dropout: the method is so.
+CIFAR10 = Case(
+    "EDM CIFAR-10 architecture (DDPM++), random weights",
+    overrides=(
+        "batch_size=4",
+        "data.resolution=32",
+        "data.channels=3",
+        "data.num_classes=0",
+        "teacher.name=cifar10_random",
+        "teacher.weights=null",
+        "teacher.sha256=null",
+        "teacher.network.model_channels=128",
+        "teacher.network.channel_mult=[2,2,2]",
+        "teacher.network.num_blocks=4",
+        "teacher.network.attn_resolutions=[16]",
+        "teacher.network.dropout=0.13",
+        "teacher.network.label_dropout=0",
+        "teacher.steps=18",
+    ),
+    pair_steps=1,
+    warmup=10,
+    window=10,
+    rounds=5,
+    sampling_rounds=3,
+)
+
+
+def compose_config(case: Case, folder: str) -> DictConfig:
+    """The config of `python train.py` in `folder`, without what is no part of a step and without the user's conf/local."""
+    left_out = [f"callbacks.{name}=null" for name in ("grid", "metrics", "curves")]
+    places = [f"folder={folder}/run", f"data.root={folder}", f"method.store={folder}/pairs", "~local"]
+    # Without a ramp of the learning rate the bare loop's losses can be compared with the framework's.
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", [*left_out, *places, "method.warmup_kimg=0", *case.overrides])
+    if cfg.teacher.weights is not None:
+        try:
+            find_weights(cfg.teacher.weights)
+        except FileNotFoundError:
+            cfg.teacher.weights = cfg.teacher.sha256 = None
+    return cfg

@@ -1,0 +1,83 @@
+"""Images/s of the loader on synthetic 64x64 images, beside a DataLoader that fetches item by item."""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.measuring import clock, summary
+from datamodules.base import ImageDataModule
+from datamodules.packing import PackedImages, pack
+
+_CHUNK = 1000
+
+
+class Synthetic(ImageDataModule):
+    """`count` images of random pixels, with labels."""
+
+    def __init__(self, root: str, count: int, batch_size: int):
+        super().__init__("synthetic", root, batch_size=batch_size, resolution=64, channels=3, num_classes=10)
+        self.count = count
+
+    def convert(self, folder: Path) -> None:
+        shape, generator = (self.channels, self.resolution, self.resolution), np.random.default_rng(0)
+        sizes = (min(_CHUNK, self.count - start) for start in range(0, self.count, _CHUNK))
+        chunks = (generator.integers(0, 256, (size, *shape), np.uint8) for size in sizes)
+        labels = generator.integers(0, self.classes, self.count)
+        meta = {"name": self.name, "classes": self.classes, "source": "random pixels", "preprocessing": "none"}
+        pack(folder, chunks, self.count, shape, labels=labels, meta=meta)
+
+
+class PerItem(Dataset):
+    """The same memory map, one image at a time."""
+
+    def __init__(self, packed: PackedImages):
+        self.images, self.labels = packed.images, packed.labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.from_numpy(np.array(self.images[index])), self.labels[index]
+
+
+def measure(count: int = 20_000, batch_size: int = 64, rounds: int = 7) -> dict[str, Any]:
+    """Images/s over about an epoch at a time, the loaders in turn; the first epochs, which map the pages, don't count."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batches = count // batch_size
+    with TemporaryDirectory(prefix="stillhouse-benchmark-") as folder:
+        data = Synthetic(folder, count, batch_size)
+        packed = data.reference()
+        endless, decoded = iter(data.train_dataloader()), iter(data.train_dataloader())
+        per_item = DataLoader(PerItem(packed), batch_size, shuffle=True, generator=torch.Generator().manual_seed(0))
+
+        def on_device(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            return data.on_after_batch_transfer(data.transfer_batch_to_device(batch, device, 0), 0)
+
+        sources: dict[str, Callable[[], Iterator]] = {
+            "images_per_second": lambda: endless,
+            "decoded_images_per_second": lambda: map(on_device, decoded),
+            "per_item_images_per_second": lambda: iter(per_item),
+        }
+        rates: dict[str, list[float]] = {name: [] for name in sources}
+        for _ in range(1 + rounds):
+            for name, source in sources.items():
+                begun = clock(device)
+                seen = sum(1 for _ in islice(source(), batches))
+                rates[name].append(seen * batch_size / (clock(device) - begun))
+    kept = {name: values[1:] for name, values in rates.items()}
+    ratios = zip(kept["images_per_second"], kept["per_item_images_per_second"], strict=True)
+    return {
+        "title": f"loader, {count:,} shuffled images of 3x64x64 uint8",
+        "device": str(device),
+        "images": count,
+        "batch_size": batch_size,
+        **{name: summary(values) for name, values in kept.items()},
+        "over_per_item": summary([ours / theirs for ours, theirs in ratios]),
+    }

@@ -1,0 +1,97 @@
+"""Prints how fast the framework is, and what it adds to a bare PyTorch loop of the same computation.
+
+python -m benchmarks.run [--only digits|cifar10|loader] [--record]
+"""
+
+import argparse
+import json
+import shlex
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from benchmarks import loader, training
+from benchmarks.cases import CIFAR10, DIGITS
+from benchmarks.measuring import ROOT, commit, machine, slug
+from metrics.files import write_file
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "digits": lambda: training.measure(DIGITS),
+    "cifar10": lambda: training.measure(CIFAR10),
+    "loader": loader.measure,
+}
+RESULTS = ROOT / "results"
+
+# (what the reader sees, key of the record, format of its numbers, unit)
+_ROWS = (
+    ("training step, framework", "seconds_per_step", ".4g", "s"),
+    ("training step, bare PyTorch loop", "bare_seconds_per_step", ".4g", "s"),
+    ("overhead of the framework", "overhead", "+.1%", ""),
+    ("writing a checkpoint", "checkpoint_seconds", ".3g", "s"),
+    ("teacher", "teacher_samples_per_second", ",.4g", "samples/s"),
+    ("student", "student_samples_per_second", ",.4g", "samples/s"),
+    ("student over teacher", "speed_up", ".3g", "times"),
+    ("loader", "images_per_second", ",.0f", "images/s"),
+    ("loader, on the device as floats", "decoded_images_per_second", ",.0f", "images/s"),
+    ("DataLoader, item by item", "per_item_images_per_second", ",.0f", "images/s"),
+    ("loader over DataLoader", "over_per_item", ".3g", "times"),
+)
+
+
+def table(result: dict[str, Any]) -> str:
+    """A part's figures for people: median (least .. greatest)."""
+    lines = [result["title"], f"  {_conditions(result)}"]
+    for label, key, form, unit in _ROWS:
+        if key in result:
+            median, least, greatest = (format(result[key][k], form) for k in ("median", "min", "max"))
+            lines.append(f"  {label:<34}{median:>9} {unit:<11}({least} .. {greatest})")
+    if "checkpoint_every_n_steps" in result:
+        every, share = result["checkpoint_every_n_steps"], result["checkpoint_share_of_step"]
+        lines.append(f"  A checkpoint every {every} steps, not in the figures above, adds {share:.1%} to a step.")
+    return "\n".join(lines)
+
+
+def _conditions(result: dict[str, Any]) -> str:
+    facts = [result["device"], f"batch {result['batch_size']}"]
+    if "parameters" in result:
+        facts += [
+            f"{result['parameters'] / 1e6:.3g} M parameters",
+            f"teacher {result['teacher_weights']} ({result['teacher_solver']}, NFE {result['teacher_nfe']})",
+            f"pairs {result['pairs']}",
+        ]
+    return ", ".join(facts)
+
+
+def record(results: dict[str, dict[str, Any]], folder: Path) -> Path:
+    """Write the parts measured now into the machine's file; other parts stay there as they were."""
+    path = folder / f"benchmarks-{slug(next(iter(results.values()))['machine'])}.json"
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    write_file(path, (json.dumps(stored | results, indent=1) + "\n").encode())
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=PARTS, help="one part alone")
+    parser.add_argument("--record", action="store_true", help="also write results/benchmarks-MACHINE.json")
+    options = parser.parse_args(arguments)
+    chosen = [options.only] if options.only else list(PARTS)
+    only = ["--only", options.only] if options.only else []
+    command = shlex.join(["python", "-m", "benchmarks.run", *only, *(["--record"] if options.record else [])])
+
+    here = machine()
+    threads = f"{here['cores']} cores, {here['threads']} torch threads"
+    print(f"{here['cpu']}, {threads}, {here['gpu'] or 'no GPU'}, torch {here['torch']}, load {here['load']}")
+    print("Each figure: median (least .. greatest).", flush=True)
+    results = {}
+    for name in chosen:
+        when = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        results[name] = {"date": when, "commit": commit(), "command": command, "machine": machine(), **PARTS[name]()}
+        print(f"\n{table(results[name])}", flush=True)
+    if options.record:
+        print(f"\n{record(results, RESULTS)} written")
+
+
+if __name__ == "__main__":
+    main()
