@@ -4,6 +4,7 @@ import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -34,12 +35,14 @@ class JobFailed(CompactHydraException):
 def reported(job: str, *, sweep: bool = False) -> Iterator[None]:
     """Report expected errors in one line naming `job`; exit, or in a sweep let the other jobs go on.
 
-    HYDRA_FULL_ERROR=1 shows the traceback instead.
+    Other errors keep their traceback, and with HYDRA_FULL_ERROR=1 so do these.
     """
     try:
         yield
     except Exception as error:
         if not expected(error) or os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0"):
+            if sweep:  # Hydra shows the error of the first failed job alone, and after the last job
+                traceback.print_exc()
             raise
         if int(os.environ.get("LOCAL_RANK", 0)):
             time.sleep(GRACE)

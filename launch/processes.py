@@ -2,7 +2,9 @@
 
 import os
 import re
+import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import read_write
 
+from launch.errors import GRACE
 from networks.checks import check_counts
 
 _DDP_ENVIRONMENT = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -49,23 +52,36 @@ def is_rank_zero() -> bool:
 def children_ended(launcher: Any) -> Iterator[None]:
     """After the block no process that Lightning's `launcher` started runs any more; where the block failed, by a kill.
 
-    Its list of them is emptied: the thread that watches it would end this process, hence a whole sweep, for a failed child.
+    Errors: ChildProcessError where a child failed by itself. A collective then fails here too, but says only that it did.
     """
+    children: list[subprocess.Popen] = []
     try:
         yield
-    except BaseException:
-        for child in getattr(launcher, "procs", []):
+        children = _released(launcher)
+        codes = [child.wait() for child in children]
+    except BaseException as error:
+        children = children or _released(launcher)
+        collective = isinstance(error, RuntimeError) and bool(children)  # perhaps: then a child ends soon
+        patience = time.monotonic() + GRACE + 2
+        while collective and time.monotonic() < patience and not any(child.poll() for child in children):
+            time.sleep(0.05)
+        codes = [child.poll() for child in children]
+        for child in children:
             child.kill()
-        raise
-    else:
-        codes = [child.wait() for child in getattr(launcher, "procs", [])]
-        if any(codes):
-            raise ChildProcessError(f"processes of this run ended with exit codes {codes}; see their messages above")
-    finally:
-        for child in getattr(launcher, "procs", []):
             child.wait()
-        if hasattr(launcher, "procs"):
-            launcher.procs.clear()
+        if not (collective and any(codes)):
+            raise
+    if any(codes):
+        failed = ", ".join(f"{rank} (exit code {code})" for rank, code in enumerate(codes, start=1) if code)
+        raise ChildProcessError(f"another process of this run failed, see its message above: rank {failed}")
+
+
+def _released(launcher: Any) -> list[subprocess.Popen]:
+    """The launcher's children; Lightning's thread that would end this process, hence a sweep, for a failed one lets go."""
+    watched = getattr(launcher, "procs", [])
+    children = list(watched)
+    watched.clear()
+    return children
 
 
 @contextmanager

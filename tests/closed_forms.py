@@ -1,5 +1,6 @@
 """Denoisers that are known exactly: the truth that solvers, preconditionings and methods are tested against."""
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
@@ -99,3 +100,20 @@ def exact_teacher(mixture: Mixture | None = None, steps: int = 16, **options) ->
     """An EDM teacher of the mixture with images of shape (2, 1, 1)."""
     network = Corrected(ExactNetwork("edm", mixture or Mixture()))
     return Teacher("mixture", network, P.EDM(), karras, steps=steps, **options)
+
+
+def fit(module: pl.LightningModule, data: pl.LightningDataModule) -> pl.Trainer:
+    """Train a method for its whole budget with nothing around it."""
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=module.total_steps,
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(module, module.training_data(data))
+    return trainer

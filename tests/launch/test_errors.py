@@ -26,9 +26,25 @@ def test_a_sweep_goes_on_after_the_message(capsys):
     assert capsys.readouterr().err == "error: runs/b: no file\n"
 
 
+def test_errors_of_lightnings_and_wandbs_own_kinds_are_expected(capsys):
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException
+    from wandb.errors import UsageError
+
+    for error in (MisconfigurationException("no gpu"), UsageError("no key")):
+        with pytest.raises(SystemExit), reported("runs/a"):
+            raise error
+    assert capsys.readouterr().err == "error: runs/a: no gpu\nerror: runs/a: no key\n"
+
+
 def test_programming_errors_keep_their_traceback():
     with pytest.raises(KeyError), reported("runs/c"):
         {}["x"]
+
+
+def test_in_a_sweep_each_jobs_traceback_is_shown(capsys):
+    with pytest.raises(KeyError), reported("runs/c", sweep=True):
+        {}["x"]
+    assert "KeyError: 'x'" in capsys.readouterr().err
 
 
 def test_the_traceback_can_be_asked_for(monkeypatch):
@@ -42,6 +58,7 @@ def test_the_traceback_can_be_asked_for(monkeypatch):
     [
         ({"size": 0}, "method: size must be positive, got 0"),
         ({"size": 1, "siez": 2}, r"method: .*unexpected keyword argument 'siez'"),
+        ({"size": "x"}, r"method: an option has the wrong type \('<' not supported between"),
     ],
 )
 def test_what_a_constructor_raised_is_shown_with_its_key(node, message):

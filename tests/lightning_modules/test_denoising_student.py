@@ -1,8 +1,7 @@
 import pytest
-import pytorch_lightning as pl
 import torch
 
-from closed_forms import Corrected, ExactNetwork, Mixture, exact_teacher
+from closed_forms import Corrected, ExactNetwork, Mixture, exact_teacher, fit
 from diffusion.preconditioning import Epsilon, ResidualEpsilon
 from diffusion.schedules import ddim_quadratic
 from diffusion.seeds import HELD_OUT_SEEDS, sample_noise
@@ -23,23 +22,6 @@ def method(tmp_path, teacher=None, **options):
     )
 
 
-def fit(module, **options):
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_steps=module.total_steps,
-        max_epochs=-1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        use_distributed_sampler=False,
-        **options,
-    )
-    trainer.fit(module, module.training_data(None))
-    return trainer
-
-
 def held_out_error(module):
     noise = sample_noise(torch.arange(HELD_OUT_SEEDS, HELD_OUT_SEEDS + 512), (2, 1, 1))
     return (module.sample(noise) - module.teacher.sample(noise)).square().flatten(1).sum(1).mean().item()
@@ -50,7 +32,7 @@ def test_it_learns_the_exact_teachers_map(tmp_path, loss):
     """The untrained student returns the data mean; trained, under a tenth of that error is left on unseen noise."""
     module = method(tmp_path, loss=loss)
     before = held_out_error(module)
-    trainer = fit(module)
+    trainer = fit(module, None)
     assert trainer.global_step == module.total_steps == 313
     assert held_out_error(module) < 0.1 * before
 
@@ -65,7 +47,7 @@ def test_it_learns_from_an_eps_teacher_in_residual_form(tmp_path):
     expected = noise - network(noise, torch.full((64,), 999.0))
     torch.testing.assert_close(module.sample(noise), expected, rtol=0, atol=1e-4)
     before = held_out_error(module)
-    fit(module)
+    fit(module, None)
     assert held_out_error(module) < 0.1 * before
 
 
@@ -109,7 +91,7 @@ def test_target_noise_changes_the_loss_by_its_variance_alone(tmp_path):
 def test_only_the_student_is_trained_and_stored(tmp_path):
     module = method(tmp_path, kimg=1)
     before = module.teacher.hash
-    fit(module)
+    fit(module, None)
     module.teacher._hash = None
     assert module.teacher.hash == before
     assert all(key.startswith("student.") for key in module.state_dict())
