@@ -62,7 +62,7 @@ def children_ended(launcher: Any) -> Iterator[None]:
     except BaseException as error:
         children = children or _released(launcher)
         collective = isinstance(error, RuntimeError) and bool(children)  # perhaps: then a child ends soon
-        patience = time.monotonic() + GRACE + 2
+        patience = time.monotonic() + GRACE + 5
         while collective and time.monotonic() < patience and not any(child.poll() for child in children):
             time.sleep(0.05)
         codes = [child.poll() for child in children]

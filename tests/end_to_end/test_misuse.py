@@ -1,0 +1,233 @@
+"""Bad input and broken files: one clear line that names the thing and the way out, exit code 1, nothing overwritten."""
+
+import os
+import shutil
+from collections import namedtuple
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from end_to_end_tools import (
+    PRETRAIN,
+    RUN,
+    STUDENT,
+    assert_same_run,
+    copied,
+    die,
+    in_call,
+    leaves,
+    read_checkpoint,
+    snapshot,
+    train,
+    with_data,
+)
+from safetensors.torch import load_file, save_file
+
+STEP = "lightning_modules:DenoisingStudent.training_step"
+
+
+@pytest.fixture(scope="module")
+def folder(finished, tmp_path_factory):
+    """A complete run, which no misuse may change."""
+    return copied(finished, tmp_path_factory.mktemp("misuse"))
+
+
+# -- options ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("method=denoising_studnet", ["Could not find 'method/denoising_studnet'", "denoising_student", "pretrain"]),
+        ("data=digist", ["Could not find 'data/digist'", "digits"]),
+        ("method.los=l1", ["Could not override 'method.los'", "Key 'los' is not in struct"]),
+        ("trainer.devces=2", ["Could not override 'trainer.devces'"]),
+    ],
+)
+def test_unknown_options_and_keys(folder, options, message):
+    before = snapshot(folder)
+    train(folder, *STUDENT, *options.split()).refused_by_hydra(*message)
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        # unknown to a constructor
+        ("+method.foo=1", ["method: ", "unexpected keyword argument 'foo'"]),
+        ("+teacher.network.foo=1", ["method.teacher.network: ", "unexpected keyword argument 'foo'"]),
+        ("+trainer.foo=1", ["trainer: ", "unexpected keyword argument 'foo'"]),
+        ("+evaluation.foo=1", ["evaluation needs", "unknown or missing: foo"]),
+        # the wrong type
+        ("method.lr=fast", ["lr must be a positive number, got 'fast'"]),
+        ("method.betas=[0.9]", ["method.betas must be two numbers in [0, 1), got [0.9]"]),
+        ("method.pairs=many", ["pairs must be an integer of at least 1, got 'many'"]),
+        ("method.target_noise=some", ["method.target_noise", "'some'"]),
+        ("batch_size=abc", ["batch_size must be an integer of at least 1, got 'abc'"]),
+        ("seed=first", ["seed must be an integer of at least 0, got 'first'"]),
+        ("trainer.devices=x", ["trainer.devices='x': give a positive number"]),
+        ("trainer.num_nodes=x", ["trainer.num_nodes must be an integer of at least 1, got 'x'"]),
+        ("trainer.log_every_n_steps=x", ["trainer.log_every_n_steps must be an integer of at least 1, got 'x'"]),
+        ("callbacks.checkpoints.every_n_steps=x", ["callbacks.checkpoints: ", "type"]),
+        ("evaluation.num_samples=x", ["num_samples=x", "at least 10 samples"]),
+        # values that cannot be
+        ("method.loss=l9", ["method.loss='l9' is unknown; choose one of l1, l2"]),
+        (
+            "trainer.validate_every_n_steps=0",
+            ["trainer.validate_every_n_steps must be an integer of at least 1, got 0"],
+        ),
+        ("trainer.precision=12", ["Precision 12 is invalid", "32-true"]),
+        ("trainer.accelerator=abacus", ["accelerator='abacus'", "cpu"]),
+        ("batch_size=15 trainer.devices=2", ["batch_size=15", "2 processes of trainer.devices"]),
+        ("teacher.solver=dpm", ["teacher.solver='dpm' is unknown; choose one of euler, heun"]),
+        # values that do not fit together, which would show only after training
+        ("teacher.network.num_classes=3", ["num_classes=3", "digits 10"]),
+        ("teacher.conditional=false", ["num_classes in use=0", "digits 10"]),
+        ("data.resolution=16 teacher.network.resolution=8", ["resolution=8", "digits 16"]),
+        ("evaluation.metrics=[fid,lpips]", ["metrics lpips are unknown; choose among fid"]),
+        # weights
+        ("teacher.weights=nothing.safetensors", ["no weights at", "nothing.safetensors", "method=pretrain"]),
+        ("teacher.weights=pretrained/digits_classifier.safetensors", ["does not fit this SongUNet", "missing: "]),
+    ],
+)
+def test_wrong_options(folder, options, message):
+    """Under a new name, so that it is not the changed config that is refused."""
+    before = snapshot(folder)
+    named = [option for option in STUDENT if not option.startswith("name=")]
+    train(folder, *named, "name=new", *options.split()).refused("error: runs/new: ", *message)
+    assert snapshot(folder) == before
+    shutil.rmtree(folder / "runs" / "new", ignore_errors=True)
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def truncated(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def damaged(path: Path) -> None:
+    """One bit is another one."""
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+
+
+def of_another_shape(path: Path) -> None:
+    state = load_file(path)
+    name = max(state, key=lambda key: state[key].numel())
+    save_file(state | {name: state[name][:-1].clone()}, path)
+
+
+def with_a_function(path: Path) -> None:
+    torch.save(read_checkpoint(path) | {"extra": os.system}, path)
+
+
+def not_json(path: Path) -> None:
+    path.write_text("{")
+
+
+WAY_OUT = ["put an older copy back, or remove last.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "breakage", "options", "message"),
+    [
+        ("runs/run/checkpoints/last.ckpt", truncated, (), ["damaged or cut short", *WAY_OUT]),
+        ("runs/run/checkpoints/last.ckpt", damaged, (), ["damaged or cut short", *WAY_OUT]),
+        ("runs/run/checkpoints/last.ckpt", with_a_function, (), ["holds objects other than tensors", *WAY_OUT]),
+        ("runs/run/config.yaml", not_json, (), ["can't be read", "restore or remove it"]),
+        ("data/trajectories/*/shard-00000.npy", truncated, ("name=new",), ["delete this file and run again"]),
+        ("data/digits/images.npy", truncated, ("name=new",), ["delete the folder data/digits and run again"]),
+        ("data/digits/meta.json", not_json, ("name=new",), ["delete the folder data/digits and run again"]),
+        ("runs/run/student.safetensors", truncated, ("name=new", "teacher.weights={}"), ["damaged, cut short"]),
+        ("runs/run/student.safetensors", of_another_shape, ("name=new", "teacher.weights={}"), ["of another shape"]),
+        ("data/statistics/*.npz", truncated, ("name=new",), ["data/statistics/"]),
+    ],
+)
+def test_broken_files(finished, tmp_path, pattern, breakage, options, message):
+    """The file is named, and it and everything else that the run had stay as they were."""
+    copied(finished, tmp_path)
+    (tmp_path / RUN / "metrics.json").unlink()  # the run is not complete
+    path = sorted(tmp_path.glob(pattern))[0]
+    breakage(path)
+    before = snapshot(tmp_path)
+    replaced = {option.partition("=")[0] for option in options}
+    kept = [option for option in STUDENT if option.partition("=")[0] not in replaced]
+    ended = train(tmp_path, *kept, *(option.format(path) for option in options))
+    ended.refused(str(path.relative_to(tmp_path)), *message)
+    assert before.items() <= snapshot(tmp_path).items()
+    assert not list((tmp_path / "runs").rglob("metrics.json"))
+
+
+def test_checkpoints_without_their_config_are_not_taken_over(finished, tmp_path):
+    copied(finished, tmp_path)
+    (tmp_path / RUN / "config.yaml").unlink()
+    before = snapshot(tmp_path)
+    train(tmp_path, *STUDENT).refused("runs/run holds no run (no config.yaml)")
+    assert snapshot(tmp_path) == before
+
+
+# -- a disk that is full ----------------------------------------------------------------------------------------------
+
+
+def nearly_full(free):
+    usage = namedtuple("usage", "total used free")
+    shutil.disk_usage = lambda path: usage(10**9, 10**9 - free, free)
+
+
+def test_pairs_that_do_not_fit_are_not_begun(finished, tmp_path):
+    with_data(finished, tmp_path, "trajectories")
+    before = snapshot(tmp_path)
+    ended = train(tmp_path, *STUDENT, before=partial(nearly_full, 60_000))
+    ended.refused("disk too small for data/trajectories/", "needed 65.7 kB, free 60 kB", "free space")
+    assert before.items() <= snapshot(tmp_path).items()
+    assert not (tmp_path / "data" / "trajectories").exists()
+
+
+def killed(original, *args, **kwargs):
+    die()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_checkpoint_that_does_not_fit_leaves_the_earlier_one(finished, tmp_path):
+    with_data(finished, tmp_path)
+    train(tmp_path, *STUDENT, before=partial(in_call, STEP, 8, killed)).killed()
+    last = tmp_path / RUN / "checkpoints" / "last.ckpt"
+    (last.parent / "last.ckpt.tmp").symlink_to("/dev/full")  # what is written to it meets a full disk
+    before = last.read_bytes()
+    message = "cannot write the checkpoint", "No space left", "the previous one is intact", "Make room and run again"
+    train(tmp_path, *STUDENT).refused("runs/run/checkpoints/last.ckpt", *message)
+    assert last.read_bytes() == before
+    train(tmp_path, *STUDENT).ok()
+    assert_same_run(tmp_path / RUN, finished / RUN)
+
+
+# -- a loss that is no number -----------------------------------------------------------------------------------------
+
+
+def not_a_number(original, *args):
+    return original(*args) * float("nan")
+
+
+def test_nan_stops_and_the_last_good_checkpoint_stays(finished, tmp_path):
+    with_data(finished, tmp_path)
+    ended = train(tmp_path, *STUDENT, before=partial(in_call, STEP, 8, not_a_number))
+    good = "The last good checkpoint is runs/run/checkpoints/last.ckpt"
+    ended.refused("the loss became NaN within steps 7 to 9", good, "Try a lower method.lr", "new run name")
+    checkpoint = read_checkpoint(tmp_path / RUN / "checkpoints" / "last.ckpt")
+    assert checkpoint["global_step"] == 6
+    assert all(v.isfinite().all() for v in leaves(checkpoint).values() if isinstance(v, torch.Tensor))
+    assert not (tmp_path / RUN / "metrics.json").exists()
+    train(tmp_path, *STUDENT).ok()  # this time without: it goes on from there
+    assert_same_run(tmp_path / RUN, finished / RUN)
+
+
+@pytest.mark.parametrize("options", [STUDENT, PRETRAIN], ids=["student", "pretrain"])
+def test_a_learning_rate_that_explodes(finished, tmp_path, options):
+    with_data(finished, tmp_path)
+    train(tmp_path, *options, "method.lr=1e30").refused("steps 1 to 3", "lower method.lr")
+    assert not list((tmp_path / RUN).rglob("*.ckpt*"))

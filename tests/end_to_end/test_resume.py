@@ -1,0 +1,155 @@
+"""A run that is killed at any moment and started again ends as one that was left alone: bit for bit."""
+
+import io
+import os
+import time
+from functools import partial
+
+import pytest
+from end_to_end_tools import (
+    PRETRAIN,
+    RUN,
+    STUDENT,
+    assert_same_run,
+    die,
+    find,
+    in_call,
+    read_csv,
+    snapshot,
+    start,
+    train,
+    with_data,
+)
+
+OPTIONS = (
+    *STUDENT,
+    "method.target_noise=0.1",  # else a step of this method draws no random numbers
+    "method.lr=0.1",  # so fast that the held-out loss is best at step 8 and worse at step 12
+    "callbacks.ema.averages=[{decay:0.5},{halflife_kimg:1,rampup_ratio:0.05}]",
+)
+STEP = "lightning_modules:DenoisingStudent.training_step"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    train(folder, *OPTIONS).ok()
+    scores = [float(row["heldout/loss"]) for row in read_csv(folder / RUN / "metrics.csv") if row["heldout/loss"]]
+    assert min(scores) == scores[1]
+    return folder
+
+
+def slowed(seconds):
+    owner, name = find(STEP)
+    original = getattr(owner, name)
+
+    def slow(*args, **kwargs):
+        time.sleep(seconds)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, slow)
+
+
+def killed(original, *args, **kwargs):
+    die()
+
+
+def killed_after(original, *args, **kwargs):
+    original(*args, **kwargs)
+    die()
+
+
+def killed_half_way(original, content, file, *args, **kwargs):
+    """Half of a checkpoint is on disk."""
+    buffer = io.BytesIO()
+    original(content, buffer, *args, **kwargs)
+    file.write(buffer.getvalue()[: buffer.tell() // 2])
+    file.flush()
+    os.fsync(file.fileno())
+    die()
+
+
+def left_out(original, *args):
+    pass
+
+
+def of_checkpoint(source, target):
+    return str(target).endswith(".ckpt")
+
+
+def test_killed_twice_at_arbitrary_steps(uninterrupted, tmp_path):
+    with_data(uninterrupted, tmp_path)
+    for step in (5, 10):
+        running = start(tmp_path, "train.py", *OPTIONS, before=partial(slowed, 0.05))
+        path = tmp_path / RUN / "metrics.csv"
+        while running.code is None and not (path.exists() and len(read_csv(path)) >= step):
+            time.sleep(0.01)
+        running.kill().killed()
+    assert not (tmp_path / RUN / "metrics.json").exists()
+    assert "is complete" not in train(tmp_path, *OPTIONS).ok().out
+    assert_same_run(tmp_path / RUN, uninterrupted / RUN)
+
+
+# Checkpoints are renamed in this order: last at step 3, best at 4, last at 6, best at 8, last at 9, 12 and 13.
+@pytest.mark.parametrize(
+    ("target", "number", "act", "when"),
+    [
+        pytest.param(STEP, 1, killed, None, id="first step"),
+        pytest.param("lightning_modules:DenoisingStudent.validation_step", 2, killed, None, id="validation"),
+        pytest.param("torch:save", 3, killed_half_way, None, id="half a checkpoint"),
+        pytest.param("os:replace", 4, killed_after, of_checkpoint, id="best newer than last"),
+        pytest.param("os:replace", 6, killed, of_checkpoint, id="last newer than best"),
+    ],
+)
+def test_killed(uninterrupted, tmp_path, target, number, act, when):
+    with_data(uninterrupted, tmp_path)
+    train(tmp_path, *OPTIONS, before=partial(in_call, target, number, act, when)).killed()
+    train(tmp_path, *OPTIONS).ok()
+    assert_same_run(tmp_path / RUN, uninterrupted / RUN)
+
+
+def test_killed_in_the_final_evaluation(uninterrupted, tmp_path):
+    """There is last.ckpt and no metrics.json: the run goes on, and trains no step again."""
+    with_data(uninterrupted, tmp_path)
+    train(tmp_path, *OPTIONS, before=partial(in_call, "launch.final:save_records", 1, killed)).killed()
+    trained = {name: state for name, state in snapshot(tmp_path / RUN).items() if "ckpt" in name or "csv" in name}
+    assert len(trained) == 3
+    train(tmp_path, *OPTIONS, before=partial(in_call, STEP, 1, killed)).ok()
+    assert trained.items() <= snapshot(tmp_path / RUN).items()
+    assert_same_run(tmp_path / RUN, uninterrupted / RUN)
+
+
+def test_killed_while_pairs_are_made(uninterrupted, tmp_path):
+    """The training pairs stay, of the held-out ones nothing is left but a temporary file, which is swept away."""
+    solve = "datamodules:TrajectoryStore._solve"  # 4 batches for each of the two shards
+    for number in (2, 7):
+        train(tmp_path, *OPTIONS, before=partial(in_call, solve, number, killed)).killed()
+    store = tmp_path / "data" / "trajectories"
+    shards = [path.name for path in store.rglob("shard*")]
+    assert sorted(name.partition(".tmp")[0] for name in shards) == ["shard-00000.npy"] * 2
+    assert "shard-00000.npy" in shards
+    made = {name: state for name, state in snapshot(store).items() if name.endswith(".npy")}
+    assert len(made) == 1
+    train(tmp_path, *OPTIONS).ok()
+    assert made.items() <= snapshot(store).items()
+    for path in (uninterrupted / "data" / "trajectories").rglob("*.npy"):
+        assert (store / path.relative_to(uninterrupted / "data" / "trajectories")).read_bytes() == path.read_bytes()
+    assert not list(store.rglob("*.tmp*"))
+    assert_same_run(tmp_path / RUN, uninterrupted / RUN)
+
+
+def test_training_a_teacher_resumes_too(uninterrupted, tmp_path):
+    alone, killed_once = (with_data(uninterrupted, tmp_path / name) for name in ("alone", "killed"))
+    train(alone, *PRETRAIN).ok()
+    step = "lightning_modules:Pretrain.training_step"
+    train(killed_once, *PRETRAIN, before=partial(in_call, step, 8, killed)).killed()
+    train(killed_once, *PRETRAIN).ok()
+    assert_same_run(killed_once / RUN, alone / RUN)
+
+
+def test_the_comparison_sees_a_difference(uninterrupted, tmp_path):
+    """Training noise that is not repeated exactly: the seeding of a single step is left out."""
+    with_data(uninterrupted, tmp_path)
+    train(tmp_path, *OPTIONS, before=partial(in_call, "lightning_modules.base:seed_step", 5, left_out)).ok()
+    with pytest.raises(AssertionError):
+        assert_same_run(tmp_path / RUN, uninterrupted / RUN)
