@@ -49,12 +49,8 @@ def evaluate_teacher(cfg: DictConfig, device: Any) -> tuple[list, Any, dict, Pat
     evaluation = Evaluation(build(cfg.evaluation) | overrides(cfg), data, device)
     steps = OmegaConf.to_container(cfg.steps) if OmegaConf.is_list(cfg.steps) else [cfg.steps]
     records = [record for count in steps for record in evaluation.teacher(teacher, count)]
-    return (
-        records + evaluation.real(),
-        evaluation,
-        {"teacher": teacher.sample},
-        Path("runs") / f"teacher-{teacher.name}",
-    )
+    records += evaluation.real()
+    return records, evaluation, {"teacher": teacher.sample}, Path("runs") / f"teacher-{teacher.name}"
 
 
 def overrides(cfg: DictConfig) -> dict[str, Any]:
@@ -76,7 +72,6 @@ def chosen_device(name: str) -> Any:
 
 
 def evaluate(cfg: DictConfig) -> None:
-
     from metrics.records import load_records, merge_records, save_records
     from metrics.tables import table
 
