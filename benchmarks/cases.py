@@ -58,10 +58,11 @@ CIFAR10 = Case(
 def compose_config(case: Case, folder: str) -> DictConfig:
     """The config of `python train.py` in `folder`, without what is no part of a step and without the user's conf/local."""
     left_out = [f"callbacks.{name}=null" for name in ("grid", "metrics", "curves")]
-    places = [f"folder={folder}/run", f"data.root={folder}", f"method.store={folder}/pairs", "~local"]
+    places = [f"folder={folder}/run", f"data.root={folder}", f"method.store={folder}/pairs"]
+    own = ["~local"] if (ROOT / "conf" / "local").exists() else []
     # Without a ramp of the learning rate the bare loop's losses can be compared with the framework's.
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", [*left_out, *places, "method.warmup_kimg=0", *case.overrides])
+        cfg = compose("config", [*own, *left_out, *places, "method.warmup_kimg=0", *case.overrides])
     if cfg.teacher.weights is not None:
         try:
             find_weights(cfg.teacher.weights)
