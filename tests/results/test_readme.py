@@ -1,6 +1,5 @@
 import json
 import re
-from pathlib import Path
 
 from results.readme import ROOT, updated
 
