@@ -9,6 +9,7 @@ import torch
 from callbacks.aside import aside
 from callbacks.ema import copies
 from callbacks.schedule import check_every_kimg, due
+from diffusion.seeds import MONITOR_SEEDS
 from metrics.evaluation import METRICS, measure
 from metrics.extractors import FeatureExtractor
 from metrics.reference import Reference, reference_statistics
@@ -17,7 +18,9 @@ _NEED_REAL_ROWS = {"kid", "precision", "recall"}
 
 
 class GenerativeMetrics(pl.Callback):
-    """Measures samples of evaluation seeds 0 .. num_samples - 1 every `every_kimg` thousand images and at the end.
+    """Measures samples of the seeds from MONITOR_SEEDS on every `every_kimg` thousand images and at the end.
+
+    They are not the seeds of the final evaluation, so choosing a run by its curves does not tune on those.
 
     Logs fid_digits_1k/ema_0.999 and the like: metric and extractor, number of samples (values of different numbers cannot
     be compared), averaged copy. `ema_names`: averages by name, "raw" for the trained weights; None: the first average.
@@ -91,6 +94,7 @@ class GenerativeMetrics(pl.Callback):
                         device=pl_module.device,
                         metrics=self.metrics,
                         weights=name,
+                        first_seed=MONITOR_SEEDS,
                         progress=False,
                     )
                 values |= {f"{counted(record.metric, self.num_samples)}/{name}": record.mean for record in records}

@@ -3,7 +3,8 @@
 Counter-based generation (Philox4x32-10, Salmon et al. 2011) makes the noise of every sample a pure function of its seed:
 independent of batch size, process count and device, computed for the whole batch at once on the device that needs it.
 
-Seeds 0 .. 2^32-1 belong to evaluation. Training pairs start at `TRAIN_SEEDS`, held-out pairs at `HELD_OUT_SEEDS`, so no
+Seeds 0 .. 2^31-1 belong to final evaluation, those from `MONITOR_SEEDS` on to measurements in training, by which a run may
+be chosen. Training pairs start at `TRAIN_SEEDS`, held-out pairs at `HELD_OUT_SEEDS`, so no
 student is measured on noise that it was trained on.
 """
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+MONITOR_SEEDS = 1 << 31
 TRAIN_SEEDS = 1 << 32
 HELD_OUT_SEEDS = 2 << 32
 _LABEL_STREAM = 0xFFFFFFFF

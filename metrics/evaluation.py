@@ -39,11 +39,12 @@ def measure(
     steps: int | None = None,
     solver: str | None = None,
     teacher: str | None = None,
+    first_seed: int = 0,
     progress: bool = True,
 ) -> list[Record]:
     """One record per metric (of METRICS), each with one value per block and their mean and spread.
 
-    Block b samples seeds b * num_samples .. (b + 1) * num_samples - 1. weights: "ema" or "raw" for a student, None for a
+    Block b samples num_samples seeds from first_seed + b * num_samples on. weights: "ema" or "raw" for a student, None for a
     teacher; precision: that of sampling, metrics run in float32 and above. Both are noted, not applied: the caller swaps
     weights and sets autocast. images_per_second is the median over blocks, so that compilation in the first is no matter.
     """
@@ -52,7 +53,7 @@ def measure(
     values: list[dict[str, float]] = []
     rates = []
     for block in range(blocks):
-        seeds = torch.arange(block * num_samples, (block + 1) * num_samples)
+        seeds = first_seed + torch.arange(block * num_samples, (block + 1) * num_samples)
         rows, seconds = features(
             sample,
             extractor,
@@ -65,7 +66,7 @@ def measure(
         )
         values.append(_scores(rows, reference, extractor, metrics))
         rates.append(num_samples / seconds)
-    fingerprint = _fingerprint(extractor, reference, num_samples, blocks, num_classes, weights, precision)
+    fingerprint = _fingerprint(extractor, reference, num_samples, blocks, num_classes, weights, precision, first_seed)
     how = {"steps": steps, "solver": solver, "teacher": teacher}
     return _records(values, extractor, fingerprint, name, subject, nfe, statistics.median(rates), how)
 
@@ -159,13 +160,14 @@ def _fingerprint(
     num_classes: int,
     weights: str | None,
     precision: str,
+    first_seed: int = 0,
 ) -> dict[str, object]:
     return {
         "extractor": extractor.name,
         "extractor_hash": extractor.hash,
         "reference": reference.hash,
         "num_samples": num_samples,
-        "seeds": [0, blocks * num_samples - 1],
+        "seeds": [first_seed, first_seed + blocks * num_samples - 1],
         "labels": f"uniform over {num_classes} by seed" if num_classes else "none",
         "uint8": UINT8_RULE,
         "precision": precision,

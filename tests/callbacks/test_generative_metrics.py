@@ -12,7 +12,7 @@ from callbacks.checkpoint import Checkpoints, read_checkpoint
 from callbacks.csv_logger import CSVLogger
 from callbacks.ema import EMA
 from callbacks.generative_metrics import GenerativeMetrics, counted
-from diffusion.seeds import sample_noise
+from diffusion.seeds import MONITOR_SEEDS, sample_noise
 
 AVERAGES = [{"decay": 0.5}, {"decay": 0.9}]
 
@@ -76,7 +76,7 @@ def test_values_are_those_of_the_averages_of_that_step(tmp_path):
     }
     assert len({column[7] for column in values.values()}) == 3
     real = Pixels()(Real.images).double().numpy()
-    noise = sample_noise(torch.arange(130), module.shape)
+    noise = sample_noise(MONITOR_SEEDS + torch.arange(130), module.shape)
     module.eval()
     for name, column in values.items():
         with t.callbacks[0].applied(module, name.split("/")[1]):
