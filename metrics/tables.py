@@ -9,17 +9,29 @@ from metrics.records import SUBJECTS, Record
 
 def table(records: Iterable[Record]) -> str:
     """Aligned plain text: one table per fingerprint, each under a line that names it and what sets it apart."""
-    return "\n\n".join("\n".join([heading, *_aligned(rows)]) for heading, rows in _tables(list(records)))
+    return "\n\n".join("\n".join([heading, *aligned(rows)]) for heading, rows in _tables(list(records)))
 
 
 def markdown(records: Iterable[Record]) -> str:
     """The same tables for a README."""
-    texts = []
-    for heading, (header, *rows) in _tables(list(records)):
-        rule = ["---", "---", *["---:"] * (len(header) - 2)]
-        lines = [f"| {' | '.join(cells)} |" for cells in (header, rule, *rows)]
-        texts.append("\n".join([*lines, "", heading]))
-    return "\n\n".join(texts)
+    return "\n\n".join("\n".join([*piped(rows), "", heading]) for heading, rows in _tables(list(records)))
+
+
+def aligned(rows: list[list[str]]) -> list[str]:
+    """Lines of plain text for a header and a body; the first two columns are words, the others numbers."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+
+
+def piped(rows: list[list[str]]) -> list[str]:
+    """The same in markdown."""
+    header, *body = rows
+    rule = ["---", "---", *["---:"] * (len(header) - 2)]
+    return [f"| {' | '.join(cells)} |" for cells in (header, rule, *body)]
 
 
 def _tables(records: list[Record]) -> list[tuple[str, list[list[str]]]]:
@@ -97,12 +109,3 @@ def _speed_up(record: Record, records: list[Record]) -> str:
         return "–"
     slowest = max(teachers, key=lambda r: r.nfe)
     return f"{record.images_per_second / slowest.images_per_second:.1f}x"
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]

@@ -1,0 +1,145 @@
+"""Curves in files: read from a run's folder; a comparison written as JSON and read again."""
+
+import csv
+import json
+import math
+from dataclasses import asdict, astuple
+from pathlib import Path
+from typing import Any
+
+from metrics.convergence import Comparison
+from metrics.curve import CURRENCIES, Cost, Curve
+
+UPDATES, SECONDS = "progress/student_updates", "speed/training_seconds"
+
+
+def read_curve(
+    folder: str | Path, group: str, seed: int, *, metric: str | None = None, weights: str | None = None
+) -> Curve:
+    """The curve in a run's metrics.csv, and the cost of its preparation from preparation.json where there is one.
+
+    metric: such as fid_digits_2k (None: the first that begins with fid). weights: an average's name or raw (None: the
+    first average, else raw).
+
+    Errors: FileNotFoundError without metrics.csv; ValueError, naming the file, for what can't be compared.
+    """
+    folder = Path(folder)
+    path = folder / "metrics.csv"
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}; only runs with logger.csv have curves")
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    column = _column(path, list(rows[0]) if rows else [], metric, weights)
+    measured = [row for row in rows if row[column]]
+    try:
+        values = tuple(float(row[column]) for row in measured)
+        costs = tuple(Cost(int(float(r[UPDATES])), int(r["nimg"]), float(r[SECONDS])) for r in measured)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} lacks nimg, {UPDATES} or {SECONDS} beside {column}; train that run again") from error
+    if len(values) < 2:
+        raise ValueError(
+            f"{path} has {len(values)} measurements of {column}, but a curve takes at least 2; "
+            "lower evaluation.training.every_kimg"
+        )
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"{path} has a {column} that is not finite; look at the run's samples")
+    name, copy = column.split("/", 1)
+    return Curve(folder.resolve().name, group, seed, name, copy, values, costs, _preparation(folder))
+
+
+def _column(path: Path, columns: list[str], metric: str | None, weights: str | None) -> str:
+    if metric is not None and not metric.startswith("fid"):
+        raise ValueError(f"metric={metric}: convergence is compared by a metric fid..., of which less is better")
+    curves = [c for c in columns if c.startswith("fid") and c.partition("/")[2].startswith(("ema_", "raw"))]
+    curves.sort(key=lambda c: c.endswith("/raw"))  # averages first, else in order
+    for column in curves:
+        name, copy = column.split("/", 1)
+        if metric in (None, name) and weights in (None, copy):
+            return column
+    asked = f"{metric or 'fid...'}/{weights or 'ema_...'}"
+    raise ValueError(f"{path} has no column {asked}; it has {', '.join(curves) or 'no curve of a fid'}")
+
+
+def _preparation(folder: Path) -> Cost:
+    path = folder / "preparation.json"
+    if not path.is_file():
+        return Cost()
+    try:
+        stored = json.loads(path.read_bytes())
+        return Cost(int(stored["steps"]), int(stored["images"]), float(stored["seconds"]))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged or lacks steps, images or seconds; train that run again") from error
+
+
+def to_json(comparison: Comparison) -> dict[str, Any]:
+    """Plain values: under "runs" all that the rest is computed from, then every number of the tables.
+
+    null stands for a threshold not reached, and for a speed-up that is therefore not a number.
+    """
+    groups, factors = comparison.groups, comparison.thresholds
+    runs = [run for label in groups for run in groups[label]]
+    speed_ups = [
+        comparison.speed_up(label, factor, currency, prepared)
+        for factor in factors
+        for label in groups
+        if label != comparison.baseline
+        for prepared in ((False, True) if comparison.prepared else (False,))
+        for currency in CURRENCIES
+    ]
+    return {
+        "metric": comparison.metric,
+        "smoothing": "trailing median of 3 measurements",
+        "baseline": comparison.baseline,
+        "thresholds": [{"factor": factor, "value": value} for factor, value in factors.items()],
+        "notes": list(comparison.notes),
+        "groups": [asdict(comparison.summary(label)) for label in groups],
+        "speed_ups": [
+            {
+                "group": s.group,
+                "factor": s.factor,
+                "currency": s.currency,
+                "with_preparation": s.prepared,
+                "pairs": [dict(zip(("seed", "baseline", "group"), pair, strict=True)) for pair in s.pairs],
+                "median": _number(s.median),
+                "min": _number(min(s.ratios, default=None)),
+                "max": _number(max(s.ratios, default=None)),
+            }
+            for s in speed_ups
+        ],
+        "runs": [_run(run, factors) for run in runs],
+    }
+
+
+def from_json(content: dict[str, Any]) -> Comparison:
+    """The comparison that `to_json` described, from its runs; ValueError for anything else."""
+    try:
+        curves = [
+            Curve(
+                **{key: run[key] for key in ("name", "group", "seed", "metric", "weights")},
+                values=tuple(run["values"]),
+                costs=tuple(Cost(*point) for point in zip(*(run[c] for c in CURRENCIES), strict=True)),
+                preparation=Cost(**run["preparation"]),
+            )
+            for run in content["runs"]
+        ]
+        return Comparison(tuple(curves), content["baseline"], tuple(content["notes"]))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"this is no comparison of convergence: {error!r} ") from error
+
+
+def _run(curve: Curve, thresholds: dict[float, float]) -> dict[str, Any]:
+    crossings = [curve.crossing(value) for value in thresholds.values()]
+    return {
+        **{key: getattr(curve, key) for key in ("name", "group", "seed", "metric", "weights")},
+        "preparation": asdict(curve.preparation),
+        "crossings": [
+            {"factor": factor, "cost": asdict(cost) if cost else None}
+            for factor, cost in zip(thresholds, crossings, strict=True)
+        ],
+        "values": list(curve.values),
+        **dict(zip(CURRENCIES, map(list, zip(*map(astuple, curve.costs), strict=True)), strict=True)),
+    }
+
+
+def _number(ratio: float | None) -> float | None:
+    return ratio if ratio is not None and math.isfinite(ratio) else None
