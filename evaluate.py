@@ -1,4 +1,4 @@
-"""Measure runs or a teacher: samples of fixed seeds -> metrics, a table, JSON and pictures.
+"""Measure runs or a teacher: samples of fixed seeds -> metrics, a table, JSON and pictures; compare runs' convergence.
 
 python evaluate.py run=runs/NAME; python evaluate.py 'run=[runs/A,runs/B*]'; python evaluate.py teacher=digits
 """
@@ -72,6 +72,7 @@ def chosen_device(name: str) -> Any:
 
 
 def evaluate(cfg: DictConfig) -> None:
+    from launch.compare import report
     from metrics.records import load_records, merge_records, save_records
     from metrics.tables import table
 
@@ -80,10 +81,8 @@ def evaluate(cfg: DictConfig) -> None:
         raise ValueError("say what to measure: run=runs/NAME (or a list, or a pattern) or teacher=NAME, one of the two")
     if cfg.run is not None and (cfg.steps is not None or cfg.solver is not None):
         raise ValueError("steps and solver are for teacher=NAME; a run is sampled as its method says")
-    if cfg.run is None:
-        results = [evaluate_teacher(cfg, device)]
-    else:
-        results = (evaluate_run(cfg, path, device) for path in run_folders(cfg.run))
+    folders = [] if cfg.run is None else run_folders(cfg.run)
+    results = (evaluate_run(cfg, path, device) for path in folders) if folders else [evaluate_teacher(cfg, device)]
     shown: list = []
     for records, evaluation, samplers, folder in results:
         path = folder / "metrics.json"
@@ -93,6 +92,8 @@ def evaluate(cfg: DictConfig) -> None:
         shown = merge_records(shown, records)
         print(f"{path} written", flush=True)
     print(f"\n{table(shown)}")
+    if len(folders) > 1 and cfg.comparison is not None:
+        print(f"\n{report(folders, Path(cfg.comparison), weights=cfg.weights)}")
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")

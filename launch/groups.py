@@ -1,0 +1,89 @@
+"""Which runs are the same but for their seed, and how the others differ."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+# Leaves of a run's config, or what they begin with, that change neither its training nor what its curve is measured by.
+_NO_MATTER = (
+    "seed",
+    "name",
+    "folder",
+    "logger",
+    "hydra",
+    *(f"callbacks.{name}" for name in ("checkpoints", "guard", "progress", "grid", "curves", "metrics.batch_size")),
+    *(f"evaluation.{name}" for name in ("num_samples", "blocks", "batch_size", "metrics")),
+    *(f"trainer.{name}" for name in ("log_every_n_steps", "validate_every_n_steps")),
+    "data.root",
+    "data.batch_size",  # a copy
+    "method.store",
+)
+_MEASURED_ON = ("data.", "evaluation.extractor", "evaluation.training.num_samples")
+
+Essence = dict[str, str]
+
+
+def essence(config: Mapping[str, Any]) -> Essence:
+    """What matters of a plain config: {dotted key: value}, equal for runs that differ by their seed alone.
+
+    Not the devices: results do not depend on them, but seconds do.
+    """
+    folder = str(config.get("folder"))
+    found = {}
+    for key, value in _leaves(config):
+        ours = key.rpartition(".")[2] == "seed" or any(_within(key, k) for k in _NO_MATTER)
+        if not ours:
+            text = value if isinstance(value, str) else json.dumps(value)
+            inside = text == folder or text.startswith(f"{folder}/")
+            found[key] = text.replace(folder, "FOLDER", 1) if inside else text
+    return found
+
+
+def labels(essences: Sequence[Essence]) -> list[str]:
+    """Each run's group: its method's name and, where a method has several groups, the options that set them apart."""
+    names = [one.get("method.name", "") for one in essences]
+    found = []
+    for name, one in zip(names, essences, strict=True):
+        same = [other for other, method in zip(essences, names, strict=True) if method == name]
+        keys = _differing(dict.fromkeys(key for other in same for key in other), same)
+        found.append(" ".join([name, *(f"{_short(key, keys)}={one.get(key, 'absent')}" for key in keys)]))
+    return found
+
+
+def other_differences(baseline: Essence, other: Essence) -> list[str]:
+    """Options that two methods both have, with other values, "lr 1e-05, not 1e-04": perhaps not meant to differ."""
+    common = [k for k in baseline if k in other and k != "method.name" and not k.endswith("_target_")]
+    keys = _differing(common, (baseline, other))
+    return [f"{_short(key, keys)} {other[key]}, not {baseline[key]}" for key in keys]
+
+
+def measured_alike(baseline: Essence, other: Essence) -> str | None:
+    """None, or the first option by which two runs' curves are measured on other data or by other features."""
+    keys = dict.fromkeys(key for one in (baseline, other) for key in one if key.startswith(_MEASURED_ON))
+    return next((k for k in keys if baseline.get(k) != other.get(k)), None)
+
+
+def _leaves(node: Any, key: str = "") -> list[tuple[str, Any]]:
+    if not isinstance(node, dict):
+        return [(key, node)]
+    return [leaf for k, v in node.items() for leaf in _leaves(v, f"{key}.{k}" if key else str(k))]
+
+
+def _within(key: str, parent: str) -> bool:
+    return key == parent or key.startswith(f"{parent}.")
+
+
+def _differing(keys: Iterable[str], runs: Sequence[Essence]) -> list[str]:
+    """Those in which runs differ, without copies of one option (teacher.steps and method.teacher.steps)."""
+    found: dict[tuple, str] = {}
+    for key in keys:
+        values = tuple(run.get(key) for run in runs)
+        if len(set(values)) > 1:
+            found.setdefault((key.rpartition(".")[2], values), key)
+    return list(found.values())
+
+
+def _short(key: str, keys: Sequence[str]) -> str:
+    """Its last part, unless another of `keys` ends alike."""
+    last = key.rpartition(".")[2]
+    return last if sum(k.rpartition(".")[2] == last for k in keys) == 1 else key
