@@ -77,7 +77,7 @@ def report(paths: Sequence[Path], folder: Path, *, weights: str | None = None) -
 
 def draw(path: Path, comparison: Comparison, paths: Sequence[Path]) -> None:
     """The picture, with the teacher's final value where it was measured with as many samples."""
-    from callbacks.curves import reference_lines  # draws Lightning in
+    from callbacks.curves import reference_lines  # which imports Lightning
 
     lines: dict[str, float] = {}
     for folder in reversed(paths):
@@ -86,4 +86,4 @@ def draw(path: Path, comparison: Comparison, paths: Sequence[Path]) -> None:
 
 
 def dumped(content: dict) -> bytes:
-    return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
+    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()

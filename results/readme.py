@@ -1,16 +1,21 @@
 """Measured results as files, and the README's tables made from them.
 
-python -m results.readme record results/NAME.json runs/A runs/B    # collect the final records of runs
-python -m results.readme update                                    # write the tables into README.md
+python -m results.readme record results/NAME.json runs/A runs/B     # collect the final records of runs
+python -m results.readme compare results/NAME.json runs/A runs/B    # how fast they converged, and results/NAME.png
+python -m results.readme update                                     # write the tables into README.md
 """
 
 import json
 import sys
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from benchmarks.measuring import ROOT, commit, machine
 from benchmarks.run import table
+from launch.compare import compare_runs, draw, dumped
+from metrics.convergence_tables import markdown as comparison_markdown
+from metrics.curve_files import from_json, to_json
 from metrics.files import write_file
 from metrics.records import Record, load_records, merge_records
 from metrics.tables import markdown
@@ -23,32 +28,44 @@ def record(target: Path, folders: list[Path]) -> None:
     records: list[Record] = []
     for folder in folders:
         records = merge_records(records, load_records(folder / "metrics.json"))
+    runs = [folder.name for folder in folders]
+    write_file(target, dumped({**origin(), "runs": runs, "records": [vars(r) for r in records]}))
+
+
+def compare(target: Path, folders: list[Path]) -> None:
+    """Write what evaluate.py writes as convergence.json into `target`, with its origin, and the picture beside it."""
+    comparison = compare_runs(folders)
+    write_file(target, dumped({**origin(), "comparison": to_json(comparison)}))
+    draw(target.with_suffix(".png"), comparison, folders)
+
+
+def origin() -> dict[str, Any]:
     here = machine()
-    content = {
+    return {
         "date": date.today().isoformat(),
         "commit": commit(),
         "machine": f"{here['cpu']}, {here['cores']} cores, {here['gpu'] or 'no GPU'}, torch {here['torch']}",
-        "runs": [folder.name for folder in folders],
-        "records": [vars(r) for r in records],
     }
-    write_file(target, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def tables() -> str:
-    """One section for every results file: tables of records, and the figures of benchmarks."""
-    sections = []
-    for path in sorted((ROOT / "results").glob("*.json"), reverse=True):
-        content = json.loads(path.read_text())
-        if "records" in content:
-            rows = markdown([Record(**entry) for entry in content["records"]])
-            origin = (
-                f"From `results/{path.name}`: commit {content['commit'][:7]}, {content['date']}, {content['machine']}."
-            )
-            sections.append(f"{rows}\n\n{origin}")
-        else:
-            parts = "\n\n".join(table(part) for part in content.values())
-            sections.append(f"Speed, from `results/{path.name}`, as median (least .. greatest):\n\n```\n{parts}\n```")
-    return "\n\n".join(sections)
+    """One section for every results file: tables of records, of comparisons, and the figures of benchmarks."""
+    return "\n\n".join(section(path) for path in sorted((ROOT / "results").glob("*.json"), reverse=True))
+
+
+def section(path: Path) -> str:
+    content = json.loads(path.read_text())
+    if "records" in content:
+        return f"{markdown([Record(**entry) for entry in content['records']])}\n\n{_source(path, content)}"
+    if "comparison" in content:
+        picture = f"![Metric against updates, images and seconds](results/{path.stem}.png)"
+        return "\n\n".join([picture, comparison_markdown(from_json(content["comparison"])), _source(path, content)])
+    parts = "\n\n".join(table(part) for part in content.values())
+    return f"Speed, from `results/{path.name}`, as median (least .. greatest):\n\n```\n{parts}\n```"
+
+
+def _source(path: Path, content: dict[str, Any]) -> str:
+    return f"From `results/{path.name}`: commit {content['commit'][:7]}, {content['date']}, {content['machine']}."
 
 
 def updated(text: str) -> str:
@@ -65,6 +82,8 @@ def main(arguments: list[str]) -> None:
     match arguments:
         case ["record", target, *folders] if folders:
             record(Path(target), [Path(folder) for folder in folders])
+        case ["compare", target, *folders] if folders:
+            compare(Path(target), [Path(folder) for folder in folders])
         case ["update"]:
             write_file(readme, updated(readme.read_text()).encode())
         case _:

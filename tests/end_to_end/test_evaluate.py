@@ -55,7 +55,7 @@ def test_a_run_measured_again_gives_the_same_values(finished, tmp_path):
 
 def test_several_runs_share_one_table(folder):
     ended = evaluate(folder, "run=[runs/a2,runs/a*]", "metrics=[fid,is]", "num_samples=30", "blocks=1").ok()
-    table = ended.out[ended.out.index("fingerprint") :]
+    table = ended.out[ended.out.index("fingerprint") :].partition("\n\n")[0]
     assert table.count("fingerprint") == 1
     assert [line.split()[0] for line in table.splitlines()[3:]] == ["digits", "a2", "a1", "digits"]
     assert {"fid_digits", "is_digits"} <= set(table.splitlines()[1].split())

@@ -1,7 +1,13 @@
 import json
 import re
 
-from results.readme import ROOT, updated
+import pytest
+from convergence_tools import curve, decay, write_run
+
+from launch.compare import compare_runs
+from metrics.convergence_tables import markdown
+from metrics.curve_files import from_json, to_json
+from results.readme import ROOT, main, section, updated
 
 README = (ROOT / "README.md").read_text()
 
@@ -19,6 +25,38 @@ def test_results_say_where_they_come_from():
         assert set(content) == {"date", "commit", "machine", "runs", "records"}
         for entry in content["records"]:
             assert len(entry["values"]) >= 3, f"{path.name}: {entry['name']} has fewer than three values"
+
+
+def test_comparisons_say_where_they_come_from_and_agree_with_their_curves():
+    for path in (ROOT / "results").glob("*.json"):
+        content = json.loads(path.read_text())
+        if "comparison" in content:
+            assert set(content) == {"date", "commit", "machine", "comparison"}
+            assert json.loads(json.dumps(to_json(from_json(content["comparison"])))) == content["comparison"]
+            assert path.with_suffix(".png").exists()
+
+
+def test_a_comparison_is_stored_drawn_and_shown(tmp_path):
+    runs = [write_run(tmp_path / "base", curve("base", decay(0.3), every=1309))]
+    runs.append(write_run(tmp_path / "fast", curve("fast", decay(0.3))))
+    target = tmp_path / "results" / "race.json"
+    main(["compare", str(target), *map(str, runs)])
+    assert sorted(path.name for path in target.parent.iterdir()) == ["race.json", "race.png"]
+    content = json.loads(target.read_text())
+    assert set(content) == {"date", "commit", "machine", "comparison"}
+    assert from_json(content["comparison"]) == compare_runs(runs)
+    picture, *tables, source = section(target).split("\n\n")
+    assert picture.endswith("](results/race.png)")
+    assert "\n\n".join(tables) == markdown(compare_runs(runs))
+    assert "13.1x" in tables[-1]
+    assert source.startswith("From `results/race.json`: commit ")
+
+
+def test_a_comparison_needs_runs(tmp_path):
+    with pytest.raises(SystemExit, match="results.readme compare results/NAME.json runs/A"):
+        main(["compare", str(tmp_path / "race.json")])
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        main(["compare", str(tmp_path / "race.json"), str(tmp_path)])
 
 
 def test_files_that_the_readme_names_exist():
