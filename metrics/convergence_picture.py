@@ -15,6 +15,7 @@ from metrics.files import write_file
 
 _AXES = (("updates of the student", 1), ("kimg", 1000), ("seconds of training", 1))
 _LOG_SPAN = 5
+_LEGEND_LETTERS = 170  # in a line as wide as the figure
 
 
 def draw_convergence(path: str | Path, comparison: Comparison, references: Mapping[str, float] | None = None) -> Figure:
@@ -35,9 +36,11 @@ def draw_convergence(path: str | Path, comparison: Comparison, references: Mappi
     if min(values) > 0 and max(values) > _LOG_SPAN * min(values):
         panels[0].set_yscale("log")
         panels[0].yaxis.set_major_formatter("{x:g}")
+        panels[0].yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "235" else "")
     panels[0].set_ylabel(f"{comparison.metric}, trailing median of 3")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False)
+    columns = min(len(labels), max(1, _LEGEND_LETTERS // (8 + max(map(len, labels)))))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)

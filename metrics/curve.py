@@ -64,8 +64,9 @@ class Curve:
     def crossing(self, threshold: float, prepared: bool = False) -> Cost | None:
         """The cost at the first measurement whose smoothed value is at or below `threshold`; None if there is none.
 
-        Nothing is interpolated, and smoothing lags: it is too high by one or two intervals between measurements, for
-        every group alike, which makes a speed-up too small rather than too great. prepared: with the preparation's cost.
+        Nothing is interpolated, and smoothing lags: on a falling curve it is one to two intervals between measurements
+        too high, for every group alike, so that a speed-up above two is too small rather than too great.
+        prepared: with the preparation's cost.
         """
         for cost, value in zip(self.costs, self.smoothed, strict=True):
             if value <= threshold:
