@@ -182,6 +182,7 @@ class SongUNet(nn.Module):
                 width = channels
                 skip_widths.append(width)
             self.encoder[str(size)] = EncoderLevel(down, inject, blocks)
+        self.encoder_resolution, self.encoder_channels = size, width  # of what `encode` gives
 
         self.decoder = nn.ModuleDict()
         self.heads = nn.ModuleDict()
@@ -213,16 +214,29 @@ class SongUNet(nn.Module):
         """
         check_inputs(self, x, noise_labels, class_labels, augment_labels)
         emb = self.embed(noise_labels, class_labels, augment_labels)
-        side, skips = x, []
-        x = self.stem(x)
-        for level in self.encoder.values():
-            features, side = level(x, side, emb)
-            skips += features
-            x = features[-1]
-        out = None
+        skips = self._encode(x, emb)
+        x, out = skips[-1], None
         for size, level in self.decoder.items():
             x = level(x, skips, emb)
             if size in self.heads:
                 head = self.heads[size](x)
                 out = head if out is None else head + self.grow(out)
         return out
+
+    def encode(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """Features (B, encoder_channels, encoder_resolution, encoder_resolution): the end of the encoder, without decoder.
+
+        Inputs as for `forward`. A discriminator reads its head's input here.
+        """
+        check_inputs(self, x, noise_labels, class_labels, None)
+        return self._encode(x, self.embed(noise_labels, class_labels, None))[-1]
+
+    def _encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
+        """What the decoder concatenates, the last of them also its input."""
+        side, skips = x, []
+        x = self.stem(x)
+        for level in self.encoder.values():
+            features, side = level(x, side, emb)
+            skips += features
+            x = features[-1]
+        return skips

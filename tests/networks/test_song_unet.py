@@ -213,6 +213,34 @@ def test_training_is_one_graph():
     assert (report.graph_count, report.graph_break_count) == (1, 0)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_encode_gives_what_the_decoder_gets(variant):
+    network = tiny(**VARIANTS[variant], channel_mult=(1, 3))
+    x, noise_labels, labels = inputs()
+    entered = []
+    network.decoder["4"].register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+    with torch.no_grad():
+        network(x, noise_labels, labels)
+        features = network.encode(x, noise_labels, labels)
+        unlabelled = network.encode(x, noise_labels)
+    assert torch.equal(features, entered[0])
+    assert features.shape == (6, network.encoder_channels, network.encoder_resolution, network.encoder_resolution)
+    assert (network.encoder_channels, network.encoder_resolution) == (48, 4)
+    assert not torch.equal(unlabelled, features)
+    with pytest.raises(ValueError, match=r"x must have shape \(B, 1, 8, 8\)"):
+        network.encode(x[:, :, :4], noise_labels)
+
+
+def test_encode_is_one_graph_and_trains_the_encoder():
+    torch._dynamo.reset()
+    network = tiny(**NCSNPP, label_dropout=0.1).train()
+    x, noise_labels, labels = inputs()
+    encode = torch.compile(network.encode, fullgraph=True, backend="eager")
+    encode(x, noise_labels, labels).square().sum().backward()
+    trained = {name.split(".")[0] for name, parameter in network.named_parameters() if parameter.grad is not None}
+    assert trained == {"embed", "stem", "encoder"}
+
+
 def test_compiled_under_autocast_gives_the_same():
     torch._dynamo.reset()
     network = tiny(encoder="skip")
