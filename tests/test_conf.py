@@ -1,9 +1,11 @@
 """Every file in conf/ composes, and what it describes can be built."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from launch.build import build, build_trainer
@@ -48,6 +50,37 @@ def test_evaluate_composes_with_every_teacher(teacher):
     cfg = compose("evaluate", [f"teacher={teacher}"])
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     assert cfg.teacher.name == teacher
+
+
+@pytest.mark.parametrize("program", ["config", "evaluate"])
+def test_the_evaluation_follows_the_data_and_can_be_chosen(program, tmp_path):
+    shutil.copytree(CONF, tmp_path / "conf")
+    (tmp_path / "conf/evaluation/other.yaml").write_text("defaults: [digits]\nnum_samples: 77\n")
+    other = (CONF / "data/digits.yaml").read_text().replace("evaluation: digits", "evaluation: other")
+    (tmp_path / "conf/data/other.yaml").write_text(other)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(tmp_path / "conf"), version_base="1.3"):
+        for arguments, count in (([], 2000), (["data=other"], 77), (["data=other", "evaluation=digits"], 2000)):
+            assert compose(program, ["teacher=digits", *arguments]).evaluation.num_samples == count
+
+
+def test_a_recipe_of_method_and_data_overrides_all_but_the_command_line_and_debugging(tmp_path):
+    shutil.copytree(CONF, tmp_path / "conf", ignore=shutil.ignore_patterns("recipe", "local"))
+    (tmp_path / "conf/recipe").mkdir()
+    recipe = "# @package _global_\nbatch_size: 24\nmethod: {kimg: 3, lr: 0.5}\ntrainer: {gradient_clip_val: 1.5}\n"
+    (tmp_path / "conf/recipe/pretrain_digits.yaml").write_text(recipe)
+
+    def values(*arguments):
+        cfg = compose("config", list(arguments))
+        return cfg.batch_size, cfg.method.kimg, cfg.trainer.gradient_clip_val
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(tmp_path / "conf"), version_base="1.3"):
+        assert values() == (128, 64, None)  # Denoising Student has none
+        assert values("method=pretrain") == values("method=pretrain", "data=digits") == (24, 3, 1.5)
+        assert values("method=pretrain", "batch_size=8", "method.kimg=2") == (8, 2, 1.5)
+        assert values("method=pretrain", "trainer=debug") == (16, 0.16, 1.5)
+        assert compose("config", ["method=pretrain", "trainer=debug"]).method.lr == 0.5
 
 
 def test_every_key_has_a_comment_near_it():

@@ -68,7 +68,7 @@ def test_evaluate_help(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out, modules = asked("evaluate.py", "--help")
     assert "python evaluate.py teacher=digits" in out
-    assert "num_samples: 2000" in out
+    assert "num_samples: null" in out
     assert "torch" not in modules
     assert not list(tmp_path.iterdir())
 
