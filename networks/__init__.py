@@ -1,6 +1,7 @@
 """Raw networks and their weights on disk; no Lightning, no Hydra."""
 
+from networks.dhariwal_unet import DhariwalUNet
 from networks.song_unet import SongUNet
 from networks.weights import find_weights, hash_state, load_weights, save_weights
 
-__all__ = ["SongUNet", "find_weights", "hash_state", "load_weights", "save_weights"]
+__all__ = ["DhariwalUNet", "SongUNet", "find_weights", "hash_state", "load_weights", "save_weights"]

@@ -6,18 +6,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks.layers import linear
+from networks.layers import linear, zeroed
 
 
 class PositionalEmbedding(nn.Module):
-    """Sines, then cosines, of the noise label (B,) at frequencies in geometric steps from 1 to 1/10000 (DDPM++)."""
+    """Sines, then cosines, of the noise label (B,) at frequencies in geometric steps from 1 to 1/10000 (DDPM++).
 
-    def __init__(self, channels: int):
+    With `endpoint=False` the steps end one before 1/10000 (ADM).
+    """
+
+    def __init__(self, channels: int, endpoint: bool = True):
         super().__init__()
         half = channels // 2
         # In float32 throughout: labels reach 999, where a last-bit difference in a frequency shows in the phase, and
         # the published weights were trained on these values.
-        exponent = torch.arange(half, dtype=torch.float32) / (half - 1)
+        exponent = torch.arange(half, dtype=torch.float32) / (half - endpoint)
         self.register_buffer("freqs", (1 / 10000) ** exponent, persistent=False)
 
     def forward(self, noise_labels: Tensor) -> Tensor:
@@ -68,19 +71,54 @@ class Embedding(nn.Module):
             emb = self.noise(noise_labels).to(self.layer1.weight.dtype)
             # Absent labels are zeros rather than a skipped layer: every parameter always has a gradient (DDP needs it).
             if self.label is not None:
-                emb = emb + self.label(self._one_hot(class_labels, emb) * math.sqrt(self.num_classes))
+                dropout = self.label_dropout if self.training else 0
+                one_hot = _one_hot(class_labels, self.num_classes, dropout, emb)
+                emb = emb + self.label(one_hot * math.sqrt(self.num_classes))
             if self.augment is not None:
                 zeros = emb.new_zeros(len(emb), self.augment.in_features)
                 emb = emb + self.augment(zeros if augment_labels is None else augment_labels.to(emb.dtype))
             return F.silu(self.layer2(F.silu(self.layer1(emb))))
 
-    def _one_hot(self, class_labels: Tensor | None, like: Tensor) -> Tensor:
-        if class_labels is None:
-            return like.new_zeros(len(like), self.num_classes)
-        one_hot = F.one_hot(class_labels, self.num_classes).to(like.dtype)
-        if self.training and self.label_dropout:
-            one_hot = one_hot * (torch.rand(len(like), 1, device=like.device) >= self.label_dropout)
-        return one_hot
+
+class DhariwalEmbedding(nn.Module):
+    """The same for ADM, whose label joins behind the two layers; (B, emb_channels), in full precision always."""
+
+    def __init__(
+        self, noise_channels: int, emb_channels: int, num_classes: int, augment_dim: int, label_dropout: float
+    ):
+        super().__init__()
+        self.num_classes = num_classes
+        self.label_dropout = label_dropout
+        self.noise = PositionalEmbedding(noise_channels, endpoint=False)
+        self.augment = zeroed(nn.Linear(augment_dim, noise_channels, bias=False)) if augment_dim else None
+        self.layer1 = nn.Linear(noise_channels, emb_channels)
+        self.layer2 = nn.Linear(emb_channels, emb_channels)
+        self.label = nn.Linear(num_classes, emb_channels, bias=False) if num_classes else None
+        if self.label is not None:
+            nn.init.normal_(self.label.weight)
+
+    def forward(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
+        with torch.autocast(noise_labels.device.type, enabled=False):
+            waves = self.noise(noise_labels).to(self.layer1.weight.dtype)
+            emb = waves.roll(waves.shape[1] // 2, dims=1)  # cosines first
+            if self.augment is not None:
+                zeros = emb.new_zeros(len(emb), self.augment.in_features)
+                emb = emb + self.augment(zeros if augment_labels is None else augment_labels.to(emb.dtype))
+            emb = self.layer2(F.silu(self.layer1(emb)))
+            if self.label is not None:
+                dropout = self.label_dropout if self.training else 0
+                emb = emb + self.label(_one_hot(class_labels, self.num_classes, dropout, emb))
+            return F.silu(emb)
+
+
+def _one_hot(class_labels: Tensor | None, num_classes: int, dropout: float, like: Tensor) -> Tensor:
+    """(B, num_classes) with the dtype and device of `like` (B, ...); zeros where labels are absent or dropped."""
+    if class_labels is None:
+        return like.new_zeros(len(like), num_classes)
+    one_hot = F.one_hot(class_labels, num_classes).to(like.dtype)
+    if dropout:
+        one_hot = one_hot * (torch.rand(len(like), 1, device=like.device) >= dropout)
+    return one_hot
 
 
 def _sin_cos(labels: Tensor, freqs: Tensor) -> Tensor:

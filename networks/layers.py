@@ -32,10 +32,17 @@ def _initialise(layer, gain: float):
     return layer
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
+def zeroed(layer):
+    """The layer with all its weights set to zero."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+def group_norm(channels: int, eps: float = 1e-6) -> nn.GroupNorm:
     """Group norm with as many equal groups as possible, up to 32, of at least 4 channels."""
     groups = next(n for n in range(min(32, channels // 4), 0, -1) if channels % n == 0)
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+    return nn.GroupNorm(groups, channels, eps=eps)
 
 
 class _Resample(nn.Module):
@@ -82,6 +89,15 @@ class Upsample(_Resample):
         return F.conv_transpose2d(x, self._per_channel(x), stride=2, padding=self.padding, groups=x.shape[1])
 
 
+def attend(qkv: Tensor, heads: int = 1) -> Tensor:
+    """Attention (B, N, C) of N places to each other; the channels of qkv (B, N, 3C) are all queries, keys, values.
+
+    Each of the three holds the channels of one head after those of another.
+    """
+    q, k, v = qkv.unflatten(2, (3 * heads, -1)).transpose(1, 2).chunk(3, dim=1)  # each (B, heads, N, C / heads)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
 class Attention(nn.Module):
     """Self-attention with one head over all pixels, added to its input and scaled back to unit variance.
 
@@ -97,8 +113,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         pixels = self.norm(x).flatten(2).transpose(1, 2)  # (B, H*W, C)
-        q, k, v = self.qkv(pixels).unsqueeze(1).chunk(3, dim=-1)
-        h = self.proj(F.scaled_dot_product_attention(q, k, v).squeeze(1))
+        h = self.proj(attend(self.qkv(pixels)))
         return (x + h.transpose(1, 2).reshape(x.shape)) * SQRT_HALF
 
 
