@@ -9,6 +9,8 @@ from torch import Tensor
 from metrics.digits_classifier import FEATURES, WEIGHTS, DigitsClassifier
 from networks.weights import hash_state, load_weights
 
+_AT_ONCE = 128  # images of 299x299 in Inception, which take some 20 MB each
+
 
 class FeatureExtractor(Protocol):
     """What metrics need of an extractor.
@@ -67,4 +69,63 @@ class Digits:
 
     def to(self, device: torch.device | str) -> "Digits":
         self._classifier.to(device)
+        return self
+
+
+class Inception:
+    """The pooled layer of Inception-v3, 2048 features, for RGB images (N, 3, H, W); its metrics are FID, KID and IS.
+
+    The network, its weights (converted from TensorFlow's of 2015-12-05) and its way of resizing are torch-fidelity's
+    "inception-v3-compat". `weights`: their file; None: where torch-fidelity itself keeps it, in torch hub's folder.
+
+    Raises ImportError without torch-fidelity, FileNotFoundError for missing weights, OSError for damaged ones and
+    ValueError for those of another network.
+    """
+
+    name = "inception"
+    metric_suffix = ""
+    dim = 2048
+
+    def __init__(self, weights: str | Path | None = None):
+        try:
+            from torch_fidelity import feature_extractor_inceptionv3 as source  # takes seconds
+        except ImportError as error:
+            raise ImportError(
+                f"the inception extractor needs torch-fidelity ({error}): pip install torch-fidelity"
+            ) from error
+        usual = Path(torch.hub.get_dir()) / "checkpoints" / Path(source.URL_INCEPTION_V3).name
+        path = usual if weights is None else Path(weights).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"no Inception weights at {path}; download {source.URL_INCEPTION_V3} to {usual}, "
+                "or say where that file is by evaluation.extractor.weights"
+            )
+        try:
+            torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity would run what a pickle says
+        except Exception as error:  # of many kinds
+            raise OSError(f"{path} is damaged or no file of weights; delete it and fetch it again") from error
+        try:
+            self._network = source.FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
+            )
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"{path} holds weights of another network; fetch {source.URL_INCEPTION_V3}") from error
+        self.hash = hash_state(self._network)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(
+                f"the inception extractor reads uint8 RGB images (N, 3, H, W), got {images.dtype} "
+                f"{tuple(images.shape)}; choose an extractor that fits the data (evaluation=...)"
+            )
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            return torch.cat([self._network(part)[0] for part in images.split(_AT_ONCE)])
+
+    def class_logits(self, features: Tensor) -> Tensor:
+        # Without the bias, as the inception score was defined on TensorFlow's graph.
+        with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+            return features.float() @ self._network.fc.weight.T
+
+    def to(self, device: torch.device | str) -> "Inception":
+        self._network.to(device)
         return self
