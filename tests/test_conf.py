@@ -4,16 +4,21 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from inception_file import write_inception
 from omegaconf import OmegaConf
 
-from launch.build import build, build_trainer
+from launch.build import build, build_trainer, check_fit
 from launch.folder import RunFolder
 
 CONF = Path(__file__).parent.parent / "conf"
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml") if "local" not in path.parts)
 PRIMARY = ("config", "evaluate")
+# Data sets whose teachers' weights are downloads: (parameters, network evaluations of a sample).
+PUBLISHED = {"cifar10": (55_733_891, 35), "ffhq64": (61_805_571, 79), "imagenet64": (295_899_267, 511)}
+SMALL = ("teacher.weights=null", "teacher.network.model_channels=8", "teacher.network.num_blocks=1")
 
 
 @pytest.fixture(autouse=True)
@@ -22,20 +27,42 @@ def _conf():
         yield
 
 
+@pytest.fixture(scope="module")
+def torch_home(tmp_path_factory):
+    """Where Inception's weights are, though random ones."""
+    home = tmp_path_factory.mktemp("torch")
+    write_inception(home / "hub/checkpoints/weights-inception-2015-12-05-6726825d.pth")
+    return home
+
+
+def small(data: str) -> list[str]:
+    """Options for an untrained network of few parameters, for data sets whose teacher is not here."""
+    if data not in PUBLISHED:
+        return []
+    return [*SMALL, *(["teacher.network.channels_per_head=8"] if data == "imagenet64" else [])]
+
+
 def override(file: Path) -> list[str]:
     group, option = "/".join(file.parts[:-1]), file.stem
-    return [f"{group}={option}"] if file.parts[0] != "hydra" else []
+    if group == "teacher" and option in PUBLISHED:
+        group = "data"  # a teacher comes with its data
+    if group == "recipe":  # METHOD_DATA
+        data = next(path.stem for path in (CONF / "data").glob("*.yaml") if option.endswith(f"_{path.stem}"))
+        return [f"method={option.removesuffix(f'_{data}')}", f"data={data}", *small(data)]
+    return [f"{group}={option}", *small(option)] if file.parts[0] != "hydra" else []
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.stem not in PRIMARY], ids=str)
-def test_every_file_composes_and_builds(file, tmp_path, monkeypatch):
+def test_every_file_composes_and_builds(file, tmp_path, monkeypatch, torch_home):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(torch_home))
     if file == Path("teacher/none.yaml"):
         assert "name" not in (compose("evaluate", override(file)).teacher or {})
         return
     cfg = compose("config", override(file))
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     data, method = build(cfg.data), build(cfg.method)
+    check_fit(method, data)
     assert method.batch_size == data.batch_size == cfg.batch_size
     assert set(build(cfg.evaluation)) == {"extractor", "metrics", "num_samples", "blocks", "batch_size", "training"}
     if file == Path("trainer/ddp.yaml"):
@@ -43,6 +70,28 @@ def test_every_file_composes_and_builds(file, tmp_path, monkeypatch):
         return
     trainer = build_trainer(cfg, method, RunFolder(cfg.folder))
     assert trainer.max_steps == method.total_steps
+
+
+@pytest.mark.parametrize("method", sorted(path.stem for path in (CONF / "method").glob("*.yaml")))
+@pytest.mark.parametrize("data", PUBLISHED)
+def test_every_method_fits_the_published_teachers(data, method):
+    cfg = compose("config", [f"data={data}", f"method={method}", *small(data)])
+    assert cfg.evaluation.extractor._target_ == "metrics.extractors.Inception"
+    images, built = build(cfg.data), build(cfg.method)
+    check_fit(built, images)
+    assert built.teacher is None or built.teacher.nfe() == PUBLISHED[data][1]
+
+
+@pytest.mark.parametrize("data", PUBLISHED)
+def test_the_published_networks_have_their_size_and_ask_for_their_weights(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = compose("config", [f"data={data}"])
+    with torch.device("meta"):
+        network = build(cfg.teacher.network)
+    assert sum(p.numel() for p in network.parameters()) == PUBLISHED[data][0]
+    cfg.teacher = compose("config", [f"data={data}", *small(data), f"teacher.weights={cfg.teacher.weights}"]).teacher
+    with pytest.raises(Exception, match=r"no weights at .*weights/edm-.*safetensors .*or set teacher.weights"):
+        build(cfg.teacher)
 
 
 @pytest.mark.parametrize("teacher", sorted(p.stem for p in (CONF / "teacher").glob("*.yaml") if p.stem != "none"))
