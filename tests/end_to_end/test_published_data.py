@@ -1,0 +1,82 @@
+"""A data set whose images and teacher the user brings: from EDM's zip to the final table, with a shrunken network."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from end_to_end_tools import PRETRAIN, ROOT, RUN, STUDENT, read_csv, read_json, run, train
+
+sys.path.append(str(ROOT / "tests" / "datamodules"))
+from edm_files import edm_zip
+
+SIDE = 16  # pixels; a shard of trajectories is sampled whole
+CIFAR = (
+    "data=cifar10",
+    f"data.resolution={SIDE}",
+    "teacher.network.num_blocks=1",
+    "teacher.network.channel_mult=[1,1]",
+    "evaluation.extractor._target_=cheap_extractor.Cheap",
+)
+SHORT = (
+    "method.kimg=0.08",  # 5 steps
+    "evaluation.num_samples=10",
+    "evaluation.training.num_samples=10",
+    "callbacks.grid=null",
+)
+
+
+def with_zip(folder: Path) -> Path:
+    (folder / "data").mkdir(parents=True)
+    images = np.random.default_rng(0).integers(0, 256, (48, SIDE, SIDE, 3), dtype=np.uint8)
+    edm_zip(folder / "data/cifar10-32x32.zip", images, [i % 10 for i in range(48)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    folder = with_zip(tmp_path_factory.mktemp("cifar"))
+    train(folder, *PRETRAIN, *SHORT, *CIFAR).ok()
+    return folder
+
+
+def test_a_teacher_is_trained_and_measured(pretrained):
+    records = {record["subject"]: record for record in read_json(pretrained / RUN / "metrics.json")}
+    assert {subject: record["metric"] for subject, record in records.items()} == dict.fromkeys(
+        ("student", "real"), "fid_cheap"
+    )
+    assert records["student"]["fingerprint"]["labels"] == "none"
+    meta = json.loads((pretrained / "data/cifar10/meta.json").read_text())
+    assert (meta["count"], meta["classes"], meta["source"][:17]) == (48, 10, "cifar10-32x32.zip")
+    assert [int(row["step"]) for row in read_csv(pretrained / RUN / "metrics.csv")] == list(range(1, 6))
+
+
+def test_it_is_a_teacher_for_a_student_and_for_evaluation(pretrained, tmp_path):
+    with_zip(tmp_path)
+    weights = f"teacher.weights={pretrained / RUN / 'student.safetensors'}"
+    small = (*CIFAR, "teacher.steps=2", weights)
+    train(tmp_path, *STUDENT, *SHORT, *small).ok()
+    records = {record["subject"]: record for record in read_json(tmp_path / RUN / "metrics.json")}
+    assert {subject: record["nfe"] for subject, record in records.items()} == {"teacher": 3, "student": 1, "real": 0}
+    ended = run(
+        tmp_path,
+        "evaluate.py",
+        "teacher=cifar10",
+        "teacher.network.model_channels=8",
+        *small,
+        "num_samples=10",
+        "blocks=2",
+        "device=cpu",
+    ).ok()
+    assert "fid_cheap" in ended.out
+    (measured,) = (r for r in read_json(tmp_path / "runs/teacher-cifar10/metrics.json") if r["subject"] == "teacher")
+    assert measured["values"] == pytest.approx(records["teacher"]["values"], rel=1e-5)
+
+
+def test_what_is_missing_is_said_in_one_line(tmp_path):
+    train(tmp_path, *PRETRAIN, *CIFAR).refused("no cifar10 images", "dataset_tool.py", "data.path")
+    weights = [option for option in STUDENT if not option.startswith("teacher.weights")]
+    train(tmp_path, *weights, *CIFAR).refused("no weights at", "weights/edm-cifar10-32x32-uncond-vp.safetensors")
+    home = f"evaluation.extractor.weights={tmp_path / 'gone.pth'}"
+    train(tmp_path, *PRETRAIN, *CIFAR[:-1], home).refused("no Inception weights at", "gone.pth", "download")
