@@ -24,13 +24,13 @@ def run_folders(patterns: str | Sequence[str]) -> list[Path]:
 
 
 def evaluate_run(cfg: DictConfig, path: Path, device: Any) -> tuple[list, Any, dict, Path]:
-    from launch.build import build
+    from launch.build import build, build_seeded
     from launch.folder import RunFolder
     from launch.measure import Evaluation, load_student, samplers
 
     folder = RunFolder(path)
     stored = folder.read_config()
-    data, method = build(stored.data), build(stored.method)
+    data, method = build(stored.data), build_seeded(stored.method, stored.seed)
     weights = load_student(method, folder, cfg.weights, cfg.checkpoint)
     evaluation = Evaluation(build(stored.evaluation) | overrides(cfg), data, device)
     records = evaluation.run(method.to(device), folder.name, weights)
@@ -38,14 +38,14 @@ def evaluate_run(cfg: DictConfig, path: Path, device: Any) -> tuple[list, Any, d
 
 
 def evaluate_teacher(cfg: DictConfig, device: Any) -> tuple[list, Any, dict, Path]:
-    from launch.build import build
+    from launch.build import build, build_seeded
     from launch.measure import Evaluation
 
     if "data" not in cfg:
         raise ValueError(f"teacher={cfg.teacher.name} is not named like its data set; add data=NAME")
     if cfg.solver is not None:
         cfg.teacher.solver = cfg.solver
-    data, teacher = build(cfg.data), build(cfg.teacher)
+    data, teacher = build(cfg.data), build_seeded(cfg.teacher, cfg.seed)
     evaluation = Evaluation(build(cfg.evaluation) | overrides(cfg), data, device)
     steps = OmegaConf.to_container(cfg.steps) if OmegaConf.is_list(cfg.steps) else [cfg.steps]
     records = [record for count in steps for record in evaluation.teacher(teacher, count)]

@@ -18,9 +18,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 def train(cfg: DictConfig) -> None:
     # Heavy imports wait until here, so that --help and TAB completion are quick.
-    import pytorch_lightning as pl
-
-    from launch.build import build, build_trainer, check_fit
+    from launch.build import build, build_seeded, build_trainer, check_fit
     from launch.final import finish
     from launch.folder import RunFolder
     from launch.measure import checked
@@ -36,8 +34,7 @@ def train(cfg: DictConfig) -> None:
         print(f"{folder.path} is complete:\n\n{folder.report()}\n\nChoose another name=... or seed=... to train again.")
         return
     data = build(cfg.data)
-    pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    method = build(cfg.method)
+    method = build_seeded(cfg.method, cfg.seed)
     # Whatever is wrong shows now, before anything is written, and not after training.
     check_fit(method, data)
     training, evaluation = method.training_data(data), checked(build(cfg.evaluation))

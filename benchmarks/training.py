@@ -13,7 +13,7 @@ from benchmarks.cases import Case, compose_config
 from benchmarks.measuring import clock, summary
 from datamodules import TrajectoryDataModule
 from diffusion.seeds import sample_labels, sample_noise
-from launch.build import build, build_trainer
+from launch.build import build_seeded, build_trainer
 from launch.folder import RunFolder
 from launch.quiet import quiet
 from lightning_modules import DenoisingStudent
@@ -86,8 +86,7 @@ def measure(case: Case) -> dict[str, Any]:
         checkpoint_every = cfg.callbacks.checkpoints.every_n_steps
         # Not within a window by chance: checkpoints are timed apart, and a validation is no part of a step.
         cfg.callbacks.checkpoints.every_n_steps = cfg.trainer.validate_every_n_steps = sys.maxsize
-        pl.seed_everything(cfg.seed, workers=True, verbose=False)
-        method = build(cfg.method)
+        method = build_seeded(cfg.method, cfg.seed)
         method.total_steps = case.warmup + case.rounds * (1 + case.window) + 1  # at its last step a run writes
         in_turn = InTurn(case)
         trainer = build_trainer(cfg, method, RunFolder(cfg.folder))

@@ -18,6 +18,15 @@ def build(node: DictConfig | None) -> Any:
     return instantiate(node, _convert_="all")
 
 
+def build_seeded(node: DictConfig, seed: int) -> Any:
+    """As `build`, with random weights from `seed` alone: without it each process of torch would draw others.
+
+    So a run that is measured again has the teacher that it was trained on, even one with random weights.
+    """
+    pl.seed_everything(seed, workers=True, verbose=False)
+    return build(node)
+
+
 def check_fit(method: Method, data: Any) -> None:
     """Errors: ValueError where network and data differ in size or classes, which may show only after training."""
     network = method.student.network
