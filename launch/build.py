@@ -22,7 +22,11 @@ def build_seeded(node: DictConfig, seed: int) -> Any:
     """As `build`, with random weights from `seed` alone: without it each process of torch would draw others.
 
     So a run that is measured again has the teacher that it was trained on, even one with random weights.
+
+    Errors: ValueError for a seed of 2^32 or more.
     """
+    if seed >= 1 << 32:
+        raise ValueError(f"seed={seed} is too large for numpy; choose one from 0 to {(1 << 32) - 1}")
     pl.seed_everything(seed, workers=True, verbose=False)
     return build(node)
 

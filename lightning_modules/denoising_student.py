@@ -1,5 +1,7 @@
 """Denoising Student: regress the teacher's deterministic sampler in one step (Luhman & Luhman, arXiv 2101.02388)."""
 
+from pathlib import Path
+
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
@@ -32,7 +34,7 @@ class DenoisingStudent(Method):
         pairs: int,
         held_out: int,
         dtype: str = "uint8",
-        store: str = "data/trajectories",
+        store: str | Path = "data/trajectories",
         **common,
     ):
         super().__init__(**common)
@@ -40,6 +42,10 @@ class DenoisingStudent(Method):
             raise ValueError(f"method.loss={loss!r} is unknown; choose one of {', '.join(REGRESSIONS)}")
         if not isinstance(target_noise, int | float) or target_noise < 0:
             raise ValueError(f"method.target_noise must not be negative, got {target_noise!r}")
+        if not isinstance(store, str | Path) or not str(store):
+            raise ValueError(
+                f"method.store must be a folder for the teacher's samples, got {store!r}; try data/trajectories"
+            )
         self.teacher = teacher
         self.student = teacher.student().eval()  # no dropout in the student, as released
         self.student.preconditioning = self.student.preconditioning.one_step()

@@ -66,12 +66,17 @@ def test_unknown_options_and_keys(folder, options, message):
         ("method.target_noise=some", ["method.target_noise", "'some'"]),
         ("batch_size=abc", ["batch_size must be an integer of at least 1, got 'abc'"]),
         ("seed=first", ["seed must be an integer of at least 0, got 'first'"]),
+        (
+            "method.store=null",
+            ["method.store must be a folder for the teacher's samples, got None", "data/trajectories"],
+        ),
         ("trainer.devices=x", ["trainer.devices='x': give a positive number"]),
         ("trainer.num_nodes=x", ["trainer.num_nodes must be an integer of at least 1, got 'x'"]),
         ("trainer.log_every_n_steps=x", ["trainer.log_every_n_steps must be an integer of at least 1, got 'x'"]),
         ("callbacks.checkpoints.every_n_steps=x", ["callbacks.checkpoints: ", "type"]),
         ("evaluation.num_samples=x", ["num_samples=x", "at least 10 samples"]),
         # values that cannot be
+        ("seed=4294967296", ["seed=4294967296 is too large", "from 0 to 4294967295"]),
         ("method.loss=l9", ["method.loss='l9' is unknown; choose one of l1, l2"]),
         (
             "trainer.validate_every_n_steps=0",
