@@ -206,16 +206,17 @@ def copies(
     return {name: partial(ema.applied, name=name) for name in chosen}
 
 
-def student_state(checkpoint: dict[str, Any], name: str | None = None) -> dict[str, Tensor]:
-    """The student's state dict from a loaded checkpoint: an average by name, "raw" for the trained weights.
+def student_state(checkpoint: dict[str, Any], name: str | None = None) -> tuple[str, dict[str, Tensor]]:
+    """Name and state dict of a student in a loaded checkpoint: an average by name, "raw" for the trained weights.
 
     None means the first average, or the trained weights of a run without EMA. Floats of an average are float32.
+    Errors: ValueError for a name that the checkpoint lacks.
     """
     raw = {k.removeprefix(_PREFIX): v for k, v in checkpoint["state_dict"].items() if k.startswith(_PREFIX)}
     averages = checkpoint.get("callbacks", {}).get(EMA.__qualname__, {}).get("averages", {})
     name = name or next(iter(averages), RAW)
     if name == RAW:
-        return raw
+        return name, raw
     if name not in averages:
         raise ValueError(f"the checkpoint has no weights called {name!r}; it has {[*averages, RAW]}")
-    return raw | averages[name]
+    return name, raw | averages[name]

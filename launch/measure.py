@@ -156,11 +156,10 @@ def load_student(method: Method, folder: RunFolder, weights: str | None = None, 
     checkpoint: "last", or "best" by held-out loss (default: best where the method has it). weights: an average's name or
     "raw" (default: the run's first average).
     """
-    name = checkpoint or ("best" if method.monitor and folder.best.exists() else "last")
-    state = read_checkpoint(folder.checkpoints / f"{name}.ckpt")
-    method.student.load_state_dict(student_state(state, weights))
-    averages = state.get("callbacks", {}).get("EMA", {}).get("averages", {})
-    return weights or next(iter(averages), "raw")
+    checkpoint = checkpoint or ("best" if method.monitor and folder.best.exists() else "last")
+    name, state = student_state(read_checkpoint(folder.checkpoints / f"{checkpoint}.ckpt"), weights)
+    method.student.load_state_dict(state)
+    return name
 
 
 def samplers(method: Method) -> dict[str, Sampler]:

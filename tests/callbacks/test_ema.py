@@ -191,13 +191,16 @@ def test_student_state_reads_any_copy_from_a_checkpoint(tmp_path):
     assert not any("teacher" in key for key in checkpoint["state_dict"])
     with ema.applied(module, NAMES[1]):
         want = {k: v.clone() for k, v in module.student.state_dict().items()}
-    torch.testing.assert_close(student_state(checkpoint, NAMES[1]), want, rtol=0, atol=0)
-    torch.testing.assert_close(student_state(checkpoint, "raw"), dict(module.student.state_dict()), rtol=0, atol=0)
-    torch.testing.assert_close(student_state(checkpoint), student_state(checkpoint, NAMES[0]), rtol=0, atol=0)
-    TinyMethod().student.load_state_dict(student_state(checkpoint))
+    asked = [None, *NAMES, "raw"]
+    names, states = zip(*(student_state(checkpoint, name) for name in asked), strict=True)
+    assert list(names) == [NAMES[0], *NAMES, "raw"]
+    torch.testing.assert_close(states[2], want, rtol=0, atol=0)
+    torch.testing.assert_close(states[-1], dict(module.student.state_dict()), rtol=0, atol=0)
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+    TinyMethod().student.load_state_dict(states[0])
     with pytest.raises(ValueError, match="no weights called 'ema_1'; it has .*'raw'"):
         student_state(checkpoint, "ema_1")
-    assert student_state({"state_dict": {"student.w": 1, "other.w": 2}}) == {"w": 1}
+    assert student_state({"state_dict": {"student.w": 1, "other.w": 2}}) == ("raw", {"w": 1})
 
 
 def test_no_checkpoint_of_swapped_weights(tmp_path):
