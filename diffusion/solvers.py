@@ -7,6 +7,7 @@ a caller keeps only what it needs. States have the dtype of x; the steps themsel
 import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,13 +77,18 @@ def _latent_seeds(x: Tensor) -> Tensor:
     return bits[0] | bits[1] << 32
 
 
-SOLVERS: dict[str, Callable[..., Iterator[Tensor]]] = {
-    "euler": euler,
-    "heun": heun,
-    "stochastic_heun": stochastic_heun,
+class Solver(NamedTuple):
+    solve: Callable[..., Iterator[Tensor]]
+    evaluations: int  # of the network per step; the last step, to sigma = 0, takes one
+
+
+SOLVERS = {
+    "euler": Solver(euler, 1),
+    "heun": Solver(heun, 2),
+    "stochastic_heun": Solver(stochastic_heun, 2),
 }
 
 
 def evaluations(solver: str, steps: int) -> int:
     """Network evaluations (NFE) of `steps` steps that end at sigma = 0."""
-    return steps if solver == "euler" else 2 * steps - 1
+    return SOLVERS[solver].evaluations * (steps - 1) + 1

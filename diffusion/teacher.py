@@ -44,7 +44,7 @@ class Teacher:
             raise ValueError(f"teacher.solver={solver!r} is unknown; choose one of {', '.join(SOLVERS)}")
         options = dict(solver_options or {})
         try:
-            inspect.signature(SOLVERS[solver]).bind(None, None, None, None, **options)
+            inspect.signature(SOLVERS[solver].solve).bind(None, None, None, None, **options)
         except TypeError as error:
             raise ValueError(f"teacher.solver_options={options} do not fit the solver {solver!r}: {error}") from None
         self.name = name
@@ -121,7 +121,8 @@ class Teacher:
         denoiser = denoiser or self.denoiser
         sigmas = self.sigmas(steps)
         x = noise.double() * denoiser.preconditioning.prior_std(sigmas[0]).item()
-        states = SOLVERS[self.solver](denoiser, x, sigmas, labels if self.conditional else None, **self.solver_options)
+        solve = SOLVERS[self.solver].solve
+        states = solve(denoiser, x, sigmas, labels if self.conditional else None, **self.solver_options)
         while True:
             with torch.no_grad():  # around each step alone: a generator must not leak the mode to its consumer
                 state = next(states, None)

@@ -57,9 +57,9 @@ def test_states_come_after_every_step_and_evaluations_are_counted():
         return Mixture()(x, sigma)
 
     sigmas = karras(6)
-    for solver in ("euler", "heun"):
+    for solver, options in (("euler", {}), ("heun", {}), ("stochastic_heun", {"s_churn": 0})):
         calls.clear()
-        states = list(SOLVERS[solver](denoiser, latents(), sigmas))
+        states = list(SOLVERS[solver].solve(denoiser, latents(), sigmas, **options))
         assert len(states) == 6
         assert len(calls) == evaluations(solver, 6)
     # The last step to zero returns the denoiser itself.
