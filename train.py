@@ -24,6 +24,7 @@ def train(cfg: DictConfig) -> None:
     from launch.measure import checked
     from launch.processes import is_rank_zero, one_job
     from launch.quiet import quiet
+    from launch.stages import build_stages, fit_stages
 
     quiet()
     folder = RunFolder(cfg.folder)
@@ -38,14 +39,15 @@ def train(cfg: DictConfig) -> None:
     # Whatever is wrong shows now, before anything is written, and not after training.
     check_fit(method, data)
     training, evaluation = method.training_data(data), checked(build(cfg.evaluation))
+    stages = build_stages(cfg, method, data, folder)
     trainer = build_trainer(cfg, method, folder)
-    with one_job(trainer):
+    with one_job(*(stage.trainer for stage in stages), trainer):
         if is_rank_zero():
             folder.claim(config)
         for logger in trainer.loggers:
             logger.log_hyperparams(config)
-        resume = folder.last if folder.last.exists() else None
-        trainer.fit(method, training, ckpt_path=resume)
+        fit_stages(stages, method, folder)
+        trainer.fit(method, training, ckpt_path=folder.resume())
         finish(method, data, evaluation, folder, trainer.strategy.root_device)
 
 

@@ -1,6 +1,7 @@
 """What happens around training."""
 
 from callbacks.checkpoint import AtomicCheckpointIO, Checkpoints, read_checkpoint
+from callbacks.clock import Clock
 from callbacks.csv_logger import CSVLogger
 from callbacks.curves import Curves, draw_curves, reference_lines
 from callbacks.ema import EMA, student_state
@@ -8,6 +9,7 @@ from callbacks.generative_metrics import GenerativeMetrics
 from callbacks.non_finite import NonFiniteGuard
 from callbacks.progress import Progress
 from callbacks.sample_grid import SampleGrid
+from callbacks.score_health import ScoreHealth
 from callbacks.wandb_logger import wandb_logger
 
 __all__ = [
@@ -15,11 +17,13 @@ __all__ = [
     "AtomicCheckpointIO",
     "CSVLogger",
     "Checkpoints",
+    "Clock",
     "Curves",
     "GenerativeMetrics",
     "NonFiniteGuard",
     "Progress",
     "SampleGrid",
+    "ScoreHealth",
     "draw_curves",
     "read_checkpoint",
     "reference_lines",

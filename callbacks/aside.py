@@ -1,21 +1,29 @@
 """Evaluation in the middle of training that leaves no trace in it."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytorch_lightning as pl
 import torch
 
+from callbacks.clock import Clock
+
 
 @contextmanager
 def aside(pl_module: pl.LightningModule) -> Iterator[None]:
-    """Eval mode, no gradients, float32 outside autocast; random state and each module's own mode return afterwards."""
+    """Eval mode, no gradients, float32 outside autocast, the clock stopped; random state and modes return afterwards."""
     modes = [(module, module.training) for module in pl_module.modules()]
     device = pl_module.device
     devices = [device] if device.type == "cuda" else []
+    clock = next((c for c in pl_module.trainer.callbacks if isinstance(c, Clock)), None)
     pl_module.eval()
     try:
-        with torch.random.fork_rng(devices), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with (
+            clock.stopped() if clock else nullcontext(),
+            torch.random.fork_rng(devices),
+            torch.no_grad(),
+            torch.autocast(device.type, enabled=False),
+        ):
             yield
     finally:
         for module, training in modes:

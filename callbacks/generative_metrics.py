@@ -7,6 +7,7 @@ import pytorch_lightning as pl
 import torch
 
 from callbacks.aside import aside
+from callbacks.clock import Clock
 from callbacks.ema import copies
 from callbacks.schedule import check_every_kimg, due
 from diffusion.seeds import MONITOR_SEEDS
@@ -23,7 +24,8 @@ class GenerativeMetrics(pl.Callback):
     They are not the seeds of the final evaluation, so choosing a run by its curves does not tune on those.
 
     Logs fid_digits_1k/ema_0.999 and the like: metric and extractor, number of samples (values of different numbers cannot
-    be compared), averaged copy. `ema_names`: averages by name, "raw" for the trained weights; None: the first average.
+    be compared), averaged copy; beside them progress/student_updates and speed/training_seconds (by Clock), for comparing
+    how fast methods converge. `ema_names`: averages by name, "raw" for the trained weights; None: the first average.
     Sampling is in float32, shared by all processes, and leaves random state and modes as they were. The real images are
     those of `pl_module.data`; their statistics are kept in `cache_folder` (None: computed in every run).
 
@@ -69,6 +71,9 @@ class GenerativeMetrics(pl.Callback):
         if due(trainer, pl_module, self.every_kimg):
             values = self.evaluate(trainer, pl_module)
             trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
+            values["progress/student_updates"] = pl_module.student_updates
+            if any(isinstance(callback, Clock) for callback in trainer.callbacks):
+                values["speed/training_seconds"] = Clock.of(trainer).seconds()
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=trainer.global_step - 1)  # Lightning's own number of this batch
 

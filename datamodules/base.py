@@ -35,9 +35,10 @@ def _fetch(packed: PackedImages, labelled: bool, position: int, indices: np.ndar
 class ImageDataModule(pl.LightningDataModule, ABC):
     """Real images of one resolution, in ROOT/NAME after `prepare_data`; the attributes are there without any image.
 
-    A batch on the device is {"image": float32 (B, C, H, W) in [-1, 1], "label": int64 (B,)}, the label only where there
-    are classes and `conditional` holds; `num_classes` is 0 otherwise. `batch_size` counts all devices together. `flip`
-    mirrors half of the images left to right. `num_workers` helps only where the disk is slow.
+    A batch on the device is {"image": float32 (B, C, H, W) in [-1, 1], "label": int64 (B,), "position": int64 (B,)}, the
+    label only where there are classes and `conditional` holds; `num_classes` is 0 otherwise. Positions count the images of
+    all batches and devices. `batch_size` counts all devices together. `flip` mirrors half of the images left to right.
+    `num_workers` helps only where the disk is slow.
 
     Errors: ValueError for sizes other than those of the packed images, or a batch that the devices cannot divide evenly.
     """
@@ -112,7 +113,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         # Lightning transfers a batch before `on_train_batch_start`, hence before any seeding of that step: flips depend
         # on the position instead of the global generator.
-        position, image = batch.pop("position"), batch["image"]
+        position, image = batch["position"], batch["image"]
         if self.flip:
             image = torch.where(flips(self.seed, position)[:, None, None, None], image.flip(-1), image)
         return {**batch, "image": image.float().div_(127.5).sub_(1)}

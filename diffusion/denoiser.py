@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from diffusion.preconditioning import Preconditioning
+from diffusion.preconditioning import Coefficients, Preconditioning
 
 
 class Denoiser(nn.Module):
@@ -23,9 +23,15 @@ class Denoiser(nn.Module):
 
         Returns the estimate of x0 with the shape of x, in float64 if x is, else in float32.
         """
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        x = x.to(dtype)
-        sigma = sigma.to(x).expand(len(x))
-        c = self.preconditioning(sigma[:, None, None, None])
+        x, c = self._read(x, sigma)
         out = self.network((c.in_ * x).float(), c.noise.flatten().float(), labels)
-        return c.skip * x + c.out * out.to(dtype)
+        return c.skip * x + c.out * out.to(x.dtype)
+
+    def encode(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The network's features (B, D, h, w) of x at the end of its encoder; arguments as for the estimate."""
+        x, c = self._read(x, sigma)
+        return self.network.encode((c.in_ * x).float(), c.noise.flatten().float(), labels)
+
+    def _read(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Coefficients]:
+        x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        return x, self.preconditioning(sigma.to(x).expand(len(x))[:, None, None, None])

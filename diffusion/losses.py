@@ -6,6 +6,7 @@ from torch import Tensor
 from diffusion.denoiser import Denoiser
 
 REGRESSIONS = ("l1", "l2")
+SCORE_WEIGHTINGS = ("edm", "dmd")
 
 
 def log_normal_sigmas(count: int, mean: float, std: float, device: torch.device) -> Tensor:
@@ -31,3 +32,20 @@ def regression(output: Tensor, target: Tensor, kind: str) -> Tensor:
         raise ValueError(f"unknown regression loss {kind!r}; choose one of {', '.join(REGRESSIONS)}")
     error = (output.float() - target.float()).flatten(1)
     return error.abs().sum(1) if kind == "l1" else error.square().sum(1) / 2
+
+
+def score_gradient(images: Tensor, fake: Tensor, target: Tensor, weighting: str) -> Tensor:
+    """Gradient at the generator's images of the integral KL between their noised law and the target's, (B, C, H, W).
+
+    images x0 (B, C, H, W); fake, target: the two denoisers' estimates of x0 from the same noised images. The gradient of
+    KL at one level is (s_fake - s_target)(x_sigma) dx0 with the scores s = (D - x_sigma) / sigma^2, so that
+
+    "edm": D_fake - D_target, the gradient weighted by sigma^2 (Diff-Instruct, arXiv 2305.18455, released code);
+    "dmd": that divided by the mean of |x0 - D_target| over a sample's pixels, and by the number of pixels, over which the
+    released code of DMD2 (arXiv 2405.14867) takes the mean.
+    """
+    difference = fake.float() - target.float()
+    if weighting == "edm":
+        return difference
+    size = (images.float() - target.float()).abs().flatten(1).mean(1).clamp_min(1e-8)
+    return difference / (size.view(-1, *[1] * (images.ndim - 1)) * images[0].numel())

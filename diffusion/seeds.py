@@ -1,5 +1,8 @@
 """Where random numbers come from: sample i from seed i alone, a training step from (seed, rank, step) alone.
 
+Methods that train on noise alone go further: what the sample at a global position is made of depends on (seed, position),
+so several processes train on exactly what one would.
+
 Counter-based generation (Philox4x32-10, Salmon et al. 2011) makes the noise of every sample a pure function of its seed:
 independent of batch size, process count and device, computed for the whole batch at once on the device that needs it.
 
@@ -19,6 +22,7 @@ MONITOR_SEEDS = 1 << 31
 TRAIN_SEEDS = 1 << 32
 HELD_OUT_SEEDS = 2 << 32
 _LABEL_STREAM = 0xFFFFFFFF
+_POSITIONS = 2  # keeps the key of training positions apart from everything else that is derived from a run's seed
 _MASK = 0xFFFFFFFF
 
 
@@ -52,12 +56,40 @@ def sample_noise(seeds: Tensor, shape: Sequence[int], stream: int = 0) -> Tensor
     `stream` (0 .. 2^32-2) numbers independent draws of the same sample, such as the steps of a stochastic solver.
     """
     size = math.prod(shape)
-    words = _words(seeds, -(-size // 4), stream)
+    return _normals(_words(seeds, -(-size // 4), stream), size).reshape(len(seeds), *shape)
+
+
+def position_noise(seed: int, positions: Tensor, shape: Sequence[int], stream: int) -> Tensor:
+    """Standard normal noise (B, *shape), float32: row i is a function of (seed, positions[i], stream) alone.
+
+    seed: of a run; positions (B,), int64, not negative: places in the run's endless sequence of training samples. No draw
+    of `sample_noise` is among these.
+    """
+    size = math.prod(shape)
+    return _normals(_position_words(seed, positions, -(-size // 4), stream), size).reshape(len(positions), *shape)
+
+
+def position_uniform(seed: int, positions: Tensor, stream: int) -> Tensor:
+    """Uniform numbers (B,), float64 in (0, 1), as `position_noise`."""
+    return (_position_words(seed, positions, 1, stream)[0][:, 0].double() + 0.5) * 2.0**-32
+
+
+def _position_words(seed: int, positions: Tensor, blocks: int, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    key = derive_seed(seed, _POSITIONS)
+    position = positions[:, None]
+    block = torch.arange(blocks, device=positions.device).expand(len(positions), blocks)
+    constant = torch.zeros_like(block)
+    counter = (block, constant + stream, position & _MASK, position >> 32 & _MASK)
+    return philox(counter, (constant + (key & _MASK), constant + (key >> 32)))
+
+
+def _normals(words: Sequence[Tensor], size: int) -> Tensor:
+    """(B, size) normal numbers, float32, of four words (B, blocks) each."""
     # Box-Muller in double precision, so that devices agree after rounding to float32.
     u = [(w.double() + 0.5) * 2.0**-32 for w in words]
     pairs = [(torch.sqrt(-2 * torch.log(u[i])), 2 * math.pi * u[i + 1]) for i in (0, 2)]
     normals = torch.stack([f(angle) * radius for radius, angle in pairs for f in (torch.cos, torch.sin)], dim=-1)
-    return normals.flatten(1)[:, :size].float().reshape(len(seeds), *shape)
+    return normals.flatten(1)[:, :size].float()
 
 
 def sample_labels(seeds: Tensor, num_classes: int) -> Tensor | None:

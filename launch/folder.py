@@ -11,7 +11,7 @@ from metrics.tables import table
 
 
 class RunFolder:
-    """runs/NAME with config.yaml, checkpoints/, metrics.csv, metrics.json and pictures."""
+    """runs/NAME with config.yaml, checkpoints/, metrics.csv, metrics.json and pictures, and a folder for each stage."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -20,18 +20,23 @@ class RunFolder:
         self.last = self.checkpoints / "last.ckpt"
         self.best = self.checkpoints / "best.ckpt"
         self.metrics = self.path / "metrics.json"
+        self.preparation = self.path / "preparation.json"
 
     @property
     def name(self) -> str:
         return self.path.resolve().name
 
     def begun(self) -> bool:
-        """Whether there is training to lose: a folder whose run failed before its first checkpoint may be used again."""
-        return self.last.exists() or self.metrics.exists()
+        """Whether there is training to lose, also of a stage: what failed before its first checkpoint may be used again."""
+        return self.last.exists() or self.metrics.exists() or any(self.path.glob("*/checkpoints/last.ckpt"))
 
     def complete(self) -> bool:
         """The final evaluation is written last."""
         return self.metrics.exists()
+
+    def resume(self) -> Path | None:
+        """The checkpoint that training goes on from, None at the beginning."""
+        return self.last if self.last.exists() else None
 
     def report(self) -> str:
         """The table of the final evaluation."""

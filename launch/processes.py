@@ -49,18 +49,18 @@ def is_rank_zero() -> bool:
 
 
 @contextmanager
-def children_ended(launcher: Any) -> Iterator[None]:
-    """After the block no process that Lightning's `launcher` started runs any more; where the block failed, by a kill.
+def children_ended(*launchers: Any) -> Iterator[None]:
+    """After the block no process that Lightning's `launchers` started runs any more; where the block failed, by a kill.
 
     Errors: ChildProcessError where a child failed by itself. A collective then fails here too, but says only that it did.
     """
     children: list[subprocess.Popen] = []
     try:
         yield
-        children = _released(launcher)
+        children = _released(launchers)
         codes = [child.wait() for child in children]
     except BaseException as error:
-        children = children or _released(launcher)
+        children = children or _released(launchers)
         collective = isinstance(error, RuntimeError) and bool(children)  # perhaps: then a child ends soon
         patience = time.monotonic() + GRACE + 5
         while collective and time.monotonic() < patience and not any(child.poll() for child in children):
@@ -76,17 +76,21 @@ def children_ended(launcher: Any) -> Iterator[None]:
         raise ChildProcessError(f"another process of this run failed, see its message above: rank {failed}")
 
 
-def _released(launcher: Any) -> list[subprocess.Popen]:
-    """The launcher's children; Lightning's thread that would end this process, hence a sweep, for a failed one lets go."""
-    watched = getattr(launcher, "procs", [])
-    children = list(watched)
-    watched.clear()
+def _released(launchers: Sequence[Any]) -> list[subprocess.Popen]:
+    """The launchers' children; Lightning's thread that would end this process, hence a sweep, for a failed one lets go."""
+    children: list[subprocess.Popen] = []
+    for launcher in launchers:
+        watched = getattr(launcher, "procs", [])
+        children += watched
+        watched.clear()
     return children
 
 
 @contextmanager
-def one_job(trainer: pl.Trainer) -> Iterator[None]:
+def one_job(*trainers: pl.Trainer) -> Iterator[None]:
     """Make the child processes of a DDP run repeat this job alone, in its folder, and leave no trace for the next one.
+
+    trainers: all that the job uses, one after the other; the first starts the children, who do the same.
 
     Lightning starts a child by repeating the command line, which under --multirun would be the whole sweep.
 
@@ -101,7 +105,7 @@ def one_job(trainer: pl.Trainer) -> Iterator[None]:
     search = [override for override in hydra.overrides.hydra if override.startswith("hydra.searchpath=")]
     sys.argv = [argv[0], f"--config-name={hydra.job.config_name}", *folders, *hydra.overrides.task, *search]
     try:
-        with children_ended(trainer.strategy.launcher):
+        with children_ended(*(trainer.strategy.launcher for trainer in trainers)):
             yield
     finally:
         sys.argv = argv

@@ -21,7 +21,7 @@ class Method(pl.LightningModule):
     (seed, rank, step) alone, the learning rate from nimg alone, so a resumed run repeats an uninterrupted one.
 
     name: used in run names and tables. batch_size: global, over all processes. kimg: budget in thousands of images.
-    lr: peak learning rate, reached linearly over the first `warmup_kimg`.
+    lr: peak learning rate, reached linearly over the first `warmup_kimg`. weight_decay: decoupled, as in AdamW.
     """
 
     student: Denoiser
@@ -39,13 +39,15 @@ class Method(pl.LightningModule):
         lr: float,
         betas: tuple[float, float] = (0.9, 0.999),
         warmup_kimg: float = 0.0,
+        weight_decay: float = 0.0,
     ):
         super().__init__()
         for option, value in (("kimg", kimg), ("lr", lr), ("batch_size", batch_size)):
             if not isinstance(value, int | float) or not value > 0:
                 raise ValueError(f"{option} must be a positive number, got {value!r}")
-        if not isinstance(warmup_kimg, int | float) or warmup_kimg < 0:
-            raise ValueError(f"method.warmup_kimg must not be negative, got {warmup_kimg!r}")
+        for option, value in (("warmup_kimg", warmup_kimg), ("weight_decay", weight_decay)):
+            if not isinstance(value, int | float) or value < 0:
+                raise ValueError(f"method.{option} must not be negative, got {value!r}")
         numbers = isinstance(betas, Sequence) and all(isinstance(b, int | float) for b in betas)
         if not numbers or len(betas) != 2 or not all(0 <= b < 1 for b in betas):
             raise ValueError(f"method.betas must be two numbers in [0, 1), got {betas!r}")
@@ -54,6 +56,7 @@ class Method(pl.LightningModule):
         self.seed = seed
         self.lr = lr
         self.betas = tuple(betas)
+        self.weight_decay = weight_decay
         self.warmup_nimg = 1000 * warmup_kimg
         self.total_steps = math.ceil(1000 * kimg / batch_size)
 
@@ -63,9 +66,27 @@ class Method(pl.LightningModule):
         return self.trainer.global_step * self.batch_size
 
     @property
+    def student_updates(self) -> int:
+        """Optimiser steps of the student so far."""
+        return self.trainer.global_step
+
+    @property
+    def peak_lrs(self) -> list[float]:
+        """The peak learning rate of each optimiser."""
+        return [self.lr]
+
+    @property
     def nfe(self) -> int:
         """Network evaluations of one `sample` call."""
         return 1
+
+    def stages(self) -> dict[str, "Method"]:
+        """What has to be trained before this method, by name and in order; each has a folder of its own in the run's."""
+        return {}
+
+    def preparation(self) -> dict[str, float] | None:
+        """What the stages cost: {"steps", "images", "seconds"}; None where there are none."""
+        return None
 
     def training_data(self, data: pl.LightningDataModule) -> pl.LightningDataModule:
         """What this method trains on, given the run's image data set: the images themselves unless overridden."""
@@ -87,8 +108,10 @@ class Method(pl.LightningModule):
 
     def adam(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         # Lightning can't clip the gradients of a fused optimiser under mixed precision.
-        fused = not self.trainer.gradient_clip_val
-        return torch.optim.Adam(parameters, lr=self.lr, betas=self.betas, fused=fused)
+        options = {"lr": self.lr, "betas": self.betas, "fused": not self.trainer.gradient_clip_val}
+        if self.weight_decay:
+            return torch.optim.AdamW(parameters, weight_decay=self.weight_decay, **options)
+        return torch.optim.Adam(parameters, **options)
 
     def configure_optimizers(self) -> Any:
         return self.adam(self.student.parameters())
@@ -100,6 +123,6 @@ class Method(pl.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         seed_step(self.seed, self.global_rank, self.trainer.global_step)
         warm = min((self.nimg + self.batch_size) / self.warmup_nimg, 1.0) if self.warmup_nimg else 1.0
-        for optimizer in self.trainer.optimizers:
+        for optimizer, peak in zip(self.trainer.optimizers, self.peak_lrs, strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = self.lr * warm
+                group["lr"] = peak * warm

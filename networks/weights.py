@@ -76,6 +76,18 @@ def load_weights(path: str | Path, module: nn.Module, sha256: str | None = None)
     module.load_state_dict(state)
 
 
+def read_card(path: str | Path) -> dict:
+    """The card of the weights in the file `path`; OSError, naming the card, where it is missing or damaged."""
+    card = Path(path).with_suffix(".json")
+    try:
+        content = json.loads(card.read_bytes())
+        if not isinstance(content, dict) or "sha256" not in content:
+            raise ValueError("it has no sha256")
+        return content
+    except (OSError, ValueError) as error:
+        raise OSError(f"the card {card} is missing or damaged ({error}); delete {path} and make it again") from error
+
+
 def find_weights(path: str | Path) -> Path:
     """The absolute path of an existing file; a relative one is sought in the current folder, then in the project's."""
     path = Path(path).expanduser()

@@ -74,6 +74,10 @@ class TinyMethod(pl.LightningModule):
     def nimg(self) -> int:
         return self.trainer.global_step * self.batch_size
 
+    @property
+    def student_updates(self) -> int:
+        return self.trainer.global_step
+
     def on_train_batch_start(self, batch, batch_idx: int) -> None:
         seed_step(self.seed, 0, self.trainer.global_step)
 

@@ -47,7 +47,7 @@ def test_batches_are_in_data_range_with_their_labels(root):
     module = Digits(root=root, batch_size=1797, seed=1)
     packed = module.reference()
     batch = device_batches(module, 1)[0]
-    assert set(batch) == {"image", "label"}
+    assert set(batch) == {"image", "label", "position"}
     assert batch["image"].dtype == torch.float32
     assert (batch["image"].min(), batch["image"].max()) == (-1, 1)
     images = ((batch["image"] + 1) * 127.5).round().numpy().astype(np.uint8)
@@ -58,7 +58,7 @@ def test_batches_are_in_data_range_with_their_labels(root):
 def test_unconditional_drops_labels_but_not_those_of_the_reference(root):
     module = Digits(root=root, batch_size=8, conditional=False)
     assert module.num_classes == 0
-    assert set(device_batches(module, 1)[0]) == {"image"}
+    assert set(device_batches(module, 1)[0]) == {"image", "position"}
     assert module.reference().labels is not None
 
 

@@ -3,7 +3,15 @@ import pytest
 import torch
 from scipy import stats
 
-from diffusion.seeds import derive_seed, philox, sample_labels, sample_noise, seed_step
+from diffusion.seeds import (
+    derive_seed,
+    philox,
+    position_noise,
+    position_uniform,
+    sample_labels,
+    sample_noise,
+    seed_step,
+)
 
 
 @pytest.mark.parametrize(
@@ -67,3 +75,22 @@ def test_steps_differ_by_seed_rank_and_step():
 def test_seeds_of_a_wrong_kind_are_refused():
     with pytest.raises(ValueError, match="seeds must be a 1-D int64 tensor"):
         sample_noise(torch.zeros(3), (1,))
+
+
+def test_noise_of_positions_is_normal_and_theirs_alone():
+    positions = torch.arange(4000)
+    noise = position_noise(3, positions, (2, 3), stream=1)
+    assert stats.kstest(noise.flatten().numpy(), "norm").pvalue > 0.01
+    part = torch.tensor([7, 3999, 12])
+    assert torch.equal(position_noise(3, part, (2, 3), stream=1), noise[part])
+    for seed, stream, shift in ((4, 1, 0), (3, 2, 0), (3, 1, 1 << 32)):
+        assert (position_noise(seed, positions + shift, (2, 3), stream) != noise).float().mean() > 0.99
+    assert (sample_noise(positions, (2, 3), stream=1) != noise).float().mean() > 0.99
+
+
+def test_uniform_numbers_of_positions():
+    u = position_uniform(3, torch.arange(4000), stream=1)
+    assert u.min() > 0
+    assert u.max() < 1
+    assert stats.kstest(u.numpy(), "uniform").pvalue > 0.01
+    assert torch.equal(position_uniform(3, torch.tensor([5]), 1), u[5:6])

@@ -1,0 +1,56 @@
+"""Warns when a score distillation goes wrong in one of the two ways that its losses do not show."""
+
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.utilities import rank_zero_warn
+
+_FRESH = 0.2  # the share of the newest value in a running mean
+_FIRST_LOOKS = 10  # no judgement before
+
+
+class ScoreHealth(pl.Callback):
+    """Looks at the logged diagnostics every `log_every_n_steps` steps, and warns once of each trouble until it is over.
+
+    The fake score lags: a running mean of score/lead is under `-lag`, so that the target fits the generator's images better
+    than the network that is there to fit them. The generator collapses: generator/std, the spread of a pixel over the
+    batch, is under `collapse` times its largest value so far.
+    """
+
+    def __init__(self, lag: float = 0.02, collapse: float = 0.2) -> None:
+        if not 0 <= lag < 1 or not 0 < collapse < 1:
+            raise ValueError(f"ScoreHealth: need 0 <= lag < 1 and 0 < collapse < 1, got {lag} and {collapse}")
+        self.lag, self.collapse = lag, collapse
+        self._lead, self._widest, self._looks = 0.0, 0.0, 0
+        self._warned: set[str] = set()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        seen = trainer.callback_metrics
+        if trainer.global_step % trainer.log_every_n_steps or "score/lead" not in seen:
+            return
+        lead, spread = float(seen["score/lead"]), float(seen["generator/std"])
+        self._lead += _FRESH * (lead - self._lead)
+        self._widest = max(self._widest, spread)
+        self._looks += 1
+        where = f"at step {trainer.global_step}"
+        self._say(
+            "lag",
+            self._lead < -self.lag,
+            f"the fake score lags behind the generator {where}: it fits the generator's images {-self._lead:.1%} worse than "
+            "the target does; raise method.fake_updates or method.fake_lr, or lower method.lr",
+        )
+        self._say(
+            "collapse",
+            spread < self.collapse * self._widest,
+            f"the generator collapses {where}: its images spread by {spread:.3g} per pixel, {self._widest:.3g} before; "
+            "lower method.lr or raise method.fake_updates",
+        )
+
+    def _say(self, trouble: str, found: bool, text: str) -> None:
+        if not found:
+            self._warned.discard(trouble)
+        elif trouble not in self._warned and self._looks >= _FIRST_LOOKS:
+            self._warned.add(trouble)
+            rank_zero_warn(text)

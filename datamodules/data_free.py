@@ -1,0 +1,27 @@
+"""Batches for methods that train on their own samples: no images, only places in the sequence of training samples."""
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+
+from datamodules.loading import Batch, BatchLoader, endless_loader
+
+
+def _positions(position: int, indices: np.ndarray) -> Batch:
+    return {"position": torch.arange(position, position + len(indices))}
+
+
+class DataFree(pl.LightningDataModule):
+    """A batch is {"position": int64 (B,)}, from which `diffusion.seeds.position_noise` makes noise.
+
+    batch_size: global, over all processes.
+
+    Errors: ValueError for a batch that the devices cannot divide evenly.
+    """
+
+    def __init__(self, batch_size: int):
+        super().__init__()
+        self.batch_size = batch_size
+
+    def train_dataloader(self) -> BatchLoader:
+        return endless_loader(self.trainer, _positions, self.batch_size, self.batch_size, seed=0)

@@ -1,0 +1,65 @@
+"""Degradation recording, stage 1 of DisBack (Zhang et al., arXiv 2408.15991, algorithm 1)."""
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from callbacks import Clock
+from datamodules import DataFree
+from diffusion.degradation import DegradationPath
+from diffusion.losses import denoising_score_matching
+from diffusion.noise_levels import NoiseLevels
+from diffusion.seeds import position_noise, position_uniform
+from lightning_modules.base import Method
+from lightning_modules.diff_instruct import one_step
+
+
+class DegradationRecording(Method):
+    """Fits a copy of the teacher to the untrained generator by denoising score matching, and keeps nodes on the way.
+
+    The generator is the teacher itself, evaluated once at sigma_init, and stays as it is. `student` is the copy. One step
+    is one batch of generated images. Where the path is on disk already nothing is trained.
+    """
+
+    def __init__(self, path: DegradationPath, *, sigma_init: float, sigmas: NoiseLevels, **common):
+        super().__init__(**common)
+        self.path, self.teacher = path, path.teacher
+        self.student = self.teacher.student().eval()
+        self.sigma_init, self.sigmas = sigma_init, sigmas
+
+    def training_data(self, data: pl.LightningDataModule) -> pl.LightningDataModule:
+        super().training_data(data)
+        return DataFree(self.batch_size)
+
+    def on_train_start(self) -> None:
+        # The ranks must agree, even if another run completes the path while they look.
+        if self.trainer.strategy.broadcast(self.path.complete()):
+            self.trainer.should_stop = True
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        network, positions = self.student.network, batch["position"]
+        shape = (network.in_channels, network.resolution, network.resolution)
+        labels = None
+        if self.teacher.num_classes:
+            labels = (position_uniform(self.seed, positions, 1) * self.teacher.num_classes).long()
+        with torch.no_grad():
+            images = one_step(
+                self.teacher.denoiser, position_noise(self.seed, positions, shape, 0), self.sigma_init, labels
+            )
+        sigma = self.sigmas(position_uniform(self.seed, positions, 2))
+        noise = position_noise(self.seed, positions, shape, 3)
+        loss = denoising_score_matching(self.student, images, sigma, noise, labels).mean()
+        self.log("loss/degraded", loss.detach())
+        return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Keeps a node before any checkpoint of its step is written: a kill between the two loses none."""
+        super().optimizer_step(*args, **kwargs)
+        step = self.trainer.global_step + 1
+        if step in self.path.steps and self.trainer.is_global_zero:
+            self.path.save(step, self.student.network, step * self.batch_size, Clock.of(self.trainer).seconds())
+
+    def on_train_end(self) -> None:
+        self.trainer.strategy.barrier()  # rank zero may still be writing the last node

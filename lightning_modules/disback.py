@@ -1,0 +1,156 @@
+"""DisBack: distribution backtracking (Zhang et al., arXiv 2408.15991) on any score distillation."""
+
+import copy
+import hashlib
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from diffusion.degradation import DegradationPath, node_steps
+from lightning_modules.base import Method
+from lightning_modules.degradation import DegradationRecording
+from lightning_modules.diff_instruct import DiffInstruct
+from networks.checks import check_choice, check_counts
+
+SWITCHES = ("interval", "converged")
+DEGRADATION = {"steps", "lr", "batch_size", "seed", "spacing"}
+_CHECK_EVERY = 10  # generator updates between looks at the mismatch, each of which waits for the device
+_FRESH = 0.2  # the share of the newest value in the mismatch's running mean
+
+
+class Backtracking:
+    """Lets a score distillation follow the teacher's degradation path backwards: mix in before the method.
+
+    It asks of the method: `teacher`, `student` (which starts as the teacher, read at `sigma_init`), `fake` (the score that
+    follows the generator), `target` (whose `denoiser` the generator is pulled to), `student_updated`, `student_updates`
+    and the diagnostic loss/mismatch, but knows nothing of its loss.
+
+    Stage 1 records the path s'_0 (the teacher) .. s'_N (`DegradationRecording`). In stage 2 the fake score starts as s'_N,
+    and the targets are T_i = s'_{N-i} for i = 1 .. N, the last one the teacher itself. The next one comes
+
+    switch "interval": after every `interval` generator updates;
+    switch "converged": when the mismatch of fake score and target (a running mean, looked at every 10 generator updates) is
+    at most `tolerance` times what it was at the first look since the last switch; after `interval` updates at the latest.
+
+    nodes: N; 0 is the method itself, bit for bit. degradation: `steps`, `lr`, `batch_size`, `seed` and `spacing` of stage 1.
+    store: the folder of all recorded paths.
+    """
+
+    def __init__(
+        self,
+        teacher: Any,
+        *,
+        nodes: int,
+        interval: int,
+        degradation: dict[str, Any],
+        switch: str = "interval",
+        tolerance: float = 0.5,
+        store: str = "data/degradation",
+        **options: Any,
+    ):
+        super().__init__(teacher, **options)
+        check_counts(0, **{"method.nodes": nodes})
+        check_counts(**{"method.interval": interval})
+        check_choice("method.switch", switch, SWITCHES)
+        if not isinstance(tolerance, int | float) or not 0 < tolerance < 1:
+            raise ValueError(f"method.tolerance must lie in (0, 1), got {tolerance!r}")
+        self.nodes, self.interval, self.switch, self.tolerance = nodes, interval, switch, tolerance
+        self.node = min(1, nodes)
+        self.since = 0  # the update of the last switch
+        self.mismatch: Tensor | None = None  # its running mean since then
+        self.first_mismatch: float | None = None
+        self.path: DegradationPath | None = None
+        if set(degradation) != DEGRADATION:
+            raise ValueError(f"method.degradation needs {', '.join(sorted(DEGRADATION))}; it has {sorted(degradation)}")
+        if nodes:
+            self.recording = {
+                "sigma_init": self.sigma_init,
+                "sigmas": self.fake_sigmas,
+                "betas": self.betas,
+                **degradation,
+            }
+            self.path = self.degradation_path(store)
+            self.target = copy.copy(teacher)
+            self.target.denoiser = copy.deepcopy(teacher.denoiser)
+
+    def degradation_path(self, store: str) -> DegradationPath:
+        settings = dict(self.recording)
+        steps = node_steps(self.nodes, settings.pop("steps"), settings.pop("spacing"))
+        generator = hashlib.sha256(f"{self.teacher.hash} at {settings.pop('sigma_init')!r}".encode()).hexdigest()
+        settings = {key: repr(value) for key, value in settings.items()} | {"num_classes": self.teacher.num_classes}
+        return DegradationPath(store, self.teacher, generator, steps, settings)
+
+    def stages(self) -> dict[str, Method]:
+        if self.path is None:
+            return {}
+        options = dict(self.recording)
+        kimg = options.pop("steps") * options["batch_size"] / 1000
+        options.pop("spacing")
+        return {"degradation": DegradationRecording(self.path, name="degradation", kimg=kimg, **options)}
+
+    def preparation(self) -> dict[str, float] | None:
+        return self.path.cost() if self.path else None
+
+    def setup(self, stage: str) -> None:
+        """Before a checkpoint is restored, which then has the last word."""
+        super().setup(stage)
+        if stage == "fit" and self.path:
+            for step in self.path.steps:  # a missing or damaged node shows now, not after hours
+                self.path.load(step, self.target.denoiser.network)
+            self.fake.network.load_state_dict(self.target.denoiser.network.state_dict())
+
+    def on_fit_start(self) -> None:
+        if self.path is None:
+            super().on_fit_start()
+        else:  # the teacher itself stays where it is: one target on the device
+            self.target.to(self.device)
+            if self.mismatch is not None:
+                self.mismatch = self.mismatch.to(self.device)
+            self.aim()
+
+    def aim(self) -> None:
+        """Put T_node into the one network that all targets share."""
+        network = self.target.denoiser.network
+        if self.node == self.nodes:
+            network.load_state_dict(self.teacher.denoiser.network.state_dict())
+        else:
+            self.path.load(self.path.steps[self.nodes - self.node - 1], network)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.log("score/node", float(self.node))
+        if self.student_updated and self.node < self.nodes and self.due(self._latest["loss/mismatch"]):
+            self.node, self.since, self.mismatch, self.first_mismatch = self.node + 1, self.student_updates, None, None
+            self.aim()
+        return loss
+
+    def due(self, mismatch: Tensor) -> bool:
+        """Whether the next target is due, after a generator update with this mismatch, a scalar on the device."""
+        updates = self.student_updates - self.since
+        if self.switch == "converged":
+            self.mismatch = mismatch.clone() if self.mismatch is None else self.mismatch.lerp(mismatch, _FRESH)
+            if updates % _CHECK_EVERY == 0:
+                total = self.mismatch.clone()
+                if dist.is_available() and dist.is_initialized():
+                    dist.all_reduce(total)  # all ranks must switch together; a sum serves a ratio as well as a mean
+                if self.first_mismatch is None:
+                    self.first_mismatch = total.item()
+                elif total.item() <= self.tolerance * self.first_mismatch:
+                    return True
+        return updates >= self.interval
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        mismatch = None if self.mismatch is None else self.mismatch.cpu()
+        state = {"node": self.node, "since": self.since, "mismatch": mismatch, "first_mismatch": self.first_mismatch}
+        checkpoint["backtracking"] = state
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        for key, value in checkpoint["backtracking"].items():
+            setattr(self, key, value)
+
+
+class DisBack(Backtracking, DiffInstruct):
+    """Distribution backtracking of Diff-Instruct's gradient, as in the paper."""

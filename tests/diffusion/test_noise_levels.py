@@ -1,0 +1,41 @@
+import pytest
+import torch
+
+from diffusion.noise_levels import KarrasGrid, LogNormal
+from diffusion.schedules import karras
+
+U = (torch.arange(10000, dtype=torch.float64) + 0.5) / 10000
+
+
+def test_log_normal_has_edms_law():
+    """Against the standard library's normal distribution, at its own quantiles."""
+    sigma = LogNormal(-1.2, 1.2)(U)
+    normal = torch.distributions.Normal(-1.2, 1.2)
+    torch.testing.assert_close(normal.cdf(sigma.double().log()), U, rtol=0, atol=1e-5)
+    assert sigma.dtype == torch.float32
+
+
+def test_karras_grid_is_edms_schedule_read_from_below():
+    """All levels: those of the sampling schedule; a part: each of its entries as often as any other."""
+    levels = karras(1000).flip(0)[1:].float()
+    torch.testing.assert_close(KarrasGrid(first=0, last=999)(U), levels.repeat_interleave(10), rtol=1e-5, atol=0)
+    part = KarrasGrid(first=20, last=980)(U)
+    torch.testing.assert_close(part.unique(), levels[20:981], rtol=1e-5, atol=0)
+    counts = part.unique(return_counts=True)[1]
+    assert counts.min() >= 10
+    assert counts.max() <= 11
+
+
+@pytest.mark.parametrize(
+    ("law", "options", "message"),
+    [
+        (LogNormal, {"std": 0}, "a log-normal law needs a mean and a positive std, got -1.2 and 0"),
+        (LogNormal, {"mean": "low"}, "a log-normal law needs a mean and a positive std, got 'low' and 1.2"),
+        (KarrasGrid, {"sigma_min": 0}, "need 0 < sigma_min < sigma_max, got 0 and 80.0"),
+        (KarrasGrid, {"last": 1000}, "need 0 <= first <= last < levels=1000, got 20 and 1000"),
+        (KarrasGrid, {"levels": 1}, "levels must be an integer of at least 2, got 1"),
+    ],
+)
+def test_misuse(law, options, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        law(**options)

@@ -1,0 +1,358 @@
+"""Diff-Instruct against the known integral KL between Gaussians, and its turns, labels, options and misuse."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from closed_forms import MEANS, CorrectedByLevel, ExactNetwork, Mixture, energy_distance, exact_teacher, fit
+from diffusion.losses import denoising_score_matching, score_gradient
+from diffusion.noise_levels import KarrasGrid, LogNormal
+from diffusion.preconditioning import EDM
+from diffusion.schedules import karras
+from diffusion.seeds import sample_noise
+from diffusion.teacher import Teacher
+from lightning_modules import DiffInstruct
+from networks import SongUNet
+
+LAW = LogNormal(-1.2, 1.2)
+OPTIONS = {"sigma_init": 2.5, "generator_sigmas": LAW, "fake_sigmas": LAW, "betas": (0.0, 0.999)}
+
+
+def method(teacher=None, kimg=1.0, lr=1e-3, batch_size=128, seed=0, **options):
+    torch.manual_seed(0)
+    teacher = teacher or exact_teacher(network=CorrectedByLevel)
+    common = {"name": "diff_instruct", "batch_size": batch_size, "seed": seed, "kimg": kimg, "lr": lr}
+    return DiffInstruct(teacher, **common, **(OPTIONS | options))
+
+
+def alone(module):
+    """The module outside of a trainer: its losses are kept instead of descended."""
+    module.losses = []
+    module.descend = lambda which, loss: module.losses.append((which, loss))
+    return module
+
+
+def batch(count, first=0):
+    return {"position": torch.arange(first, first + count)}
+
+
+# -- the gradient -----------------------------------------------------------------------------------------------------
+
+
+class Affine(nn.Module):
+    """G(z) = mean + scale z: the Gaussian generator whose KL to another Gaussian is known."""
+
+    def __init__(self, mean, scale, sigma_init):
+        super().__init__()
+        self.mean, self.scale = nn.Parameter(torch.tensor(mean)), nn.Parameter(torch.tensor(scale))
+        self.preconditioning, self.sigma_init = EDM(), sigma_init
+        self.network = ExactNetwork("edm", Mixture())
+
+    def forward(self, x, sigma, labels=None):
+        return self.mean[:, None, None] + self.scale * x / self.sigma_init
+
+
+class Exact(nn.Module):
+    """The denoiser of N(mean, std^2 I)."""
+
+    def __init__(self, mean, std):
+        super().__init__()
+        self.mixture = Mixture(torch.tensor([mean], dtype=torch.float64), std)
+
+    def forward(self, x, sigma, labels=None):
+        return self.mixture(x, sigma)
+
+
+def test_the_generators_gradient_is_that_of_the_integral_kl():
+    """sigma^2-weighted KL of N(mu, t^2 + sigma^2) to N(m, s^2 + sigma^2), differentiated by mu and by t.
+
+    KL has the derivatives (mu - m) / (s^2 + sigma^2) and 2 t (1 / (s^2 + sigma^2) - 1 / (t^2 + sigma^2)) for 2 pixels.
+    """
+    mu, t, m, s = [0.4, -0.3], 0.5, [-0.2, 0.1], 0.2
+    teacher = exact_teacher(Mixture(torch.tensor([m], dtype=torch.float64), s))
+    module = alone(method(teacher))
+    module.student, module.fake = Affine(mu, t, 2.5), Exact(mu, t)
+    count = 400_000
+    module.generator_turn(batch(count))
+    ((which, loss),) = module.losses
+    loss.backward()
+    assert which == 0
+    levels = LAW((torch.arange(20000, dtype=torch.float64) + 0.5) / 20000).double()
+    by_mean = ((levels**2 / (s**2 + levels**2)).mean() * (torch.tensor(mu) - torch.tensor(m))).float()
+    by_scale = (2 * t * levels**2 * (1 / (s**2 + levels**2) - 1 / (t**2 + levels**2))).mean().item()
+    torch.testing.assert_close(module.student.mean.grad, by_mean, rtol=0.02, atol=0)
+    assert module.student.scale.grad.item() == pytest.approx(by_scale, rel=0.02)
+
+
+def test_dmd_weighting_divides_by_the_distance_to_the_targets_estimate():
+    images, fake, target = torch.randn(3, 5, 2, 4, 4).unbind()
+    plain = score_gradient(images, fake, target, "edm")
+    assert torch.equal(plain, fake - target)
+    for i in range(5):
+        size = (images[i] - target[i]).abs().mean()
+        torch.testing.assert_close(score_gradient(images, fake, target, "dmd")[i], plain[i] / size / 32)
+
+
+def test_the_fake_scores_loss_is_denoising_score_matching_of_generated_images():
+    module = alone(method())
+    module.fake_turn(batch(8))
+    ((which, loss),) = module.losses
+    z = module.normal(batch(8), 0, (2, 1, 1))
+    images = module.student(2.5 * z, torch.tensor(2.5)).detach()
+    sigma, noise = LAW(module.uniform(batch(8), 2)), module.normal(batch(8), 3, (2, 1, 1))
+    expected = denoising_score_matching(module.fake, images, sigma, noise).mean()
+    assert which == 1
+    torch.testing.assert_close(loss, expected)
+
+
+# -- learning ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"two_sided": True, "kimg": 76.8},
+        {"weighting": "dmd", "sigma_init": 80.0, "fake_updates": 2, "fake_lr": 2e-3},
+    ],
+    ids=["alternating", "two-sided", "dmd from 80"],
+)
+def test_it_learns_the_mixture(options):
+    """Of the energy distance to the mixture that the untrained generator has, under a tenth is left."""
+    module = method(**({"kimg": 102.4} | options))
+    real = Mixture().sample(2000, torch.Generator().manual_seed(1))
+    noise = sample_noise(torch.arange(2000), (2, 1, 1))
+    before = energy_distance(module.sample(noise), real)
+    fit(module, None)
+    after = energy_distance(module.sample(noise), real)
+    assert before > 0.2
+    assert after < 0.1 * before
+
+
+# -- turns ------------------------------------------------------------------------------------------------------------
+
+
+def snapshots(module):
+    """Fills the list that it returns: after each step copies of both networks' weights, and the counts."""
+    kept = []
+    original = module.training_step
+
+    def step(batch, batch_idx):
+        loss = original(batch, batch_idx)
+        copies = {
+            name: [p.detach().clone() for p in getattr(module, name).parameters()] for name in ("student", "fake")
+        }
+        kept.append((copies, module.trainer.global_step, module.student_updates, module.student_updated))
+        return loss
+
+    module.training_step = step
+    return kept
+
+
+def differs(a, b, name):
+    return any(not torch.equal(x, y) for x, y in zip(a[0][name], b[0][name], strict=True))
+
+
+@pytest.mark.parametrize("fake_updates", [1, 3])
+def test_each_turn_moves_its_own_network_alone(fake_updates):
+    """One step is one turn; the fake score's come first; the teacher never moves."""
+    module = method(fake_updates=fake_updates, kimg=1.024)  # 8 steps
+    teacher = module.teacher.hash
+    kept = snapshots(module)
+    fit(module, None)
+    assert [step for _, step, _, _ in kept] == list(range(1, 9))
+    cycle = fake_updates + 1
+    for before, after in itertools.pairwise(kept):
+        generators = after[1] % cycle == 0
+        assert differs(before, after, "student") is after[3] is generators
+        assert differs(before, after, "fake") is not generators
+        assert after[2] == after[1] // cycle
+    module.teacher._hash = None
+    assert module.teacher.hash == teacher
+
+
+def test_two_sided_is_both_gradients_at_once():
+    """The single backward pass gives the generator and the fake score what two separate ones give at the same weights."""
+    shared = method(two_sided=True)
+    with torch.no_grad():
+        for network in (shared.student.network, shared.fake.network):
+            for p in network.last.parameters():
+                p.normal_(std=0.1)
+    images = {"position": torch.arange(16)}
+    alone(shared).both_turns(images)
+    ((_, loss),) = shared.losses
+    loss.backward()
+    both = [[p.grad for p in part.parameters() if p.grad is not None] for part in (shared.student, shared.fake)]
+    for part in (shared.student, shared.fake):
+        part.zero_grad()
+    shared.losses.clear()
+    shared.generator_turn(images)
+    shared.fake_turn(images)
+    for (_, turn), part, expected in zip(shared.losses, (shared.student, shared.fake), both, strict=True):
+        turn.backward()
+        assert len(expected) > 0
+        for p, gradient in zip((p for p in part.parameters() if p.grad is not None), expected, strict=True):
+            torch.testing.assert_close(p.grad, gradient)
+
+
+def test_two_sided_steps_both_and_counts_one():
+    module = method(two_sided=True, kimg=0.512)  # 4 steps
+    kept = snapshots(module)
+    fit(module, None)
+    assert [(step, updates) for _, step, updates, _ in kept] == [(n, n) for n in range(1, 5)]
+    for before, after in itertools.pairwise(kept):
+        assert differs(before, after, "student")
+        assert differs(before, after, "fake")
+
+
+def test_learning_rates_and_clipping():
+    module = method(fake_lr=5e-3, lr=1e-3, clip=1e-3, kimg=0.256, warmup_kimg=0.512)
+    norms = []
+    original = nn.utils.clip_grad_norm_
+
+    def clipped(parameters, limit):
+        parameters = list(parameters)
+        original(parameters, limit)
+        norms.append(torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm().item())
+
+    nn.utils.clip_grad_norm_ = clipped
+    try:
+        trainer = fit(module, None)
+    finally:
+        nn.utils.clip_grad_norm_ = original
+    assert [o.param_groups[0]["lr"] for o in trainer.optimizers] == pytest.approx([5e-4, 25e-4])  # half of the ramp
+    assert len(norms) == 2
+    assert max(norms) <= 1.001e-3
+
+
+# -- labels -----------------------------------------------------------------------------------------------------------
+
+
+def unet(num_classes=3, resolution=8):
+    torch.manual_seed(0)
+    options = {"model_channels": 8, "channel_mult": [1, 1], "num_blocks": 1, "attn_resolutions": []}
+    network = SongUNet(resolution, 1, 1, num_classes=num_classes, dropout=0.3, **options)
+    return Teacher("random", network, EDM(), karras, steps=4)
+
+
+def test_uniform_labels_reach_all_three_networks():
+    module = alone(method(unet()))
+    seen = []
+    for denoiser in (module.student, module.fake, module.teacher.denoiser):
+        denoiser.network.register_forward_hook(lambda net, args, out: seen.append((args[2], net.training)))
+    module.generator_turn(batch(3000))
+    assert len(seen) == 3
+    assert all(torch.equal(labels, seen[0][0]) for labels, _ in seen)
+    assert not any(training for _, training in seen)  # dropout would make the two scores differ
+    assert (torch.bincount(seen[0][0]) / 3000 - 1 / 3).abs().max() < 0.03
+
+
+def test_data_labels():
+    module = alone(method(unet(), labels="data"))
+    labels = torch.tensor([2, 0, 1, 1])
+    assert torch.equal(module.latents(batch(4) | {"label": labels})[1], labels)
+
+
+# -- the classifier ---------------------------------------------------------------------------------------------------
+
+GAN = {"generator": 3.0, "fake": 10.0, "sigmas": KarrasGrid(first=0, last=999)}
+
+
+def test_the_classifiers_gradient_reaches_the_generator_alone_and_points_to_real_images():
+    module = alone(method(unet(), gan=GAN))
+    data = batch(16) | {"image": torch.randn(16, 1, 8, 8), "label": torch.zeros(16, dtype=torch.int64)}
+    module.generator_turn(data)
+    ((_, loss),) = module.losses
+    loss.backward()
+    assert any(p.grad is not None for p in module.student.parameters())
+    assert all(p.grad is None for part in (module.fake, module.discriminator) for p in part.parameters())
+    images = torch.randn(16, 1, 8, 8)
+    logits = lambda x: module.realism(x, data, data["label"], 5).mean()  # noqa: E731
+    gradient = module.gan_gradient(images, data, data["label"])
+    with torch.no_grad():
+        assert logits(images - 1e-1 * gradient) > logits(images)
+
+
+def test_the_classifier_learns_to_tell_real_from_generated_images():
+    module = method(unet(), gan=GAN)
+    optimizer = torch.optim.Adam([*module.fake.parameters(), *module.discriminator.parameters()], 1e-3)
+    losses = []
+
+    def step(which, loss):
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(module._latest["loss/gan_fake"].item())
+
+    module.descend = step
+    for i in range(40):
+        real = 0.5 + 0.1 * sample_noise(torch.arange(16) + 16 * i, (1, 8, 8))
+        module.fake_turn(batch(16, 16 * i) | {"image": real, "label": torch.zeros(16, dtype=torch.int64)})
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+
+
+def test_only_a_classifier_or_data_labels_need_images():
+    class Images:
+        num_classes = 3
+
+    images = Images()
+    assert method(unet(), gan=GAN).training_data(images) is images
+    assert method(unet(), labels="data").training_data(images) is images
+    data_free = method(unet())
+    assert data_free.training_data(images) is not images
+    assert data_free.data is images
+
+
+# -- diagnostics and misuse -------------------------------------------------------------------------------------------
+
+
+def test_diagnostics_mean_what_they_say():
+    """With the target's exact score as fake score there is no mismatch and no lead; images of one value have no spread."""
+    module = alone(method())
+    module.generator_turn(batch(64))
+    assert module._latest["loss/mismatch"] == 0
+    assert module._latest["score/lead"] == 0
+    assert module._latest["score/image_gradient"] == 0
+    images = torch.tensor([-1.5, 0.5]).view(2, 1, 1, 1).expand(2, 2, 1, 1)
+    zero, sigma = torch.zeros_like(images), torch.ones(2)
+    module.watch(images, torch.full_like(images, 3.0), images, zero, sigma)
+    weight = (1 + 0.25) / 0.25  # EDM's lambda at sigma = 1
+    assert module._latest["loss/mismatch"].item() == pytest.approx(weight * (2 * 1.5**2 + 2 * 0.5**2) / 2)
+    assert module._latest["score/lead"] == 1  # the fake score fits exactly
+    assert module._latest["score/image_gradient"].item() == pytest.approx(3 * 2**0.5)
+    assert module._latest["generator/mean"].item() == pytest.approx(-0.5)
+    assert module._latest["generator/std"].item() == pytest.approx(2**0.5)
+    assert module._latest["generator/saturation"].item() == 0.5
+
+
+def test_sampling_is_one_evaluation_at_sigma_init():
+    module = method(sigma_init=7.0)
+    noise = sample_noise(torch.arange(8), (2, 1, 1))
+    torch.testing.assert_close(module.sample(noise), Mixture(MEANS)(7 * noise, torch.tensor(7.0)), rtol=0, atol=1e-5)
+    assert module.nfe == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sigma_init": 100}, "method.sigma_init=100 lies outside of the teacher's noise levels, 0.002 to 80"),
+        ({"sigma_init": 0}, "method.sigma_init=0 lies outside of the teacher's noise levels"),
+        ({"sigma_init": "big"}, "method.sigma_init='big' lies outside"),
+        ({"weighting": "sid"}, "method.weighting must be one of edm, dmd, got 'sid'"),
+        ({"labels": "none"}, "method.labels must be one of uniform, data, got 'none'"),
+        ({"fake_updates": 0}, "method.fake_updates must be an integer of at least 1, got 0"),
+        ({"fake_lr": -1}, "method.fake_lr must be a positive number or null, got -1"),
+        ({"clip": 0}, "method.clip must be a positive number or null, got 0"),
+        ({"two_sided": True, "fake_updates": 2}, "method.two_sided shares one noise between both updates"),
+        ({"two_sided": True, "fake_sigmas": LogNormal(0)}, "method.two_sided shares one noise between both updates"),
+        (
+            {"gan": {"generator": 1}},
+            r"method.gan must be null or have the keys generator, fake and sigmas, got \['generator'\]",
+        ),
+    ],
+)
+def test_misuse(options, message):
+    with pytest.raises(ValueError, match=message):
+        method(**options)

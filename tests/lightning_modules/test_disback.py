@@ -1,0 +1,294 @@
+"""DisBack: the recorded path, the order of its targets, its equality with Diff-Instruct, and misuse."""
+
+import itertools
+import json
+import shutil
+
+import pytest
+import torch
+from test_diff_instruct import OPTIONS, snapshots
+
+from callbacks import Clock
+from closed_forms import CorrectedByLevel, Mixture, energy_distance, exact_teacher, fit
+from diffusion.degradation import node_steps
+from diffusion.losses import denoising_score_matching
+from diffusion.seeds import sample_noise
+from lightning_modules import DiffInstruct, DisBack
+from lightning_modules.diff_instruct import one_step
+from lightning_modules.disback import Backtracking
+
+DEGRADATION = {"steps": 64, "lr": 3e-3, "batch_size": 128, "seed": 0, "spacing": "geometric"}
+
+
+def method(store, cls=DisBack, teacher=None, kimg=1.024, **options):
+    torch.manual_seed(0)
+    teacher = teacher or exact_teacher(network=CorrectedByLevel)
+    common = {"name": "disback", "batch_size": 128, "seed": 0, "kimg": kimg, "lr": 1e-3} | options
+    own = {"nodes": 3, "interval": 2, "degradation": DEGRADATION, "store": str(store)}
+    return cls(teacher, **(OPTIONS | own | common))
+
+
+def record(module):
+    """Stage 1, as train.py does it."""
+    for stage in module.stages().values():
+        trainer = fit(stage, None, Clock())
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A store with the path of three nodes."""
+    store = tmp_path_factory.mktemp("store")
+    record(method(store))
+    return store
+
+
+def copied(recorded, tmp_path):
+    return shutil.copytree(recorded, tmp_path / "store")
+
+
+def weights(network):
+    return torch.cat([p.detach().flatten() for p in network.parameters()])
+
+
+# -- stage 1 ----------------------------------------------------------------------------------------------------------
+
+
+def test_node_steps():
+    assert node_steps(5, 300, "geometric") == [3, 10, 31, 96, 300]
+    assert node_steps(4, 100, "linear") == [25, 50, 75, 100]
+    assert node_steps(1, 1, "geometric") == [1]
+
+
+def test_the_path_leads_from_the_data_to_the_untrained_generator(recorded):
+    """Node by node the denoising loss falls on the generator's images and rises on the mixture's."""
+    module = method(recorded)
+    count = 4000
+    images = one_step(module.teacher.denoiser, sample_noise(torch.arange(count), (2, 1, 1)), 2.5, None)
+    data = Mixture().sample(count, torch.Generator().manual_seed(1)).float()
+    sigma, noise = (
+        OPTIONS["fake_sigmas"](torch.rand(count).double()),
+        sample_noise(torch.arange(count) + count, (2, 1, 1)),
+    )
+    denoiser, losses = module.teacher.student(), []
+    for step in (0, *module.path.steps):
+        if step:
+            module.path.load(step, denoiser.network)
+        with torch.no_grad():
+            losses.append([denoising_score_matching(denoiser, x, sigma, noise).mean().item() for x in (images, data)])
+    assert module.path.steps == [4, 16, 64]
+    on_generated, on_data = zip(*losses, strict=True)
+    assert sorted(on_generated, reverse=True) == list(on_generated)
+    assert sorted(on_data) == list(on_data)
+    assert on_generated[-1] < 0.7 * on_generated[0]
+
+
+def test_its_cards_say_what_it_cost(recorded):
+    cost = method(recorded).preparation()
+    assert cost["steps"] == 64
+    assert cost["images"] == 64 * 128
+    assert 0 < cost["seconds"] < 100
+
+
+def test_a_path_is_recorded_once_and_extended_with_the_same_bits(recorded, tmp_path):
+    store = copied(recorded, tmp_path)
+    before = {path.name: path.read_bytes() for path in store.rglob("node*")}
+    assert len(before) == 6
+    assert record(method(store)).global_step == 0
+    assert record(method(store, nodes=2)).global_step == 64  # node 8 is new, 64 is not
+    after = {path.name: path.read_bytes() for path in store.rglob("node*")}
+    assert before.items() <= after.items()
+    assert set(after) - set(before) == {"node-000008.json", "node-000008.safetensors"}
+    (store / method(store).path.folder.name / "node-000016.safetensors").unlink()
+    record(method(store))
+    again = method(store).path.file(16)
+    assert again.read_bytes() == before[again.name]
+
+
+def test_seeds_and_step_sizes_of_stage_2_share_a_path_and_other_generators_do_not(tmp_path):
+    folder = method(tmp_path).path.folder
+    assert method(tmp_path, lr=5e-4).path.folder == folder
+    assert method(tmp_path, nodes=2, interval=9).path.folder == folder
+    for other in ({"sigma_init": 80.0}, {"degradation": DEGRADATION | {"lr": 1e-3}}, {"betas": (0.9, 0.99)}):
+        assert method(tmp_path, **other).path.folder != folder
+    assert method(tmp_path, teacher=exact_teacher(Mixture(std=0.3), network=CorrectedByLevel)).path.folder != folder
+
+
+# -- stage 2 ----------------------------------------------------------------------------------------------------------
+
+
+def test_targets_come_in_reverse_order_and_end_with_the_teacher(recorded):
+    """T_1 from the start, the next after every 2 generator updates; the fake score starts as T_0 = s'_N."""
+    module = method(recorded, kimg=1.536)  # 12 steps, 6 generator updates
+    kept = snapshots(module)
+    targets, original = [], module.aim
+
+    def aim():
+        original()
+        targets.append((module.node, module.student_updates, weights(module.target.denoiser)))
+
+    module.aim = aim
+    first = []
+    module.on_train_start = lambda: first.append(weights(module.fake))
+    fit(module, None)
+    path = module.path
+    states = {}
+    for step in path.steps:
+        network = module.teacher.student().network
+        path.load(step, network)
+        states[step] = weights(network)
+    states["teacher"] = weights(module.teacher.denoiser)
+    assert len({tuple(state.tolist()) for state in states.values()}) == 4
+    assert torch.equal(first[0], states[64])
+    assert [(node, updates) for node, updates, _ in targets] == [(1, 0), (2, 2), (3, 4)]
+    for (_, _, found), expected in zip(targets, (16, 4, "teacher"), strict=True):
+        assert torch.equal(found, states[expected])
+    assert len(kept) == 12
+
+
+def test_switching_leaves_fake_score_optimisers_and_learning_rate_alone(recorded):
+    module = method(recorded, interval=1, kimg=0.768)
+    kept = snapshots(module)
+    fit(module, None)
+    fakes = [copies["fake"] for copies, *_ in kept]
+    moved = [max((a - b).abs().max() for a, b in zip(x, y, strict=True)) for x, y in itertools.pairwise(fakes)]
+    assert max(moved) < 3e-3  # steps of Adam at 1e-3, never the distance between nodes
+    for optimizer in module.trainer.optimizers:
+        assert all(int(state["step"]) == 3 for state in optimizer.state.values())
+
+
+def test_no_nodes_is_diff_instruct_bit_for_bit(tmp_path):
+    ours, plain = method(tmp_path, nodes=0, kimg=2.048), method(tmp_path, nodes=0, kimg=2.048)
+    common = {"name": "diff_instruct", "batch_size": 128, "seed": 0, "kimg": 2.048, "lr": 1e-3}
+    plain = DiffInstruct(plain.teacher, **common, **OPTIONS)
+    assert ours.stages() == {}
+    assert ours.preparation() is None
+    for module in (ours, plain):
+        fit(module, None)
+    assert torch.equal(weights(ours.student), weights(plain.student))
+    assert torch.equal(weights(ours.fake), weights(plain.fake))
+    assert not torch.equal(weights(ours.student), weights(ours.teacher.denoiser))
+    for a, b in zip(ours.trainer.optimizers, plain.trainer.optimizers, strict=True):
+        for x, y in zip(a.state.values(), b.state.values(), strict=True):
+            assert torch.equal(x["exp_avg_sq"], y["exp_avg_sq"])
+
+
+def test_switching_by_convergence(recorded, monkeypatch):
+    """The next target when the mean mismatch, which falls to 0.4 from update 15 on, is found halved; at the latest after 40."""
+    module = method(recorded, switch="converged", tolerance=0.5, interval=40)
+    updates = 0
+    monkeypatch.setattr(type(module), "student_updates", property(lambda self: updates))
+    switched = []
+    for updates in range(1, 100):
+        falling = 1.0 if updates < 15 or updates > 50 else 0.4
+        if module.node < module.nodes and module.due(torch.tensor(falling)):
+            module.node, module.since, module.mismatch, module.first_mismatch = module.node + 1, updates, None, None
+            switched.append(updates)
+    assert switched == [30, 70]  # 1 - 0.6 (1 - 0.8^6) = 0.56 at 20; afterwards the mismatch rises again
+
+
+def test_it_learns_the_mixture(recorded):
+    """Backtracked, under a tenth of the untrained generator's energy distance is left."""
+    module = method(recorded, kimg=76.8, interval=30)
+    real = Mixture().sample(2000, torch.Generator().manual_seed(1))
+    noise = sample_noise(torch.arange(2000), (2, 1, 1))
+    before = energy_distance(module.sample(noise), real)
+    fit(module, None)
+    assert module.node == 3
+    assert energy_distance(module.sample(noise), real) < 0.1 * before
+
+
+class Squared(DiffInstruct):
+    """Another score distillation: the gradient of |D_fake - D_target|^2 / 2 in the images' own coordinates, normalised."""
+
+    def generator_turn(self, batch):
+        z, labels = self.latents(batch)
+        images = self.generate(z, labels)
+        with torch.no_grad():
+            sigma, noised = self.noised(images, batch, self.generator_sigmas)
+            fake, target = self.fake(noised, sigma, labels), self.target.denoiser(noised, sigma, labels)
+            pulled = images - (fake - target) / (fake - target).flatten(1).norm(dim=1).clamp_min(1e-3).view(-1, 1, 1, 1)
+        self.watch(images.detach(), pulled - images.detach(), fake, target, sigma)
+        self.descend(0, (images - pulled).square().mean())
+        return self._latest["loss/mismatch"]
+
+
+class BacktrackedSquared(Backtracking, Squared):
+    pass
+
+
+def test_any_score_distillation_can_be_backtracked(recorded):
+    """Another loss, the same mix-in; without nodes it is that method bit for bit."""
+    module = method(recorded, BacktrackedSquared, kimg=1.536)
+    kept = snapshots(module)
+    fit(module, None)
+    assert module.node == 3
+    assert len(kept) == 12
+    ours = method(recorded, BacktrackedSquared, nodes=0)
+    plain = Squared(ours.teacher, name="squared", batch_size=128, seed=0, kimg=1.024, lr=1e-3, **OPTIONS)
+    for each in (ours, plain):
+        fit(each, None)
+    assert torch.equal(weights(ours.student), weights(plain.student))
+    assert not torch.equal(weights(ours.student), weights(ours.teacher.denoiser))
+
+
+# -- misuse -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_node(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no node .*node-000004.safetensors: run again"):
+        fit(method(tmp_path), None)
+
+
+def test_a_node_of_another_path(recorded, tmp_path):
+    """Of the same architecture, put under the right name."""
+    store = copied(recorded, tmp_path)
+    path = method(store).path
+    card = json.loads(path.file(16).with_suffix(".json").read_text())
+    path.file(16).with_suffix(".json").write_text(json.dumps(card | {"teacher": "0" * 64}))
+    with pytest.raises(ValueError, match=r"node-000016.safetensors belongs to another degradation path \(teacher '000"):
+        fit(method(store), None)
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "card"])
+def test_a_damaged_node(recorded, tmp_path, damage):
+    store = copied(recorded, tmp_path)
+    file = method(store).path.file(64)
+    content = bytearray(file.read_bytes())
+    if damage == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    elif damage == "bit":
+        content[-1] ^= 1
+        file.write_bytes(content)
+    else:
+        file.with_suffix(".json").write_text("{")
+    with pytest.raises(OSError, match=r"node-000064.*(is damaged|delete)"):
+        fit(method(store), None)
+
+
+def test_a_diverged_path_is_not_kept(tmp_path):
+    module = method(tmp_path)
+    with torch.no_grad():
+        network = module.teacher.student().network
+        network.last.weight.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="diverged before its step 4: lower method.degradation.lr"):
+        module.path.save(4, network, 512, 1.0)
+    assert not list(tmp_path.rglob("node*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"nodes": -1}, "method.nodes must be an integer of at least 0, got -1"),
+        ({"nodes": 50}, r"method.nodes=50 do not fit into method.degradation.steps=64"),
+        ({"interval": 0}, "method.interval must be an integer of at least 1, got 0"),
+        ({"switch": "never"}, "method.switch must be one of interval, converged, got 'never'"),
+        ({"tolerance": 1.0}, r"method.tolerance must lie in \(0, 1\), got 1.0"),
+        ({"degradation": {"steps": 5}}, r"method.degradation needs .*; it has \['steps'\]"),
+        ({"degradation": DEGRADATION | {"spacing": "odd"}}, "spacing must be one of geometric, linear, got 'odd'"),
+        ({"sigma_init": 81}, "method.sigma_init=81 lies outside"),
+    ],
+)
+def test_misuse(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        method(tmp_path, **options)
