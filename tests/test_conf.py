@@ -46,9 +46,10 @@ def override(file: Path) -> list[str]:
     group, option = "/".join(file.parts[:-1]), file.stem
     if group == "teacher" and option in PUBLISHED:
         group = "data"  # a teacher comes with its data
-    if group == "recipe":  # METHOD_DATA
-        data = next(path.stem for path in (CONF / "data").glob("*.yaml") if option.endswith(f"_{path.stem}"))
-        return [f"method={option.removesuffix(f'_{data}')}", f"data={data}", *small(data)]
+    if group == "recipe":  # METHOD_DATA or METHOD_DATA_VARIANT
+        data = next(path.stem for path in (CONF / "data").glob("*.yaml") if f"_{path.stem}" in option)
+        method, _, variant = option.partition(f"_{data}")
+        return [f"method={method}", f"data={data}", *small(data), *([f"recipe={option}"] if variant else [])]
     return [f"{group}={option}", *small(option)] if file.parts[0] != "hydra" else []
 
 
