@@ -1,11 +1,16 @@
 """What is trained for the benchmarks: the default config, and the same at CIFAR-10 size."""
 
+import sys
 from dataclasses import dataclass
 
+import pytorch_lightning as pl
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from benchmarks.measuring import ROOT
+from launch.build import build_seeded, build_trainer
+from launch.folder import RunFolder
+from lightning_modules import Method
 from networks.weights import find_weights
 
 
@@ -55,17 +60,31 @@ CIFAR10 = Case(
 )
 
 
-def compose_config(case: Case, folder: str) -> DictConfig:
-    """The config of `python train.py` in `folder`, without what is no part of a step and without the user's conf/local."""
+def compose_config(case: Case, folder: str, *overrides: str) -> DictConfig:
+    """The config of `python train.py` in `folder`, without what is no part of a step and without the user's conf/local.
+
+    overrides: of the benchmark, beside the case's own.
+    """
     left_out = [f"callbacks.{name}=null" for name in ("grid", "metrics", "curves")]
-    places = [f"folder={folder}/run", f"data.root={folder}", f"method.store={folder}/pairs"]
+    places = [f"folder={folder}/run", f"data.root={folder}"]
     own = ["~local"] if (ROOT / "conf" / "local").exists() else []
     # Without a ramp of the learning rate the bare loop's losses can be compared with the framework's.
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", [*own, *left_out, *places, "method.warmup_kimg=0", *case.overrides])
+        cfg = compose("config", [*own, *left_out, *places, "method.warmup_kimg=0", *case.overrides, *overrides])
     if cfg.teacher.weights is not None:
         try:
             find_weights(cfg.teacher.weights)
         except FileNotFoundError:
             cfg.teacher.weights = cfg.teacher.sha256 = None
     return cfg
+
+
+def prepare(cfg: DictConfig, steps: int, watcher: pl.Callback) -> tuple[Method, pl.Trainer]:
+    """A method and a trainer that watches `steps` of its steps through a callback after all others."""
+    # Not within a window by chance: checkpoints are timed apart, and a validation is no part of a step.
+    cfg.callbacks.checkpoints.every_n_steps = cfg.trainer.validate_every_n_steps = sys.maxsize
+    method = build_seeded(cfg.method, cfg.seed)
+    method.total_steps = steps + 1  # at its last step a run writes
+    trainer = build_trainer(cfg, method, RunFolder(cfg.folder))
+    trainer.callbacks.append(watcher)
+    return method, trainer

@@ -1,6 +1,5 @@
 """Seconds per training step of denoising_student, in the framework and bare; samples/s of teacher and student."""
 
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -9,12 +8,10 @@ import pytorch_lightning as pl
 import torch
 
 from benchmarks.bare_loop import BareLoop
-from benchmarks.cases import Case, compose_config
+from benchmarks.cases import Case, compose_config, prepare
 from benchmarks.measuring import clock, summary
 from datamodules import TrajectoryDataModule
 from diffusion.seeds import sample_labels, sample_noise
-from launch.build import build_seeded, build_trainer
-from launch.folder import RunFolder
 from launch.quiet import quiet
 from lightning_modules import DenoisingStudent
 
@@ -82,15 +79,10 @@ def measure(case: Case) -> dict[str, Any]:
     """All figures of a case; needs a temporary folder of a few checkpoints' size, and leaves nothing."""
     quiet()
     with TemporaryDirectory(prefix="stillhouse-benchmark-") as folder:
-        cfg = compose_config(case, folder)
+        cfg = compose_config(case, folder, f"method.store={folder}/pairs")
         checkpoint_every = cfg.callbacks.checkpoints.every_n_steps
-        # Not within a window by chance: checkpoints are timed apart, and a validation is no part of a step.
-        cfg.callbacks.checkpoints.every_n_steps = cfg.trainer.validate_every_n_steps = sys.maxsize
-        method = build_seeded(cfg.method, cfg.seed)
-        method.total_steps = case.warmup + case.rounds * (1 + case.window) + 1  # at its last step a run writes
         in_turn = InTurn(case)
-        trainer = build_trainer(cfg, method, RunFolder(cfg.folder))
-        trainer.callbacks.append(in_turn)
+        method, trainer = prepare(cfg, case.warmup + case.rounds * (1 + case.window), in_turn)
         trainer.fit(method, _pairs(method, case))
         loss_difference = in_turn.loss_difference()
         sampling = sampling_rates(method, trainer.strategy.root_device, case.sampling_rounds)
