@@ -20,7 +20,8 @@ class Case:
 
     overrides: on the default config. pair_steps: solver steps behind the stored pairs (None: the teacher's own).
     warmup: steps before the first figure. window: steps behind one figure, a multiple of trainer.log_every_n_steps, so
-    that each figure has its share of logging. rounds: figures. sampling_rounds: the same for sampling.
+    that each figure has its share of logging. rounds: figures. sampling_rounds: the same for sampling. cycles: of score
+    distillation behind one figure, a turn of each kind; cycle_rounds: figures.
     """
 
     title: str
@@ -30,6 +31,8 @@ class Case:
     window: int = 20
     rounds: int = 11
     sampling_rounds: int = 5
+    cycles: int = 10
+    cycle_rounds: int = 5
 
 
 DIGITS = Case("digits, as in conf/")
@@ -57,6 +60,7 @@ CIFAR10 = Case(
     window=10,
     rounds=5,
     sampling_rounds=3,
+    cycles=1,
 )
 
 

@@ -1,6 +1,6 @@
 """Prints how fast the framework is, and what it adds to a bare PyTorch loop of the same computation.
 
-python -m benchmarks.run [--only digits|cifar10|loader] [--record]
+python -m benchmarks.run [--only digits|cifar10|loader|score] [--record]
 """
 
 import argparse
@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from benchmarks import loader, training
+from benchmarks import loader, score, training
 from benchmarks.cases import CIFAR10, DIGITS
 from benchmarks.measuring import ROOT, commit, machine, slug
 from metrics.files import write_file
@@ -20,6 +20,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "digits": lambda: training.measure(DIGITS),
     "cifar10": lambda: training.measure(CIFAR10),
     "loader": loader.measure,
+    "score": score.measure,
 }
 RESULTS = ROOT / "results"
 
@@ -36,11 +37,28 @@ _ROWS = (
     ("loader, on the device as floats", "decoded_images_per_second", ",.0f", "images/s"),
     ("DataLoader, item by item", "per_item_images_per_second", ",.0f", "images/s"),
     ("loader over DataLoader", "over_per_item", ".3g", "times"),
+    ("fake score's turn", "fake_seconds", ".4g", "s"),
+    ("its evaluations and Adam's step", "fake_floor_seconds", ".4g", "s"),
+    ("turn over that floor", "fake_over_floor", "+.1%", ""),
+    ("generator's turn", "generator_seconds", ".4g", "s"),
+    ("its evaluations and Adam's step", "generator_floor_seconds", ".4g", "s"),
+    ("turn over that floor", "generator_over_floor", "+.1%", ""),
+    ("one turn of each", "cycle_seconds", ".4g", "s"),
+    ("turns over their floor", "cycle_over_floor", "+.1%", ""),
+    ("training images", "training_images_per_second", ",.4g", "images/s"),
+    ("both in one (two_sided)", "both_seconds", ".4g", "s"),
+    ("its evaluations and Adam's steps", "both_floor_seconds", ".4g", "s"),
+    ("turn over that floor", "both_over_floor", "+.1%", ""),
+    ("training images, two_sided", "both_training_images_per_second", ",.4g", "images/s"),
 )
+
+_TURNS = {"fake": "the fake score's turn", "generator": "the generator's turn", "both": "a two_sided turn"}
 
 
 def table(result: dict[str, Any]) -> str:
     """A part's figures for people: median (least .. greatest)."""
+    if "parts" in result:
+        return "\n\n".join(map(table, result["parts"]))
     lines = [result["title"], f"  {_conditions(result)}"]
     for label, key, form, unit in _ROWS:
         if key in result:
@@ -49,6 +67,12 @@ def table(result: dict[str, Any]) -> str:
     if "checkpoint_every_n_steps" in result:
         every, share = result["checkpoint_every_n_steps"], result["checkpoint_share_of_step"]
         lines.append(f"  A checkpoint every {every} steps, not in the figures above, adds {share:.1%} to a step.")
+    for turn, networks in result.get("evaluations", {}).items():
+        counted = ", ".join(f"{name} with gradient" if trained else name for name, trained in networks.items())
+        evaluations, floor = (result[f"{turn}_{key}_seconds"]["median"] for key in ("evaluation", "floor"))
+        lines.append(
+            f"  Counted in {_TURNS[turn]}: {counted}. Adam's part of the floor: {1 - evaluations / floor:.1%}."
+        )
     return "\n".join(lines)
 
 
@@ -57,9 +81,11 @@ def _conditions(result: dict[str, Any]) -> str:
     if "parameters" in result:
         facts += [
             f"{result['parameters'] / 1e6:.3g} M parameters",
-            f"teacher {result['teacher_weights']} ({result['teacher_solver']}, NFE {result['teacher_nfe']})",
-            f"pairs {result['pairs']}",
+            f"teacher {result['teacher_weights']}",
         ]
+    if "pairs" in result:
+        facts[-1] += f" ({result['teacher_solver']}, NFE {result['teacher_nfe']})"
+        facts.append(f"pairs {result['pairs']}")
     return ", ".join(facts)
 
 

@@ -1,0 +1,120 @@
+"""Seconds of each turn of diff_instruct over the floor of its network evaluations."""
+
+import gc
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+
+from benchmarks.cases import CIFAR10, DIGITS, Case, compose_config, prepare
+from benchmarks.floor import FLOOR, Evaluations, Floor, turn_of
+from benchmarks.measuring import clock, summary
+from launch.build import build
+from launch.quiet import quiet
+
+_WARMUP = 2  # cycles: the first allocates Adam's averages
+# Measured by us on another day, while other processes shared the two cores: no ratio to our figures is meant.
+FASTGEN = {
+    "method": "DMD2 without its GAN, EDM CIFAR-10 architecture, 32-true, random data, optimiser step and clipping included",
+    "batch_size": 4,
+    "threads": 2,
+    "critic_iteration_seconds": 2.82,
+    "student_iteration_seconds": 3.71,
+    "source": "NVlabs/FastGen 34f30e8, its DMD2Model on our 2 cores: our peer report (shared/peers.md), section 1.8",
+}
+
+
+class TurnByTurn(pl.Callback):
+    """Times the trainer's turns, each followed by the floor of such a turn, from inside one `fit`.
+
+    Both find the other's data in the caches. A turn of the trainer ends with the callbacks before this one, and begins
+    with what the trainer does after it: logs, and the next batch. `seconds` has, for each kind of turn and in order, those
+    of the framework, of the floor's evaluations and of its optimiser steps.
+    """
+
+    def __init__(self):
+        self.seconds: dict[str, list[tuple[float, float, float]]] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._floor = Floor(pl_module, trainer.precision_plugin.train_step_context)
+        self._evaluations = Evaluations(pl_module)  # after the copies above, which would count too
+        self._begun = clock(pl_module.device)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        framework = clock(pl_module.device) - self._begun
+        kind = turn_of(pl_module)
+        self._evaluations.check(kind)
+        self.seconds.setdefault(kind, []).append((framework, *self._floor.turn(kind)))
+        self._evaluations.counted.clear()  # of the teacher, which the floor shares
+        self._begun = clock(pl_module.device)
+
+
+def measure(
+    cases: tuple[Case, ...] = (DIGITS, CIFAR10), precisions: tuple[str, ...] = ("32-true", "bf16-mixed")
+) -> dict[str, Any]:
+    """A part for each case and precision; needs a temporary folder of a few checkpoints' size, and leaves nothing."""
+    quiet()
+    return {
+        "title": "score distillation over the floor of its network evaluations",
+        "parts": [measure_one(case, precision) for case in cases for precision in precisions],
+        "fastgen_dmd2": FASTGEN,
+    }
+
+
+def measure_one(case: Case, precision: str) -> dict[str, Any]:
+    """The figures of alternating turns, and of both at once."""
+    alternating, facts = timed(case, precision, two_sided=False)
+    both, _ = timed(case, precision, two_sided=True)
+    rounds = alternating | both
+    cycle = rounds["fake"] + rounds["generator"]
+    figures = {f"{kind}_{key}": value for kind, turn in rounds.items() for key, value in compared(turn).items()}
+    size = facts["batch_size"]
+    return {
+        "title": f"Diff-Instruct in {precision}, {case.title}",
+        **facts,
+        "precision": precision,
+        "cycles_per_figure": case.cycles,
+        "evaluations": FLOOR,  # as counted: a turn with others was refused
+        **figures,
+        **{f"cycle_{key}": value for key, value in compared(cycle).items()},
+        "training_images_per_second": summary(list(2 * size / cycle[:, 0])),
+        "both_training_images_per_second": summary(list(size / rounds["both"][:, 0])),
+    }
+
+
+def timed(case: Case, precision: str, two_sided: bool) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(rounds, 3) mean seconds for each kind of turn, as in `TurnByTurn.seconds`; and what was trained on what."""
+    gc.collect()  # trainer and method of the fit before hold each other, and gigabytes
+    options = ("method=diff_instruct", f"method.two_sided={str(two_sided).lower()}", f"trainer.precision={precision}")
+    cycles = _WARMUP + case.cycle_rounds * case.cycles
+    with TemporaryDirectory(prefix="stillhouse-benchmark-") as folder:
+        cfg = compose_config(case, folder, *options)
+        watcher = TurnByTurn()
+        method, trainer = prepare(cfg, cycles * (1 if two_sided else 2), watcher)
+        trainer.fit(method, method.training_data(build(cfg.data)))
+    facts = {
+        "device": str(trainer.strategy.root_device),
+        "batch_size": method.batch_size,
+        "parameters": sum(p.numel() for p in method.student.parameters()),
+        "teacher_weights": method.teacher.weights or "random",
+        "log_every_n_steps": trainer.log_every_n_steps,
+    }
+    shape = (case.cycle_rounds, case.cycles, 3)
+    return {
+        kind: np.array(turns[_WARMUP:cycles]).reshape(shape).mean(1) for kind, turns in watcher.seconds.items()
+    }, facts
+
+
+def compared(rounds: np.ndarray) -> dict[str, dict[str, float]]:
+    """Summaries of (rounds, 3) seconds: the framework's, the evaluations', these with the optimiser, and the ratio."""
+    framework, evaluations, optimizer = rounds.T
+    floor = evaluations + optimizer
+    return {
+        "seconds": summary(list(framework)),
+        "evaluation_seconds": summary(list(evaluations)),
+        "floor_seconds": summary(list(floor)),
+        "over_floor": summary(list(framework / floor - 1)),
+    }
