@@ -61,6 +61,7 @@ CIFAR10 = Case(
     rounds=5,
     sampling_rounds=3,
     cycles=1,
+    cycle_rounds=4,
 )
 
 

@@ -13,7 +13,7 @@ from benchmarks.measuring import clock, summary
 from launch.build import build
 from launch.quiet import quiet
 
-_WARMUP = 2  # cycles: the first allocates Adam's averages
+_WARMUP = 2  # cycles; the first allocates Adam's averages
 # Measured by us on another day, while other processes shared the two cores: no ratio to our figures is meant.
 FASTGEN = {
     "method": "DMD2 without its GAN, EDM CIFAR-10 architecture, 32-true, random data, optimiser step and clipping included",
@@ -25,16 +25,18 @@ FASTGEN = {
 }
 
 
-class TurnByTurn(pl.Callback):
-    """Times the trainer's turns, each followed by the floor of such a turn, from inside one `fit`.
+class InCycles(pl.Callback):
+    """Times the trainer's turns, and after each cycle of them the floor of such a cycle, from inside one `fit`.
 
-    Both find the other's data in the caches. A turn of the trainer ends with the callbacks before this one, and begins
-    with what the trainer does after it: logs, and the next batch. `seconds` has, for each kind of turn and in order, those
-    of the framework, of the floor's evaluations and of its optimiser steps.
+    A whole cycle, so that in both a turn follows the same kind of turn and finds memory as that left it. A turn
+    of the trainer ends with the callbacks before this one, and begins with what the trainer does after it: logs, and the
+    next batch. Kind of turn -> one entry per cycle: `framework` has seconds, `floor` those of its evaluations and of its
+    optimiser steps.
     """
 
     def __init__(self):
-        self.seconds: dict[str, list[tuple[float, float, float]]] = {}
+        self.framework: dict[str, list[float]] = {}
+        self.floor: dict[str, list[tuple[float, float]]] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._floor = Floor(pl_module, trainer.precision_plugin.train_step_context)
@@ -44,11 +46,14 @@ class TurnByTurn(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        framework = clock(pl_module.device) - self._begun
+        seconds = clock(pl_module.device) - self._begun
         kind = turn_of(pl_module)
         self._evaluations.check(kind)
-        self.seconds.setdefault(kind, []).append((framework, *self._floor.turn(kind)))
-        self._evaluations.counted.clear()  # of the teacher, which the floor shares
+        self.framework.setdefault(kind, []).append(seconds)
+        if pl_module.student_updated:  # a cycle's end
+            for turn in self.framework:
+                self.floor.setdefault(turn, []).append(self._floor.turn(turn))
+        self._evaluations.counted.clear()  # with the teacher's, which the floor shares
         self._begun = clock(pl_module.device)
 
 
@@ -86,13 +91,13 @@ def measure_one(case: Case, precision: str) -> dict[str, Any]:
 
 
 def timed(case: Case, precision: str, two_sided: bool) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(rounds, 3) mean seconds for each kind of turn, as in `TurnByTurn.seconds`; and what was trained on what."""
+    """(rounds, 3) seconds for each kind of turn: framework, evaluations, optimiser; and what was trained."""
     gc.collect()  # trainer and method of the fit before hold each other, and gigabytes
     options = ("method=diff_instruct", f"method.two_sided={str(two_sided).lower()}", f"trainer.precision={precision}")
     cycles = _WARMUP + case.cycle_rounds * case.cycles
     with TemporaryDirectory(prefix="stillhouse-benchmark-") as folder:
         cfg = compose_config(case, folder, *options)
-        watcher = TurnByTurn()
+        watcher = InCycles()
         method, trainer = prepare(cfg, cycles * (1 if two_sided else 2), watcher)
         trainer.fit(method, method.training_data(build(cfg.data)))
     facts = {
@@ -102,10 +107,11 @@ def timed(case: Case, precision: str, two_sided: bool) -> tuple[dict[str, np.nda
         "teacher_weights": method.teacher.weights or "random",
         "log_every_n_steps": trainer.log_every_n_steps,
     }
-    shape = (case.cycle_rounds, case.cycles, 3)
-    return {
-        kind: np.array(turns[_WARMUP:cycles]).reshape(shape).mean(1) for kind, turns in watcher.seconds.items()
-    }, facts
+    rounds, kept = {}, slice(_WARMUP, cycles)
+    for kind, framework in watcher.framework.items():
+        seconds = np.column_stack([framework[kept], watcher.floor[kind][kept]])
+        rounds[kind] = seconds.reshape(case.cycle_rounds, case.cycles, 3).mean(1)
+    return rounds, facts
 
 
 def compared(rounds: np.ndarray) -> dict[str, dict[str, float]]:
