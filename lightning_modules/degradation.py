@@ -9,11 +9,10 @@ from torch import Tensor
 from callbacks import Clock
 from datamodules import DataFree
 from diffusion.degradation import DegradationPath
+from diffusion.draws import Draws, Use, one_step
 from diffusion.losses import denoising_score_matching
 from diffusion.noise_levels import NoiseLevels
-from diffusion.seeds import position_noise, position_uniform
 from lightning_modules.base import Method
-from lightning_modules.diff_instruct import one_step
 
 
 class DegradationRecording(Method):
@@ -39,18 +38,12 @@ class DegradationRecording(Method):
             self.trainer.should_stop = True
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        network, positions = self.student.network, batch["position"]
-        shape = (network.in_channels, network.resolution, network.resolution)
-        labels = None
-        if self.teacher.num_classes:
-            labels = (position_uniform(self.seed, positions, 1) * self.teacher.num_classes).long()
+        draws = Draws(self.seed, batch["position"])
+        labels = draws.labels(self.teacher.num_classes)
         with torch.no_grad():
-            images = one_step(
-                self.teacher.denoiser, position_noise(self.seed, positions, shape, 0), self.sigma_init, labels
-            )
-        sigma = self.sigmas(position_uniform(self.seed, positions, 2))
-        noise = position_noise(self.seed, positions, shape, 3)
-        loss = denoising_score_matching(self.student, images, sigma, noise, labels).mean()
+            images = one_step(self.teacher.denoiser, draws.latents(self.student.network), self.sigma_init, labels)
+        noise = draws.normal(Use.NOISE, images.shape[1:])
+        loss = denoising_score_matching(self.student, images, draws.sigma(self.sigmas), noise, labels).mean()
         self.log("loss/degraded", loss.detach())
         return loss
 

@@ -4,20 +4,16 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datamodules import DataFree
-from diffusion.losses import SCORE_WEIGHTINGS, denoising_score_matching, score_gradient
+from diffusion.draws import Draws, one_step
+from diffusion.losses import SCORE_WEIGHTINGS, score_gradient
 from diffusion.noise_levels import NoiseLevels
-from diffusion.seeds import position_noise, position_uniform
 from diffusion.teacher import Teacher
 from lightning_modules.base import Method
-from networks import Discriminator
+from lightning_modules.diffused_gan import DiffusedGAN
 from networks.checks import check_choice, check_counts
-
-# What each random number of a training sample is for.
-_LATENT, _LABEL, _SIGMA, _NOISE, _GAN_SIGMA, _GAN_NOISE, _REAL_NOISE = range(7)
 
 
 class DiffInstruct(Method):
@@ -31,9 +27,8 @@ class DiffInstruct(Method):
 
     generator_sigmas, fake_sigmas: laws of sigma in the two losses. weighting: w, see `score_gradient`; with "dmd" the
     losses are means over pixels, with "edm" sums, as in the released codes. labels: "uniform", or "data" with images.
-    clip: largest norm of a network's gradient, None for no limit. gan: None, or a dict of `generator` and `fake` (weights of
-    the GAN's losses, on the scale of the others) and `sigmas` (the law of the noise on its images): DMD2's (arXiv 2405.14867,
-    released code) classifier on the fake score's encoder, which needs images.
+    clip: largest norm of a network's gradient, None for no limit. gan: None, or the options of `DiffusedGAN`, which needs
+    images.
 
     Labels, latents and noise of a training sample depend on (seed, its position) alone: two processes do what one does.
     """
@@ -66,16 +61,14 @@ class DiffInstruct(Method):
                 "method.two_sided shares one noise between both updates: it needs method.fake_updates=1, equal "
                 "method.generator_sigmas and method.fake_sigmas, and no method.gan"
             )
-        if gan is not None and set(gan) != {"generator", "fake", "sigmas"}:
-            raise ValueError(f"method.gan must be null or have the keys generator, fake and sigmas, got {sorted(gan)}")
         self.automatic_optimization = False
         self.teacher = self.target = teacher
         self.sigma_init = check_sigma_init(sigma_init, teacher)
         self.student = teacher.student().eval()  # no dropout, as in DMD2: both scores must see the same network
         self.fake = teacher.student().eval()
-        self.discriminator = Discriminator(self.fake.network) if gan else None
+        self.gan = DiffusedGAN(self.fake.network, **gan) if gan else None
         self.generator_sigmas, self.fake_sigmas = generator_sigmas, fake_sigmas
-        self.weighting, self.labels, self.gan, self.clip = weighting, labels, gan, clip
+        self.weighting, self.labels, self.clip = weighting, labels, clip
         self.fake_updates, self.two_sided = fake_updates, two_sided
         self.fake_lr = self.lr if fake_lr is None else fake_lr
         self.student_updated = False
@@ -94,7 +87,7 @@ class DiffInstruct(Method):
         return data if self.gan or (self.labels == "data" and data.num_classes) else DataFree(self.batch_size)
 
     def configure_optimizers(self) -> Any:
-        guide = [self.fake, self.discriminator] if self.gan else [self.fake]
+        guide = [self.fake, self.gan] if self.gan else [self.fake]
         return self.adam(self.student.parameters()), self.adam(nn.ModuleList(guide).parameters())
 
     def generate(self, noise: Tensor, labels: Tensor | None) -> Tensor:
@@ -112,50 +105,56 @@ class DiffInstruct(Method):
         turn = self.trainer.global_step % (self.fake_updates + 1)
         self.student_updated = self.two_sided or turn == self.fake_updates
         step = self.both_turns if self.two_sided else self.generator_turn if self.student_updated else self.fake_turn
-        loss = step(batch)
+        draws = Draws(self.seed, batch["position"])
+        labels = draws.labels(self.teacher.num_classes) if self.labels == "uniform" else batch.get("label")
+        loss = step(draws, labels, batch)
         self.log_dict(self._latest)  # every step shows both turns: logging is seldom, and may always meet the same one
         return loss
 
-    def generator_turn(self, batch: dict[str, Tensor]) -> Tensor:
-        z, labels = self.latents(batch)
-        images = self.generate(z, labels)
+    def generator_turn(self, draws: Draws, labels: Tensor | None, batch: dict[str, Tensor]) -> Tensor:
+        images = self.generate(draws.latents(self.student.network), labels)
         with torch.no_grad():
-            sigma, noised = self.noised(images, batch, self.generator_sigmas)
+            sigma, noised = draws.noised(images, self.generator_sigmas)
             fake, target = self.fake(noised, sigma, labels), self.target.denoiser(noised, sigma, labels)
             gradient = score_gradient(images, fake, target, self.weighting)
-        if self.gan:
-            gradient = gradient + self.gan_gradient(images, batch, labels)
+            if self.gan:
+                more, self._latest["loss/gan_generator"] = self.gan.image_gradient(self.fake, images, draws, labels)
+                gradient += more
         self.watch(images, gradient, fake, target, sigma)
         self.descend(0, surrogate(images, gradient))
         return self._latest["loss/mismatch"]
 
-    def fake_turn(self, batch: dict[str, Tensor]) -> Tensor:
-        z, labels = self.latents(batch)
+    def fake_turn(self, draws: Draws, labels: Tensor | None, batch: dict[str, Tensor]) -> Tensor:
         with torch.no_grad():
-            images = self.generate(z, labels)
-        u, noise = self.uniform(batch, _SIGMA), self.normal(batch, _NOISE, images.shape[1:])
-        loss = self.scale(denoising_score_matching(self.fake, images, self.fake_sigmas(u), noise, labels).mean())
-        self._latest["loss/fake"] = loss.detach()
+            images = self.generate(draws.latents(self.student.network), labels)
+        sigma, noised = draws.noised(images, self.fake_sigmas)
+        loss = self.fake_loss(images, self.fake(noised, sigma, labels), sigma)
         if self.gan:
-            loss = loss + self.classification(images, batch, labels)
+            told_apart = self.gan.classification(self.fake, images, labels, batch["image"], batch.get("label"), draws)
+            self._latest["loss/gan_fake"] = told_apart.detach()
+            loss = loss + self.gan.fake * told_apart
         self.descend(1, loss)
         return loss.detach()
 
-    def both_turns(self, batch: dict[str, Tensor]) -> Tensor:
+    def both_turns(self, draws: Draws, labels: Tensor | None, batch: dict[str, Tensor]) -> Tensor:
         """One backward pass: the generator's gradient holds the fake score fixed, the fake score's the images."""
-        z, labels = self.latents(batch)
-        images = self.generate(z, labels)
-        fixed = images.detach()
-        sigma, noised = self.noised(fixed, batch, self.fake_sigmas)
+        images = self.generate(draws.latents(self.student.network), labels)
+        sigma, noised = draws.noised(images.detach(), self.fake_sigmas)
         fake = self.fake(noised, sigma, labels)
         with torch.no_grad():
             target = self.target.denoiser(noised, sigma, labels)
-            gradient = score_gradient(fixed, fake, target, self.weighting)
-        self.watch(fixed, gradient, fake.detach(), target, sigma)
-        loss = self.scale(self.weighted(fake - fixed, sigma).mean())
-        self._latest["loss/fake"] = loss.detach()
+            gradient = score_gradient(images, fake, target, self.weighting)
+        self.watch(images, gradient, fake, target, sigma)
+        loss = self.fake_loss(images.detach(), fake, sigma)
         self.descend(None, surrogate(images, gradient) + loss)
         return loss.detach()
+
+    def fake_loss(self, images: Tensor, estimate: Tensor, sigma: Tensor) -> Tensor:
+        """Denoising score matching, as a sum over pixels with "edm" and as a mean with "dmd"."""
+        loss = self.weighted(estimate - images, sigma).mean()
+        loss = loss if self.weighting == "edm" else loss / images[0].numel()
+        self._latest["loss/fake"] = loss.detach()
+        return loss
 
     def descend(self, which: int | None, loss: Tensor) -> None:
         """A step of optimiser 0 (generator) or 1 (fake score), or None: of both, which counts as one step."""
@@ -169,58 +168,6 @@ class DiffInstruct(Method):
                 nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], self.clip)
             # Lightning counts the steps of its wrappers alone.
             (optimizer if optimizer is chosen[0] else optimizer.optimizer).step()
-
-    # -- DMD2's classifier -----------------------------------------------------------------------------------------
-
-    def realism(self, images: Tensor, batch: dict[str, Tensor], labels: Tensor | None, stream: int) -> Tensor:
-        """The classifier's logit (B, 1) of images at a random noise level, from the fake score's encoder."""
-        sigma = self.gan["sigmas"](self.uniform(batch, _GAN_SIGMA))
-        noised = images + sigma.view(-1, 1, 1, 1) * self.normal(batch, stream, images.shape[1:])
-        return self.discriminator(self.fake.encode(noised, sigma, labels))
-
-    def gan_gradient(self, images: Tensor, batch: dict[str, Tensor], labels: Tensor | None) -> Tensor:
-        """d softplus(-logit) / d images: taken at the images alone, so that none reaches fake score or classifier."""
-        with torch.enable_grad():
-            leaf = images.detach().requires_grad_()
-            loss = F.softplus(-self.realism(leaf, batch, labels, _GAN_NOISE)).sum()
-        self._latest["loss/gan_generator"] = loss.detach() / len(images)
-        return self.gan["generator"] * torch.autograd.grad(loss, leaf)[0]
-
-    def classification(self, fakes: Tensor, batch: dict[str, Tensor], labels: Tensor | None) -> Tensor:
-        fake = self.realism(fakes, batch, labels, _GAN_NOISE)
-        real = self.realism(batch["image"], batch, batch.get("label"), _REAL_NOISE)
-        loss = (F.softplus(fake) + F.softplus(-real)).mean()
-        self._latest["loss/gan_fake"] = loss.detach()
-        return self.gan["fake"] * loss
-
-    # -- random numbers --------------------------------------------------------------------------------------------
-
-    def uniform(self, batch: dict[str, Tensor], stream: int) -> Tensor:
-        return position_uniform(self.seed, batch["position"], stream)
-
-    def normal(self, batch: dict[str, Tensor], stream: int, shape: torch.Size) -> Tensor:
-        return position_noise(self.seed, batch["position"], shape, stream)
-
-    def latents(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """z (B, C, H, W) and labels (B,), or None where the teacher takes none."""
-        network = self.student.network
-        z = self.normal(batch, _LATENT, (network.in_channels, network.resolution, network.resolution))
-        if not self.teacher.num_classes:
-            return z, None
-        if self.labels == "data":
-            return z, batch["label"]
-        return z, (self.uniform(batch, _LABEL) * self.teacher.num_classes).long()
-
-    def noised(self, images: Tensor, batch: dict[str, Tensor], law: NoiseLevels) -> tuple[Tensor, Tensor]:
-        sigma = law(self.uniform(batch, _SIGMA))
-        return sigma, images + sigma.view(-1, 1, 1, 1) * self.normal(batch, _NOISE, images.shape[1:])
-
-    # -- scales and diagnostics ------------------------------------------------------------------------------------
-
-    def scale(self, loss: Tensor) -> Tensor:
-        """A sum over pixels as "edm" has it; "dmd" takes the mean."""
-        network = self.student.network
-        return loss if self.weighting == "edm" else loss / (network.in_channels * network.resolution**2)
 
     def weighted(self, error: Tensor, sigma: Tensor) -> Tensor:
         """lambda(sigma) |error|^2, (B,), as in `denoising_score_matching`."""
@@ -239,12 +186,6 @@ class DiffInstruct(Method):
             "generator/std": images.std(0).mean(),  # over the batch, so that a collapse shows
             "generator/saturation": (images.abs() > 1).float().mean(),
         }
-
-
-def one_step(denoiser: nn.Module, noise: Tensor, sigma_init: float, labels: Tensor | None) -> Tensor:
-    """G(z) = D(sigma_init z, sigma_init), (B, C, H, W) of unit normal noise."""
-    sigma = noise.new_full((), sigma_init)
-    return denoiser(noise * denoiser.preconditioning.prior_std(sigma), sigma, labels)
 
 
 def surrogate(images: Tensor, gradient: Tensor) -> Tensor:

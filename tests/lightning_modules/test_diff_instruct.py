@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from closed_forms import MEANS, CorrectedByLevel, ExactNetwork, Mixture, energy_distance, exact_teacher, fit
+from diffusion.draws import Draws, Use
 from diffusion.losses import denoising_score_matching, score_gradient
 from diffusion.noise_levels import KarrasGrid, LogNormal
 from diffusion.preconditioning import EDM
 from diffusion.schedules import karras
-from diffusion.seeds import sample_noise
+from diffusion.seeds import position_noise, position_uniform, sample_noise
 from diffusion.teacher import Teacher
 from lightning_modules import DiffInstruct
 from networks import SongUNet
@@ -36,6 +37,13 @@ def alone(module):
 
 def batch(count, first=0):
     return {"position": torch.arange(first, first + count)}
+
+
+def turn(module, kind, data):
+    """One turn as `training_step` takes it, outside of a trainer."""
+    draws = Draws(module.seed, data["position"])
+    labels = draws.labels(module.teacher.num_classes) if module.labels == "uniform" else data.get("label")
+    return getattr(module, kind)(draws, labels, data)
 
 
 # -- the gradient -----------------------------------------------------------------------------------------------------
@@ -75,7 +83,7 @@ def test_the_generators_gradient_is_that_of_the_integral_kl():
     module = alone(method(teacher))
     module.student, module.fake = Affine(mu, t, 2.5), Exact(mu, t)
     count = 400_000
-    module.generator_turn(batch(count))
+    turn(module, "generator_turn", batch(count))
     ((which, loss),) = module.losses
     loss.backward()
     assert which == 0
@@ -97,11 +105,12 @@ def test_dmd_weighting_divides_by_the_distance_to_the_targets_estimate():
 
 def test_the_fake_scores_loss_is_denoising_score_matching_of_generated_images():
     module = alone(method())
-    module.fake_turn(batch(8))
+    turn(module, "fake_turn", batch(8))
     ((which, loss),) = module.losses
-    z = module.normal(batch(8), 0, (2, 1, 1))
-    images = module.student(2.5 * z, torch.tensor(2.5)).detach()
-    sigma, noise = LAW(module.uniform(batch(8), 2)), module.normal(batch(8), 3, (2, 1, 1))
+    positions = torch.arange(8)
+    images = module.student(2.5 * position_noise(0, positions, (2, 1, 1), Use.LATENT), torch.tensor(2.5)).detach()
+    sigma = LAW(position_uniform(0, positions, Use.SIGMA))
+    noise = position_noise(0, positions, (2, 1, 1), Use.NOISE)
     expected = denoising_score_matching(module.fake, images, sigma, noise).mean()
     assert which == 1
     torch.testing.assert_close(loss, expected)
@@ -181,17 +190,17 @@ def test_two_sided_is_both_gradients_at_once():
             for p in network.last.parameters():
                 p.normal_(std=0.1)
     images = {"position": torch.arange(16)}
-    alone(shared).both_turns(images)
+    turn(alone(shared), "both_turns", images)
     ((_, loss),) = shared.losses
     loss.backward()
     both = [[p.grad for p in part.parameters() if p.grad is not None] for part in (shared.student, shared.fake)]
     for part in (shared.student, shared.fake):
         part.zero_grad()
     shared.losses.clear()
-    shared.generator_turn(images)
-    shared.fake_turn(images)
-    for (_, turn), part, expected in zip(shared.losses, (shared.student, shared.fake), both, strict=True):
-        turn.backward()
+    turn(shared, "generator_turn", images)
+    turn(shared, "fake_turn", images)
+    for (_, separate), part, expected in zip(shared.losses, (shared.student, shared.fake), both, strict=True):
+        separate.backward()
         assert len(expected) > 0
         for p, gradient in zip((p for p in part.parameters() if p.grad is not None), expected, strict=True):
             torch.testing.assert_close(p.grad, gradient)
@@ -242,7 +251,7 @@ def test_uniform_labels_reach_all_three_networks():
     seen = []
     for denoiser in (module.student, module.fake, module.teacher.denoiser):
         denoiser.network.register_forward_hook(lambda net, args, out: seen.append((args[2], net.training)))
-    module.generator_turn(batch(3000))
+    turn(module, "generator_turn", batch(3000))
     assert len(seen) == 3
     assert all(torch.equal(labels, seen[0][0]) for labels, _ in seen)
     assert not any(training for _, training in seen)  # dropout would make the two scores differ
@@ -252,7 +261,10 @@ def test_uniform_labels_reach_all_three_networks():
 def test_data_labels():
     module = alone(method(unet(), labels="data"))
     labels = torch.tensor([2, 0, 1, 1])
-    assert torch.equal(module.latents(batch(4) | {"label": labels})[1], labels)
+    seen = []
+    module.fake.network.register_forward_hook(lambda net, args, out: seen.append(args[2]))
+    turn(module, "fake_turn", batch(4) | {"label": labels})
+    assert torch.equal(seen[0], labels)
 
 
 # -- the classifier ---------------------------------------------------------------------------------------------------
@@ -263,21 +275,23 @@ GAN = {"generator": 3.0, "fake": 10.0, "sigmas": KarrasGrid(first=0, last=999)}
 def test_the_classifiers_gradient_reaches_the_generator_alone_and_points_to_real_images():
     module = alone(method(unet(), gan=GAN))
     data = batch(16) | {"image": torch.randn(16, 1, 8, 8), "label": torch.zeros(16, dtype=torch.int64)}
-    module.generator_turn(data)
+    turn(module, "generator_turn", data)
     ((_, loss),) = module.losses
     loss.backward()
     assert any(p.grad is not None for p in module.student.parameters())
-    assert all(p.grad is None for part in (module.fake, module.discriminator) for p in part.parameters())
-    images = torch.randn(16, 1, 8, 8)
-    logits = lambda x: module.realism(x, data, data["label"], 5).mean()  # noqa: E731
-    gradient = module.gan_gradient(images, data, data["label"])
+    assert all(p.grad is None for part in (module.fake, module.gan) for p in part.parameters())
+    images, draws = torch.randn(16, 1, 8, 8), Draws(0, data["position"])
+    logits = lambda x: module.gan.realism(module.fake, x, draws, data["label"], Use.GAN_NOISE).mean()  # noqa: E731
+    gradient, loss = module.gan.image_gradient(module.fake, images, draws, data["label"])
     with torch.no_grad():
         assert logits(images - 1e-1 * gradient) > logits(images)
+        each = module.gan.realism(module.fake, images, draws, data["label"], Use.GAN_NOISE)
+        torch.testing.assert_close(loss, torch.nn.functional.softplus(-each).mean())
 
 
 def test_the_classifier_learns_to_tell_real_from_generated_images():
     module = method(unet(), gan=GAN)
-    optimizer = torch.optim.Adam([*module.fake.parameters(), *module.discriminator.parameters()], 1e-3)
+    optimizer = torch.optim.Adam([*module.fake.parameters(), *module.gan.parameters()], 1e-3)
     losses = []
 
     def step(which, loss):
@@ -289,7 +303,7 @@ def test_the_classifier_learns_to_tell_real_from_generated_images():
     module.descend = step
     for i in range(40):
         real = 0.5 + 0.1 * sample_noise(torch.arange(16) + 16 * i, (1, 8, 8))
-        module.fake_turn(batch(16, 16 * i) | {"image": real, "label": torch.zeros(16, dtype=torch.int64)})
+        turn(module, "fake_turn", batch(16, 16 * i) | {"image": real, "label": torch.zeros(16, dtype=torch.int64)})
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
 
 
@@ -311,7 +325,7 @@ def test_only_a_classifier_or_data_labels_need_images():
 def test_diagnostics_mean_what_they_say():
     """With the target's exact score as fake score there is no mismatch and no lead; images of one value have no spread."""
     module = alone(method())
-    module.generator_turn(batch(64))
+    turn(module, "generator_turn", batch(64))
     assert module._latest["loss/mismatch"] == 0
     assert module._latest["score/lead"] == 0
     assert module._latest["score/image_gradient"] == 0
@@ -347,12 +361,9 @@ def test_sampling_is_one_evaluation_at_sigma_init():
         ({"clip": 0}, "method.clip must be a positive number or null, got 0"),
         ({"two_sided": True, "fake_updates": 2}, "method.two_sided shares one noise between both updates"),
         ({"two_sided": True, "fake_sigmas": LogNormal(0)}, "method.two_sided shares one noise between both updates"),
-        (
-            {"gan": {"generator": 1}},
-            r"method.gan must be null or have the keys generator, fake and sigmas, got \['generator'\]",
-        ),
+        ({"gan": GAN | {"fake": 0}}, "method.gan.fake must be a positive number, got 0; method.gan=null: no GAN"),
     ],
 )
 def test_misuse(options, message):
     with pytest.raises(ValueError, match=message):
-        method(**options)
+        method(unet() if "gan" in options else None, **options)

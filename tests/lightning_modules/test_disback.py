@@ -11,10 +11,10 @@ from test_diff_instruct import OPTIONS, snapshots
 from callbacks import Clock
 from closed_forms import CorrectedByLevel, Mixture, energy_distance, exact_teacher, fit
 from diffusion.degradation import node_steps
+from diffusion.draws import one_step
 from diffusion.losses import denoising_score_matching
 from diffusion.seeds import sample_noise
 from lightning_modules import DiffInstruct, DisBack
-from lightning_modules.diff_instruct import one_step
 from lightning_modules.disback import Backtracking
 
 DEGRADATION = {"steps": 64, "lr": 3e-3, "batch_size": 128, "seed": 0, "spacing": "geometric"}
@@ -201,11 +201,10 @@ def test_it_learns_the_mixture(recorded):
 class Squared(DiffInstruct):
     """Another score distillation: the gradient of |D_fake - D_target|^2 / 2 in the images' own coordinates, normalised."""
 
-    def generator_turn(self, batch):
-        z, labels = self.latents(batch)
-        images = self.generate(z, labels)
+    def generator_turn(self, draws, labels, batch):
+        images = self.generate(draws.latents(self.student.network), labels)
         with torch.no_grad():
-            sigma, noised = self.noised(images, batch, self.generator_sigmas)
+            sigma, noised = draws.noised(images, self.generator_sigmas)
             fake, target = self.fake(noised, sigma, labels), self.target.denoiser(noised, sigma, labels)
             pulled = images - (fake - target) / (fake - target).flatten(1).norm(dim=1).clamp_min(1e-3).view(-1, 1, 1, 1)
         self.watch(images.detach(), pulled - images.detach(), fake, target, sigma)
