@@ -319,6 +319,24 @@ def test_only_a_classifier_or_data_labels_need_images():
     assert data_free.data is images
 
 
+# -- precision --------------------------------------------------------------------------------------------------------
+
+
+def test_under_autocast_only_the_networks_are_in_low_precision():
+    """The difference of two close scores would drown in bfloat16's rounding."""
+    module = alone(method(unet()))
+    inside, seen = [], {}
+    module.fake.network.stem.register_forward_hook(lambda net, args, out: inside.append(out.dtype))
+    module.watch = lambda images, gradient, fake, target, sigma: seen.update(locals())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        module._latest["loss/mismatch"] = torch.zeros(())
+        turn(module, "generator_turn", batch(4))
+    assert inside == [torch.bfloat16]
+    assert {seen[name].dtype for name in ("images", "gradient", "fake", "target", "sigma")} == {torch.float32}
+    assert module.losses[0][1].dtype == torch.float32
+    assert torch.equal(seen["gradient"], seen["fake"] - seen["target"])
+
+
 # -- diagnostics and misuse -------------------------------------------------------------------------------------------
 
 
