@@ -72,7 +72,7 @@ class DiffInstruct(Method):
         self.fake_updates, self.two_sided = fake_updates, two_sided
         self.fake_lr = self.lr if fake_lr is None else fake_lr
         self.student_updated = False
-        self._latest: dict[str, Tensor] = {}
+        self.diagnostics: dict[str, Tensor] = {}  # of the latest turn of either kind
 
     @property
     def student_updates(self) -> int:
@@ -93,11 +93,15 @@ class DiffInstruct(Method):
     def generate(self, noise: Tensor, labels: Tensor | None) -> Tensor:
         return one_step(self.student, noise, self.sigma_init, labels)
 
+    def on_fit_start(self) -> None:
+        self.target.to(self.device)
+        self.diagnostics = {key: value.to(self.device) for key, value in self.diagnostics.items()}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["latest"] = {key: value.cpu() for key, value in self._latest.items()}
+        checkpoint["diagnostics"] = {key: value.cpu() for key, value in self.diagnostics.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._latest = dict(checkpoint["latest"])
+        self.diagnostics = dict(checkpoint["diagnostics"])
 
     # -- the two turns ---------------------------------------------------------------------------------------------
 
@@ -108,7 +112,9 @@ class DiffInstruct(Method):
         draws = Draws(self.seed, batch["position"])
         labels = draws.labels(self.teacher.num_classes) if self.labels == "uniform" else batch.get("label")
         loss = step(draws, labels, batch)
-        self.log_dict(self._latest)  # every step shows both turns: logging is seldom, and may always meet the same one
+        self.log_dict(
+            self.diagnostics
+        )  # every step shows both turns: logging is seldom, and may always meet the same one
         return loss
 
     def generator_turn(self, draws: Draws, labels: Tensor | None, batch: dict[str, Tensor]) -> Tensor:
@@ -118,11 +124,11 @@ class DiffInstruct(Method):
             fake, target = self.fake(noised, sigma, labels), self.target.denoiser(noised, sigma, labels)
             gradient = score_gradient(images, fake, target, self.weighting)
             if self.gan:
-                more, self._latest["loss/gan_generator"] = self.gan.image_gradient(self.fake, images, draws, labels)
+                more, self.diagnostics["loss/gan_generator"] = self.gan.image_gradient(self.fake, images, draws, labels)
                 gradient += more
         self.watch(images, gradient, fake, target, sigma)
         self.descend(0, surrogate(images, gradient))
-        return self._latest["loss/mismatch"]
+        return self.diagnostics["loss/mismatch"]
 
     def fake_turn(self, draws: Draws, labels: Tensor | None, batch: dict[str, Tensor]) -> Tensor:
         with torch.no_grad():
@@ -131,7 +137,7 @@ class DiffInstruct(Method):
         loss = self.fake_loss(images, self.fake(noised, sigma, labels), sigma)
         if self.gan:
             told_apart = self.gan.classification(self.fake, images, labels, batch["image"], batch.get("label"), draws)
-            self._latest["loss/gan_fake"] = told_apart.detach()
+            self.diagnostics["loss/gan_fake"] = told_apart.detach()
             loss = loss + self.gan.fake * told_apart
         self.descend(1, loss)
         return loss.detach()
@@ -153,7 +159,7 @@ class DiffInstruct(Method):
         """Denoising score matching, as a sum over pixels with "edm" and as a mean with "dmd"."""
         loss = self.weighted(estimate - images, sigma).mean()
         loss = loss if self.weighting == "edm" else loss / images[0].numel()
-        self._latest["loss/fake"] = loss.detach()
+        self.diagnostics["loss/fake"] = loss.detach()
         return loss
 
     def descend(self, which: int | None, loss: Tensor) -> None:
@@ -177,7 +183,7 @@ class DiffInstruct(Method):
     def watch(self, images: Tensor, gradient: Tensor, fake: Tensor, target: Tensor, sigma: Tensor) -> None:
         """Diagnostics of a generator's update; nothing here waits for the device."""
         fits = [self.weighted(estimate - images, sigma).mean() for estimate in (fake, target)]
-        self._latest |= {
+        self.diagnostics |= {
             "loss/mismatch": self.weighted(target - fake, sigma).mean(),
             # By how much the fake score fits the generator's images better than the target does, of the target's loss.
             "score/lead": 1 - fits[0] / fits[1],

@@ -4,6 +4,7 @@ import copy
 import hashlib
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -24,7 +25,7 @@ class Backtracking:
 
     It asks of the method: `teacher`, `student` (which starts as the teacher, read at `sigma_init`), `fake` (the score that
     follows the generator), `target` (whose `denoiser` the generator is pulled to), `student_updated`, `student_updates`
-    and the diagnostic loss/mismatch, but knows nothing of its loss.
+    and `diagnostics` with loss/mismatch, but knows nothing of its loss.
 
     Stage 1 records the path s'_0 (the teacher) .. s'_N (`DegradationRecording`). In stage 2 the fake score starts as s'_N,
     and the targets are T_i = s'_{N-i} for i = 1 .. N, the last one the teacher itself. The next one comes
@@ -101,26 +102,24 @@ class Backtracking:
             self.fake.network.load_state_dict(self.target.denoiser.network.state_dict())
 
     def on_fit_start(self) -> None:
-        if self.path is None:
-            super().on_fit_start()
-        else:  # the teacher itself stays where it is: one target on the device
-            self.target.to(self.device)
-            if self.mismatch is not None:
-                self.mismatch = self.mismatch.to(self.device)
+        super().on_fit_start()
+        if self.mismatch is not None:
+            self.mismatch = self.mismatch.to(self.device)
+        if self.path:
             self.aim()
 
     def aim(self) -> None:
-        """Put T_node into the one network that all targets share."""
+        """Put T_node into the one network that all targets share: the teacher itself stays off the device until the end."""
         network = self.target.denoiser.network
         if self.node == self.nodes:
             network.load_state_dict(self.teacher.denoiser.network.state_dict())
         else:
             self.path.load(self.path.steps[self.nodes - self.node - 1], network)
+        self.diagnostics["score/node"] = torch.tensor(float(self.node), device=self.device)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
-        self.log("score/node", float(self.node))
-        if self.student_updated and self.node < self.nodes and self.due(self._latest["loss/mismatch"]):
+        if self.student_updated and self.node < self.nodes and self.due(self.diagnostics["loss/mismatch"]):
             self.node, self.since, self.mismatch, self.first_mismatch = self.node + 1, self.student_updates, None, None
             self.aim()
         return loss

@@ -298,7 +298,7 @@ def test_the_classifier_learns_to_tell_real_from_generated_images():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(module._latest["loss/gan_fake"].item())
+        losses.append(module.diagnostics["loss/gan_fake"].item())
 
     module.descend = step
     for i in range(40):
@@ -329,7 +329,7 @@ def test_under_autocast_only_the_networks_are_in_low_precision():
     module.fake.network.stem.register_forward_hook(lambda net, args, out: inside.append(out.dtype))
     module.watch = lambda images, gradient, fake, target, sigma: seen.update(locals())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        module._latest["loss/mismatch"] = torch.zeros(())
+        module.diagnostics["loss/mismatch"] = torch.zeros(())
         turn(module, "generator_turn", batch(4))
     assert inside == [torch.bfloat16]
     assert {seen[name].dtype for name in ("images", "gradient", "fake", "target", "sigma")} == {torch.float32}
@@ -344,19 +344,19 @@ def test_diagnostics_mean_what_they_say():
     """With the target's exact score as fake score there is no mismatch and no lead; images of one value have no spread."""
     module = alone(method())
     turn(module, "generator_turn", batch(64))
-    assert module._latest["loss/mismatch"] == 0
-    assert module._latest["score/lead"] == 0
-    assert module._latest["score/image_gradient"] == 0
+    assert module.diagnostics["loss/mismatch"] == 0
+    assert module.diagnostics["score/lead"] == 0
+    assert module.diagnostics["score/image_gradient"] == 0
     images = torch.tensor([-1.5, 0.5]).view(2, 1, 1, 1).expand(2, 2, 1, 1)
     zero, sigma = torch.zeros_like(images), torch.ones(2)
     module.watch(images, torch.full_like(images, 3.0), images, zero, sigma)
     weight = (1 + 0.25) / 0.25  # EDM's lambda at sigma = 1
-    assert module._latest["loss/mismatch"].item() == pytest.approx(weight * (2 * 1.5**2 + 2 * 0.5**2) / 2)
-    assert module._latest["score/lead"] == 1  # the fake score fits exactly
-    assert module._latest["score/image_gradient"].item() == pytest.approx(3 * 2**0.5)
-    assert module._latest["generator/mean"].item() == pytest.approx(-0.5)
-    assert module._latest["generator/std"].item() == pytest.approx(2**0.5)
-    assert module._latest["generator/saturation"].item() == 0.5
+    assert module.diagnostics["loss/mismatch"].item() == pytest.approx(weight * (2 * 1.5**2 + 2 * 0.5**2) / 2)
+    assert module.diagnostics["score/lead"] == 1  # the fake score fits exactly
+    assert module.diagnostics["score/image_gradient"].item() == pytest.approx(3 * 2**0.5)
+    assert module.diagnostics["generator/mean"].item() == pytest.approx(-0.5)
+    assert module.diagnostics["generator/std"].item() == pytest.approx(2**0.5)
+    assert module.diagnostics["generator/saturation"].item() == 0.5
 
 
 def test_sampling_is_one_evaluation_at_sigma_init():

@@ -209,7 +209,7 @@ class Squared(DiffInstruct):
             pulled = images - (fake - target) / (fake - target).flatten(1).norm(dim=1).clamp_min(1e-3).view(-1, 1, 1, 1)
         self.watch(images.detach(), pulled - images.detach(), fake, target, sigma)
         self.descend(0, (images - pulled).square().mean())
-        return self._latest["loss/mismatch"]
+        return self.diagnostics["loss/mismatch"]
 
 
 class BacktrackedSquared(Backtracking, Squared):
