@@ -39,7 +39,7 @@ class ScoreHealth(pl.Callback):
             "lag",
             self._lead < -self.lag,
             f"the fake score lags behind the generator {where}: it fits the generator's images {-self._lead:.1%} worse than "
-            "the target does; raise method.fake_updates or method.fake_lr, or lower method.lr",
+            "the target does; raise method.fake_updates or method.fake_lr_factor, or lower method.lr",
         )
         self._say(
             "collapse",

@@ -25,10 +25,10 @@ class DiffInstruct(Method):
     One step is one turn on one batch of generated images: `fake_updates` turns of the fake score, then one of the
     generator. With `two_sided` every step is both, from one batch, one noise and one evaluation of each network.
 
-    generator_sigmas, fake_sigmas: laws of sigma in the two losses. weighting: w, see `score_gradient`; with "dmd" the
-    losses are means over pixels, with "edm" sums, as in the released codes. labels: "uniform", or "data" with images.
-    clip: largest norm of a network's gradient, None for no limit. gan: None, or the options of `DiffusedGAN`, which needs
-    images.
+    fake_lr_factor: the fake score's learning rate over `lr`. generator_sigmas, fake_sigmas: laws of sigma in the two losses.
+    weighting: w, see `score_gradient`; with "dmd" the losses are means over pixels, with "edm" sums, as in the released
+    codes. labels: "uniform", or "data" with images. clip: largest norm of a network's gradient, None for no limit. gan: None,
+    or the options of `DiffusedGAN`, which needs images.
 
     Labels, latents and noise of a training sample depend on (seed, its position) alone: two processes do what one does.
     """
@@ -42,7 +42,7 @@ class DiffInstruct(Method):
         fake_sigmas: NoiseLevels,
         weighting: str = "edm",
         fake_updates: int = 1,
-        fake_lr: float | None = None,
+        fake_lr_factor: float = 1.0,
         labels: str = "uniform",
         two_sided: bool = False,
         clip: float | None = None,
@@ -53,9 +53,9 @@ class DiffInstruct(Method):
         check_counts(**{"method.fake_updates": fake_updates})
         check_choice("method.weighting", weighting, SCORE_WEIGHTINGS)
         check_choice("method.labels", labels, ("uniform", "data"))
-        for option, value in (("fake_lr", fake_lr), ("clip", clip)):
-            if value is not None and (not isinstance(value, int | float) or not value > 0):
-                raise ValueError(f"method.{option} must be a positive number or null, got {value!r}")
+        for option, value in (("fake_lr_factor", fake_lr_factor), ("clip", 1.0 if clip is None else clip)):
+            if not isinstance(value, int | float) or not value > 0:
+                raise ValueError(f"method.{option} must be a positive number, got {value!r}")
         if two_sided and (fake_updates != 1 or generator_sigmas != fake_sigmas or gan):
             raise ValueError(
                 "method.two_sided shares one noise between both updates: it needs method.fake_updates=1, equal "
@@ -70,7 +70,7 @@ class DiffInstruct(Method):
         self.generator_sigmas, self.fake_sigmas = generator_sigmas, fake_sigmas
         self.weighting, self.labels, self.clip = weighting, labels, clip
         self.fake_updates, self.two_sided = fake_updates, two_sided
-        self.fake_lr = self.lr if fake_lr is None else fake_lr
+        self.fake_lr = self.lr * fake_lr_factor
         self.student_updated = False
         self.diagnostics: dict[str, Tensor] = {}  # of the latest turn of either kind
 

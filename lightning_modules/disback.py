@@ -24,8 +24,8 @@ class Backtracking:
     """Lets a score distillation follow the teacher's degradation path backwards: mix in before the method.
 
     It asks of the method: `teacher`, `student` (which starts as the teacher, read at `sigma_init`), `fake` (the score that
-    follows the generator), `target` (whose `denoiser` the generator is pulled to), `student_updated`, `student_updates`
-    and `diagnostics` with loss/mismatch, but knows nothing of its loss.
+    follows the generator), with its `fake_sigmas` and `fake_lr`, `target` (whose `denoiser` the generator is pulled to),
+    `student_updated`, `student_updates` and `diagnostics` with loss/mismatch, but knows nothing of its loss.
 
     Stage 1 records the path s'_0 (the teacher) .. s'_N (`DegradationRecording`). In stage 2 the fake score starts as s'_N,
     and the targets are T_i = s'_{N-i} for i = 1 .. N, the last one the teacher itself. The next one comes
@@ -34,7 +34,8 @@ class Backtracking:
     switch "converged": when the mismatch of fake score and target (a running mean, looked at every 10 generator updates) is
     at most `tolerance` times what it was at the first look since the last switch; after `interval` updates at the latest.
 
-    nodes: N; 0 is the method itself, bit for bit. degradation: `steps`, `lr`, `batch_size`, `seed` and `spacing` of stage 1.
+    nodes: N; 0 is the method itself, bit for bit. degradation: `steps`, `lr` (None: `fake_lr`), `batch_size`, `seed` and
+    `spacing` of stage 1.
     store: the folder of all recorded paths.
     """
 
@@ -70,6 +71,7 @@ class Backtracking:
                 "sigmas": self.fake_sigmas,
                 "betas": self.betas,
                 **degradation,
+                "lr": self.fake_lr if degradation["lr"] is None else degradation["lr"],
             }
             self.path = self.degradation_path(store)
             self.target = copy.copy(teacher)

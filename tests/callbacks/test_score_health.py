@@ -39,7 +39,7 @@ def test_a_healthy_run_says_nothing(tmp_path):
 def test_a_lagging_fake_score_is_told_once(tmp_path):
     (text,) = said(tmp_path, [0.1] * 5 + [-0.2] * 25, [0.5] * 30)
     assert "the fake score lags behind the generator at step 10" in text
-    assert "raise method.fake_updates or method.fake_lr" in text
+    assert "raise method.fake_updates or method.fake_lr_factor" in text
 
 
 def test_a_collapse_is_told_again_after_it_was_over(tmp_path):

@@ -124,7 +124,7 @@ def test_the_fake_scores_loss_is_denoising_score_matching_of_generated_images():
     [
         {},
         {"two_sided": True, "kimg": 76.8},
-        {"weighting": "dmd", "sigma_init": 80.0, "fake_updates": 2, "fake_lr": 2e-3},
+        {"weighting": "dmd", "sigma_init": 80.0, "fake_updates": 2, "fake_lr_factor": 2},
     ],
     ids=["alternating", "two-sided", "dmd from 80"],
 )
@@ -217,7 +217,7 @@ def test_two_sided_steps_both_and_counts_one():
 
 
 def test_learning_rates_and_clipping():
-    module = method(fake_lr=5e-3, lr=1e-3, clip=1e-3, kimg=0.256, warmup_kimg=0.512)
+    module = method(fake_lr_factor=5, lr=1e-3, clip=1e-3, kimg=0.256, warmup_kimg=0.512)
     norms = []
     original = nn.utils.clip_grad_norm_
 
@@ -375,8 +375,8 @@ def test_sampling_is_one_evaluation_at_sigma_init():
         ({"weighting": "sid"}, "method.weighting must be one of edm, dmd, got 'sid'"),
         ({"labels": "none"}, "method.labels must be one of uniform, data, got 'none'"),
         ({"fake_updates": 0}, "method.fake_updates must be an integer of at least 1, got 0"),
-        ({"fake_lr": -1}, "method.fake_lr must be a positive number or null, got -1"),
-        ({"clip": 0}, "method.clip must be a positive number or null, got 0"),
+        ({"fake_lr_factor": -1}, "method.fake_lr_factor must be a positive number, got -1"),
+        ({"clip": 0}, "method.clip must be a positive number, got 0"),
         ({"two_sided": True, "fake_updates": 2}, "method.two_sided shares one noise between both updates"),
         ({"two_sided": True, "fake_sigmas": LogNormal(0)}, "method.two_sided shares one noise between both updates"),
         ({"gan": GAN | {"fake": 0}}, "method.gan.fake must be a positive number, got 0; method.gan=null: no GAN"),
