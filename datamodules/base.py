@@ -80,6 +80,9 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     def convert(self, folder: Path) -> None:
         """Pack the source into `folder`, by one call of `packing.pack`."""
 
+    def check_source(self) -> None:
+        """Errors: FileNotFoundError where the images are neither packed nor there to be packed."""
+
     def prepare_data(self) -> None:
         if not self.folder.exists():
             self.convert(self.folder)

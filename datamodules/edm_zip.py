@@ -36,12 +36,15 @@ class EDMZip(ImageDataModule):
         if self.path.exists():
             super().prepare_data()
 
-    def reference(self) -> PackedImages:
+    def check_source(self) -> None:
         if not (self.folder.exists() or self.path.exists()):
             raise FileNotFoundError(
                 f"no {self.name} images: neither {self.folder} nor {self.path} exists; make the zip with EDM's "
                 f"`python dataset_tool.py --source=... --dest={self.path}` or set data.path"
             )
+
+    def reference(self) -> PackedImages:
+        self.check_source()
         return super().reference()
 
     def convert(self, folder: Path) -> None:

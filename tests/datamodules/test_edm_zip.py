@@ -65,7 +65,7 @@ def test_without_classes_the_listing_is_ignored(tmp_path, listing):
     data = module(tmp_path, num_classes=0)
     assert data.reference().labels is None
     batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
-    assert set(batch) == {"image"}
+    assert set(batch) == {"image", "position"}
     assert batch["image"].shape == (4, 3, 8, 8)
 
 
@@ -74,7 +74,7 @@ def test_unconditional_training_keeps_the_classes_of_the_reference(tmp_path):
     data = module(tmp_path, conditional=False)
     assert data.num_classes == 0
     assert data.reference().labels.tolist() == LABELS
-    assert set(data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)) == {"image"}
+    assert set(data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)) == {"image", "position"}
 
 
 def test_packed_once_then_the_zip_may_go(tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from end_to_end_tools import PRETRAIN, ROOT, RUN, STUDENT, read_csv, read_json, run, train
 
 sys.path.append(str(ROOT / "tests" / "datamodules"))
@@ -80,3 +81,22 @@ def test_what_is_missing_is_said_in_one_line(tmp_path):
     train(tmp_path, *weights, *CIFAR).refused("no weights at", "weights/edm-cifar10-32x32-uncond-vp.safetensors")
     home = f"evaluation.extractor.weights={tmp_path / 'gone.pth'}"
     train(tmp_path, *PRETRAIN, *CIFAR[:-1], home).refused("no Inception weights at", "gone.pth", "download")
+
+
+def test_score_distillation_with_a_gan_reads_the_images(pretrained, tmp_path):
+    """Labels and real images from the zip, a classifier on the fake score's encoder, and a path of one node."""
+    with_zip(tmp_path)
+    gan = "method.gan={generator:1.0,fake:1.0,sigmas:{_target_:diffusion.noise_levels.KarrasGrid}}"
+    weights = f"teacher.weights={pretrained / RUN / 'student.safetensors'}"
+    disback = ("method=disback", "method.nodes=1", "method.degradation.steps=2", "method.kimg=0.1", weights, gan)
+    train(tmp_path, *PRETRAIN[:-1], *SHORT, *CIFAR, "teacher.steps=2", *disback).ok()
+    rows = read_csv(tmp_path / RUN / "metrics.csv")
+    assert all(float(rows[-1][key]) > 0 for key in ("loss/gan_fake", "loss/gan_generator"))
+    state = torch.load(tmp_path / RUN / "checkpoints/last.ckpt", weights_only=True)
+    assert {key.partition(".")[0] for key in state["state_dict"]} == {"student", "fake", "gan"}
+
+
+def test_missing_images_are_said_before_the_first_stage(pretrained, tmp_path):
+    weights = f"teacher.weights={pretrained / RUN / 'student.safetensors'}"
+    train(tmp_path, *PRETRAIN[:-1], *CIFAR, "teacher.steps=2", "method=disback", weights).refused("no cifar10 images")
+    assert not (tmp_path / "data").exists()
