@@ -1,53 +1,64 @@
-"""The random numbers that generated training samples are made of, by what they are for."""
+"""The random numbers that generated training samples are made of."""
 
 from collections.abc import Sequence
-from enum import IntEnum
+from functools import cached_property
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffusion.denoiser import Denoiser
 from diffusion.noise_levels import NoiseLevels
-from diffusion.seeds import position_noise, position_uniform
-
-
-class Use(IntEnum):
-    LATENT = 0
-    LABEL = 1
-    SIGMA = 2
-    NOISE = 3
-    GAN_SIGMA = 4
-    GAN_NOISE = 5
-    REAL_NOISE = 6
+from diffusion.seeds import position_noise, position_uniforms
 
 
 class Draws:
-    """Of the samples at `positions` (B,), int64, of a run's sequence: each a function of (seed, position, use) alone."""
+    """Of the samples at `positions` (B,), int64, of a run's sequence: each a function of (seed, its position) alone.
 
-    def __init__(self, seed: int, positions: Tensor):
-        self.seed, self.positions = seed, positions
+    shape: (C, H, W) of an image. What each turn needs comes from two calls: a small one takes as long as a large one.
+    """
 
-    def normal(self, use: Use, shape: Sequence[int]) -> Tensor:
-        """(B, *shape), float32."""
-        return position_noise(self.seed, self.positions, shape, use)
+    def __init__(self, seed: int, positions: Tensor, shape: Sequence[int]):
+        self.seed, self.positions, self.shape = seed, positions, tuple(shape)
 
-    def sigma(self, law: NoiseLevels, use: Use = Use.SIGMA) -> Tensor:
-        """Noise levels (B,), float32."""
-        return law(position_uniform(self.seed, self.positions, use))
+    @cached_property
+    def _uniforms(self) -> tuple[Tensor, ...]:
+        return position_uniforms(self.seed, self.positions, stream=0)
 
-    def latents(self, network: nn.Module) -> Tensor:
-        """z (B, C, H, W) for a network's input."""
-        return self.normal(Use.LATENT, (network.in_channels, network.resolution, network.resolution))
+    @cached_property
+    def _normals(self) -> tuple[Tensor, ...]:
+        return position_noise(self.seed, self.positions, (2, *self.shape), stream=1).unbind(1)
+
+    @property
+    def latents(self) -> Tensor:
+        """z (B, C, H, W), float32, unit normal as all noise here."""
+        return self._normals[0]
+
+    @property
+    def noise(self) -> Tensor:
+        return self._normals[1]
+
+    @cached_property
+    def gan_noise(self) -> Tensor:
+        return position_noise(self.seed, self.positions, self.shape, stream=2)
+
+    @cached_property
+    def real_noise(self) -> Tensor:
+        return position_noise(self.seed, self.positions, self.shape, stream=3)
 
     def labels(self, num_classes: int) -> Tensor | None:
         """Uniform labels (B,), int64; None where there are no classes."""
-        if not num_classes:
-            return None
-        return (position_uniform(self.seed, self.positions, Use.LABEL) * num_classes).long()
+        return (self._uniforms[0] * num_classes).long() if num_classes else None
 
-    def noised(self, images: Tensor, law: NoiseLevels) -> tuple[Tensor, Tensor]:
-        """Noise levels sigma (B,), and images (B, C, H, W) + sigma e."""
-        sigma = self.sigma(law)
-        return sigma, images + sigma.view(-1, 1, 1, 1) * self.normal(Use.NOISE, images.shape[1:])
+    def sigma(self, law: NoiseLevels) -> Tensor:
+        """Noise levels (B,), float32."""
+        return law(self._uniforms[1])
+
+    def gan_sigma(self, law: NoiseLevels) -> Tensor:
+        return law(self._uniforms[2])
+
+
+def noised(images: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+    """x_sigma = x0 + sigma e, for images and noise (B, C, H, W) and sigma (B,)."""
+    return images + sigma.view(-1, 1, 1, 1) * noise
 
 
 def one_step(denoiser: Denoiser, noise: Tensor, sigma_init: float, labels: Tensor | None) -> Tensor:

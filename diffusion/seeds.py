@@ -69,9 +69,9 @@ def position_noise(seed: int, positions: Tensor, shape: Sequence[int], stream: i
     return _normals(_position_words(seed, positions, -(-size // 4), stream), size).reshape(len(positions), *shape)
 
 
-def position_uniform(seed: int, positions: Tensor, stream: int) -> Tensor:
-    """Uniform numbers (B,), float64 in (0, 1), as `position_noise`."""
-    return (_position_words(seed, positions, 1, stream)[0][:, 0].double() + 0.5) * 2.0**-32
+def position_uniforms(seed: int, positions: Tensor, stream: int) -> tuple[Tensor, ...]:
+    """Four independent uniform numbers for each position, each (B,), float64 in (0, 1), as `position_noise`."""
+    return tuple((word[:, 0].double() + 0.5) * 2.0**-32 for word in _position_words(seed, positions, 1, stream))
 
 
 def _position_words(seed: int, positions: Tensor, blocks: int, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -66,6 +66,12 @@ class Method(pl.LightningModule):
         return self.trainer.global_step * self.batch_size
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the student's images."""
+        network = self.student.network
+        return network.in_channels, network.resolution, network.resolution
+
+    @property
     def student_updates(self) -> int:
         """Optimiser steps of the student so far."""
         return self.trainer.global_step

@@ -9,7 +9,7 @@ from torch import Tensor
 from callbacks import Clock
 from datamodules import DataFree
 from diffusion.degradation import DegradationPath
-from diffusion.draws import Draws, Use, one_step
+from diffusion.draws import Draws, one_step
 from diffusion.losses import denoising_score_matching
 from diffusion.noise_levels import NoiseLevels
 from lightning_modules.base import Method
@@ -38,12 +38,11 @@ class DegradationRecording(Method):
             self.trainer.should_stop = True
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        draws = Draws(self.seed, batch["position"])
+        draws = Draws(self.seed, batch["position"], self.image_shape)
         labels = draws.labels(self.teacher.num_classes)
         with torch.no_grad():
-            images = one_step(self.teacher.denoiser, draws.latents(self.student.network), self.sigma_init, labels)
-        noise = draws.normal(Use.NOISE, images.shape[1:])
-        loss = denoising_score_matching(self.student, images, draws.sigma(self.sigmas), noise, labels).mean()
+            images = one_step(self.teacher.denoiser, draws.latents, self.sigma_init, labels)
+        loss = denoising_score_matching(self.student, images, draws.sigma(self.sigmas), draws.noise, labels).mean()
         self.log("loss/degraded", loss.detach())
         return loss
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from datamodules import DataFree
-from diffusion.draws import Draws, one_step
+from diffusion.draws import Draws, noised, one_step
 from diffusion.losses import SCORE_WEIGHTINGS, score_gradient
 from diffusion.noise_levels import NoiseLevels
 from diffusion.teacher import Teacher
@@ -109,19 +109,19 @@ class DiffInstruct(Method):
         turn = self.trainer.global_step % (self.fake_updates + 1)
         self.student_updated = self.two_sided or turn == self.fake_updates
         step = self.both_turns if self.two_sided else self.generator_turn if self.student_updated else self.fake_turn
-        draws = Draws(self.seed, batch["position"])
+        draws = Draws(self.seed, batch["position"], self.image_shape)
         labels = draws.labels(self.teacher.num_classes) if self.labels == "uniform" else batch.get("label")
         loss = step(draws, labels, batch)
-        self.log_dict(
-            self.diagnostics
-        )  # every step shows both turns: logging is seldom, and may always meet the same one
+        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+            self.log_dict(self.diagnostics)  # of both turns: these steps may always meet the same one
         return loss
 
     def generator_turn(self, draws: Draws, labels: Tensor | None, batch: dict[str, Tensor]) -> Tensor:
-        images = self.generate(draws.latents(self.student.network), labels)
+        images = self.generate(draws.latents, labels)
         with torch.no_grad():
-            sigma, noised = draws.noised(images, self.generator_sigmas)
-            fake, target = self.fake(noised, sigma, labels), self.target.denoiser(noised, sigma, labels)
+            sigma = draws.sigma(self.generator_sigmas)
+            x = noised(images, sigma, draws.noise)
+            fake, target = self.fake(x, sigma, labels), self.target.denoiser(x, sigma, labels)
             gradient = score_gradient(images, fake, target, self.weighting)
             if self.gan:
                 more, self.diagnostics["loss/gan_generator"] = self.gan.image_gradient(self.fake, images, draws, labels)
@@ -132,9 +132,9 @@ class DiffInstruct(Method):
 
     def fake_turn(self, draws: Draws, labels: Tensor | None, batch: dict[str, Tensor]) -> Tensor:
         with torch.no_grad():
-            images = self.generate(draws.latents(self.student.network), labels)
-        sigma, noised = draws.noised(images, self.fake_sigmas)
-        loss = self.fake_loss(images, self.fake(noised, sigma, labels), sigma)
+            images = self.generate(draws.latents, labels)
+        sigma = draws.sigma(self.fake_sigmas)
+        loss = self.fake_loss(images, self.fake(noised(images, sigma, draws.noise), sigma, labels), sigma)
         if self.gan:
             told_apart = self.gan.classification(self.fake, images, labels, batch["image"], batch.get("label"), draws)
             self.diagnostics["loss/gan_fake"] = told_apart.detach()
@@ -144,11 +144,12 @@ class DiffInstruct(Method):
 
     def both_turns(self, draws: Draws, labels: Tensor | None, batch: dict[str, Tensor]) -> Tensor:
         """One backward pass: the generator's gradient holds the fake score fixed, the fake score's the images."""
-        images = self.generate(draws.latents(self.student.network), labels)
-        sigma, noised = draws.noised(images.detach(), self.fake_sigmas)
-        fake = self.fake(noised, sigma, labels)
+        images = self.generate(draws.latents, labels)
+        sigma = draws.sigma(self.fake_sigmas)
+        x = noised(images.detach(), sigma, draws.noise)
+        fake = self.fake(x, sigma, labels)
         with torch.no_grad():
-            target = self.target.denoiser(noised, sigma, labels)
+            target = self.target.denoiser(x, sigma, labels)
             gradient = score_gradient(images, fake, target, self.weighting)
         self.watch(images, gradient, fake, target, sigma)
         loss = self.fake_loss(images.detach(), fake, sigma)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion.denoiser import Denoiser
-from diffusion.draws import Draws, Use
+from diffusion.draws import Draws, noised
 from diffusion.noise_levels import NoiseLevels
 from networks import Discriminator
 
@@ -27,11 +27,9 @@ class DiffusedGAN(nn.Module):
         self.generator, self.fake, self.sigmas = generator, fake, sigmas
         self.discriminator = Discriminator(unet)
 
-    def realism(self, score: Denoiser, images: Tensor, draws: Draws, labels: Tensor | None, use: Use) -> Tensor:
-        """Logits (B, 1) of images (B, C, H, W), each at a noise level of its own."""
-        sigma = draws.sigma(self.sigmas, Use.GAN_SIGMA)
-        noised = images + sigma.view(-1, 1, 1, 1) * draws.normal(use, images.shape[1:])
-        return self.discriminator(score.encode(noised, sigma, labels))
+    def realism(self, score: Denoiser, images: Tensor, sigma: Tensor, noise: Tensor, labels: Tensor | None) -> Tensor:
+        """Logits (B, 1) of images (B, C, H, W) with noise of the levels sigma (B,)."""
+        return self.discriminator(score.encode(noised(images, sigma, noise), sigma, labels))
 
     def image_gradient(
         self, score: Denoiser, images: Tensor, draws: Draws, labels: Tensor | None
@@ -39,7 +37,8 @@ class DiffusedGAN(nn.Module):
         """Weighted d softplus(-logit) / d images, (B, C, H, W), and the loss: none of it reaches score or classifier."""
         with torch.enable_grad():
             leaf = images.detach().requires_grad_()
-            loss = F.softplus(-self.realism(score, leaf, draws, labels, Use.GAN_NOISE)).sum()
+            logits = self.realism(score, leaf, draws.gan_sigma(self.sigmas), draws.gan_noise, labels)
+            loss = F.softplus(-logits).sum()
             gradient = torch.autograd.grad(loss, leaf)[0]
         return self.generator * gradient, loss.detach() / len(images)
 
@@ -53,7 +52,7 @@ class DiffusedGAN(nn.Module):
         draws: Draws,
     ) -> Tensor:
         """softplus(logit of generated) + softplus(-logit of real images), a mean over the batch; not weighted."""
-        generated = self.realism(score, images, draws, labels, Use.GAN_NOISE)
-        return (
-            F.softplus(generated) + F.softplus(-self.realism(score, real, draws, real_labels, Use.REAL_NOISE))
-        ).mean()
+        sigma = draws.gan_sigma(self.sigmas)
+        generated = self.realism(score, images, sigma, draws.gan_noise, labels)
+        found_real = self.realism(score, real, sigma, draws.real_noise, real_labels)
+        return (F.softplus(generated) + F.softplus(-found_real)).mean()

@@ -7,7 +7,7 @@ from diffusion.seeds import (
     derive_seed,
     philox,
     position_noise,
-    position_uniform,
+    position_uniforms,
     sample_labels,
     sample_noise,
     seed_step,
@@ -89,8 +89,9 @@ def test_noise_of_positions_is_normal_and_theirs_alone():
 
 
 def test_uniform_numbers_of_positions():
-    u = position_uniform(3, torch.arange(4000), stream=1)
-    assert u.min() > 0
-    assert u.max() < 1
-    assert stats.kstest(u.numpy(), "uniform").pvalue > 0.01
-    assert torch.equal(position_uniform(3, torch.tensor([5]), 1), u[5:6])
+    four = torch.stack(position_uniforms(3, torch.arange(4000), stream=1))
+    assert four.min() > 0
+    assert four.max() < 1
+    assert all(stats.kstest(u.numpy(), "uniform").pvalue > 0.01 for u in four)
+    assert (torch.corrcoef(four) - torch.eye(4, dtype=torch.float64)).abs().max() < 0.06
+    assert torch.equal(torch.stack(position_uniforms(3, torch.tensor([5]), 1)), four[:, 5:6])

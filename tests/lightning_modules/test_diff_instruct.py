@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from closed_forms import MEANS, CorrectedByLevel, ExactNetwork, Mixture, energy_distance, exact_teacher, fit
-from diffusion.draws import Draws, Use
+from diffusion.draws import Draws
 from diffusion.losses import denoising_score_matching, score_gradient
 from diffusion.noise_levels import KarrasGrid, LogNormal
 from diffusion.preconditioning import EDM
 from diffusion.schedules import karras
-from diffusion.seeds import position_noise, position_uniform, sample_noise
+from diffusion.seeds import sample_noise
 from diffusion.teacher import Teacher
 from lightning_modules import DiffInstruct
 from networks import SongUNet
@@ -41,7 +41,7 @@ def batch(count, first=0):
 
 def turn(module, kind, data):
     """One turn as `training_step` takes it, outside of a trainer."""
-    draws = Draws(module.seed, data["position"])
+    draws = Draws(module.seed, data["position"], module.image_shape)
     labels = draws.labels(module.teacher.num_classes) if module.labels == "uniform" else data.get("label")
     return getattr(module, kind)(draws, labels, data)
 
@@ -107,10 +107,9 @@ def test_the_fake_scores_loss_is_denoising_score_matching_of_generated_images():
     module = alone(method())
     turn(module, "fake_turn", batch(8))
     ((which, loss),) = module.losses
-    positions = torch.arange(8)
-    images = module.student(2.5 * position_noise(0, positions, (2, 1, 1), Use.LATENT), torch.tensor(2.5)).detach()
-    sigma = LAW(position_uniform(0, positions, Use.SIGMA))
-    noise = position_noise(0, positions, (2, 1, 1), Use.NOISE)
+    draws = Draws(0, torch.arange(8), (2, 1, 1))
+    images = module.student(2.5 * draws.latents, torch.tensor(2.5)).detach()
+    sigma, noise = draws.sigma(LAW), draws.noise
     expected = denoising_score_matching(module.fake, images, sigma, noise).mean()
     assert which == 1
     torch.testing.assert_close(loss, expected)
@@ -280,13 +279,13 @@ def test_the_classifiers_gradient_reaches_the_generator_alone_and_points_to_real
     loss.backward()
     assert any(p.grad is not None for p in module.student.parameters())
     assert all(p.grad is None for part in (module.fake, module.gan) for p in part.parameters())
-    images, draws = torch.randn(16, 1, 8, 8), Draws(0, data["position"])
-    logits = lambda x: module.gan.realism(module.fake, x, draws, data["label"], Use.GAN_NOISE).mean()  # noqa: E731
+    images, draws = torch.randn(16, 1, 8, 8), Draws(0, data["position"], (1, 8, 8))
+    noise = (draws.gan_sigma(GAN["sigmas"]), draws.gan_noise)
+    logits = lambda x: module.gan.realism(module.fake, x, *noise, data["label"])  # noqa: E731
     gradient, loss = module.gan.image_gradient(module.fake, images, draws, data["label"])
     with torch.no_grad():
-        assert logits(images - 1e-1 * gradient) > logits(images)
-        each = module.gan.realism(module.fake, images, draws, data["label"], Use.GAN_NOISE)
-        torch.testing.assert_close(loss, torch.nn.functional.softplus(-each).mean())
+        assert logits(images - 1e-1 * gradient).mean() > logits(images).mean()
+        torch.testing.assert_close(loss, torch.nn.functional.softplus(-logits(images)).mean())
 
 
 def test_the_classifier_learns_to_tell_real_from_generated_images():

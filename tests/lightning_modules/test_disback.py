@@ -202,10 +202,11 @@ class Squared(DiffInstruct):
     """Another score distillation: the gradient of |D_fake - D_target|^2 / 2 in the images' own coordinates, normalised."""
 
     def generator_turn(self, draws, labels, batch):
-        images = self.generate(draws.latents(self.student.network), labels)
+        images = self.generate(draws.latents, labels)
         with torch.no_grad():
-            sigma, noised = draws.noised(images, self.generator_sigmas)
-            fake, target = self.fake(noised, sigma, labels), self.target.denoiser(noised, sigma, labels)
+            sigma = draws.sigma(self.generator_sigmas)
+            x = images + sigma.view(-1, 1, 1, 1) * draws.noise
+            fake, target = self.fake(x, sigma, labels), self.target.denoiser(x, sigma, labels)
             pulled = images - (fake - target) / (fake - target).flatten(1).norm(dim=1).clamp_min(1e-3).view(-1, 1, 1, 1)
         self.watch(images.detach(), pulled - images.detach(), fake, target, sigma)
         self.descend(0, (images - pulled).square().mean())
