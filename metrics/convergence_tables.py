@@ -16,10 +16,11 @@ def text(comparison: Comparison) -> str:
 
 
 def markdown(comparison: Comparison) -> str:
-    """The same for a README."""
-    parts = ["\n".join([heading, "", *piped(rows)]) for heading, rows in _sections(comparison)]
+    """The same for a README, the costs behind the speed-ups folded away."""
+    curves, *more = ["\n".join([heading, "", *piped(rows)]) for heading, rows in _sections(comparison)]
+    folded = [f"<details><summary>Costs</summary>\n\n{cost}\n\n</details>" for cost in more[:1]]
     notes = "\n".join(f"- {note}" for note in _notes(comparison))
-    return "\n\n".join([*parts, notes] if notes else parts)
+    return "\n\n".join([curves, *more[1:], *folded, *([notes] if notes else [])])
 
 
 def _sections(comparison: Comparison) -> list[Section]:

@@ -20,6 +20,7 @@ from metrics.files import write_file
 from metrics.records import Record, load_records, merge_records
 from metrics.tables import markdown
 
+_SHOWN_RUNS = 12  # a longer table is folded
 BEGIN, END = "<!-- results: made by `python -m results.readme update` -->", "<!-- end of results -->"
 
 
@@ -50,16 +51,21 @@ def origin() -> dict[str, Any]:
 
 def tables() -> str:
     """One section for every results file: tables of records, of comparisons, and the figures of benchmarks."""
-    return "\n\n".join(section(path) for path in sorted((ROOT / "results").glob("*.json"), reverse=True))
+    paths = sorted((ROOT / "results").glob("*.json"), key=lambda path: (path.stem.startswith("benchmarks"), path.stem))
+    return "\n\n".join(section(path) for path in paths)
 
 
 def section(path: Path) -> str:
     content = json.loads(path.read_text())
     if "records" in content:
-        return f"{markdown([Record(**entry) for entry in content['records']])}\n\n{_source(path, content)}"
+        rows = f"{markdown([Record(**entry) for entry in content['records']])}\n\n{_source(path, content)}"
+        summary = f"<summary>{path.stem}: {len(content['runs'])} runs</summary>"
+        return rows if len(content["runs"]) <= _SHOWN_RUNS else f"<details>{summary}\n\n{rows}\n\n</details>"
     if "comparison" in content:
         picture = f"![Metric against updates, images and seconds](results/{path.stem}.png)"
-        return "\n\n".join([picture, comparison_markdown(from_json(content["comparison"])), _source(path, content)])
+        return "\n\n".join(
+            [f"**{path.stem}**", picture, comparison_markdown(from_json(content["comparison"])), _source(path, content)]
+        )
     parts = "\n\n".join(table(part) for part in content.values())
     return f"Speed, from `results/{path.name}`, as median (least .. greatest):\n\n```\n{parts}\n```"
 

@@ -45,10 +45,11 @@ def test_a_comparison_is_stored_drawn_and_shown(tmp_path):
     content = json.loads(target.read_text())
     assert set(content) == {"date", "commit", "machine", "comparison"}
     assert from_json(content["comparison"]) == compare_runs(runs)
-    picture, *tables, source = section(target).split("\n\n")
+    title, picture, *tables, source = section(target).split("\n\n")
+    assert title == "**race**"
     assert picture.endswith("](results/race.png)")
     assert "\n\n".join(tables) == markdown(compare_runs(runs))
-    assert "13.1x" in tables[-1]
+    assert "13.1x" in tables[1]
     assert source.startswith("From `results/race.json`: commit ")
 
 
