@@ -93,7 +93,8 @@ def measure_one(case: Case, precision: str) -> dict[str, Any]:
 def timed(case: Case, precision: str, two_sided: bool) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(rounds, 3) seconds for each kind of turn: framework, evaluations, optimiser; and what was trained."""
     gc.collect()  # trainer and method of the fit before hold each other, and gigabytes
-    options = ("method=diff_instruct", f"method.two_sided={str(two_sided).lower()}", f"trainer.precision={precision}")
+    turns = ("method.fake_updates=1", f"method.two_sided={str(two_sided).lower()}")
+    options = ("method=diff_instruct", *turns, f"trainer.precision={precision}")
     cycles = _WARMUP + case.cycle_rounds * case.cycles
     with TemporaryDirectory(prefix="stillhouse-benchmark-") as folder:
         cfg = compose_config(case, folder, *options)
