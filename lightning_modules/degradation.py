@@ -55,3 +55,4 @@ class DegradationRecording(Method):
 
     def on_train_end(self) -> None:
         self.trainer.strategy.barrier()  # rank zero may still be writing the last node
+        self.teacher.to("cpu")  # stage 2 has one target on the device, and this need not be it

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from diffusion.draws import one_step
 from diffusion.losses import denoising_score_matching
 from diffusion.seeds import sample_noise
 from lightning_modules import DiffInstruct, DisBack
+from lightning_modules.degradation import DegradationRecording
 from lightning_modules.disback import Backtracking
 
 DEGRADATION = {"steps": 64, "lr": 3e-3, "batch_size": 128, "seed": 0, "spacing": "geometric"}
@@ -81,6 +83,18 @@ def test_the_path_leads_from_the_data_to_the_untrained_generator(recorded):
     assert sorted(on_generated, reverse=True) == list(on_generated)
     assert sorted(on_data) == list(on_data)
     assert on_generated[-1] < 0.7 * on_generated[0]
+
+
+def test_the_teacher_is_off_the_device_after_it(tmp_path, monkeypatch):
+    module, places = method(tmp_path), []
+    monkeypatch.setattr(type(module.teacher), "to", lambda self, device: places.append(str(device)) or self)
+    monkeypatch.setattr(DegradationRecording, "device", "the accelerator", raising=False)
+    (stage,) = module.stages().values()
+    stage.on_fit_start()
+    assert places == ["the accelerator"]
+    stage.trainer = SimpleNamespace(strategy=SimpleNamespace(barrier=lambda: None))
+    stage.on_train_end()
+    assert places == ["the accelerator", "cpu"]
 
 
 def test_its_cards_say_what_it_cost(recorded):
