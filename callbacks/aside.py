@@ -15,7 +15,7 @@ def aside(pl_module: pl.LightningModule) -> Iterator[None]:
     modes = [(module, module.training) for module in pl_module.modules()]
     device = pl_module.device
     devices = [device] if device.type == "cuda" else []
-    clock = next((c for c in pl_module.trainer.callbacks if isinstance(c, Clock)), None)
+    clock = Clock.find(pl_module.trainer)
     pl_module.eval()
     try:
         with (

@@ -21,12 +21,16 @@ class Clock(pl.Callback):
         self._device = torch.device("cpu")
 
     @staticmethod
+    def find(trainer: pl.Trainer) -> "Clock | None":
+        return next((callback for callback in trainer.callbacks if isinstance(callback, Clock)), None)
+
+    @staticmethod
     def of(trainer: pl.Trainer) -> "Clock":
         """The trainer's clock; ValueError where it has none."""
-        for callback in trainer.callbacks:
-            if isinstance(callback, Clock):
-                return callback
-        raise ValueError("this method counts its seconds: put callbacks.clock back")
+        clock = Clock.find(trainer)
+        if clock is None:
+            raise ValueError("this method counts its seconds: put callbacks.clock back")
+        return clock
 
     def seconds(self) -> float:
         if self._since is None:
@@ -35,25 +39,32 @@ class Clock(pl.Callback):
             torch.cuda.synchronize(self._device)
         return self._total + time.perf_counter() - self._since
 
+    def _start(self) -> None:
+        self._since = time.perf_counter()
+
+    def _stop(self) -> None:
+        self._total, self._since = self.seconds(), None
+
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        self._total, self._since = self.seconds(), None
+        self._stop()
         try:
             yield
         finally:
-            self._since = time.perf_counter()
+            self._start()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._device, self._since = pl_module.device, time.perf_counter()
+        self._device = pl_module.device
+        self._start()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._total, self._since = self.seconds(), None
+        self._stop()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._since = time.perf_counter()
+        self._start()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._total, self._since = self.seconds(), None
+        self._stop()
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds()}

@@ -72,8 +72,8 @@ class GenerativeMetrics(pl.Callback):
             values = self.evaluate(trainer, pl_module)
             trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
             values["progress/student_updates"] = pl_module.student_updates
-            if any(isinstance(callback, Clock) for callback in trainer.callbacks):
-                values["speed/training_seconds"] = Clock.of(trainer).seconds()
+            if clock := Clock.find(trainer):
+                values["speed/training_seconds"] = clock.seconds()
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=trainer.global_step - 1)  # Lightning's own number of this batch
 

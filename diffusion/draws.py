@@ -56,11 +56,6 @@ class Draws:
         return law(self._uniforms[2])
 
 
-def noised(images: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
-    """x_sigma = x0 + sigma e, for images and noise (B, C, H, W) and sigma (B,)."""
-    return images + sigma.view(-1, 1, 1, 1) * noise
-
-
 def one_step(denoiser: Denoiser, noise: Tensor, sigma_init: float, labels: Tensor | None) -> Tensor:
     """The generator G(z) = D(sigma_init z, sigma_init), (B, C, H, W) of unit normal noise of that shape."""
     sigma = noise.new_full((), sigma_init)

@@ -14,6 +14,16 @@ def log_normal_sigmas(count: int, mean: float, std: float, device: torch.device)
     return (torch.randn(count, device=device) * std + mean).exp()
 
 
+def noised(images: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+    """x_sigma = x0 + sigma e, for images and noise (B, C, H, W) and sigma (B,)."""
+    return images + sigma.view(-1, 1, 1, 1) * noise
+
+
+def weighted_square(denoiser: Denoiser, error: Tensor, sigma: Tensor) -> Tensor:
+    """lambda(sigma) |error|^2, (B,), with lambda = 1 / c_out^2 (EDM, table 1), for an error (B, C, H, W) at x0."""
+    return denoiser.preconditioning.loss_weight(sigma) * error.square().flatten(1).sum(1)
+
+
 def denoising_score_matching(
     denoiser: Denoiser, images: Tensor, sigma: Tensor, noise: Tensor, labels: Tensor | None = None
 ) -> Tensor:
@@ -21,9 +31,7 @@ def denoising_score_matching(
 
     images (B, C, H, W) in [-1, 1], sigma (B,), noise like images, unit normal.
     """
-    shape = (-1, 1, 1, 1)
-    error = denoiser(images + sigma.view(shape) * noise, sigma, labels) - images
-    return denoiser.preconditioning.loss_weight(sigma) * error.square().flatten(1).sum(1)
+    return weighted_square(denoiser, denoiser(noised(images, sigma, noise), sigma, labels) - images, sigma)
 
 
 def regression(output: Tensor, target: Tensor, kind: str) -> Tensor:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from datamodules import DataFree
-from diffusion.draws import Draws, noised, one_step
-from diffusion.losses import SCORE_WEIGHTINGS, score_gradient
+from diffusion.draws import Draws, one_step
+from diffusion.losses import SCORE_WEIGHTINGS, noised, score_gradient, weighted_square
 from diffusion.noise_levels import NoiseLevels
 from diffusion.teacher import Teacher
 from lightning_modules.base import Method
@@ -158,7 +158,7 @@ class DiffInstruct(Method):
 
     def fake_loss(self, images: Tensor, estimate: Tensor, sigma: Tensor) -> Tensor:
         """Denoising score matching, as a sum over pixels with "edm" and as a mean with "dmd"."""
-        loss = self.weighted(estimate - images, sigma).mean()
+        loss = weighted_square(self.student, estimate - images, sigma).mean()
         loss = loss if self.weighting == "edm" else loss / images[0].numel()
         self.diagnostics["loss/fake"] = loss.detach()
         return loss
@@ -176,16 +176,12 @@ class DiffInstruct(Method):
             # Lightning counts the steps of its wrappers alone.
             (optimizer if optimizer is chosen[0] else optimizer.optimizer).step()
 
-    def weighted(self, error: Tensor, sigma: Tensor) -> Tensor:
-        """lambda(sigma) |error|^2, (B,), as in `denoising_score_matching`."""
-        return self.student.preconditioning.loss_weight(sigma) * error.square().flatten(1).sum(1)
-
     @torch.no_grad()
     def watch(self, images: Tensor, gradient: Tensor, fake: Tensor, target: Tensor, sigma: Tensor) -> None:
         """Diagnostics of a generator's update; nothing here waits for the device."""
-        fits = [self.weighted(estimate - images, sigma).mean() for estimate in (fake, target)]
+        fits = [weighted_square(self.student, estimate - images, sigma).mean() for estimate in (fake, target)]
         self.diagnostics |= {
-            "loss/mismatch": self.weighted(target - fake, sigma).mean(),
+            "loss/mismatch": weighted_square(self.student, target - fake, sigma).mean(),
             # By how much the fake score fits the generator's images better than the target does, of the target's loss.
             "score/lead": 1 - fits[0] / fits[1],
             "score/image_gradient": gradient.flatten(1).norm(dim=1).mean(),

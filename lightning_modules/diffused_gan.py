@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion.denoiser import Denoiser
-from diffusion.draws import Draws, noised
+from diffusion.draws import Draws
+from diffusion.losses import noised
 from diffusion.noise_levels import NoiseLevels
 from networks import Discriminator
 
