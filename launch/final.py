@@ -51,7 +51,7 @@ def export(method: Method, records: list[Record], folder: RunFolder) -> None:
             f"{r.metric}/{r.subject}": {"nfe": r.nfe, "mean": r.mean, "std": r.std, "values": r.values} for r in records
         },
     }
-    save_weights(folder.path / "student.safetensors", method.student.network.state_dict(), card, replace=True)
+    save_weights(folder.path / "student.safetensors", method.exported(), card, replace=True)
 
 
 def command() -> str:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -86,6 +87,20 @@ class Method(pl.LightningModule):
         """Network evaluations of one `sample` call."""
         return 1
 
+    def choose_steps(self, steps: int, folder: Path) -> str | None:
+        """From now on `sample` takes so many evaluations; `folder` is the run's, where other students may lie.
+
+        Returns the name of the weights where it took others than those in place, else None. Errors: ValueError for a number
+        that the run has no student for.
+        """
+        if steps != self.nfe:
+            raise ValueError(f"steps={steps}: the student of {folder} takes {self.nfe}, and no other number")
+        return None
+
+    def exported(self) -> dict[str, Tensor]:
+        """The student's state dict as a network of the teacher's kind, which any teacher config can load."""
+        return self.student.network.state_dict()
+
     def stages(self) -> dict[str, "Method"]:
         """What has to be trained before this method, by name and in order; each has a folder of its own in the run's."""
         return {}
@@ -126,9 +141,13 @@ class Method(pl.LightningModule):
         if self.teacher is not None:
             self.teacher.to(self.device)
 
+    def lr_scale(self) -> float:
+        """This step's learning rate over its peak, a function of the progress alone."""
+        return min((self.nimg + self.batch_size) / self.warmup_nimg, 1.0) if self.warmup_nimg else 1.0
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         seed_step(self.seed, self.global_rank, self.trainer.global_step)
-        warm = min((self.nimg + self.batch_size) / self.warmup_nimg, 1.0) if self.warmup_nimg else 1.0
+        scale = self.lr_scale()
         for optimizer, peak in zip(self.trainer.optimizers, self.peak_lrs, strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = peak * warm
+                group["lr"] = peak * scale
