@@ -1,4 +1,7 @@
-"""Sampling schedules: functions n -> n + 1 noise levels, float64 on the CPU, strictly descending, the last one zero."""
+"""Sampling schedules: functions n -> n + 1 noise levels, float64 on the CPU, strictly descending, the last one zero.
+
+`karras_grid` alone ends above zero: it is the grid that a trajectory is distilled on.
+"""
 
 import math
 
@@ -12,20 +15,36 @@ def _to_zero(sigmas: Tensor) -> Tensor:
     return torch.cat([sigmas, sigmas.new_zeros(1)])
 
 
-def _check(steps: int, most: int | None = None) -> None:
+def _check(steps: int, most: int | None = None, name: str = "solver steps") -> None:
     if not isinstance(steps, int) or steps < 1 or (most is not None and steps > most):
         limit = f"between 1 and {most}" if most is not None else "at least 1"
-        raise ValueError(f"the number of solver steps must be {limit}, got {steps!r}")
+        raise ValueError(f"the number of {name} must be {limit}, got {steps!r}")
+
+
+def _karras_levels(count: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(f"need 0 < sigma_min < sigma_max, got sigma_min={sigma_min}, sigma_max={sigma_max}")
+    ramp = torch.linspace(0, 1, count, dtype=torch.float64)
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return (high + ramp * (low - high)) ** rho
 
 
 def karras(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
     """Linear in sigma^(1/rho) from sigma_max to sigma_min, then zero (EDM equation 5)."""
     _check(steps)
-    if not 0 < sigma_min < sigma_max:
-        raise ValueError(f"need 0 < sigma_min < sigma_max, got sigma_min={sigma_min}, sigma_max={sigma_max}")
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64) if steps > 1 else torch.zeros(1, dtype=torch.float64)
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return _to_zero((high + ramp * (low - high)) ** rho)
+    return _to_zero(_karras_levels(steps, sigma_min, sigma_max, rho))
+
+
+def karras_grid(intervals: int, sigma_min: float = 0.006, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
+    """The levels 0 .. `intervals` of EDM's equation 5, from sigma_max to sigma_min (both to rounding) and no zero after.
+
+    The defaults are those of SFD (arXiv 2409.19681), whose `num_steps` counts levels: intervals + 1. A grid of
+    intervals * substeps intervals passes through the levels of the coarse one, but computed anew these differ in their
+    last bits. Where levels must be the same numbers (a student's times on its teacher's grid), take the coarse grid
+    from the fine one by index: `karras_grid(intervals * substeps)[::substeps]`.
+    """
+    _check(intervals, name="intervals")
+    return _karras_levels(intervals + 1, sigma_min, sigma_max, rho)
 
 
 def log_snr_uniform(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Tensor:

@@ -34,10 +34,40 @@ def test_impossible_step_counts_are_refused(schedule, steps):
 
 
 def test_karras_known_values():
-    """EDM's 18-step grid, and SFD's 4-point grid 80, 10.93, 0.670, 0.006 (its paper's setting)."""
+    """EDM's 18-step grid: the levels of the grid without a zero, to the last bit, and the zero."""
     torch.testing.assert_close(S.karras(18)[[0, 17]], torch.tensor([80.0, 0.002], dtype=torch.float64))
-    sfd = S.karras(4, sigma_min=0.006)[:-1]
-    torch.testing.assert_close(sfd, torch.tensor([80, 10.93, 0.670, 0.006], dtype=torch.float64), rtol=1e-3, atol=0)
+    assert torch.equal(S.karras(18)[:-1], S.karras_grid(17, sigma_min=0.002))
+    assert S.karras(1).tolist() == pytest.approx([80.0, 0.0])
+
+
+# SFD's levels, as its paper and code print them: num_steps counts levels.
+SFD_LEVELS = {
+    4: [80, 10.93, 0.670, 0.006],
+    5: [80, 19.0, 3.11, 0.268, 0.006],
+    6: [80, 25.96, 6.79, 1.289, 0.145, 0.006],
+    7: [80, 31.7, 10.9, 3.11, 0.670, 0.0936, 0.006],
+}
+
+
+@pytest.mark.parametrize("count", SFD_LEVELS)
+def test_karras_grid_is_sfds(count):
+    grid = S.karras_grid(count - 1)
+    torch.testing.assert_close(grid, torch.tensor(SFD_LEVELS[count], dtype=torch.float64), rtol=4e-3, atol=0)
+    assert grid.dtype == torch.float64
+    assert grid[-1].item() == pytest.approx(0.006, rel=1e-14)  # no zero after it
+
+
+def test_a_finer_grid_holds_the_coarse_one_by_index():
+    anew = []
+    for intervals in range(1, 7):
+        for substeps in range(1, 6):
+            fine = S.karras_grid(intervals * substeps)
+            coarse = fine[::substeps]
+            torch.testing.assert_close(coarse, S.karras_grid(intervals), rtol=1e-13, atol=0)
+            assert len(coarse) == intervals + 1
+            assert coarse[-1] == fine[-1]
+            anew.append(torch.equal(coarse, S.karras_grid(intervals)))
+    assert not all(anew)  # why the docstring says: by index
 
 
 def test_ddpm_table_is_diffusers():
@@ -80,6 +110,10 @@ def test_uniformity_in_each_own_coordinate():
 def test_bad_ranges_are_refused():
     with pytest.raises(ValueError, match="0 < sigma_min < sigma_max"):
         S.karras(4, sigma_min=5, sigma_max=2)
+    with pytest.raises(ValueError, match="0 < sigma_min < sigma_max, got sigma_min=0, sigma_max=80"):
+        S.karras_grid(4, sigma_min=0)
+    with pytest.raises(ValueError, match="number of intervals must be at least 1, got 0"):
+        S.karras_grid(0)
     with pytest.raises(ValueError, match="t_start must lie in"):
         S.flow_uniform(4, t_start=0.0)
     with pytest.raises(ValueError, match="between 1 and 1000"):
