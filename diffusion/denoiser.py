@@ -1,9 +1,13 @@
 """The one language of this project: a denoiser D(x, sigma, labels) -> estimate of x0."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from diffusion.preconditioning import Coefficients, Preconditioning
+
+DenoiserFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class Denoiser(nn.Module):

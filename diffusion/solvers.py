@@ -2,6 +2,7 @@
 
 Each is a generator over `sigmas` (n + 1 levels, descending, on the CPU) that yields the state after every step, so that
 a caller keeps only what it needs. States have the dtype of x; the steps themselves are Python floats (double precision).
+A call checks the options and touches nothing else: the first evaluation is made when the first state is asked for.
 """
 
 import math
@@ -12,9 +13,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffusion.denoiser import DenoiserFunction
+from diffusion.multistep import dpm_solver_pp
 from diffusion.seeds import sample_noise
 
-DenoiserFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+def euler_step(x: Tensor, estimate: Tensor, sigma: float | Tensor, following: float | Tensor) -> Tensor:
+    """The state at noise level `following` on the straight line from x, at level sigma > 0, towards the estimate of x0.
+
+    The levels are floats, or tensors of x's dtype that broadcast against x and its estimate: (B, 1, 1, 1) for a level
+    per sample, and x (B, 1, C, H, W) with an estimate (B, K, C, H, W) and following (K, 1, 1, 1) for K branches.
+    """
+    return x + (following - sigma) * ((x - estimate) / sigma)
+
+
+def analytic_step(x: Tensor, sigma: float | Tensor, following: float | Tensor) -> Tensor:
+    """An Euler step without an evaluation: at large noise dx/dsigma is nearly x / sqrt(1 + sigma^2), the noise itself.
+
+    The analytic first step (AFS) of GENIE (arXiv 2210.05475), where x_T stands for the first noise prediction. Levels
+    as in `euler_step`.
+    """
+    return x + (following - sigma) * (x / (1 + sigma**2) ** 0.5)
 
 
 def _direction(denoiser: DenoiserFunction, x: Tensor, sigma: float, labels: Tensor | None) -> Tensor:
@@ -25,13 +44,13 @@ def euler(denoiser: DenoiserFunction, x: Tensor, sigmas: Tensor, labels: Tensor 
     """First order, one evaluation a step. In this coordinate it is DDIM, and rectified flow's own Euler step."""
     levels = sigmas.tolist()
     for sigma, following in pairwise(levels):
-        x = x + (following - sigma) * _direction(denoiser, x, sigma, labels)
+        x = euler_step(x, denoiser(x, x.new_full((), sigma), labels), sigma, following)
         yield x
 
 
 def heun(denoiser: DenoiserFunction, x: Tensor, sigmas: Tensor, labels: Tensor | None = None) -> Iterator[Tensor]:
     """Second order, two evaluations a step but the last one to sigma = 0, which is an Euler step (EDM algorithm 1)."""
-    yield from stochastic_heun(denoiser, x, sigmas, labels, s_churn=0)
+    return stochastic_heun(denoiser, x, sigmas, labels, s_churn=0)
 
 
 def stochastic_heun(
@@ -48,9 +67,24 @@ def stochastic_heun(
     """Heun with noise added back before each step (EDM algorithm 2).
 
     The added noise of a sample is a function of its own starting latent, so it does not depend on the batch around it.
+
+    Errors: ValueError for impossible options, at the call and not at the first state.
     """
     if s_churn < 0 or s_noise <= 0 or s_min > s_max:
         raise ValueError(f"need s_churn >= 0, s_noise > 0, s_min <= s_max; got {s_churn}, {s_noise}, {s_min}, {s_max}")
+    return _churned_heun(denoiser, x, sigmas, labels, s_churn, s_min, s_max, s_noise)
+
+
+def _churned_heun(
+    denoiser: DenoiserFunction,
+    x: Tensor,
+    sigmas: Tensor,
+    labels: Tensor | None,
+    s_churn: float,
+    s_min: float,
+    s_max: float,
+    s_noise: float,
+) -> Iterator[Tensor]:
     levels = sigmas.tolist()
     seeds = _latent_seeds(x) if s_churn else None
     gamma = min(s_churn / (len(levels) - 1), math.sqrt(2) - 1)
@@ -86,6 +120,7 @@ SOLVERS = {
     "euler": Solver(euler, 1),
     "heun": Solver(heun, 2),
     "stochastic_heun": Solver(stochastic_heun, 2),
+    "dpm_solver_pp": Solver(dpm_solver_pp, 1),
 }
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -22,7 +21,8 @@ class Teacher:
     It is deliberately no nn.Module and copies to itself: held by a LightningModule it stays out of checkpoints,
     optimisers, averages and DDP buckets. `weights=None` leaves the network at its random initialisation, as training one needs.
 
-    Errors: ValueError for an unknown solver or an impossible step count, FileNotFoundError for missing weights.
+    Errors: ValueError for an unknown solver, options it does not have or cannot take, or an impossible step count,
+    FileNotFoundError for missing weights.
     """
 
     def __init__(
@@ -44,8 +44,8 @@ class Teacher:
             raise ValueError(f"teacher.solver={solver!r} is unknown; choose one of {', '.join(SOLVERS)}")
         options = dict(solver_options or {})
         try:
-            inspect.signature(SOLVERS[solver].solve).bind(None, None, None, None, **options)
-        except TypeError as error:
+            SOLVERS[solver].solve(None, None, None, None, **options)  # checks the options and evaluates nothing
+        except (TypeError, ValueError) as error:
             raise ValueError(f"teacher.solver_options={options} do not fit the solver {solver!r}: {error}") from None
         self.name = name
         self.weights = weights

@@ -1,17 +1,17 @@
+import math
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from scipy.integrate import solve_ivp
 
-from closed_forms import ExactNetwork, Mixture, exact_teacher
+from closed_forms import ExactNetwork, Mixture, exact_solution, exact_teacher
 from diffusion import preconditioning as P
 from diffusion.denoiser import Denoiser
 from diffusion.interpolation import slerp
 from diffusion.schedules import ddim_quadratic, ddim_uniform, flow_uniform, karras
-from diffusion.solvers import SOLVERS, euler, evaluations, heun, stochastic_heun
+from diffusion.solvers import SOLVERS, analytic_step, euler, euler_step, evaluations, heun, stochastic_heun
 
 SIGMA_MAX = 10.0
 
@@ -24,17 +24,6 @@ def latents(count=8):
 def last(states):
     *_, state = states
     return state
-
-
-def exact_solution(x, sigma_from, sigma_to):
-    mixture = Mixture()
-
-    def slope(sigma, flat):
-        state = torch.tensor(flat).reshape(x.shape)
-        return ((state - mixture(state, torch.tensor(sigma))) / sigma).numpy().ravel()
-
-    solution = solve_ivp(slope, (sigma_from, sigma_to), x.numpy().ravel(), method="DOP853", rtol=1e-11, atol=1e-12)
-    return torch.tensor(solution.y[:, -1]).reshape(x.shape)
 
 
 @pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2)])
@@ -57,13 +46,52 @@ def test_states_come_after_every_step_and_evaluations_are_counted():
         return Mixture()(x, sigma)
 
     sigmas = karras(6)
-    for solver, options in (("euler", {}), ("heun", {}), ("stochastic_heun", {"s_churn": 0})):
+    for solver, options in (("euler", {}), ("heun", {}), ("stochastic_heun", {"s_churn": 0}), ("dpm_solver_pp", {})):
         calls.clear()
         states = list(SOLVERS[solver].solve(denoiser, latents(), sigmas, **options))
         assert len(states) == 6
         assert len(calls) == evaluations(solver, 6)
     # The last step to zero returns the denoiser itself.
     torch.testing.assert_close(states[-1], Mixture()(states[-2], sigmas[-2]))
+
+
+def test_euler_keeps_the_bits_of_its_formula():
+    x, levels = latents().float(), karras(6).tolist()
+    for state, (sigma, following) in zip(euler(Mixture(), x, karras(6)), pairwise(levels), strict=True):
+        x = x + (following - sigma) * ((x - Mixture()(x, torch.tensor(sigma))) / sigma)
+        assert torch.equal(state, x)
+        assert state.dtype == torch.float32
+
+
+def test_euler_step_takes_a_level_per_sample_and_per_branch():
+    x, estimate = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sigma, following = torch.rand(2, 4, dtype=torch.float64) + torch.tensor([[1.0], [0.0]])
+    whole = euler_step(x, estimate, sigma[:, None, None, None], following[:, None, None, None])
+    for i in range(4):
+        assert torch.equal(whole[i], euler_step(x[i], estimate[i], sigma[i].item(), following[i].item()))
+    branches = torch.stack([estimate, 2 * estimate], 1)
+    ends = torch.tensor([0.5, 0.0], dtype=torch.float64)
+    both = euler_step(x[:, None], branches, 2.0, ends[:, None, None, None])
+    for k in range(2):
+        assert torch.equal(both[:, k], euler_step(x, branches[:, k], 2.0, ends[k].item()))
+    torch.testing.assert_close(both[:, 1], branches[:, 1])  # a step to zero ends at the estimate
+
+
+def test_the_analytic_first_step_is_nearly_the_step_it_saves():
+    unit = torch.randn(64, 1, 1, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = 80 * unit
+    for following in (10.93, 19.0, 31.7):  # SFD's second levels of 4, 5 and 7
+        saved = analytic_step(x, 80.0, following)
+        torch.testing.assert_close(saved, x * (1 + (following - 80) / math.sqrt(1 + 80**2)))
+        exact = euler_step(x, Mixture()(x, torch.tensor(80.0)), 80.0, following)
+        # What it leaves out is the pull towards the data, less than (1 - sigma'/sigma) max|mean|.
+        assert (saved - exact).abs().max() < (1 - following / 80) * 0.7 + 0.01
+        assert (saved - exact).norm() / x.norm() < 0.01
+        # The ODE of unit Gaussian data has the solution x sqrt(1 + sigma'^2) / sqrt(1 + sigma^2).
+        solution = x * math.sqrt((1 + following**2) / (1 + 80**2))
+        torch.testing.assert_close(saved, solution, rtol=5e-3, atol=0)
+    levels = torch.full((64, 1, 1, 1), 80.0, dtype=torch.float64)
+    torch.testing.assert_close(analytic_step(x, levels, levels / 2), analytic_step(x, 80.0, 40.0))
 
 
 @pytest.mark.parametrize("schedule", [ddim_uniform, ddim_quadratic])
@@ -129,11 +157,13 @@ def test_churn_does_not_depend_on_the_batch():
 
 def test_churn_settings_are_checked():
     with pytest.raises(ValueError, match="need s_churn >= 0"):
-        list(stochastic_heun(Mixture(), latents(), karras(4), s_churn=-1))
+        stochastic_heun(Mixture(), latents(), karras(4), s_churn=-1)  # before any state is asked for
     with pytest.raises(ValueError, match="solver_options=.* do not fit the solver 'euler'"):
         exact_teacher(solver="euler", solver_options={"s_churn": 3})
-    with pytest.raises(ValueError, match="do not fit the solver 'stochastic_heun': missing .*s_churn"):
+    with pytest.raises(ValueError, match="do not fit the solver 'stochastic_heun': .*missing .*s_churn"):
         exact_teacher(solver="stochastic_heun")
+    with pytest.raises(ValueError, match="do not fit the solver 'stochastic_heun': need s_churn >= 0"):
+        exact_teacher(solver="stochastic_heun", solver_options={"s_churn": -1})
 
 
 def test_teacher_samples_the_mixture_and_names_itself():
