@@ -20,6 +20,9 @@ _NO_MATTER = (
 )
 _MEASURED_ON = ("data.", "evaluation.extractor", "evaluation.training.num_samples")
 
+# Options that choose how many evaluations a student takes: another number is another place on the same line.
+_STEPS = ("method.steps", "method.end_steps")
+
 Essence = dict[str, str]
 
 
@@ -37,6 +40,11 @@ def essence(config: Mapping[str, Any]) -> Essence:
             inside = text == folder or text.startswith(f"{folder}/")
             found[key] = text.replace(folder, "FOLDER", 1) if inside else text
     return found
+
+
+def without_steps(own: Essence) -> Essence:
+    """An essence without the student's number of steps; a list stays, since a network for several is trained otherwise."""
+    return {key: text for key, text in own.items() if not (key in _STEPS and text.isdigit())}
 
 
 def labels(essences: Sequence[Essence]) -> list[str]:

@@ -48,14 +48,17 @@ class Record:
     @property
     def comparable_id(self) -> str:
         """The first 8 hex digits of a hash of `comparable`."""
-        text = json.dumps(self.comparable, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:8]
+        return comparable_id(self.comparable)
 
     @property
     def identity(self) -> tuple:
         """What a new measurement has to share with an old one to take its place."""
         how = json.dumps(self.fingerprint, sort_keys=True)
         return self.name, self.metric, self.subject, self.nfe, self.steps, self.solver, how
+
+
+def comparable_id(comparable: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(comparable, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def merge_records(old: Iterable[Record], new: Iterable[Record]) -> list[Record]:

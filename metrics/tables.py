@@ -1,10 +1,10 @@
 """Records as text: values with unlike fingerprints never share a table."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from metrics.records import SUBJECTS, Record
+from metrics.records import SUBJECTS, Record, comparable_id
 
 
 def table(records: Iterable[Record]) -> str:
@@ -41,21 +41,23 @@ def _tables(records: list[Record]) -> list[tuple[str, list[list[str]]]]:
     prints = [group[0].comparable for group in groups.values()]
     keys = dict.fromkeys(key for p in prints for key in p)
     differing = [key for key in keys if len({repr(p.get(key)) for p in prints}) > 1]
-    return [(_heading(group[0], differing), _rows(group)) for group in groups.values()]
+    return [(fingerprint_line(group[0].comparable, differing), _rows(group)) for group in groups.values()]
 
 
-def _heading(record: Record, differing: list[str]) -> str:
+def fingerprint_line(comparable: dict[str, Any], differing: Sequence[str] = ()) -> str:
+    """The name of a fingerprint (see `Record.comparable`) and what it says; `differing`: keys that set it apart."""
+
     def show(keys: Iterable[str]) -> str:
-        return ", ".join(f"{key} {_short(record.comparable.get(key))}" for key in keys)
+        return ", ".join(f"{key} {short(comparable.get(key))}" for key in keys)
 
-    common = [key for key in record.comparable if key not in differing]
-    text = f"fingerprint {record.comparable_id}"
+    common = [key for key in comparable if key not in differing]
+    text = f"fingerprint {comparable_id(comparable)}"
     if differing:
         text += f", not to be compared with the others: {show(differing)}"
     return f"{text} ({show(common)})" if common else text
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     """Hashes by their first 8 digits."""
     text = str(value)
     return text[:8] if len(text) == 64 else text
@@ -72,7 +74,7 @@ def _rows(records: list[Record]) -> list[list[str]]:
     body = []
     for row in order:
         r = next(iter(row.values()))
-        values = [_value(row[metric]) if metric in row else "–" for metric in metrics]
+        values = [shown(row[metric].mean, row[metric].std) if metric in row else "–" for metric in metrics]
         body.append([r.name, _subject(r), str(r.nfe), *values, _rate(r), _speed_up(r, records)])
     return [["name", "subject", "NFE", *metrics, "images/s", "speed-up"], *body]
 
@@ -84,15 +86,15 @@ def _rank(record: Record) -> tuple:
 def _subject(record: Record) -> str:
     notes = [record.fingerprint.get("weights") if record.subject == "student" else None, record.solver]
     notes.append(f"{record.steps} steps" if record.steps and record.steps > 1 else None)
-    shown = ", ".join(note for note in notes if note)
-    return f"{record.subject} ({shown})" if shown else record.subject
+    how = ", ".join(note for note in notes if note)
+    return f"{record.subject} ({how})" if how else record.subject
 
 
-def _value(record: Record) -> str:
-    if not record.std:
-        return f"{record.mean:.4g}"
-    decimals = min(max(1 - math.floor(math.log10(record.std)), 0), 6)  # two digits of the spread
-    return f"{record.mean:.{decimals}f} ± {record.std:.{decimals}f}"
+def shown(mean: float, std: float | None) -> str:
+    if not std:
+        return f"{mean:.4g}"
+    decimals = min(max(1 - math.floor(math.log10(std)), 0), 6)  # two digits of the spread
+    return f"{mean:.{decimals}f} ± {std:.{decimals}f}"
 
 
 def _rate(record: Record) -> str:

@@ -1,0 +1,79 @@
+"""quality.png: a metric against the number of network evaluations, one colour per group of runs."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from metrics.files import write_file
+from metrics.quality import Line
+
+_LOG_SPAN = 5
+_LEGEND_LETTERS = 90  # in a line as wide as the figure
+_FLOOR = "real images"
+_GREYS = ("black", "0.4", "0.6")
+
+
+def draw_quality(
+    path: str | Path, metric: str, lines: Sequence[Line], *, floor: float | None = None, spread: str = "training seeds"
+) -> Figure:
+    """Draw `lines` over a logarithmic axis of NFE with a tick at every number that occurs, and return the figure.
+
+    Bars reach one standard deviation to either side; spread: over what. Teachers are grey, a dashed line is real images.
+    """
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    students = [line for line in lines if not line.teacher]
+    for number, line in enumerate(students):
+        _draw_line(axes, line, f"C{number}", marker="o", linewidth=2)
+    for number, line in enumerate(line for line in lines if line.teacher):
+        _draw_line(axes, line, _GREYS[number % len(_GREYS)], marker="s^Dv"[number % 4], linewidth=1)
+    if floor is not None:
+        axes.axhline(floor, color="black", linewidth=1, linestyle="--", label=_FLOOR)
+    _scale(axes, lines, floor)
+    axes.set(xlabel="network evaluations per image (NFE)", ylabel=metric)
+    if any(point.std is not None for line in lines for point in line.points):
+        axes.set_title(f"bars: standard deviation over {spread}", fontsize="small")
+    axes.grid(alpha=0.25)
+    entries = zip(*axes.get_legend_handles_labels(), strict=True)
+    handles, labels = zip(*sorted(entries, key=lambda entry: entry[1] == _FLOOR), strict=True)  # it would come first
+    columns = min(len(labels), max(1, _LEGEND_LETTERS // (8 + max(map(len, labels)))))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    write_file(path, buffer.getvalue())
+    return figure
+
+
+def _draw_line(axes: Axes, line: Line, colour: str, marker: str, linewidth: float) -> None:
+    # A missing spread draws no bar; zero would draw one of no length, which says that there is none.
+    spreads = [float("nan") if point.std is None else point.std for point in line.points]
+    seeds = len({seed for point in line.points for seed in point.seeds})
+    axes.errorbar(
+        [point.nfe for point in line.points],
+        [point.mean for point in line.points],
+        spreads,
+        color=colour,
+        marker=marker,
+        markersize=5,
+        linewidth=linewidth,
+        elinewidth=1,
+        capsize=3,
+        label=f"{line.label}, {seeds} seeds" if seeds > 1 else line.label,
+    )
+
+
+def _scale(axes: Axes, lines: Sequence[Line], floor: float | None) -> None:
+    counts = sorted({point.nfe for line in lines for point in line.points})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.minorticks_off()
+    axes.set_xlim(counts[0] / 2**0.25, counts[-1] * 2**0.25)
+    values = [point.mean for line in lines for point in line.points] + ([] if floor is None else [floor])
+    if min(values) > 0 and max(values) > _LOG_SPAN * min(values):
+        axes.set_yscale("log", nonpositive="clip")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "235" else "")
