@@ -1,6 +1,7 @@
 """Measure runs or a teacher: samples of fixed seeds -> metrics, a table, JSON and pictures; compare runs' convergence.
 
 python evaluate.py run=runs/NAME; python evaluate.py 'run=[runs/A,runs/B*]'; python evaluate.py teacher=digits
+With 'steps=[1,2,4,8]' a student or a teacher is measured at several numbers of steps: quality against NFE.
 """
 
 from collections.abc import Sequence
@@ -23,18 +24,42 @@ def run_folders(patterns: str | Sequence[str]) -> list[Path]:
     return list(folders)
 
 
-def evaluate_run(cfg: DictConfig, path: Path, device: Any) -> tuple[list, Any, dict, Path]:
-    from launch.build import build, build_seeded
+def student_steps(cfg: DictConfig) -> list[int]:
+    """The numbers of steps that `steps` asks of students, each once; none: as their methods say."""
+    if cfg.steps is None:
+        return []
+    steps = OmegaConf.to_container(cfg.steps) if OmegaConf.is_list(cfg.steps) else [cfg.steps]
+    if not steps or not all(type(count) is int and count > 0 for count in steps):
+        raise ValueError(f"steps={cfg.steps} must be whole numbers from 1 on, such as 'steps=[1,2,4]'")
+    return list(dict.fromkeys(steps))
+
+
+def trained(cfg: DictConfig, path: Path, counts: list[int]) -> tuple[Any, DictConfig, Any, str]:
+    """A run's folder and config, its method with the trained student in place, and the name of the weights.
+
+    Every number of steps is chosen once: an impossible one is refused before the others are measured.
+    """
+    from launch.build import build_seeded
     from launch.folder import RunFolder
-    from launch.measure import Evaluation, load_student, samplers
+    from launch.measure import choose_steps, load_student
 
     folder = RunFolder(path)
     stored = folder.read_config()
-    data, method = build(stored.data), build_seeded(stored.method, stored.seed)
+    method = build_seeded(stored.method, stored.seed)
     weights = load_student(method, folder, cfg.weights, cfg.checkpoint)
-    evaluation = Evaluation(build(stored.evaluation) | overrides(cfg), data, device)
-    records = evaluation.run(method.to(device), folder.name, weights)
-    return records, evaluation, samplers(method), path / "evaluation"
+    for count in counts:
+        weights = choose_steps(method, folder, count, weights)
+    return folder, stored, method, weights
+
+
+def evaluate_run(cfg: DictConfig, path: Path, counts: list[int], device: Any) -> tuple[list, Any, dict, Path]:
+    from launch.build import build
+    from launch.measure import Evaluation, samplers
+
+    folder, stored, method, weights = trained(cfg, path, counts)
+    evaluation = Evaluation(build(stored.evaluation) | overrides(cfg), build(stored.data), device)
+    records = evaluation.run(method.to(device), folder, weights, counts)
+    return records, evaluation, samplers(method, folder, counts), path / "evaluation"
 
 
 def evaluate_teacher(cfg: DictConfig, device: Any) -> tuple[list, Any, dict, Path]:
@@ -72,28 +97,38 @@ def chosen_device(name: str) -> Any:
 
 
 def evaluate(cfg: DictConfig) -> None:
-    from launch.compare import report
+    from launch import compare, quality
     from metrics.records import load_records, merge_records, save_records
     from metrics.tables import table
 
     device = chosen_device(cfg.device)
     if (cfg.run is None) == ("name" not in (cfg.teacher or {})):
         raise ValueError("say what to measure: run=runs/NAME (or a list, or a pattern) or teacher=NAME, one of the two")
-    if cfg.run is not None and (cfg.steps is not None or cfg.solver is not None):
-        raise ValueError("steps and solver are for teacher=NAME; a run is sampled as its method says")
+    if cfg.run is not None and cfg.solver is not None:
+        raise ValueError("solver is for teacher=NAME; a run is sampled as its method says")
     folders = [] if cfg.run is None else run_folders(cfg.run)
-    results = (evaluate_run(cfg, path, device) for path in folders) if folders else [evaluate_teacher(cfg, device)]
+    if folders:
+        counts = student_steps(cfg)
+        for path in folders[1:] if counts else []:
+            trained(cfg, path, counts)  # refuses what the last run can't do before the first one is measured
+        results = (evaluate_run(cfg, path, counts, device) for path in folders)
+    else:
+        results = [evaluate_teacher(cfg, device)]
     shown: list = []
     for records, evaluation, samplers, folder in results:
         path = folder / "metrics.json"
         stored = load_records(path) if path.exists() else []
         save_records(path, merge_records(stored, records))
         evaluation.pictures(folder, samplers)
+        quality.draw_measured(folder / "quality.png", records)
         shown = merge_records(shown, records)
         print(f"{path} written", flush=True)
     print(f"\n{table(shown)}")
+    students = [record for record in shown if record.subject == "student"]
     if len(folders) > 1 and cfg.comparison is not None:
-        print(f"\n{report(folders, Path(cfg.comparison), weights=cfg.weights)}")
+        if len({record.nfe for record in students}) > 1:
+            print(f"\n{quality.report(folders, Path(cfg.comparison), like=students[0], weights=cfg.weights)}")
+        print(f"\n{compare.report(folders, Path(cfg.comparison), weights=cfg.weights)}")
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")

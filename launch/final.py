@@ -25,8 +25,8 @@ def finish(method: Method, data: Any, settings: dict[str, Any], folder: RunFolde
     weights = load_student(method, folder)
     method.to(device)
     evaluation = Evaluation(settings, data, device)
-    records = evaluation.run(method, folder.name, weights)
-    evaluation.pictures(folder.path, samplers(method))
+    records = evaluation.run(method, folder, weights)
+    evaluation.pictures(folder.path, samplers(method, folder))
     if rank_and_world()[0] == 0:
         export(method, records, folder)
         save_records(folder.metrics, records)

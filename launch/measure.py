@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from callbacks import read_checkpoint, student_state
 from diffusion.seeds import sample_noise
@@ -54,12 +56,22 @@ class Evaluation:
             **self.settings,
         }
 
-    def run(self, method: Method, name: str, weights: str) -> list[Record]:
+    def run(self, method: Method, folder: RunFolder, weights: str, counts: Sequence[int] = ()) -> list[Record]:
         """Records of a method's teacher, its student and real images, all against the same reference.
 
-        The student's weights are in place already; `weights` is their name (an average's, or "raw").
+        The student's weights are in place already; `weights` is their name (an average's, or "raw"). counts: numbers of
+        steps to measure the student at, one after the other (none: the method's own).
         """
-        student = measure(
+        students = [] if counts else self.student(method, folder.name, weights)
+        for count in counts:
+            weights = choose_steps(method, folder, count, weights)
+            students += self.student(method, folder.name, weights)
+        teacher = self.teacher(method.teacher) if method.teacher else []
+        return teacher + students + self.real()
+
+    def student(self, method: Method, name: str, weights: str) -> list[Record]:
+        """Records of a method's student as it samples now."""
+        return measure(
             method.sample,
             name=name,
             subject="student",
@@ -69,8 +81,6 @@ class Evaluation:
             teacher=method.teacher.name if method.teacher else None,
             **self._common(self.data.num_classes),
         )
-        teacher = self.teacher(method.teacher) if method.teacher else []
-        return teacher + student + self.real()
 
     def teacher(self, teacher: Teacher, steps: int | None = None) -> list[Record]:
         """Records of a teacher; kept on disk by all that they depend on, since a sweep asks for the same ones again."""
@@ -162,7 +172,26 @@ def load_student(method: Method, folder: RunFolder, weights: str | None = None, 
     return name
 
 
-def samplers(method: Method) -> dict[str, Sampler]:
-    """What a run's pictures show: its teacher, if it has one, and its student."""
+def choose_steps(method: Method, folder: RunFolder, count: int, weights: str) -> str:
+    """Let the student take `count` steps; returns the name of the weights that are then in place, `weights` before.
+
+    Errors: ValueError for a number that the run has no student for.
+    """
+    return method.choose_steps(count, folder.path) or weights
+
+
+def samplers(method: Method, folder: RunFolder, counts: Sequence[int] = ()) -> dict[str, Sampler]:
+    """What a run's pictures show: its teacher, if it has one, and its student, at each of several numbers of steps."""
     teacher = {"teacher": method.teacher.sample} if method.teacher else {}
-    return teacher | {"student": method.sample}
+    if len(counts) < 2:
+        return teacher | {"student": method.sample}
+
+    def at(count: int) -> Sampler:
+        def sample(noise: Tensor, labels: Tensor | None) -> Tensor:
+            method.choose_steps(count, folder.path)  # another column's were in place
+            return method.sample(noise, labels)
+
+        return sample
+
+    # A title is broken at its spaces, but not between a number and its unit.
+    return teacher | {f"student, {count}\N{NO-BREAK SPACE}NFE": at(count) for count in counts}
