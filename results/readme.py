@@ -2,6 +2,7 @@
 
 python -m results.readme record results/NAME.json runs/A runs/B     # collect the final records of runs
 python -m results.readme compare results/NAME.json runs/A runs/B    # how fast they converged, and results/NAME.png
+python -m results.readme quality results/NAME.json runs/A runs/B    # how good at how many evaluations, and the picture
 python -m results.readme update                                     # write the tables into README.md
 """
 
@@ -14,9 +15,14 @@ from typing import Any
 from benchmarks.measuring import ROOT, commit, machine
 from benchmarks.run import table
 from launch.compare import compare_runs, draw, dumped
+from launch.quality import compare_quality
+from launch.quality import draw as draw_quality
 from metrics.convergence_tables import markdown as comparison_markdown
 from metrics.curve_files import from_json, to_json
 from metrics.files import write_file
+from metrics.quality import from_json as quality_from_json
+from metrics.quality import to_json as quality_to_json
+from metrics.quality_tables import markdown as quality_markdown
 from metrics.records import Record, load_records, merge_records
 from metrics.tables import markdown
 
@@ -38,6 +44,13 @@ def compare(target: Path, folders: list[Path]) -> None:
     comparison = compare_runs(folders)
     write_file(target, dumped({**origin(), "comparison": to_json(comparison)}))
     draw(target.with_suffix(".png"), comparison, folders)
+
+
+def quality(target: Path, folders: list[Path]) -> None:
+    """Write what evaluate.py writes as quality.json into `target`, with its origin, and the picture beside it."""
+    compared = compare_quality(folders)
+    write_file(target, dumped({**origin(), "quality": quality_to_json(compared)}))
+    draw_quality(target.with_suffix(".png"), compared)
 
 
 def origin() -> dict[str, Any]:
@@ -62,12 +75,18 @@ def section(path: Path) -> str:
         summary = f"<summary>{path.stem}: {len(content['runs'])} runs</summary>"
         return rows if len(content["runs"]) <= _SHOWN_RUNS else f"<details>{summary}\n\n{rows}\n\n</details>"
     if "comparison" in content:
-        picture = f"![Metric against updates, images and seconds](results/{path.stem}.png)"
-        return "\n\n".join(
-            [f"**{path.stem}**", picture, comparison_markdown(from_json(content["comparison"])), _source(path, content)]
+        return _pictured(
+            path, content, "updates, images and seconds", comparison_markdown(from_json(content["comparison"]))
         )
+    if "quality" in content:
+        return _pictured(path, content, "network evaluations", quality_markdown(quality_from_json(content["quality"])))
     parts = "\n\n".join(table(part) for part in content.values())
     return f"Speed, from `results/{path.name}`, as median (least .. greatest):\n\n```\n{parts}\n```"
+
+
+def _pictured(path: Path, content: dict[str, Any], against: str, rows: str) -> str:
+    picture = f"![Metric against {against}](results/{path.stem}.png)"
+    return "\n\n".join([f"**{path.stem}**", picture, rows, _source(path, content)])
 
 
 def _source(path: Path, content: dict[str, Any]) -> str:
@@ -90,6 +109,8 @@ def main(arguments: list[str]) -> None:
             record(Path(target), [Path(folder) for folder in folders])
         case ["compare", target, *folders] if folders:
             compare(Path(target), [Path(folder) for folder in folders])
+        case ["quality", target, *folders] if folders:
+            quality(Path(target), [Path(folder) for folder in folders])
         case ["update"]:
             write_file(readme, updated(readme.read_text()).encode())
         case _:

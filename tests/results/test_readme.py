@@ -3,10 +3,15 @@ import re
 
 import pytest
 from convergence_tools import curve, decay, write_run
+from quality_tools import REAL, students, write_measured
 
 from launch.compare import compare_runs
+from launch.quality import compare_quality
 from metrics.convergence_tables import markdown
 from metrics.curve_files import from_json, to_json
+from metrics.quality import from_json as quality_from_json
+from metrics.quality import to_json as quality_to_json
+from metrics.quality_tables import markdown as quality_markdown
 from results.readme import ROOT, main, section, updated
 
 README = (ROOT / "README.md").read_text()
@@ -34,6 +39,10 @@ def test_comparisons_say_where_they_come_from_and_agree_with_their_curves():
             assert set(content) == {"date", "commit", "machine", "comparison"}
             assert json.loads(json.dumps(to_json(from_json(content["comparison"])))) == content["comparison"]
             assert path.with_suffix(".png").exists()
+        if "quality" in content:
+            assert set(content) == {"date", "commit", "machine", "quality"}
+            assert quality_to_json(quality_from_json(content["quality"])) == content["quality"]
+            assert path.with_suffix(".png").exists()
 
 
 def test_a_comparison_is_stored_drawn_and_shown(tmp_path):
@@ -53,11 +62,30 @@ def test_a_comparison_is_stored_drawn_and_shown(tmp_path):
     assert source.startswith("From `results/race.json`: commit ")
 
 
-def test_a_comparison_needs_runs(tmp_path):
+def test_quality_at_several_numbers_of_steps_is_stored_drawn_and_shown(tmp_path):
+    runs = [
+        write_measured(tmp_path / f"sfd{steps}", [*students({steps: 1 / (1 + steps)}), REAL], steps=steps)
+        for steps in (1, 4)
+    ]
+    target = tmp_path / "results" / "few.json"
+    main(["quality", str(target), *map(str, runs)])
+    assert sorted(path.name for path in target.parent.iterdir()) == ["few.json", "few.png"]
+    content = json.loads(target.read_text())
+    assert set(content) == {"date", "commit", "machine", "quality"}
+    assert quality_from_json(content["quality"]) == compare_quality(runs)
+    title, picture, *tables, source = section(target).split("\n\n")
+    assert (title, picture) == ("**few**", "![Metric against network evaluations](results/few.png)")
+    assert "\n\n".join(tables) == quality_markdown(compare_quality(runs))
+    assert "| sfd | 0 | 0.5 | 0.2 |" in tables[1]
+    assert source.startswith("From `results/few.json`: commit ")
+
+
+@pytest.mark.parametrize("command", ["compare", "quality"])
+def test_a_comparison_needs_runs(tmp_path, command):
     with pytest.raises(SystemExit, match="results.readme compare results/NAME.json runs/A"):
-        main(["compare", str(tmp_path / "race.json")])
-    with pytest.raises(FileNotFoundError, match="holds no run"):
-        main(["compare", str(tmp_path / "race.json"), str(tmp_path)])
+        main([command, str(tmp_path / "race.json")])
+    with pytest.raises(FileNotFoundError, match="holds (no|neither a) run"):
+        main([command, str(tmp_path / "race.json"), str(tmp_path)])
 
 
 def test_files_that_the_readme_names_exist():
