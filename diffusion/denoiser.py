@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.preconditioning import Coefficients, Preconditioning
+from networks.branching import reading_all
 
 DenoiserFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -30,6 +31,14 @@ class Denoiser(nn.Module):
         x, c = self._read(x, sigma)
         out = self.network((c.in_ * x).float(), c.noise.flatten().float(), labels)
         return c.skip * x + c.out * out.to(x.dtype)
+
+    def branches(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        """All K estimates (B, K, C, H, W) of a network with K branches, the last one that of `forward`; arguments as there."""
+        x, c = self._read(x, sigma)
+        with reading_all(self.network):
+            out = self.network((c.in_ * x).float(), c.noise.flatten().float(), labels)
+        out = out.to(x.dtype).unflatten(1, (-1, x.shape[1]))
+        return (c.skip * x)[:, None] + c.out[:, None] * out
 
     def encode(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
         """The network's features (B, D, h, w) of x at the end of its encoder; arguments as for the estimate."""

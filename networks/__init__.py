@@ -1,17 +1,25 @@
 """Raw networks and their weights on disk; no Lightning, no Hydra."""
 
+from networks.branching import BranchedConv2d, branches_of, collapse, plain_state, reading_all, respread, widen
 from networks.dhariwal_unet import DhariwalUNet
 from networks.discriminator import Discriminator
 from networks.song_unet import SongUNet
 from networks.weights import find_weights, hash_state, load_weights, read_card, save_weights
 
 __all__ = [
+    "BranchedConv2d",
     "DhariwalUNet",
     "Discriminator",
     "SongUNet",
+    "branches_of",
+    "collapse",
     "find_weights",
     "hash_state",
     "load_weights",
+    "plain_state",
     "read_card",
+    "reading_all",
+    "respread",
     "save_weights",
+    "widen",
 ]

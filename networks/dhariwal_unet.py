@@ -6,6 +6,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from networks.branching import BranchedConv2d
 from networks.checks import check_counts, check_inputs, check_levels, check_sequence, check_shares
 from networks.embeddings import DhariwalEmbedding
 from networks.layers import Downsample, Upsample, attend, group_norm, zeroed
@@ -159,7 +160,7 @@ class DhariwalUNet(nn.Module):
                 width = channels
             self.decoder[str(size)] = DecoderLevel(entry, blocks)
         self.norm_out = group_norm(width, EPS)
-        self.conv_out = zeroed(nn.Conv2d(width, out_channels, 3, padding=1))
+        self.conv_out = zeroed(BranchedConv2d(width, out_channels, 3, padding=1))
 
     def forward(
         self,

@@ -17,15 +17,16 @@ SQRT_HALF = math.sqrt(0.5)
 def conv(in_channels: int, out_channels: int, kernel: int, gain: float = 1.0, padding: int | None = None) -> nn.Conv2d:
     """Convolution, Glorot uniform times `gain`, zero bias; it keeps the resolution unless `padding` says otherwise."""
     layer = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2 if padding is None else padding)
-    return _initialise(layer, gain)
+    return initialised(layer, gain)
 
 
 def linear(in_features: int, out_features: int, gain: float = 1.0, bias: bool = True) -> nn.Linear:
     """Fully connected layer: Glorot uniform times `gain`, zero bias."""
-    return _initialise(nn.Linear(in_features, out_features, bias=bias), gain)
+    return initialised(nn.Linear(in_features, out_features, bias=bias), gain)
 
 
-def _initialise(layer, gain: float):
+def initialised(layer, gain: float = 1.0):
+    """The layer with its weights drawn Glorot uniform times `gain`, and a zero bias."""
     nn.init.xavier_uniform_(layer.weight, gain=gain)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from networks.branching import BranchedConv2d
 from networks.checks import check_choice, check_counts, check_inputs, check_levels, check_sequence, check_shares
 from networks.embeddings import EMBEDDINGS, Embedding
-from networks.layers import SQRT_HALF, Downsample, ResidualBlock, Upsample, conv, group_norm
+from networks.layers import SQRT_HALF, Downsample, ResidualBlock, Upsample, conv, group_norm, initialised
 
 ENCODERS = ("standard", "residual", "skip")
 DECODERS = ("standard", "skip")
@@ -91,7 +92,7 @@ class Head(nn.Module):
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
         self.norm = group_norm(in_channels)
-        self.conv = conv(in_channels, out_channels, 3, gain=1e-5)
+        self.conv = initialised(BranchedConv2d(in_channels, out_channels, 3, padding=1), gain=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.silu(self.norm(x)))

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from diffusion import preconditioning as P
 from diffusion.schedules import ddpm_sigmas, karras
 from diffusion.teacher import Teacher
+from networks.branching import BranchedConv2d
+from networks.layers import zeroed
 
 MEANS = torch.tensor([[-0.6, 0.3], [0.5, 0.5], [0.1, -0.7]], dtype=torch.float64)
 
@@ -121,6 +123,20 @@ class CorrectedByLevel(Corrected):
     def forward(self, z: Tensor, noise_labels: Tensor, class_labels=None, augment_labels=None) -> Tensor:
         seen = torch.cat([z.flatten(1), noise_labels[:, None]], 1)
         return self.exact(z, noise_labels, class_labels) + self.last(self.layers(seen)).reshape(z.shape)
+
+
+class BranchingCorrected(CorrectedByLevel):
+    """The same with a correction that can branch (networks/branching.py): each group corrects the exact output its own way."""
+
+    def __init__(self, exact: nn.Module, width: int = 64):
+        super().__init__(exact, width)
+        self.last = zeroed(BranchedConv2d(width, 2, 1))
+
+    def forward(self, z: Tensor, noise_labels: Tensor, class_labels=None, augment_labels=None) -> Tensor:
+        seen = torch.cat([z.flatten(1), noise_labels[:, None]], 1)
+        corrections = self.last(self.layers(seen)[:, :, None, None])
+        exact = self.exact(z, noise_labels, class_labels)
+        return exact.repeat(1, corrections.shape[1] // exact.shape[1], 1, 1) + corrections
 
 
 def exact_teacher(mixture: Mixture | None = None, steps: int = 16, network: type = Corrected, **options) -> Teacher:
