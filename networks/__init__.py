@@ -4,6 +4,7 @@ from networks.branching import BranchedConv2d, branches_of, collapse, plain_stat
 from networks.dhariwal_unet import DhariwalUNet
 from networks.discriminator import Discriminator
 from networks.song_unet import SongUNet
+from networks.step_condition import condition_on_steps, fixed_steps_state, set_steps
 from networks.weights import find_weights, hash_state, load_weights, read_card, save_weights
 
 __all__ = [
@@ -13,7 +14,9 @@ __all__ = [
     "SongUNet",
     "branches_of",
     "collapse",
+    "condition_on_steps",
     "find_weights",
+    "fixed_steps_state",
     "hash_state",
     "load_weights",
     "plain_state",
@@ -21,5 +24,6 @@ __all__ = [
     "reading_all",
     "respread",
     "save_weights",
+    "set_steps",
     "widen",
 ]

@@ -64,6 +64,7 @@ class Embedding(nn.Module):
         self.augment = linear(augment_dim, noise_channels, bias=False) if augment_dim else None
         self.layer1 = linear(noise_channels, emb_channels)
         self.layer2 = linear(emb_channels, emb_channels)
+        self.steps: nn.Module | None = None  # see networks/step_condition.py
 
     def forward(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
         # Half precision would blur neighbouring noise levels, and there is next to nothing to gain here.
@@ -77,7 +78,10 @@ class Embedding(nn.Module):
             if self.augment is not None:
                 zeros = emb.new_zeros(len(emb), self.augment.in_features)
                 emb = emb + self.augment(zeros if augment_labels is None else augment_labels.to(emb.dtype))
-            return F.silu(self.layer2(F.silu(self.layer1(emb))))
+            emb = self.layer2(F.silu(self.layer1(emb)))
+            if self.steps is not None:
+                emb = emb + self.steps()
+            return F.silu(emb)
 
 
 class DhariwalEmbedding(nn.Module):
@@ -93,6 +97,7 @@ class DhariwalEmbedding(nn.Module):
         self.augment = zeroed(nn.Linear(augment_dim, noise_channels, bias=False)) if augment_dim else None
         self.layer1 = nn.Linear(noise_channels, emb_channels)
         self.layer2 = nn.Linear(emb_channels, emb_channels)
+        self.steps: nn.Module | None = None  # see networks/step_condition.py
         self.label = nn.Linear(num_classes, emb_channels, bias=False) if num_classes else None
         if self.label is not None:
             nn.init.normal_(self.label.weight)
@@ -105,6 +110,8 @@ class DhariwalEmbedding(nn.Module):
                 zeros = emb.new_zeros(len(emb), self.augment.in_features)
                 emb = emb + self.augment(zeros if augment_labels is None else augment_labels.to(emb.dtype))
             emb = self.layer2(F.silu(self.layer1(emb)))
+            if self.steps is not None:
+                emb = emb + self.steps()
             if self.label is not None:
                 dropout = self.label_dropout if self.training else 0
                 emb = emb + self.label(_one_hot(class_labels, self.num_classes, dropout, emb))
