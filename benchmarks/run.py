@@ -1,6 +1,6 @@
 """Prints how fast the framework is, and what it adds to a bare PyTorch loop of the same computation.
 
-python -m benchmarks.run [--only digits|cifar10|loader|score] [--record]
+python -m benchmarks.run [--only digits|cifar10|loader|score|branching] [--record]
 """
 
 import argparse
@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from benchmarks import loader, score, training
+from benchmarks import branching, loader, score, training
 from benchmarks.cases import CIFAR10, DIGITS
 from benchmarks.measuring import ROOT, commit, machine, slug
 from metrics.files import write_file
@@ -21,6 +21,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "cifar10": lambda: training.measure(CIFAR10),
     "loader": loader.measure,
     "score": score.measure,
+    "branching": branching.measure,
 }
 RESULTS = ROOT / "results"
 
@@ -50,6 +51,12 @@ _ROWS = (
     ("its evaluations and Adam's steps", "both_floor_seconds", ".4g", "s"),
     ("turn over that floor", "both_over_floor", "+.1%", ""),
     ("training images, two_sided", "both_training_images_per_second", ",.4g", "images/s"),
+    ("training step, one branch", "plain_step_seconds", ".4g", "s"),
+    ("training step, all branches", "branched_step_seconds", ".4g", "s"),
+    ("added to the step", "branched_step_over_plain", "+.2%", ""),
+    ("inference, one branch", "plain_inference_seconds", ".4g", "s"),
+    ("inference, end point of all", "branched_inference_seconds", ".4g", "s"),
+    ("added to inference", "branched_inference_over_plain", "+.2%", ""),
 )
 
 _TURNS = {"fake": "the fake score's turn", "generator": "the generator's turn", "both": "a two_sided turn"}
@@ -67,6 +74,12 @@ def table(result: dict[str, Any]) -> str:
     if "checkpoint_every_n_steps" in result:
         every, share = result["checkpoint_every_n_steps"], result["checkpoint_share_of_step"]
         lines.append(f"  A checkpoint every {every} steps, not in the figures above, adds {share:.1%} to a step.")
+    if "added_parameters" in result:
+        step, inference = (_added(result[f"{kind}_operations"]) for kind in ("step", "inference"))
+        lines.append(
+            f"  The branches add {result['added_parameters']:,} parameters. Floating point operations, counted: "
+            f"{step} to a step, {inference} to inference."
+        )
     for turn, networks in result.get("evaluations", {}).items():
         counted = ", ".join(f"{name} with gradient" if trained else name for name, trained in networks.items())
         evaluations, floor = (result[f"{turn}_{key}_seconds"]["median"] for key in ("evaluation", "floor"))
@@ -74,6 +87,10 @@ def table(result: dict[str, Any]) -> str:
             f"  Counted in {_TURNS[turn]}: {counted}. Adam's part of the floor: {1 - evaluations / floor:.1%}."
         )
     return "\n".join(lines)
+
+
+def _added(operations: dict[str, int]) -> str:
+    return f"{operations['branched'] / operations['plain'] - 1:+.3%} of {operations['plain'] / 1e9:.4g} G"
 
 
 def _conditions(result: dict[str, Any]) -> str:
