@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from launch.names import register_run_name
+from launch.names import register_resolvers
 
 # Before torch is loaded: its C++ side warns of what launch/processes.py does on purpose.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -63,5 +63,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    register_run_name()
+    register_resolvers()
     main()

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from benchmarks.measuring import ROOT
 from launch.build import build_seeded, build_trainer
 from launch.folder import RunFolder
+from launch.names import register_resolvers
 from lightning_modules import Method
 from networks.weights import find_weights
 
@@ -74,6 +75,7 @@ def compose_config(case: Case, folder: str, *overrides: str) -> DictConfig:
     places = [f"folder={folder}/run", f"data.root={folder}"]
     own = ["~local"] if (ROOT / "conf" / "local").exists() else []
     # Without a ramp of the learning rate the bare loop's losses can be compared with the framework's.
+    register_resolvers()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("config", [*own, *left_out, *places, "method.warmup_kimg=0", *case.overrides, *overrides])
     if cfg.teacher.weights is not None:

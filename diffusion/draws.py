@@ -52,6 +52,10 @@ class Draws:
         """Noise levels (B,), float32."""
         return law(self._uniforms[1])
 
+    def indices(self, count: int) -> Tensor:
+        """Uniform whole numbers in [0, count), (B,), int64, for choosing a noise level from a list: the draw of `sigma`."""
+        return (self._uniforms[1] * count).long()
+
     def gan_sigma(self, law: NoiseLevels) -> Tensor:
         return law(self._uniforms[2])
 

@@ -35,11 +35,14 @@ def denoising_score_matching(
 
 
 def regression(output: Tensor, target: Tensor, kind: str) -> Tensor:
-    """Distance of a student's image to its teacher's: "l2" is |a - b|^2 / 2 (the paper's KL), "l1" is |a - b|."""
+    """Distance of a student's image to its teacher's: "l2" is |a - b|^2 / 2 (the paper's KL), "l1" is |a - b|.
+
+    output, target: (..., C, H, W); the result has their leading shape.
+    """
     if kind not in REGRESSIONS:
         raise ValueError(f"unknown regression loss {kind!r}; choose one of {', '.join(REGRESSIONS)}")
-    error = (output.float() - target.float()).flatten(1)
-    return error.abs().sum(1) if kind == "l1" else error.square().sum(1) / 2
+    error = (output.float() - target.float()).flatten(-3)
+    return error.abs().sum(-1) if kind == "l1" else error.square().sum(-1) / 2
 
 
 def score_gradient(images: Tensor, fake: Tensor, target: Tensor, weighting: str) -> Tensor:

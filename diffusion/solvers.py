@@ -6,9 +6,9 @@ A call checks the options and touches nothing else: the first evaluation is made
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,6 +122,16 @@ SOLVERS = {
     "stochastic_heun": Solver(stochastic_heun, 2),
     "dpm_solver_pp": Solver(dpm_solver_pp, 1),
 }
+
+
+def check_solver(owner: str, solver: str, options: Mapping[str, Any]) -> None:
+    """Errors: ValueError, naming `owner`'s options, for an unknown solver, or options that it lacks or can't take."""
+    if solver not in SOLVERS:
+        raise ValueError(f"{owner}.solver={solver!r} is unknown; choose one of {', '.join(SOLVERS)}")
+    try:
+        SOLVERS[solver].solve(None, None, None, None, **options)  # checks the options and evaluates nothing
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{owner}.solver_options={dict(options)} do not fit the solver {solver!r}: {error}") from None
 
 
 def evaluations(solver: str, steps: int) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffusion.denoiser import Denoiser
 from diffusion.preconditioning import Preconditioning
-from diffusion.solvers import SOLVERS, evaluations
+from diffusion.solvers import SOLVERS, check_solver, evaluations
 from networks.weights import hash_state, load_weights
 
 
@@ -40,13 +40,8 @@ class Teacher:
         conditional: bool = True,
         licence: str = "unknown",
     ):
-        if solver not in SOLVERS:
-            raise ValueError(f"teacher.solver={solver!r} is unknown; choose one of {', '.join(SOLVERS)}")
         options = dict(solver_options or {})
-        try:
-            SOLVERS[solver].solve(None, None, None, None, **options)  # checks the options and evaluates nothing
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"teacher.solver_options={options} do not fit the solver {solver!r}: {error}") from None
+        check_solver("teacher", solver, options)
         self.name = name
         self.weights = weights
         self.licence = licence

@@ -167,8 +167,10 @@ def load_student(method: Method, folder: RunFolder, weights: str | None = None, 
     "raw" (default: the run's first average).
     """
     checkpoint = checkpoint or ("best" if method.monitor and folder.best.exists() else "last")
-    name, state = student_state(read_checkpoint(folder.checkpoints / f"{checkpoint}.ckpt"), weights)
+    content = read_checkpoint(folder.checkpoints / f"{checkpoint}.ckpt")
+    name, state = student_state(content, weights)
     method.student.load_state_dict(state)
+    method.on_load_checkpoint(content)  # in progressive distillation the round, hence the number of steps
     return name
 
 

@@ -1,4 +1,4 @@
-"""Names of the folders that a sweep's jobs live in."""
+"""Names: of the folders that a sweep's jobs live in, of the recipe that a run takes by itself."""
 
 import hashlib
 import re
@@ -16,6 +16,12 @@ def run_name(name: str, options: str) -> str:
     return f"{name}-{suffix}" if suffix else name
 
 
-def register_run_name() -> None:
-    """Make `${run_name:...}` known to the config (hydra.sweep.subdir uses it); no other resolver is needed."""
-    OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+def joined(*parts: str) -> str:
+    """Those that are not empty, with underscores between them: a recipe's name of method, host if it has one, and data."""
+    return "_".join(part for part in parts if part)
+
+
+def register_resolvers() -> None:
+    """Make `${run_name:...}` and `${joined:...}` known to the config (hydra.sweep.subdir, the recipe of conf/config.yaml)."""
+    for resolver in (run_name, joined):
+        OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)

@@ -8,11 +8,13 @@ from torch import Tensor
 
 from datamodules import TrajectoryDataModule
 from diffusion.losses import REGRESSIONS, regression
+from diffusion.solvers import euler_step
 from diffusion.teacher import Teacher
-from lightning_modules.base import Method
+from lightning_modules.dense_targets import DenseTargets
+from networks.branching import plain_state
 
 
-class DenoisingStudent(Method):
+class DenoisingStudent(DenseTargets):
     """min_S E |S(z) - T(z)|^2 / 2 over z ~ N(0, I), with T the teacher's ODE solution.
 
     That is the KL between unit-variance Gaussians around the two images. The student is the teacher's network, evaluated
@@ -49,27 +51,40 @@ class DenoisingStudent(Method):
         self.teacher = teacher
         self.student = teacher.student().eval()  # no dropout in the student, as released
         self.student.preconditioning = self.student.preconditioning.one_step()
-        self.sigma = teacher.sigmas()[0].item()
+        self.sigmas = teacher.sigmas()
+        self.span(len(self.sigmas) - 1)
+        levels = self.sigmas[self.stride :: self.stride, None, None, None]
+        self.register_buffer("taus", levels.float(), persistent=False)  # of the states that are targets
         self.loss, self.target_noise = loss, target_noise
         self.pairs = {"pairs": pairs, "held_out": held_out, "dtype": dtype, "root": store}
 
     def training_data(self, data: pl.LightningDataModule) -> pl.LightningDataModule:
         super().training_data(data)
         options = {"batch_size": self.batch_size, "seed": self.seed, "images": data}
-        return TrajectoryDataModule(self.teacher, **options, **self.pairs)
+        keep = range(self.stride, self.substeps + 1, self.stride)
+        return TrajectoryDataModule(self.teacher, keep=keep, **options, **self.pairs)
+
+    def start(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, C, H, W) and sigma, a scalar, of the student's one evaluation: at the teacher's highest noise level."""
+        sigma = noise.new_full((), self.sigmas[0].item())
+        return noise * self.student.preconditioning.prior_std(sigma), sigma
 
     def generate(self, noise: Tensor, labels: Tensor | None) -> Tensor:
-        """S(z): one evaluation at the teacher's highest noise level."""
-        sigma = noise.new_full((), self.sigma)
-        return self.student(noise * self.student.preconditioning.prior_std(sigma), sigma, labels)
+        """S(z)."""
+        return self.student(*self.start(noise), labels)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        target = batch["states"][:, -1]
+        target = batch["states"]
         if self.target_noise:
             target = target + self.target_noise * torch.randn_like(target)
-        loss = regression(self.generate(batch["noise"], batch.get("label")), target, self.loss).mean()
+        x, sigma = self.start(batch["noise"])
+        states = euler_step(x[:, None], self.student.branches(x, sigma, batch.get("label")), sigma, self.taus)
+        loss = self.objective(regression(states, target, self.loss))
         self.log("loss/student", loss.detach())
         return loss
+
+    def exported(self) -> dict[str, Tensor]:
+        return plain_state(self.student.network)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         loss = regression(self.sample(batch["noise"], batch.get("label")), batch["states"][:, -1], self.loss).mean()

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from launch.build import build, build_trainer, check_fit
 from launch.folder import RunFolder
+from launch.names import register_resolvers
 
 CONF = Path(__file__).parent.parent / "conf"
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml") if "local" not in path.parts)
@@ -23,6 +24,7 @@ SMALL = ("teacher.weights=null", "teacher.network.model_channels=8", "teacher.ne
 
 @pytest.fixture(autouse=True)
 def _conf():
+    register_resolvers()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         yield
 
@@ -46,6 +48,8 @@ def override(file: Path) -> list[str]:
     group, option = "/".join(file.parts[:-1]), file.stem
     if group == "teacher" and option in PUBLISHED:
         group = "data"  # a teacher comes with its data
+    if group == "method/host":
+        return ["method=b_dense", f"{group}={option}"]
     if group == "recipe":  # METHOD_DATA or METHOD_DATA_VARIANT
         data = next(path.stem for path in (CONF / "data").glob("*.yaml") if f"_{path.stem}" in option)
         method, _, variant = option.partition(f"_{data}")

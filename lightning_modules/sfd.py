@@ -1,0 +1,194 @@
+"""SFD: simple and fast distillation along the teacher's trajectories (Zhou et al., arXiv 2409.19681)."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from datamodules import DataFree
+from diffusion.draws import Draws
+from diffusion.losses import REGRESSIONS, regression
+from diffusion.schedules import karras_grid
+from diffusion.seeds import position_uniforms
+from diffusion.solvers import SOLVERS, analytic_step, check_solver, euler_step
+from diffusion.teacher import Teacher
+from lightning_modules.dense_targets import DenseTargets
+from networks.branching import plain_state
+from networks.checks import check_choice, check_counts
+from networks.step_condition import condition_on_steps, fixed_steps_state, set_steps
+
+_CHOICE_STREAM = 4  # of a trajectory's number of steps, beside the streams of `Draws`
+
+
+class SFD(DenseTargets):
+    """A student whose Euler steps end where the teacher's solver does after `substeps` steps.
+
+    A trajectory starts from noise at the teacher's highest level. In each interval of the student's grid
+
+        x' = x + (sigma' - sigma) (x - D_student(x, sigma)) / sigma
+
+    is compared with the teacher's state at sigma', and x', detached, starts the next interval, so the student learns to
+    correct its own errors. One step is one interval of one batch of trajectories; it needs no images.
+
+    steps: intervals with an evaluation, hence the NFE of a sample; or several numbers, of which each batch draws one and the
+    network is told (SFD-v). afs: an analytic first interval before them, without an evaluation or a loss. The student's
+    grid takes every `substeps`-th level of the teacher's, which is Karras' with `rho` from the highest level to `sigma_min`,
+    where samples end too. solver, solver_options: of the teacher's trajectories. teacher_afs: whether their first step is
+    analytic, as it is for a teacher that SFD has made. loss: "l1" or "l2", a sum over pixels.
+    The learning rate falls to a tenth after half of the training, as released.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        *,
+        steps: int | Sequence[int],
+        substeps: int = 4,
+        sigma_min: float = 0.006,
+        rho: float = 7.0,
+        afs: bool = True,
+        solver: str = "dpm_solver_pp",
+        solver_options: Mapping[str, Any] | None = None,
+        teacher_afs: bool = False,
+        loss: str = "l1",
+        **common,
+    ):
+        super().__init__(**common)
+        self.choices = sorted({steps} if isinstance(steps, int) else set(steps))
+        if not self.choices:
+            raise ValueError("method.steps must be a number of steps, or a list of some")
+        for count in self.choices:
+            check_counts(**{"method.steps": count})
+        check_counts(**{"method.substeps": substeps})
+        check_choice("method.loss", loss, REGRESSIONS)
+        self.solver, self.solver_options = solver, dict(solver_options or {})
+        check_solver("method", solver, self.solver_options)
+        self.teacher = teacher
+        self.student = teacher.student().train()  # with the network's dropout, as released
+        if len(self.choices) > 1:
+            condition_on_steps(self.student.network, self.choices[-1])
+        self.span(substeps)
+        self.loss = loss
+        self.afs, self.teacher_afs = bool(afs), bool(teacher_afs)
+        high = teacher.sigmas()[0].item()
+        counts = {count: (count + self.afs) * substeps for count in self.choices}
+        self.grids = {count: karras_grid(fine, sigma_min, high, rho) for count, fine in counts.items()}
+        self.steps = self.choices[-1]  # of samples
+        # The trajectories under way: when they set out, in how many steps, the student's states and the teacher's to come.
+        self.departure, self.steps_under_way = 0, 0
+        self.x: Tensor | None = None
+        self.path: Iterator[Tensor] | None = None
+
+    @property
+    def nfe(self) -> int:
+        return self.steps
+
+    def training_data(self, data: pl.LightningDataModule) -> pl.LightningDataModule:
+        super().training_data(data)
+        return DataFree(self.batch_size)
+
+    def lr_scale(self) -> float:
+        return super().lr_scale() * (1.0 if self.progress < 0.5 else 0.1)
+
+    # -- training --------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self.tables = {count: grid.float().to(self.device) for count, grid in self.grids.items()}
+        if self.x is not None:  # of all ranks, from a checkpoint
+            share = self.batch_size // self.trainer.world_size
+            self.x = self.x[self.global_rank * share :][:share].to(self.device)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        step = self.trainer.global_step
+        if step == self.departure + self.steps_under_way:
+            self.departure, self.steps_under_way, self.x, self.path = step, self.drawn_steps(step), None, None
+        interval = step - self.departure
+        draws = Draws(self.seed, batch["position"] - interval * self.batch_size, self.image_shape)
+        labels = draws.labels(self.teacher.num_classes)
+        self.join(draws.latents, labels, interval)
+        target = self.next_states()
+        first = (interval + self.afs) * self.substeps
+        table = self.tables[self.steps_under_way][first : first + self.substeps + 1]
+        sigma, taus = table[0], table[self.stride :: self.stride, None, None, None]
+        self.tell(self.steps_under_way)
+        states = euler_step(self.x[:, None], self.student.branches(self.x, sigma, labels), sigma, taus)
+        self.x = states[:, -1].detach()
+        loss = self.objective(regression(states, target, self.loss))
+        self.log("loss/student", loss.detach())
+        return loss
+
+    def drawn_steps(self, step: int) -> int:
+        """Those of the trajectories that set out at this training step, on all ranks."""
+        (u, *_) = position_uniforms(self.seed, torch.tensor([step * self.batch_size]), _CHOICE_STREAM)
+        return self.choices[int(u.item() * len(self.choices))]
+
+    def join(self, latents: Tensor, labels: Tensor | None, interval: int) -> None:
+        """Sets trajectories out that are at their start, and brings the teacher's along where the run was resumed."""
+        if self.path is not None:
+            return
+        grid = self.grids[self.steps_under_way]
+        start = latents.double() * self.teacher.denoiser.preconditioning.prior_std(grid[0]).item()
+        if self.x is None:
+            first = grid[self.substeps].item()
+            self.x = (analytic_step(start, grid[0].item(), first) if self.afs else start).float()
+        self.path = self.teacher_path(start, grid, labels)
+        for _ in range(interval + self.afs):
+            self.next_states()
+
+    def teacher_path(self, x: Tensor, grid: Tensor, labels: Tensor | None) -> Iterator[Tensor]:
+        """The states after each of the teacher's steps; a multistep solver keeps its history over the student's intervals."""
+        if self.teacher_afs:
+            x = analytic_step(x, grid[0].item(), grid[1].item())
+            yield x
+            grid = grid[1:]
+        yield from SOLVERS[self.solver].solve(self.teacher.denoiser, x, grid, labels, **self.solver_options)
+
+    @torch.no_grad()
+    def next_states(self) -> Tensor:
+        """The teacher's states in the next interval that the branches are compared with, (B, K, C, H, W), float32."""
+        states = [next(self.path) for _ in range(self.substeps)]
+        return torch.stack(states[self.stride - 1 :: self.stride], 1).float()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        x = None if self.x is None else self.all_gather(self.x).reshape(-1, *self.image_shape).cpu()
+        checkpoint["under_way"] = {"departure": self.departure, "steps": self.steps_under_way, "x": x}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["under_way"]
+        self.departure, self.steps_under_way, self.x = state["departure"], state["steps"], state["x"]
+
+    # -- sampling --------------------------------------------------------------------------------------------------
+
+    def generate(self, noise: Tensor, labels: Tensor | None) -> Tensor:
+        self.tell(self.steps)
+        sigmas = self.grids[self.steps][:: self.substeps].tolist()
+        x = noise * self.student.preconditioning.prior_std(noise.new_full((), sigmas[0]))
+        if self.afs:
+            x = analytic_step(x, sigmas[0], sigmas[1])
+        for sigma, following in pairwise(sigmas[self.afs :]):
+            x = euler_step(x, self.student(x, x.new_full((), sigma), labels), sigma, following)
+        return x
+
+    def tell(self, steps: int) -> None:
+        """The network, in how many steps it is used."""
+        if len(self.choices) > 1:
+            set_steps(self.student.network, steps)
+
+    def choose_steps(self, steps: int, folder: Path) -> str | None:
+        if steps not in self.choices:
+            raise ValueError(
+                f"steps={steps}: the student of {folder} was trained for {', '.join(map(str, self.choices))}; "
+                "train one with method.steps=[...]"
+            )
+        self.steps = steps
+        return None
+
+    def exported(self) -> dict[str, Tensor]:
+        """With several numbers of steps: of the largest one."""
+        network = self.student.network
+        return fixed_steps_state(network, self.choices[-1]) if len(self.choices) > 1 else plain_state(network)
