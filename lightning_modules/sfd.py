@@ -58,17 +58,21 @@ class SFD(DenseTargets):
         **common,
     ):
         super().__init__(**common)
-        self.choices = sorted({steps} if isinstance(steps, int) else set(steps))
-        if not self.choices:
+        choices = steps if isinstance(steps, Sequence) and not isinstance(steps, str) else [steps]
+        if not choices:
             raise ValueError("method.steps must be a number of steps, or a list of some")
-        for count in self.choices:
+        for count in choices:
             check_counts(**{"method.steps": count})
+        self.choices = sorted(set(choices))
         check_counts(**{"method.substeps": substeps})
         check_choice("method.loss", loss, REGRESSIONS)
         self.solver, self.solver_options = solver, dict(solver_options or {})
         check_solver("method", solver, self.solver_options)
         self.teacher = teacher
         self.student = teacher.student().train()  # with the network's dropout, as released
+        for module in self.student.modules():
+            if hasattr(module, "label_dropout"):
+                module.label_dropout = 0.0  # but with the labels that its teacher's trajectories have
         if len(self.choices) > 1:
             condition_on_steps(self.student.network, self.choices[-1])
         self.span(substeps)
