@@ -131,7 +131,8 @@ def check_solver(owner: str, solver: str, options: Mapping[str, Any]) -> None:
     try:
         SOLVERS[solver].solve(None, None, None, None, **options)  # checks the options and evaluates nothing
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{owner}.solver_options={dict(options)} do not fit the solver {solver!r}: {error}") from None
+        text = f"{owner}.solver_options={dict(options)} do not fit the solver {solver!r}: {error} (null: no options)"
+        raise ValueError(text) from None
 
 
 def evaluations(solver: str, steps: int) -> int:

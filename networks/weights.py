@@ -18,6 +18,7 @@ def save_weights(path: str | Path, state_dict: Mapping[str, Tensor], card: dict,
     """Write `path` (.safetensors) and its card, the same name with .json, to which the file's "sha256" is added.
 
     Tensors keep their dtype. Both files appear whole or not at all, the weights last: where they are, their card is.
+    With `replace`, for files that one process at a time writes, what a kill leaves behind is overwritten by the next save.
     Raises FileExistsError where weights exist already and may not be replaced, OSError where the disk refuses.
     """
     path = Path(path)
@@ -30,7 +31,8 @@ def save_weights(path: str | Path, state_dict: Mapping[str, Tensor], card: dict,
     if path.exists() and not replace:
         raise FileExistsError(f"{path} exists already; move it away or choose another name")
     card_path = path.with_suffix(".json")
-    new_weights, new_card = (p.with_name(f"{p.name}.{os.getpid()}.tmp") for p in (path, card_path))
+    suffix = "tmp" if replace else f"{os.getpid()}.tmp"
+    new_weights, new_card = (p.with_name(f"{p.name}.{suffix}") for p in (path, card_path))
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         # Not save_file, which makes files that only their owner can read.
