@@ -54,7 +54,7 @@ class DenoisingStudent(DenseTargets):
         self.sigmas = teacher.sigmas()
         self.span(len(self.sigmas) - 1)
         levels = self.sigmas[self.stride :: self.stride, None, None, None]
-        self.register_buffer("taus", levels.float(), persistent=False)  # of the states that are targets
+        self.register_buffer("taus", levels, persistent=False)  # of the states that are targets
         self.loss, self.target_noise = loss, target_noise
         self.pairs = {"pairs": pairs, "held_out": held_out, "dtype": dtype, "root": store}
 
@@ -77,7 +77,8 @@ class DenoisingStudent(DenseTargets):
         target = batch["states"]
         if self.target_noise:
             target = target + self.target_noise * torch.randn_like(target)
-        x, sigma = self.start(batch["noise"])
+        # In double precision: from the top of a cosine schedule, 2e4, a step to zero would be rounded to 1e-3.
+        x, sigma = self.start(batch["noise"].double())
         states = euler_step(x[:, None], self.student.branches(x, sigma, batch.get("label")), sigma, self.taus)
         loss = self.objective(regression(states, target, self.loss))
         self.log("loss/student", loss.detach())

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from closed_forms import Corrected, ExactNetwork, Mixture, exact_teacher, fit
-from diffusion.preconditioning import Epsilon, ResidualEpsilon
-from diffusion.schedules import ddim_quadratic
+from diffusion.preconditioning import Epsilon, ResidualEpsilon, V
+from diffusion.schedules import cosine_uniform, ddim_quadratic
 from diffusion.seeds import HELD_OUT_SEEDS, sample_noise
 from diffusion.teacher import Teacher
 from lightning_modules import DenoisingStudent
@@ -73,6 +73,15 @@ def test_losses_are_the_papers(tmp_path):
         module.log = lambda *args, **kwargs: None
         error = module.sample(batch["noise"]) - batch["states"][:, 0]
         torch.testing.assert_close(module.training_step(batch, 0), expected(error))
+
+
+def test_the_loss_is_not_rounded_at_the_top_of_a_cosine_schedule(tmp_path):
+    """Its own images as targets: a float32 step from sigma = 2e4 to zero would be off by 6e-4 here."""
+    teacher = Teacher("v", Corrected(ExactNetwork("v", Mixture())), V(), cosine_uniform, solver="euler", steps=16)
+    module = method(tmp_path, teacher, loss="l1")
+    module.log = lambda *args, **kwargs: None
+    noise = sample_noise(torch.arange(512), (2, 1, 1))
+    assert module.training_step({"noise": noise, "states": module.sample(noise)[:, None]}, 0) < 1e-6
 
 
 def test_target_noise_changes_the_loss_by_its_variance_alone(tmp_path):
