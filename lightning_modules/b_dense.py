@@ -88,7 +88,8 @@ def branch_weights(weights: str | Sequence[float], branches: int, auxiliary: flo
             )
         values = [FAMILIES[weights](k, branches) for k in range(1, branches + 1)]
     else:
-        values = [float(value) for value in weights]
+        numbers = isinstance(weights, Sequence) and all(isinstance(value, int | float) for value in weights)
+        values = [float(value) for value in weights] if numbers else []
     if len(values) != branches or min(values) < 0 or values[-1] <= 0:
         raise ValueError(
             f"method.weights={weights} must be {branches} numbers for method.branches={branches}, none of them negative, the "

@@ -1,10 +1,15 @@
 """Denoisers that are known exactly: the truth that solvers, preconditionings and methods are tested against."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import pytorch_lightning as pl
 import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
+from datamodules.loading import BatchLoader, endless_loader
 from diffusion import preconditioning as P
 from diffusion.schedules import ddpm_sigmas, karras
 from diffusion.teacher import Teacher
@@ -153,19 +158,41 @@ def energy_distance(a: Tensor, b: Tensor) -> float:
     return (2 * torch.cdist(a, b).mean() - sum(within)).item()
 
 
-def fit(module: pl.LightningModule, data: pl.LightningDataModule, *callbacks: pl.Callback) -> pl.Trainer:
-    """Train a method for its whole budget with nothing around it but `callbacks`."""
-    trainer = pl.Trainer(
-        callbacks=list(callbacks),
-        accelerator="cpu",
-        max_steps=module.total_steps,
-        max_epochs=-1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        use_distributed_sampler=False,
-    )
-    trainer.fit(module, module.training_data(data))
+class MixtureData(pl.LightningDataModule):
+    """Batches {"image", "position"} of the mixture, each a function of its place in the run alone, as of a real data set."""
+
+    num_classes = 0
+
+    def __init__(self, batch_size: int):
+        super().__init__()
+        self.batch_size = batch_size
+
+    def train_dataloader(self) -> BatchLoader:
+        return endless_loader(self.trainer, self.fetch, self.batch_size, self.batch_size, seed=0)
+
+    @staticmethod
+    def fetch(position: int, items: Sequence[int]) -> dict[str, Tensor]:
+        images = Mixture().sample(len(items), torch.Generator().manual_seed(position))
+        return {"image": images.float(), "position": torch.arange(position, position + len(items))}
+
+
+def fit(
+    module: pl.LightningModule,
+    data: pl.LightningDataModule | None,
+    *callbacks: pl.Callback,
+    resume: str | Path | None = None,
+    **options: Any,
+) -> pl.Trainer:
+    """Train a method for its whole budget with nothing around it but `callbacks`; resume: a checkpoint; options: Trainer's."""
+    bare = {
+        "max_steps": module.total_steps,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "limit_val_batches": 0,
+        "use_distributed_sampler": False,
+    }
+    trainer = pl.Trainer(callbacks=list(callbacks), accelerator="cpu", max_epochs=-1, **(bare | options))
+    trainer.fit(module, module.training_data(data), ckpt_path=resume)
     return trainer
