@@ -16,7 +16,8 @@ from launch.names import register_resolvers
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
-def train(cfg: DictConfig) -> None:
+def train(cfg: DictConfig, search: bool = False) -> float | None:
+    """The last value of the run's curve, which a search minimises; None where there is no curve, an error with `search`."""
     # Heavy imports wait until here, so that --help and TAB completion are quick.
     from launch.build import build, build_seeded, build_trainer, check_fit
     from launch.final import finish
@@ -24,6 +25,7 @@ def train(cfg: DictConfig) -> None:
     from launch.measure import checked
     from launch.processes import is_rank_zero, one_job
     from launch.quiet import quiet
+    from launch.search import check_measured, last_monitored
     from launch.stages import build_stages, fit_stages
 
     quiet()
@@ -33,7 +35,9 @@ def train(cfg: DictConfig) -> None:
     folder.check(config)
     if folder.complete():
         print(f"{folder.path} is complete:\n\n{folder.report()}\n\nChoose another name=... or seed=... to train again.")
-        return
+        return last_monitored(folder, search)
+    if search:
+        check_measured(cfg)
     data = build(cfg.data)
     method = build_seeded(cfg.method, cfg.seed)
     # Whatever is wrong shows now, before anything is written, and not after training.
@@ -50,16 +54,18 @@ def train(cfg: DictConfig) -> None:
         fit_stages(stages, method, folder)
         trainer.fit(method, training, ckpt_path=folder.resume())
         finish(method, data, evaluation, folder, trainer.strategy.root_device)
+    return last_monitored(folder, search)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> float | None:
     from launch.errors import reported
+    from launch.search import searching
 
     hydra_config = HydraConfig.get()
     cfg.folder = os.path.relpath(hydra_config.runtime.output_dir)
     with reported(cfg.folder, sweep=hydra_config.mode == RunMode.MULTIRUN):
-        train(cfg)
+        return train(cfg, searching(hydra_config))
 
 
 if __name__ == "__main__":

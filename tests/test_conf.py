@@ -232,6 +232,18 @@ def test_the_second_stage_of_sfd_goes_on_from_the_first_ones_student(tmp_path, m
         recipe_of("sfd_cifar10_one_step", f"teacher.weights={trained}")
 
 
+def test_a_search_of_branch_weights_is_of_b_dense_and_takes_its_recipe():
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    found = choices("sweep=b_dense_branch_weights", "data=cifar10")
+    assert (found["method"], found["method/host"], found["recipe"]) == ("b_dense", "sfd", "b_dense_sfd_cifar10")
+    assert found["hydra/sweeper"] == "optuna"
+    assert choices("data=cifar10", "method=b_dense")["hydra/sweeper"] == "basic"
+    cfg = compose("config", ["sweep=b_dense_branch_weights", "data=cifar10"])
+    assert (cfg.seed, cfg.method.lr, cfg.method.steps) == (100, 5e-5, 2)  # the recipe's; held out from results' seeds
+    cfg = compose("config", ["sweep=b_dense_branch_weights", "method/host=progressive", "seed=101"])
+    assert (cfg.seed, cfg.method.name) == (101, "b_dense_progressive")
+
+
 def test_every_key_has_a_comment_near_it():
     """A newcomer reads the YAML: each file opens with a comment that says what it is."""
     for file in FILES:

@@ -1,0 +1,46 @@
+"""What a search minimises."""
+
+import pytest
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+
+from launch.folder import RunFolder
+from launch.search import check_measured, last_monitored, searching
+
+HEAD = "step,nimg,progress/student_updates,speed/training_seconds,loss/student,fid_digits_20/raw\n"
+
+
+def test_it_is_the_last_value_of_the_curve(tmp_path):
+    rows = "0,10,,,3,\n1,20,2,0.1,,9\n3,40,4,0.2,,4\n5,60,6,0.3,,5.5\n6,70,,,2,\n"
+    (tmp_path / "metrics.csv").write_text(HEAD + rows)
+    assert last_monitored(RunFolder(tmp_path), needed=True) == 5.5
+
+
+@pytest.mark.parametrize("content", [None, "", "step,loss/student\n0,3\n", HEAD + "1,20,2,0.1,,9\n"])
+def test_a_run_without_a_curve_has_none_and_fails_in_a_search_alone(tmp_path, content):
+    if content is not None:
+        (tmp_path / "metrics.csv").write_text(content)
+    assert last_monitored(RunFolder(tmp_path), needed=False) is None
+    with pytest.raises((FileNotFoundError, ValueError), match=r"metrics\.csv"):
+        last_monitored(RunFolder(tmp_path), needed=True)
+
+
+@pytest.mark.parametrize(
+    ("mode", "sweeper", "expected"),
+    [
+        (RunMode.RUN, "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper", False),
+        (RunMode.MULTIRUN, "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper", True),
+        (RunMode.MULTIRUN, "hydra._internal.core_plugins.basic_sweeper.BasicSweeper", False),
+    ],
+)
+def test_a_plain_sweep_is_no_search(mode, sweeper, expected):
+    assert searching(OmegaConf.create({"mode": mode, "sweeper": {"_target_": sweeper}})) is expected
+
+
+@pytest.mark.parametrize("missing", ["logger.csv", "callbacks.metrics", "logger", "callbacks"])
+def test_a_run_that_will_have_no_curve_is_refused(missing):
+    cfg = OmegaConf.create({"logger": {"csv": {}}, "callbacks": {"metrics": {}}})
+    check_measured(cfg)
+    OmegaConf.update(cfg, missing, None)
+    with pytest.raises(ValueError, match=f"with {missing}.*=null there is no curve"):
+        check_measured(cfg)
