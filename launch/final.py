@@ -37,6 +37,7 @@ def finish(method: Method, data: Any, settings: dict[str, Any], folder: RunFolde
 
 def export(method: Method, records: list[Record], folder: RunFolder) -> None:
     """student.safetensors and its card: the evaluated weights, readable as any teacher's."""
+    weights = method.exported()
     card = {
         "run": folder.name,
         "method": method.name,
@@ -44,14 +45,16 @@ def export(method: Method, records: list[Record], folder: RunFolder) -> None:
         "seed": method.seed,
         "steps": method.total_steps,
         "kimg": method.total_steps * method.batch_size / 1000,
-        "parameters": sum(p.numel() for p in method.student.parameters()),
+        "parameters": sum(
+            weights[name].numel() for name, _ in method.student.network.named_parameters() if name in weights
+        ),
         "teacher": method.teacher.name if method.teacher else None,
         "licence": method.teacher.licence if method.teacher else "Apache-2.0",
         "metrics": {
             f"{r.metric}/{r.subject}": {"nfe": r.nfe, "mean": r.mean, "std": r.std, "values": r.values} for r in records
         },
     }
-    save_weights(folder.path / "student.safetensors", method.exported(), card, replace=True)
+    save_weights(folder.path / "student.safetensors", weights, card, replace=True)
 
 
 def command() -> str:
