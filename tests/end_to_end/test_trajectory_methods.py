@@ -333,7 +333,7 @@ def test_debugging_in_bfloat16(finished, options, tmp_path, host):
         ("progressive", "method.kimg=0.03", ["method.kimg gives 2 training steps, too few for 3 rounds"]),
         ("progressive", "callbacks.ema={_target_:callbacks.EMA}", ["an average would mix", "callbacks.ema=null"]),
         ("sfd", "method.solver=dpm", ["method.solver='dpm' is unknown", "dpm_solver_pp"]),
-        ("sfd", "method.solver=heun", ["method.solver_options={'order': 3", "solver 'heun'", "null: no options"]),
+        ("sfd", "method.solver=heun", ["method.solver_options={'order': 2", "solver 'heun'", "null: no options"]),
         ("sfd", "method.steps=[]", ["method.steps must be a number of steps, or a list of some"]),
         ("sfd", "method.steps=[2,0]", ["method.steps must be an integer of at least 1, got 0"]),
         ("sfd", "method.steps=few", ["method.steps must be an integer of at least 1, got 'few'"]),
