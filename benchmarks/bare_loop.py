@@ -28,7 +28,7 @@ class BareLoop:
         self.parameters = list(self.student.parameters())
         self.optimizer = method.adam(self.parameters)
         self.average = [p.detach().clone() for p in self.parameters]
-        self.sigma = torch.tensor(method.sigma, device=self.device)
+        self.sigma = torch.tensor(method.sigmas[0].item(), device=self.device)
         self.prior_std = self.student.preconditioning.prior_std(self.sigma)
         self.store, self.num_classes = data.train_store, data.num_classes
         self.order = EpochOrder(len(self.store), data.seed)

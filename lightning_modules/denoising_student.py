@@ -53,8 +53,9 @@ class DenoisingStudent(DenseTargets):
         self.student.preconditioning = self.student.preconditioning.one_step()
         self.sigmas = teacher.sigmas()
         self.span(len(self.sigmas) - 1)
-        levels = self.sigmas[self.stride :: self.stride, None, None, None]
-        self.register_buffer("taus", levels, persistent=False)  # of the states that are targets
+        # Of the states that are targets. Not a slice, whose odd stride DDP can't broadcast.
+        taus = torch.tensor(self.sigmas[self.stride :: self.stride].tolist(), dtype=torch.float64)
+        self.register_buffer("taus", taus, persistent=False)
         self.loss, self.target_noise = loss, target_noise
         self.pairs = {"pairs": pairs, "held_out": held_out, "dtype": dtype, "root": store}
 
@@ -79,7 +80,8 @@ class DenoisingStudent(DenseTargets):
             target = target + self.target_noise * torch.randn_like(target)
         # In double precision: from the top of a cosine schedule, 2e4, a step to zero would be rounded to 1e-3.
         x, sigma = self.start(batch["noise"].double())
-        states = euler_step(x[:, None], self.student.branches(x, sigma, batch.get("label")), sigma, self.taus)
+        estimates = self.student.branches(x, sigma, batch.get("label"))
+        states = euler_step(x[:, None], estimates, sigma, self.taus[:, None, None, None])
         loss = self.objective(regression(states, target, self.loss))
         self.log("loss/student", loss.detach())
         return loss
