@@ -22,6 +22,7 @@ _MEASURED_ON = ("data.", "evaluation.extractor", "evaluation.training.num_sample
 
 # Options that choose how many evaluations a student takes: another number is another place on the same line.
 _STEPS = ("method.steps", "method.end_steps")
+_WATCHED = ("evaluation.training", "callbacks.metrics", "callbacks.grid")  # how a run's curve is made, not how it ends
 
 Essence = dict[str, str]
 
@@ -42,9 +43,13 @@ def essence(config: Mapping[str, Any]) -> Essence:
     return found
 
 
-def without_steps(own: Essence) -> Essence:
-    """An essence without the student's number of steps; a list stays, since a network for several is trained otherwise."""
-    return {key: text for key, text in own.items() if not (key in _STEPS and text.isdigit())}
+def trained_alike(own: Essence) -> Essence:
+    """An essence without the student's number of steps, and without what is measured on the way.
+
+    A list of steps stays, since a network for several is trained otherwise.
+    """
+    counted = {key: text for key, text in own.items() if not (key in _STEPS and text.isdigit())}
+    return {key: text for key, text in counted.items() if not any(_within(key, k) for k in _WATCHED)}
 
 
 def labels(essences: Sequence[Essence]) -> list[str]:

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from launch.compare import dumped
 from launch.folder import RunFolder
-from launch.groups import essence, labels, without_steps
+from launch.groups import essence, labels, trained_alike
 from metrics.files import write_file
 from metrics.quality import Quality, Value, measured_lines, teacher_label, to_json
 from metrics.quality_picture import draw_quality
@@ -83,7 +83,7 @@ def _groups(paths: Iterable[Path]) -> dict[Path, tuple[str, int]]:
     """The runs' labels and seeds."""
     runs = [path for path in dict.fromkeys(paths) if RunFolder(path).config.is_file()]
     configs = [OmegaConf.to_container(RunFolder(path).read_config(), resolve=True) for path in runs]
-    groups = labels([without_steps(essence(config)) for config in configs])
+    groups = labels([trained_alike(essence(config)) for config in configs])
     seeds = [int(config.get("seed", 0)) for config in configs]
     return dict(zip(runs, zip(groups, seeds, strict=True), strict=True))
 
