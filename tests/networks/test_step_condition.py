@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+import torch._dynamo.testing  # not loaded with torch
 from network_tools import inputs, randomised
 
 from closed_forms import ExactNetwork, Mixture
