@@ -28,23 +28,24 @@ class Denoiser(nn.Module):
 
         Returns the estimate of x0 with the shape of x, in float64 if x is, else in float32.
         """
-        x, c = self._read(x, sigma)
-        out = self.network((c.in_ * x).float(), c.noise.flatten().float(), labels)
-        return c.skip * x + c.out * out.to(x.dtype)
+        x, c, inputs = self._read(x, sigma)
+        return c.skip * x + c.out * self.network(*inputs, labels).to(x.dtype)
 
     def branches(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
         """All K estimates (B, K, C, H, W) of a network with K branches, the last one that of `forward`; arguments as there."""
-        x, c = self._read(x, sigma)
+        x, c, inputs = self._read(x, sigma)
         with reading_all(self.network):
-            out = self.network((c.in_ * x).float(), c.noise.flatten().float(), labels)
+            out = self.network(*inputs, labels)
         out = out.to(x.dtype).unflatten(1, (-1, x.shape[1]))
         return (c.skip * x)[:, None] + c.out[:, None] * out
 
     def encode(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
         """The network's features (B, D, h, w) of x at the end of its encoder; arguments as for the estimate."""
-        x, c = self._read(x, sigma)
-        return self.network.encode((c.in_ * x).float(), c.noise.flatten().float(), labels)
+        *_, inputs = self._read(x, sigma)
+        return self.network.encode(*inputs, labels)
 
-    def _read(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Coefficients]:
+    def _read(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Coefficients, tuple[Tensor, Tensor]]:
+        """x in the precision of the estimate, its coefficients, and what the network is given beside labels."""
         x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-        return x, self.preconditioning(sigma.to(x).expand(len(x))[:, None, None, None])
+        c = self.preconditioning(sigma.to(x).expand(len(x))[:, None, None, None])
+        return x, c, ((c.in_ * x).float(), c.noise.flatten().float())

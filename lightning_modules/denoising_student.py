@@ -11,7 +11,6 @@ from diffusion.losses import REGRESSIONS, regression
 from diffusion.solvers import euler_step
 from diffusion.teacher import Teacher
 from lightning_modules.dense_targets import DenseTargets
-from networks.branching import plain_state
 
 
 class DenoisingStudent(DenseTargets):
@@ -85,9 +84,6 @@ class DenoisingStudent(DenseTargets):
         loss = self.objective(regression(states, target, self.loss))
         self.log("loss/student", loss.detach())
         return loss
-
-    def exported(self) -> dict[str, Tensor]:
-        return plain_state(self.student.network)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         loss = regression(self.sample(batch["noise"], batch.get("label")), batch["states"][:, -1], self.loss).mean()

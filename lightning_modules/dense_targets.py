@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from lightning_modules.base import Method
+from networks.branching import plain_state
 
 
 class DenseTargets(Method):
@@ -33,6 +34,10 @@ class DenseTargets(Method):
     def progress(self) -> float:
         """The share of the training that lies behind, in [0, 1)."""
         return self.trainer.global_step / self.total_steps
+
+    def exported(self) -> dict[str, Tensor]:
+        """Without branches."""
+        return plain_state(self.student.network)
 
     def objective(self, losses: Tensor) -> Tensor:
         """The training loss, a scalar, of the losses (B, K)."""

@@ -11,7 +11,7 @@ from callbacks import EMA
 from diffusion.draws import Draws
 from diffusion.losses import noised
 from diffusion.preconditioning import Epsilon
-from diffusion.solvers import euler_step
+from diffusion.solvers import euler, euler_step
 from diffusion.teacher import Teacher
 from lightning_modules.dense_targets import DenseTargets
 from networks import load_weights, save_weights
@@ -167,12 +167,15 @@ class ProgressiveDistillation(DenseTargets):
     # -- sampling --------------------------------------------------------------------------------------------------
 
     def generate(self, noise: Tensor, labels: Tensor | None) -> Tensor:
-        sigmas = self.levels()[:, 0]
-        x = noise.double() * self.student.preconditioning.prior_std(sigmas[0]).item()
-        for sigma, following in pairwise([*sigmas.tolist(), 0.0]):
-            estimate = self.student(x, x.new_full((), sigma), labels)
-            x = euler_step(x, estimate.clamp(-1, 1) if self.clip else estimate, sigma, following)
+        x = noise.double() * self.student.preconditioning.prior_std(self.grid[0]).item()
+        for x in euler(self.estimate, x, self.grid[:: (len(self.grid) - 1) // self.steps], labels):  # noqa: B007, B020
+            pass
         return x
+
+    def estimate(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
+        """The student's as samples are made of it."""
+        estimate = self.student(x, sigma, labels)
+        return estimate.clamp(-1, 1) if self.clip else estimate
 
     def choose_steps(self, steps: int, folder: Path) -> str | None:
         path = kept_student(folder, steps)
@@ -185,9 +188,6 @@ class ProgressiveDistillation(DenseTargets):
         load_weights(path.resolve(), self.student.network)
         self.round = self.rounds.index(steps)
         return "raw"
-
-    def exported(self) -> dict[str, Tensor]:
-        return plain_state(self.student.network)
 
 
 def kept_student(folder: Path, steps: int) -> Path:

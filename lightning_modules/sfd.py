@@ -1,7 +1,6 @@
 """SFD: simple and fast distillation along the teacher's trajectories (Zhou et al., arXiv 2409.19681)."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,9 @@ from diffusion.draws import Draws
 from diffusion.losses import REGRESSIONS, regression
 from diffusion.schedules import karras_grid
 from diffusion.seeds import position_uniforms
-from diffusion.solvers import SOLVERS, analytic_step, check_solver, euler_step
+from diffusion.solvers import SOLVERS, analytic_step, check_solver, euler, euler_step
 from diffusion.teacher import Teacher
 from lightning_modules.dense_targets import DenseTargets
-from networks.branching import plain_state
 from networks.checks import check_choice, check_counts
 from networks.step_condition import condition_on_steps, fixed_steps_state, set_steps
 
@@ -170,12 +168,12 @@ class SFD(DenseTargets):
 
     def generate(self, noise: Tensor, labels: Tensor | None) -> Tensor:
         self.tell(self.steps)
-        sigmas = self.grids[self.steps][:: self.substeps].tolist()
-        x = noise * self.student.preconditioning.prior_std(noise.new_full((), sigmas[0]))
+        sigmas = self.grids[self.steps][:: self.substeps]
+        x = noise * self.student.preconditioning.prior_std(noise.new_full((), sigmas[0].item()))
         if self.afs:
-            x = analytic_step(x, sigmas[0], sigmas[1])
-        for sigma, following in pairwise(sigmas[self.afs :]):
-            x = euler_step(x, self.student(x, x.new_full((), sigma), labels), sigma, following)
+            x = analytic_step(x, sigmas[0].item(), sigmas[1].item())
+        for x in euler(self.student, x, sigmas[self.afs :], labels):  # noqa: B007, B020
+            pass
         return x
 
     def tell(self, steps: int) -> None:
@@ -194,5 +192,6 @@ class SFD(DenseTargets):
 
     def exported(self) -> dict[str, Tensor]:
         """With several numbers of steps: of the largest one."""
-        network = self.student.network
-        return fixed_steps_state(network, self.choices[-1]) if len(self.choices) > 1 else plain_state(network)
+        if len(self.choices) == 1:
+            return super().exported()
+        return fixed_steps_state(self.student.network, self.choices[-1])

@@ -1,6 +1,5 @@
 """convergence.png: a metric against updates, images and seconds, one colour per group of runs."""
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
@@ -9,12 +8,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from metrics.charts import legend_below, log_scale, save
 from metrics.convergence import Comparison
 from metrics.curve import Cost, Curve
-from metrics.files import write_file
 
 _AXES = (("updates of the student", 1), ("kimg", 1000), ("seconds of training", 1))
-_LOG_SPAN = 5
 _LEGEND_LETTERS = 170  # in a line as wide as the figure
 
 
@@ -32,19 +30,11 @@ def draw_convergence(path: str | Path, comparison: Comparison, references: Mappi
         _draw_levels(axes, comparison, references or {})
         axes.set(xlabel=label, xlim=(0, None))
         axes.grid(alpha=0.25)
-    values = [value for curve in comparison.curves for value in curve.values]
-    if min(values) > 0 and max(values) > _LOG_SPAN * min(values):
-        panels[0].set_yscale("log")
-        panels[0].yaxis.set_major_formatter("{x:g}")
-        panels[0].yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "235" else "")
+    log_scale(panels[0], [value for curve in comparison.curves for value in curve.values])
     panels[0].set_ylabel(f"{comparison.metric}, trailing median of 3")
     handles, labels = panels[0].get_legend_handles_labels()
-    columns = min(len(labels), max(1, _LEGEND_LETTERS // (8 + max(map(len, labels)))))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    write_file(path, buffer.getvalue())
+    legend_below(figure, handles, labels, _LEGEND_LETTERS)
+    save(figure, path)
     return figure
 
 

@@ -1,16 +1,14 @@
 """quality.png: a metric against the number of network evaluations, one colour per group of runs."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from metrics.files import write_file
+from metrics.charts import legend_below, log_scale, save
 from metrics.quality import Line
 
-_LOG_SPAN = 5
 _LEGEND_LETTERS = 90  # in a line as wide as the figure
 _FLOOR = "real images"
 _GREYS = ("black", "0.4", "0.6")
@@ -39,12 +37,8 @@ def draw_quality(
     axes.grid(alpha=0.25)
     entries = zip(*axes.get_legend_handles_labels(), strict=True)
     handles, labels = zip(*sorted(entries, key=lambda entry: entry[1] == _FLOOR), strict=True)  # it would come first
-    columns = min(len(labels), max(1, _LEGEND_LETTERS // (8 + max(map(len, labels)))))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    write_file(path, buffer.getvalue())
+    legend_below(figure, handles, labels, _LEGEND_LETTERS)
+    save(figure, path)
     return figure
 
 
@@ -72,8 +66,4 @@ def _scale(axes: Axes, lines: Sequence[Line], floor: float | None) -> None:
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.minorticks_off()
     axes.set_xlim(counts[0] / 2**0.25, counts[-1] * 2**0.25)
-    values = [point.mean for line in lines for point in line.points] + ([] if floor is None else [floor])
-    if min(values) > 0 and max(values) > _LOG_SPAN * min(values):
-        axes.set_yscale("log", nonpositive="clip")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "235" else "")
+    log_scale(axes, [point.mean for line in lines for point in line.points] + ([] if floor is None else [floor]))
