@@ -19,8 +19,9 @@ class DenoisingStudent(DenseTargets):
     That is the KL between unit-variance Gaussians around the two images. The student is the teacher's network, evaluated
     once at the highest noise level (an eps network in its residual form). One step is one batch of stored pairs (z, T(z)).
 
-    loss: "l2" as in the paper's equation, "l1" as in its CIFAR-10 code. target_noise: standard deviation of the noise
-    added to the teacher's images (the paper's device for a finite KL; it leaves the expected L2 gradient unchanged).
+    loss: "l2" as in the paper's equation, "l1" as in its CIFAR-10 code, or "huber" (`regression`). target_noise: standard
+    deviation of the noise added to the teacher's images (the paper's device for a finite KL; it leaves the expected L2
+    gradient unchanged).
     pairs, held_out: numbers of stored pairs; the held-out ones choose the checkpoint. dtype: their storage.
     """
 

@@ -3,11 +3,15 @@
 from networks.branching import BranchedConv2d, branches_of, collapse, plain_state, reading_all, respread, widen
 from networks.dhariwal_unet import DhariwalUNet
 from networks.discriminator import Discriminator
+from networks.mlp import MLP
+from networks.perceptual import LPIPS
 from networks.song_unet import SongUNet
 from networks.step_condition import condition_on_steps, fixed_steps_state, set_steps
 from networks.weights import find_weights, hash_state, load_weights, read_card, save_weights
 
 __all__ = [
+    "LPIPS",
+    "MLP",
     "BranchedConv2d",
     "DhariwalUNet",
     "Discriminator",

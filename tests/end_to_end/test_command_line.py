@@ -199,7 +199,7 @@ def test_a_failing_job_does_not_stop_the_others(finished, tmp_path):
     """And a swept option that is not in the name has a folder of its own."""
     with_data(finished, tmp_path)
     ended = sweep(tmp_path, "name=run", "method.loss=l9,l2")
-    ended.refused("runs/run-method.loss-l9", "method.loss='l9' is unknown; choose one of l1, l2")
+    ended.refused("runs/run-method.loss-l9", "method.loss='l9' is unknown; choose one of l1, l2, huber")
     assert folders(tmp_path) == ["run-method.loss-l2", "run-method.loss-l9"]
     assert (tmp_path / "runs/run-method.loss-l2/metrics.json").exists()
     assert not list((tmp_path / "runs/run-method.loss-l9").iterdir())

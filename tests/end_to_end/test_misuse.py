@@ -77,7 +77,7 @@ def test_unknown_options_and_keys(folder, options, message):
         ("evaluation.num_samples=x", ["num_samples=x", "at least 10 samples"]),
         # values that cannot be
         ("seed=4294967296", ["seed=4294967296 is too large", "from 0 to 4294967295"]),
-        ("method.loss=l9", ["method.loss='l9' is unknown; choose one of l1, l2"]),
+        ("method.loss=l9", ["method.loss='l9' is unknown; choose one of l1, l2, huber"]),
         (
             "trainer.validate_every_n_steps=0",
             ["trainer.validate_every_n_steps must be an integer of at least 1, got 0"],

@@ -109,7 +109,7 @@ def test_only_the_student_is_trained_and_stored(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss": "l3"}, "method.loss='l3' is unknown; choose one of l1, l2"),
+        ({"loss": "l3"}, "method.loss='l3' is unknown; choose one of l1, l2, huber"),
         ({"target_noise": -1}, "method.target_noise must not be negative, got -1"),
         ({"lr": 0}, "lr must be a positive number, got 0"),
         ({"lr": "fast"}, "lr must be a positive number, got 'fast'"),

@@ -383,7 +383,7 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path, teacher, steps, st
         ({"steps": None}, "method.steps must be an integer of at least 1, got None"),
         ({"steps": [1, "2"]}, "method.steps must be an integer of at least 1, got '2'"),
         ({"substeps": 0}, "method.substeps must be an integer of at least 1, got 0"),
-        ({"loss": "lpips"}, "method.loss must be one of l1, l2, got 'lpips'"),
+        ({"loss": "lpips"}, "method.loss must be one of l1, l2, huber, got 'lpips'"),
         ({"solver": "rk45"}, "method.solver='rk45' is unknown"),
         (
             {"solver": "euler", "solver_options": {"order": 3}},

@@ -1,0 +1,68 @@
+"""The regression losses against their formulas, computed by numpy in double precision."""
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion.losses import REGRESSIONS, regression
+
+SHAPE = (3, 8, 8)
+D = 192
+C = 0.00054 * D
+
+
+def pair(scale=1.0, *leading):
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(*leading, *SHAPE, generator=generator)
+    return target + scale * torch.randn(target.shape, generator=generator), target
+
+
+def by_numpy(output, target, kind):
+    error = (output.double() - target.double()).flatten(-3).numpy()
+    norm = np.linalg.norm(error, axis=-1)
+    return {"l1": np.abs(error).sum(-1), "l2": norm**2 / 2, "huber": np.sqrt(norm**2 + C**2) - C}[kind]
+
+
+@pytest.mark.parametrize("kind", REGRESSIONS)
+@pytest.mark.parametrize("leading", [(5,), (5, 2)])
+@pytest.mark.parametrize("scale", [0.003, 0.1, 3.0])
+def test_values_are_the_formulas(kind, leading, scale):
+    output, target = pair(scale, *leading)
+    loss = regression(output, target, kind)
+    assert loss.shape == leading
+    np.testing.assert_allclose(loss.numpy(), by_numpy(output, target, kind), rtol=2e-5)
+    halves = regression(output.bfloat16(), target.bfloat16(), kind)
+    assert halves.dtype == torch.float32
+
+
+def test_huber_is_quadratic_near_and_linear_far():
+    # Around zero, so that the difference itself is not rounded.
+    error, zero = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(1)), torch.zeros(4, *SHAPE)
+    norm = error.flatten(1).norm(dim=1)
+    near, far = 1e-5, 1e4
+    torch.testing.assert_close(regression(near * error, zero, "huber"), (near * norm) ** 2 / (2 * C), rtol=1e-4, atol=0)
+    torch.testing.assert_close(regression(far * error, zero, "huber"), far * norm - C, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", REGRESSIONS)
+def test_no_difference_is_no_loss_and_no_gradient(kind):
+    target = torch.randn(2, *SHAPE)
+    output = target.clone().requires_grad_()
+    loss = regression(output, target, kind)
+    loss.sum().backward()
+    assert not loss.any()
+    assert torch.equal(output.grad, torch.zeros_like(target))
+
+
+def test_hubers_gradient_is_the_difference_over_its_root():
+    output, target = pair(0.1, 4)
+    output.requires_grad_()
+    regression(output, target, "huber").sum().backward()
+    error = (output - target).detach().double()
+    root = (error.square().flatten(1).sum(1) + C**2).sqrt()
+    torch.testing.assert_close(output.grad.double(), error / root.view(-1, 1, 1, 1), rtol=1e-4, atol=1e-6)
+
+
+def test_another_kind_is_refused():
+    with pytest.raises(ValueError, match="^unknown regression loss 'lpips'; choose one of l1, l2, huber$"):
+        regression(*pair(1.0, 1), "lpips")
