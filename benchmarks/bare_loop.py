@@ -30,7 +30,7 @@ class BareLoop:
         self.average = [p.detach().clone() for p in self.parameters]
         self.sigma = torch.tensor(method.sigmas[0].item(), device=self.device)
         self.prior_std = self.student.preconditioning.prior_std(self.sigma)
-        self.store, self.num_classes = data.train_store, data.num_classes
+        self.store, self.num_classes = data.train_stores[0], data.num_classes
         self.order = EpochOrder(len(self.store), data.seed)
         self.position, self.batch_size = 0, data.batch_size
         self.losses: list[Tensor] = []

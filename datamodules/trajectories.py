@@ -1,6 +1,6 @@
 """Trajectories of a teacher as a data set: sampled by all ranks when training starts, served like images."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import numpy as np
@@ -19,26 +19,35 @@ __all__ = ["TrajectoryDataModule", "TrajectoryStore", "decode"]
 
 # States travel as integers of the same width: Lightning's precision plugins convert floats before they are transferred.
 _BITS = {"uint8": torch.uint8, "float16": torch.int16, "float32": torch.int32}
+_RANGE_SAMPLES = 64
 
 
-def _fetch(store: TrajectoryStore, position: int, indices: np.ndarray) -> Batch:
-    states = store.states(indices).view(_BITS[store.dtype])
-    return {"seed": torch.from_numpy(indices + store.first_seed), "states": states}
+def _fetch(stores: Sequence[TrajectoryStore], position: int, indices: np.ndarray) -> Batch:
+    states = [store.states(indices).view(_BITS[store.dtype]) for store in stores]
+    return {
+        "seed": torch.from_numpy(indices + stores[0].first_seed),
+        "position": torch.arange(position, position + len(indices)),
+        "states": states[0] if len(states) == 1 else torch.cat(states, dim=1),
+    }
 
 
 class TrajectoryDataModule(pl.LightningDataModule):
     """`pairs` trajectories to train on and `held_out` ones to select models by, from disjoint seeds.
 
-    A batch on the device is {"noise": float32 (B, C, H, W), "label": int64 (B,), "states": float32 (B, K, C, H, W)},
-    the label only where the teacher has classes. `keep`, `dtype`, `steps` and `shard_size` as in `TrajectoryStore`;
-    `sampling_batch` is the teacher's batch per device. `images`: the real data, for `reference` alone.
+    A batch on the device is {"noise": float32 (B, C, H, W), "label": int64 (B,), "seed", "position": int64 (B,), "states":
+    float32 (B, K, C, H, W)}, the label only where the teacher has classes. Positions count the samples of all batches and
+    devices, a sample's seed makes its noise and label. Several teachers start from the same noise and label; of each, K states
+    follow those of the one before: (B, teachers * K, C, H, W).
+    `keep`, `through`, `dtype`, `steps` and `shard_size` as in `TrajectoryStore`; `sampling_batch` is the teachers' batch per
+    device. `images`: the real data, for `reference` alone.
 
-    Errors: as `TrajectoryStore`, and ValueError for batches or held-out pairs that do not divide over the devices.
+    Errors: as `TrajectoryStore`, and ValueError for batches or held-out pairs that do not divide over the devices, or for
+    teachers whose images differ in size, classes or, once they are sampled, in their range of values.
     """
 
     def __init__(
         self,
-        teacher: Teacher,
+        teachers: Teacher | Sequence[Teacher],
         *,
         root: str = "data/trajectories",
         pairs: int,
@@ -46,6 +55,7 @@ class TrajectoryDataModule(pl.LightningDataModule):
         batch_size: int,
         seed: int = 0,
         keep: Iterable[int] | None = None,
+        through: Sequence[float] = (),
         dtype: str = "uint8",
         steps: int | None = None,
         shard_size: int = 1024,
@@ -56,13 +66,20 @@ class TrajectoryDataModule(pl.LightningDataModule):
         check_counts(pairs=pairs, held_out=held_out, batch_size=batch_size)
         check_counts(0, seed=seed)
         keep = None if keep is None else tuple(keep)
-        options = {"keep": keep, "dtype": dtype, "steps": steps, "shard_size": shard_size, "batch_size": sampling_batch}
-        self.train_store = TrajectoryStore(root, teacher, count=pairs, first_seed=TRAIN_SEEDS, **options)
-        self.held_out_store = TrajectoryStore(root, teacher, count=held_out, first_seed=HELD_OUT_SEEDS, **options)
-        self.name = teacher.name
-        self.resolution = teacher.resolution
-        self.channels = teacher.channels
-        self.num_classes = teacher.num_classes
+        options = {"keep": keep, "through": through, "dtype": dtype, "steps": steps, "shard_size": shard_size}
+        options |= {"batch_size": sampling_batch}
+        teachers = list(teachers) if isinstance(teachers, Sequence) else [teachers]
+        check_alike(teachers)
+        self.train_stores = [
+            TrajectoryStore(root, teacher, count=pairs, first_seed=TRAIN_SEEDS, **options) for teacher in teachers
+        ]
+        self.held_out_stores = [
+            TrajectoryStore(root, teacher, count=held_out, first_seed=HELD_OUT_SEEDS, **options) for teacher in teachers
+        ]
+        self.name = teachers[-1].name
+        self.resolution = teachers[0].resolution
+        self.channels = teachers[0].channels
+        self.num_classes = teachers[0].num_classes
         self.batch_size = batch_size
         self.seed = seed
         self.dtype = dtype
@@ -76,9 +93,10 @@ class TrajectoryDataModule(pl.LightningDataModule):
         if stage not in ("fit", "validate"):
             return
         strategy = self.trainer.strategy
-        for store in (self.train_store, self.held_out_store):
+        for store in (*self.train_stores, *self.held_out_stores):
             store.fill(strategy.root_device, self.trainer.global_rank, self.trainer.world_size, strategy.barrier)
             store.spot_check(device=strategy.root_device)
+        check_ranges(self.held_out_stores)
 
     def reference(self) -> PackedImages:
         if self.images is None:
@@ -86,15 +104,48 @@ class TrajectoryDataModule(pl.LightningDataModule):
         return self.images.reference()
 
     def train_dataloader(self) -> BatchLoader:
-        fetch = partial(_fetch, self.train_store)
-        return endless_loader(self.trainer, fetch, len(self.train_store), self.batch_size, self.seed)
+        fetch = partial(_fetch, self.train_stores)
+        return endless_loader(self.trainer, fetch, len(self.train_stores[0]), self.batch_size, self.seed)
 
     def val_dataloader(self) -> FixedLoader:
-        fetch = partial(_fetch, self.held_out_store)
-        return fixed_loader(self.trainer, fetch, len(self.held_out_store), self.batch_size)
+        fetch = partial(_fetch, self.held_out_stores)
+        return fixed_loader(self.trainer, fetch, len(self.held_out_stores[0]), self.batch_size)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         seeds, shape = batch["seed"], (self.channels, self.resolution, self.resolution)
-        decoded = {"noise": sample_noise(seeds, shape), "states": decode(batch["states"].view(DTYPES[self.dtype]))}
+        states = decode(batch["states"].view(DTYPES[self.dtype]))
+        decoded = {**batch, "noise": sample_noise(seeds, shape), "states": states}
         labels = sample_labels(seeds, self.num_classes)
         return decoded if labels is None else {**decoded, "label": labels}
+
+
+def check_alike(teachers: Sequence[Teacher], option: str = "method.teachers") -> None:
+    """Errors: ValueError, naming the option, for no teacher, or two whose images differ in size or classes."""
+    if not teachers:
+        raise ValueError(f"{option} must name at least one teacher")
+    for other in teachers[1:]:
+        for key in ("resolution", "channels", "num_classes"):
+            ours, theirs = getattr(teachers[0], key), getattr(other, key)
+            if ours != theirs:
+                raise ValueError(
+                    f"{option}: {teachers[0].name} has {key}={ours}, {other.name} {theirs}; teachers that start from one "
+                    "noise and label must agree in size and classes"
+                )
+
+
+def check_ranges(stores: Sequence[TrajectoryStore]) -> None:
+    """Errors: ValueError where one teacher's images have values of another range: [0, 1], say, instead of [-1, 1].
+
+    Measured as the width between the 1 % and the 99 % quantile of their first end points, which may differ by a half.
+    """
+    first = np.arange(min(len(stores[0]), _RANGE_SAMPLES))
+    widths = []
+    for store in stores:
+        low, high = np.quantile(decode(store.states(first)[:, -1]).numpy(), (0.01, 0.99))
+        widths.append(high - low)
+        if max(widths) > 1.5 * min(widths):
+            name, other = stores[0].teacher.name, store.teacher.name
+            raise ValueError(
+                f"method.teachers: the values of {name}'s images span {widths[0]:.2f}, those of {other}'s {widths[-1]:.2f}; "
+                "teachers must draw images in one range, [-1, 1]"
+            )

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class TrajectoryStore:
     """`count` trajectories of one teacher, entry i from seed `first_seed` + i alone.
 
     Each entry is the states after the solver steps `keep` (among 1 .. steps, default the end point), shape (K, C, H, W).
+    `through`: noise levels to which the schedule is bent (`Teacher.sigmas`), whose states are kept if `keep` is not given,
+    before the end point.
     Latents and labels are not stored: `diffusion.seeds` gives them back exactly, on any device. uint8 is for end points
     (images clipped to [-1, 1]), float16 and float32 for any state.
 
@@ -52,6 +54,7 @@ class TrajectoryStore:
         count: int,
         first_seed: int,
         keep: Iterable[int] | None = None,
+        through: Sequence[float] = (),
         dtype: str = "uint8",
         steps: int | None = None,
         shard_size: int = 1024,
@@ -60,10 +63,12 @@ class TrajectoryStore:
         check_counts(count=count, shard_size=shard_size, batch_size=batch_size)
         check_counts(0, first_seed=first_seed)
         check_choice("dtype", dtype, tuple(DTYPES))
-        sigmas = teacher.sigmas(steps)
+        sigmas = teacher.sigmas(steps, through)
         self.teacher = teacher
-        self.steps = len(sigmas) - 1
-        self.keep = _checked_keep((self.steps,) if keep is None else tuple(keep), self.steps, dtype)
+        self.asked_steps, self.steps = steps, len(sigmas) - 1  # a schedule may have fewer than it is asked for
+        self.through = tuple(through)
+        passed = (sigmas.tolist().index(level) for level in self.through)
+        self.keep = _checked_keep((*passed, self.steps) if keep is None else tuple(keep), self.steps, dtype)
         self.count = count
         self.first_seed = first_seed
         self.dtype = dtype
@@ -155,7 +160,7 @@ class TrajectoryStore:
         """Kept states (B, K, C, H, W) of the entries (B,), int64, on their device."""
         seeds = entries + self.first_seed
         noise, labels = sample_noise(seeds, self.image_shape), sample_labels(seeds, self.teacher.num_classes)
-        states = enumerate(self.teacher.trajectory(noise, labels, self.steps), start=1)
+        states = enumerate(self.teacher.trajectory(noise, labels, self.asked_steps, through=self.through), start=1)
         return torch.stack([state for step, state in states if step in self.keep], dim=1)
 
     def _encode(self, states: Tensor) -> Tensor:

@@ -39,6 +39,12 @@ class Denoiser(nn.Module):
         out = out.to(x.dtype).unflatten(1, (-1, x.shape[1]))
         return (c.skip * x)[:, None] + c.out[:, None] * out
 
+    def first_branch(self, inputs: Tensor, noise_labels: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The network's own output (B, C, H, W), float32, in its first branch, of its own inputs; see `diffusion.flow`."""
+        with reading_all(self.network):
+            out = self.network(inputs.float(), noise_labels.float(), labels)
+        return out[:, : inputs.shape[1]].float()
+
     def encode(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
         """The network's features (B, D, h, w) of x at the end of its encoder; arguments as for the estimate."""
         *_, inputs = self._read(x, sigma)

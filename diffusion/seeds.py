@@ -22,6 +22,7 @@ MONITOR_SEEDS = 1 << 31
 TRAIN_SEEDS = 1 << 32
 HELD_OUT_SEEDS = 2 << 32
 _LABEL_STREAM = 0xFFFFFFFF
+_CHOICE_STREAM = 0xFFFFFFFE
 _POSITIONS = 2  # keeps the key of training positions apart from everything else that is derived from a run's seed
 _MASK = 0xFFFFFFFF
 
@@ -53,7 +54,7 @@ def _words(seeds: Tensor, blocks: int, stream: int) -> tuple[Tensor, Tensor, Ten
 def sample_noise(seeds: Tensor, shape: Sequence[int], stream: int = 0) -> Tensor:
     """Standard normal noise (B, *shape) in float32 on the device of `seeds` (B,), int64; row i depends on seeds[i] alone.
 
-    `stream` (0 .. 2^32-2) numbers independent draws of the same sample, such as the steps of a stochastic solver.
+    `stream` (0 .. 2^32-3) numbers independent draws of the same sample, such as the steps of a stochastic solver.
     """
     size = math.prod(shape)
     return _normals(_words(seeds, -(-size // 4), stream), size).reshape(len(seeds), *shape)
@@ -97,6 +98,11 @@ def sample_labels(seeds: Tensor, num_classes: int) -> Tensor | None:
     if not num_classes:
         return None
     return (_words(seeds, 1, _LABEL_STREAM)[0][:, 0] * num_classes) >> 32
+
+
+def sample_uniforms(seeds: Tensor) -> Tensor:
+    """Uniform numbers (B,), float64 in (0, 1), one per seed, for a choice that belongs to the sample; no draw of its noise."""
+    return (_words(seeds, 1, _CHOICE_STREAM)[0][:, 0].double() + 0.5) * 2.0**-32
 
 
 def derive_seed(*parts: int) -> int:

@@ -3,7 +3,8 @@
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -95,26 +96,51 @@ class Teacher:
         self.denoiser.to(device)
         return self
 
-    def student(self) -> Denoiser:
-        """A trainable copy of the denoiser."""
-        return copy.deepcopy(self.denoiser).requires_grad_(True)
+    def student(self, label_dropout: bool = True) -> Denoiser:
+        """A trainable copy of the denoiser.
 
-    def sigmas(self, steps: int | None = None) -> Tensor:
-        """The sampling noise levels: float64 on the CPU, descending, the last one zero."""
-        return self.schedule(self.steps if steps is None else steps)
+        label_dropout=False: training never hides a label from it, as what learns from the teacher's own samples needs.
+        """
+        denoiser = copy.deepcopy(self.denoiser).requires_grad_(True)
+        for module in () if label_dropout else denoiser.modules():
+            if hasattr(module, "label_dropout"):
+                module.label_dropout = 0.0
+        return denoiser
+
+    def sigmas(self, steps: int | None = None, through: Sequence[float] = ()) -> Tensor:
+        """The sampling noise levels: float64 on the CPU, descending, the last one zero.
+
+        through: levels that must be among them. Each replaces the one nearest to it in ln(sigma), so the number of steps stays.
+        Errors: ValueError where two would replace the same one, the highest, or the zero.
+        """
+        sigmas = self.schedule(self.steps if steps is None else steps)
+        places = [(sigmas[:-1].log() - math.log(level)).abs().argmin().item() for level in through]
+        if len({0, *places}) <= len(places):
+            raise ValueError(
+                f"teacher {self.name} has too few steps ({len(sigmas) - 1}) to pass through the noise levels "
+                f"{', '.join(f'{level:g}' for level in through)}; give it more (teacher.steps)"
+            )
+        sigmas[places] = torch.tensor(through, dtype=sigmas.dtype)
+        return sigmas
 
     def nfe(self, steps: int | None = None) -> int:
         return evaluations(self.solver, len(self.sigmas(steps)) - 1)
 
     def trajectory(
-        self, noise: Tensor, labels: Tensor | None = None, steps: int | None = None, denoiser: Any = None
+        self,
+        noise: Tensor,
+        labels: Tensor | None = None,
+        steps: int | None = None,
+        denoiser: Any = None,
+        through: Sequence[float] = (),
     ) -> Iterator[Tensor]:
         """States after each solver step, float64 (B, C, H, W), from unit normal `noise` of that shape.
 
         `denoiser` (default: the teacher's) lets a network in training be sampled by the teacher's schedule and solver.
+        `through`: noise levels that the schedule is bent to, as in `sigmas`.
         """
         denoiser = denoiser or self.denoiser
-        sigmas = self.sigmas(steps)
+        sigmas = self.sigmas(steps, through)
         x = noise.double() * denoiser.preconditioning.prior_std(sigmas[0]).item()
         solve = SOLVERS[self.solver].solve
         states = solve(denoiser, x, sigmas, labels if self.conditional else None, **self.solver_options)

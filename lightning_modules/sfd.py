@@ -36,7 +36,8 @@ class SFD(DenseTargets):
     network is told (SFD-v). afs: an analytic first interval before them, without an evaluation or a loss. The student's
     grid takes every `substeps`-th level of the teacher's, which is Karras' with `rho` from the highest level to `sigma_min`,
     where samples end too. solver, solver_options: of the teacher's trajectories. teacher_afs: whether their first step is
-    analytic, as it is for a teacher that SFD has made. loss: "l1" or "l2", a sum over pixels.
+    analytic, as it is for a teacher that SFD has made. loss: "l1", "l2" (sums over pixels) or
+    "huber" (`regression`).
     The learning rate falls to a tenth after half of the training, as released.
     """
 
@@ -67,10 +68,7 @@ class SFD(DenseTargets):
         self.solver, self.solver_options = solver, dict(solver_options or {})
         check_solver("method", solver, self.solver_options)
         self.teacher = teacher
-        self.student = teacher.student().train()  # with the network's dropout, as released
-        for module in self.student.modules():
-            if hasattr(module, "label_dropout"):
-                module.label_dropout = 0.0  # but with the labels that its teacher's trajectories have
+        self.student = teacher.student(label_dropout=False).train()  # with the network's dropout, as released
         if len(self.choices) > 1:
             condition_on_steps(self.student.network, self.choices[-1])
         self.span(substeps)

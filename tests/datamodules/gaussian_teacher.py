@@ -22,12 +22,14 @@ class GaussianTeacher:
     def to(self, device: torch.device | str) -> "GaussianTeacher":
         return self
 
-    def sigmas(self, steps: int | None = None) -> Tensor:
+    def sigmas(self, steps: int | None = None, through: tuple[float, ...] = ()) -> Tensor:
         steps = steps or self.steps
         levels = torch.linspace(self.sigma_max ** (1 / 7), 0.01 ** (1 / 7), steps, dtype=torch.float64) ** 7
         return torch.cat([levels, levels.new_zeros(1)])
 
-    def trajectory(self, noise: Tensor, labels: Tensor | None = None, steps: int | None = None) -> Iterator[Tensor]:
+    def trajectory(
+        self, noise: Tensor, labels: Tensor | None = None, steps: int | None = None, through: tuple[float, ...] = ()
+    ) -> Iterator[Tensor]:
         mean = torch.zeros(len(noise)) if labels is None else labels / self.num_classes - 0.4
         mean = mean.double()[:, None, None, None] + self.shift
         sigmas = self.sigmas(steps).tolist()

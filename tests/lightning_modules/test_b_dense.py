@@ -415,5 +415,5 @@ def test_states_on_the_way_do_not_fit_into_bytes(tmp_path):
     module = method("student", tmp_path, branches=2, dtype="uint8")
     with pytest.raises(ValueError, match="dtype=uint8 holds end points alone .* set dtype to float16 or float32"):
         module.training_data(None)
-    assert method("student", tmp_path, branches=2, dtype="float16").training_data(None).train_store is not None
-    assert method("student", tmp_path, branches=1, dtype="uint8").training_data(None).train_store is not None
+    assert method("student", tmp_path, branches=2, dtype="float16").training_data(None).train_stores[0] is not None
+    assert method("student", tmp_path, branches=1, dtype="uint8").training_data(None).train_stores[0] is not None
