@@ -11,11 +11,9 @@ from callbacks.clock import Clock
 from callbacks.ema import copies
 from callbacks.schedule import check_every_kimg, due
 from diffusion.seeds import MONITOR_SEEDS
-from metrics.evaluation import METRICS, measure
+from metrics.evaluation import METRICS, check_settings, measure, needs_real_rows
 from metrics.extractors import FeatureExtractor
 from metrics.reference import Reference, reference_statistics
-
-_NEED_REAL_ROWS = {"kid", "precision", "recall"}
 
 
 class GenerativeMetrics(pl.Callback):
@@ -49,6 +47,7 @@ class GenerativeMetrics(pl.Callback):
             )
         if not metrics or not set(metrics) <= set(METRICS):
             raise ValueError(f"GenerativeMetrics: metrics must be some of {', '.join(METRICS)}, got {list(metrics)}")
+        check_settings(list(metrics), num_samples, 1, batch_size)
         self.every_kimg = check_every_kimg("GenerativeMetrics", every_kimg)
         self.num_samples, self.extractor, self.metrics = num_samples, extractor, list(metrics)
         self.ema_names, self.batch_size, self.cache_folder = ema_names, batch_size, cache_folder
@@ -61,7 +60,7 @@ class GenerativeMetrics(pl.Callback):
             pl_module.data.reference(),
             self.extractor,
             self.cache_folder,
-            keep_features=bool(_NEED_REAL_ROWS.intersection(self.metrics)),
+            keep_features=needs_real_rows(self.metrics),
             device=pl_module.device,
         )
 

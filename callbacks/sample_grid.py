@@ -4,25 +4,21 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from callbacks.aside import aside
 from callbacks.ema import copies
 from callbacks.schedule import check_every_kimg, due
-from diffusion.seeds import sample_labels, sample_noise
-from metrics.images import to_uint8
-from metrics.pictures import image_grid, save_grid
-
-_SHOWN_PIXELS = 32
+from metrics.sample_pictures import draw_progress
 
 
 class SampleGrid(pl.Callback):
     """Samples of evaluation seeds 0 .. rows * columns - 1, by the first average, every `every_kimg` thousand images.
 
     Written to <run folder>/samples/KIMG.png (six digits), and shown in TensorBoard and W&B where those loggers are. Small
-    images are enlarged to about 32 pixels. Must come after EMA among the trainer's callbacks.
+    images are enlarged to about 32 pixels; of points of the plane there are 2,000, over real ones. Must come after EMA among the
+    trainer's callbacks.
     """
 
     def __init__(self, every_kimg: float, rows: int = 8, columns: int = 10) -> None:
@@ -42,16 +38,10 @@ class SampleGrid(pl.Callback):
 
     @rank_zero_only
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        data = pl_module.data
-        seeds = torch.arange(self.rows * self.columns, device=pl_module.device)
-        noise = sample_noise(seeds, (data.channels, data.resolution, data.resolution))
+        path = Path(trainer.default_root_dir) / "samples" / f"{pl_module.nimg // 1000:06d}.png"
         (applied,) = copies(trainer, self, None).values()
         with aside(pl_module), applied(pl_module):
-            images = to_uint8(pl_module.sample(noise, sample_labels(seeds, data.num_classes))).cpu()
-        scale = max(1, _SHOWN_PIXELS // data.resolution)
-        path = Path(trainer.default_root_dir) / "samples" / f"{pl_module.nimg // 1000:06d}.png"
-        save_grid(path, images, self.columns, scale)
-        picture = image_grid(images, self.columns, scale)
+            picture = draw_progress(path, pl_module.sample, pl_module.data, pl_module.device, self.rows, self.columns)
         for logger in trainer.loggers:
             step = trainer.global_step - 1  # Lightning's own number of this batch
             if isinstance(logger, TensorBoardLogger):

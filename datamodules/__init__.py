@@ -5,6 +5,7 @@ from datamodules.data_free import DataFree
 from datamodules.digits import Digits
 from datamodules.edm_zip import EDMZip
 from datamodules.packing import PackedImages, pack
+from datamodules.planar import Planar
 from datamodules.trajectories import TrajectoryDataModule, TrajectoryStore
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "EDMZip",
     "ImageDataModule",
     "PackedImages",
+    "Planar",
     "TrajectoryDataModule",
     "TrajectoryStore",
     "pack",

@@ -6,28 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from callbacks import read_checkpoint, student_state
-from diffusion.seeds import sample_noise
 from diffusion.teacher import Teacher
 from launch.folder import RunFolder
 from lightning_modules import Method
-from metrics.evaluation import check_settings, measure, measure_real
-from metrics.images import to_uint8
-from metrics.pictures import interpolation_strip, nearest, side_by_side
+from metrics.evaluation import check_settings, measure, measure_real, needs_real_rows
 from metrics.ranks import from_rank_zero, rank_and_world
 from metrics.records import Record, load_records, save_records
 from metrics.reference import Reference, reference_statistics
+from metrics.sample_pictures import draw_final, shape_of
 from metrics.sampling import Sampler
 
 SETTINGS = {"extractor", "metrics", "num_samples", "blocks", "batch_size"}
-PICTURE_ROWS = 16
-PICTURE_PIXELS = 48
-STRIPS = 4
-NEAREST_AMONG = 50_000  # the first ones of a larger data set
 
 
 class Evaluation:
@@ -38,14 +31,17 @@ class Evaluation:
         self.extractor = self.settings.pop("extractor").to(device)
         self.data, self.device = data, device
         self.cache = Path(cache)
-        needs_rows = bool({"kid", "precision", "recall"}.intersection(self.settings["metrics"]))
         self.reference: Reference = reference_statistics(
-            data.reference(), self.extractor, self.cache / "statistics", keep_features=needs_rows, device=device
+            data.reference(),
+            self.extractor,
+            self.cache / "statistics",
+            keep_features=needs_real_rows(self.settings["metrics"]),
+            device=device,
         )
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return self.data.channels, self.data.resolution, self.data.resolution
+        return shape_of(self.data)
 
     def _common(self, num_classes: int) -> dict[str, Any]:
         return {
@@ -121,32 +117,10 @@ class Evaluation:
         """The floor: real images against all real images."""
         return measure_real(self.data.reference(), name=self.data.name, **self._common(self.data.num_classes))
 
-    @torch.no_grad()
     def pictures(self, folder: Path, samplers: dict[str, Sampler]) -> None:
-        """samples.png and interpolation.png in `folder`, of samplers {title: function of (noise, labels)}.
-
-        Rows of samples.png share noise and label; its last column is the real image nearest to the last sampler's.
-        """
-        if rank_and_world()[0] != 0:
-            return
-        scale = max(1, PICTURE_PIXELS // self.data.resolution)
-        seeds = torch.arange(PICTURE_ROWS, device=self.device)
-        noise = sample_noise(seeds, self.shape)
-        # Every class once shows more than drawn labels do.
-        labels = seeds % self.data.num_classes if self.data.num_classes else None
-        columns = {title: to_uint8(sample(noise, labels)).cpu() for title, sample in samplers.items()}
-        packed = self.data.reference()
-        real, _ = packed.fetch(np.arange(min(len(packed), NEAREST_AMONG)))
-        columns["nearest real"] = real[nearest(list(columns.values())[-1], real)]
-        side_by_side(folder / "samples.png", columns, scale)
-        interpolation_strip(
-            folder / "interpolation.png",
-            samplers,
-            seeds[: 2 * STRIPS].reshape(STRIPS, 2),
-            shape=self.shape,
-            num_classes=self.data.num_classes,
-            scale=scale,
-        )
+        """samples.png and interpolation.png in `folder`, of samplers {title: function of (noise, labels)}."""
+        if rank_and_world()[0] == 0:
+            draw_final(folder, samplers, self.data, self.device)
 
 
 def checked(settings: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+BANDWIDTHS = (0.05, 0.1, 0.2, 0.5, 1.0)  # of `gaussian_kernel_distance`: from a mode of the planar laws to all of them
 _ENTRIES = 1 << 26  # of a distance matrix held at once: 512 MB in float64
 
 
@@ -61,6 +62,28 @@ def kernel_distance(
     return torch.stack(values)
 
 
+def gaussian_kernel_distance(features: Tensor, reference: Tensor) -> Tensor:
+    """Unbiased squared MMD (Gretton et al. 2012, eq. 3), float64 scalar, under the kernel mean_h exp(-|x - y|^2 / (2 h^2)).
+
+    features (N, D), reference (M, D), of at least 2 rows each. The bandwidths h are fixed (BANDWIDTHS), for coordinates in
+    [-1, 1]: features of another scale see the kernel as nearly constant or nearly zero. May be slightly negative.
+    """
+    if min(len(features), len(reference)) < 2:
+        raise ValueError(
+            f"a kernel distance needs at least 2 samples on each side, got {len(features)} and {len(reference)}"
+        )
+    x, y = features.double(), reference.double()
+
+    def total(rows: Tensor, others: Tensor) -> Tensor:
+        exponents = (d.square() / -2 for d in _distances(rows, others, exact=True))
+        return sum((part / h**2).exp().sum() for part in exponents for h in BANDWIDTHS) / len(BANDWIDTHS)
+
+    def within(rows: Tensor) -> Tensor:  # without the pairs of a row with itself, whose kernel is 1
+        return (total(rows, rows) - len(rows)) / (len(rows) * (len(rows) - 1))
+
+    return within(x) + within(y) - 2 * total(x, y) / (len(x) * len(y))
+
+
 def precision_recall(features: Tensor, reference: Tensor, neighbours: int = 3) -> tuple[Tensor, Tensor]:
     """Improved precision and recall (Kynkaanniemi et al. 2019), float64 scalars in [0, 1].
 
@@ -78,9 +101,11 @@ def precision_recall(features: Tensor, reference: Tensor, neighbours: int = 3) -
     return precision, recall
 
 
-def _distances(rows: Tensor, others: Tensor) -> Iterator[Tensor]:
-    """Euclidean distances of `rows` to `others`, in slabs of whole rows."""
-    return (torch.cdist(slab, others) for slab in rows.split(max(1, _ENTRIES // len(others))))
+def _distances(rows: Tensor, others: Tensor, exact: bool = False) -> Iterator[Tensor]:
+    """Euclidean distances of `rows` to `others`, in slabs of whole rows; exact: from differences, not a matrix product."""
+    mode = "donot_use_mm_for_euclid_dist" if exact else "use_mm_for_euclid_dist_if_necessary"
+    slabs = rows.split(max(1, _ENTRIES // len(others)))
+    return (torch.cdist(slab, others, compute_mode=mode) for slab in slabs)
 
 
 def _radii(rows: Tensor, neighbours: int) -> Tensor:

@@ -7,16 +7,25 @@ import torch
 from torch import Tensor
 
 from diffusion.seeds import sample_labels
-from metrics.distances import frechet_distance, inception_score, kernel_distance, precision_recall
+from metrics.distances import (
+    frechet_distance,
+    gaussian_kernel_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
 from metrics.extractors import FeatureExtractor
 from metrics.images import UINT8_RULE
 from metrics.records import Record
 from metrics.reference import PackedImages, Reference, real_features
 from metrics.sampling import Sampler, features
 from metrics.statistics import RunningGaussian
+from metrics.transport import wasserstein
 
-METRICS = ("fid", "kid", "precision", "recall", "is")
-_NEED_REAL_ROWS = {"kid", "precision", "recall"}
+METRICS = ("fid", "kid", "precision", "recall", "is", "w2", "mmd")
+MOST_FOR_W2 = 5000  # samples: the time of an exact assignment grows with their cube
+_NEED_REAL_ROWS = {"kid", "precision", "recall", "w2", "mmd"}
+_NEED_AS_MANY_ROWS = {"w2", "mmd"}
 
 
 def measure(
@@ -88,17 +97,34 @@ def measure_real(
 ) -> list[Record]:
     """The floor: what exact draws from the data set, with replacement, score at this number of samples.
 
-    Draw i depends on seed i alone, blocks are those of `measure`. Give the same num_classes and precision as there: the
-    records then carry the same fingerprint and share the table.
+    Draw i depends on seed i alone, blocks are those of `measure`. Where w2 or mmd is measured, the draws are from the real
+    images that those do not compare with: a set is at distance zero from itself. Give the same num_classes and precision
+    as there: the records then carry the same fingerprint and share the table.
     """
     _check(metrics, reference, extractor, num_samples, blocks, batch_size)
     reference = reference.to(device)
-    draws = sample_labels(torch.arange(blocks * num_samples), len(packed)).numpy()
+    seeds = torch.arange(blocks * num_samples)
+    if _NEED_AS_MANY_ROWS.intersection(metrics):
+        others = choose_real(len(packed), num_samples)[1]
+        draws = others[sample_labels(seeds, len(others))].numpy()
+    else:
+        draws = sample_labels(seeds, len(packed)).numpy()
     label = f"{name} real" if progress else None
     rows = real_features(packed, extractor, batch_size, device, indices=draws, label=label)
     values = [_scores(part, reference, extractor, metrics) for part in rows.split(num_samples)]
     fingerprint = _fingerprint(extractor, reference, num_samples, blocks, num_classes, None, precision)
     return _records(values, extractor, fingerprint, name, "real", 0, None, {})
+
+
+def needs_real_rows(metrics: Sequence[str]) -> bool:
+    """Whether the reference has to keep the features of all real images."""
+    return bool(_NEED_REAL_ROWS.intersection(metrics))
+
+
+def choose_real(total: int, num_samples: int) -> tuple[Tensor, Tensor]:
+    """Indices (num_samples,) of the real images, of `total`, that w2 and mmd compare with, and those of all others."""
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
+    return order[:num_samples], order[num_samples:]
 
 
 def check_settings(metrics: Sequence[str], num_samples: int, blocks: int, batch_size: int) -> None:
@@ -112,6 +138,10 @@ def check_settings(metrics: Sequence[str], num_samples: int, blocks: int, batch_
         raise ValueError(
             f"num_samples={num_samples}, blocks={blocks}, batch_size={batch_size}: "
             "at least 10 samples in 1 block, in batches of at least 1"
+        )
+    if "w2" in metrics and num_samples > MOST_FOR_W2:
+        raise ValueError(
+            f"w2 takes at most {MOST_FOR_W2} samples, got num_samples={num_samples}; lower it or leave out w2"
         )
 
 
@@ -134,6 +164,11 @@ def _check(
             f"{', '.join(sorted(needy))} compare with the features of all real images, and this reference has only their "
             "mean and covariance; make it from the packed images with keep_features=True"
         )
+    if (halves := _NEED_AS_MANY_ROWS.intersection(metrics)) and len(reference.features) < 2 * num_samples:
+        raise ValueError(
+            f"{', '.join(sorted(halves))} compare with as many real images, and their floor with as many others: "
+            f"num_samples={num_samples} is more than half of the {len(reference.features)} real ones"
+        )
 
 
 def _scores(
@@ -147,6 +182,13 @@ def _scores(
         scores["kid"] = kernel_distance(rows, reference.features).mean()
     if {"precision", "recall"}.intersection(metrics):
         scores["precision"], scores["recall"] = precision_recall(rows, reference.features)
+    if _NEED_AS_MANY_ROWS.intersection(metrics):
+        chosen = choose_real(len(reference.features), len(rows))[0]
+        real = reference.features[chosen.to(rows.device)]
+        if "w2" in metrics:
+            scores["w2"] = torch.tensor(wasserstein(rows.cpu(), real.cpu()))
+        if "mmd" in metrics:
+            scores["mmd"] = gaussian_kernel_distance(rows, real)
     if "is" in metrics:
         scores["is"] = inception_score(extractor.class_logits(rows)).mean()
     return {metric: scores[metric].item() for metric in metrics}

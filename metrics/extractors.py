@@ -1,5 +1,6 @@
 """Feature extractors: the space in which sets of images are compared."""
 
+from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
 
@@ -69,6 +70,32 @@ class Digits:
 
     def to(self, device: torch.device | str) -> "Digits":
         self._classifier.to(device)
+        return self
+
+
+class Points:
+    """The coordinates, in [-1, 1], of points of the plane that are stored as images (N, 2, 1, 1); metrics end in `_points`.
+
+    It has no weights, so its hash is that of the formula, and no classes: an inception score is refused.
+    """
+
+    name = "points"
+    metric_suffix = "_points"
+    dim = 2
+    hash = sha256(b"p / 127.5 - 1").hexdigest()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (2, 1, 1):
+            raise ValueError(
+                f"the points extractor reads uint8 images (N, 2, 1, 1), got {images.dtype} {tuple(images.shape)}; "
+                "choose an extractor that fits the data (evaluation=...)"
+            )
+        return images.flatten(1).float() / 127.5 - 1
+
+    def class_logits(self, features: Tensor) -> Tensor:
+        raise ValueError("points of the plane have no classes: leave `is` out of the metrics")
+
+    def to(self, device: torch.device | str) -> "Points":
         return self
 
 

@@ -7,11 +7,16 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from closed_forms import Mixture, fit
+from datamodules import Planar
 from diffusion.preconditioning import EDM
 from diffusion.schedules import karras
 from diffusion.seeds import sample_noise
 from diffusion.teacher import Teacher
 from lightning_modules import Pretrain
+from metrics.extractors import Points
+from metrics.images import to_uint8
+from metrics.transport import wasserstein
+from networks import MLP
 
 
 class PointNetwork(nn.Module):
@@ -104,3 +109,23 @@ def test_sampling_is_in_eval_mode_and_training_mode_returns():
 def test_misuse():
     with pytest.raises(ValueError, match="method.p_std must be positive, got 0"):
         module(p_std=0)
+
+
+@pytest.mark.parametrize("law", ["eight_gaussians", "checkerboard"])
+def test_it_learns_points_of_the_plane_with_the_perceptron_that_they_have(law, tmp_path):
+    torch.manual_seed(0)
+    data = Planar(law, root=str(tmp_path), batch_size=256, points=20_000)
+    teacher = Teacher(law, MLP(1, 2, 2, width=64, num_blocks=2), EDM(), karras, steps=20)
+    options = {"name": "pretrain", "batch_size": 256, "seed": 0, "lr": 4e-3, "warmup_kimg": 5}
+    method = Pretrain(teacher, kimg=150, **options)
+    noise = sample_noise(torch.arange(1000), (2, 1, 1))
+    real = Points()(torch.from_numpy(data.reference().images[:1000].copy()))
+
+    def distance(samples):
+        return wasserstein(Points()(to_uint8(samples)), real)
+
+    fit(method, data)
+    learnt, from_noise = distance(method.sample(noise, None)), distance(0.5 * noise)
+    floor = wasserstein(Points()(torch.from_numpy(data.reference().images[1000:2000].copy())), real)
+    assert learnt < 0.6 * from_noise
+    assert learnt < 2 * floor

@@ -11,7 +11,14 @@ from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
 import metrics.distances
-from metrics.distances import frechet_distance, inception_score, kernel_distance, precision_recall
+from metrics.distances import (
+    BANDWIDTHS,
+    frechet_distance,
+    gaussian_kernel_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
 from metrics.statistics import RunningGaussian
 
 
@@ -159,3 +166,32 @@ def test_inception_score_bounds():
     assert inception_score(torch.zeros(20, 5), splits=2).tolist() == pytest.approx([1, 1])
     with pytest.raises(ValueError, match="10 splits needs at least as many samples, got 9"):
         inception_score(torch.zeros(9, 5))
+
+
+def test_gaussian_kernel_distance_is_that_of_a_double_loop(monkeypatch):
+    x, y = (0.4 * rows(n, 2, seed) for seed, n in enumerate((9, 12)))
+
+    def kernel(a, b):
+        return np.mean([np.exp(-float((a.double() - b.double()).square().sum()) / (2 * h * h)) for h in BANDWIDTHS])
+
+    def mean(left, right, same):
+        values = [kernel(a, b) for i, a in enumerate(left) for j, b in enumerate(right) if not (same and i == j)]
+        return sum(values) / len(values)
+
+    expected = mean(x, x, True) + mean(y, y, True) - 2 * mean(x, y, False)
+    value = gaussian_kernel_distance(x, y)
+    assert value.dtype == torch.float64
+    assert value.item() == pytest.approx(expected, rel=1e-12)
+    monkeypatch.setattr(metrics.distances, "_ENTRIES", 30)  # slabs of two rows
+    assert gaussian_kernel_distance(x, y).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_gaussian_kernel_distance_has_no_bias_and_sees_a_shift():
+    """Of one law its mean over pairs of sets is zero, where the biased one would be 1/50 * (1 - E k) * 2."""
+    sets = torch.rand(400, 50, 2, generator=torch.Generator().manual_seed(0)) * 1.8 - 0.9
+    values = torch.stack([gaussian_kernel_distance(a, b) for a, b in zip(sets[::2], sets[1::2], strict=True)])
+    assert abs(values.mean()) < 4 * values.std() / 200**0.5
+    assert values.std() < 0.01
+    assert gaussian_kernel_distance(sets[0], sets[1] + 0.5) > 0.03
+    with pytest.raises(ValueError, match="at least 2 samples on each side, got 1 and 50"):
+        gaussian_kernel_distance(sets[0, :1], sets[1])

@@ -5,12 +5,19 @@ import torch
 from metric_stubs import SHAPE, Packed, Stub, sampler, stub_reference
 
 from diffusion.seeds import sample_labels, sample_noise
-from metrics.distances import frechet_distance, inception_score, kernel_distance, precision_recall
-from metrics.evaluation import features, measure, measure_real
+from metrics.distances import (
+    frechet_distance,
+    gaussian_kernel_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
+from metrics.evaluation import choose_real, features, measure, measure_real
 from metrics.images import to_uint8
 from metrics.reference import load_reference, real_features, reference_statistics
 from metrics.statistics import RunningGaussian, save_statistics
 from metrics.tables import table
+from metrics.transport import wasserstein
 
 SAMPLING = {"shape": SHAPE, "num_classes": 3, "batch_size": 16, "device": "cpu"}
 ALL = ("fid", "kid", "precision", "recall", "is")
@@ -156,6 +163,40 @@ def test_real_floor_draws_with_replacement_and_shares_the_table():
     assert records[0].mean < student[0].mean
 
 
+def test_w2_and_mmd_compare_with_as_many_real_rows_always_the_same():
+    reference = stub_reference()
+    records = measured(metrics=("w2", "mmd"), num_samples=16, blocks=2)
+    assert [record.metric for record in records] == ["w2_stub", "mmd_stub"]
+    chosen, others = choose_real(40, 16)
+    assert sorted([*chosen.tolist(), *others.tolist()]) == list(range(40))
+    real = reference.features[chosen]
+    for block in range(2):
+        rows = expected_rows(torch.arange(16 * block, 16 * block + 16))
+        assert records[0].values[block] == pytest.approx(wasserstein(rows, real), rel=1e-6)
+        assert records[1].values[block] == pytest.approx(gaussian_kernel_distance(rows, real).item(), rel=1e-6)
+
+
+def test_the_floor_of_w2_is_of_other_real_images():
+    """Drawn among all, real rows would be paired with themselves at no distance."""
+    fetched = []
+
+    class Watched(Packed):
+        def fetch(self, indices):
+            fetched.extend(indices.tolist())
+            return super().fetch(indices)
+
+    options = {"num_samples": 16, "num_classes": 3, "batch_size": 16, "device": "cpu", "progress": False}
+    records = measure_real(
+        Watched(), name="data", reference=stub_reference(), extractor=Stub(), metrics=("w2", "mmd"), **options
+    )
+    chosen, others = choose_real(40, 16)
+    assert len(fetched) == 48
+    assert set(fetched) <= set(others.tolist())
+    rows = Stub()(Packed().images[fetched[:16]])
+    assert records[0].values[0] == pytest.approx(wasserstein(rows, stub_reference().features[chosen]), rel=1e-6)
+    assert records[0].comparable == measured(metrics=("w2",), num_samples=16)[0].comparable
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -165,6 +206,12 @@ def test_real_floor_draws_with_replacement_and_shares_the_table():
             {"metrics": ("kid",), "reference": stub_reference(False)},
             "kid compare with the features .*keep_features=True",
         ),
+        (
+            {"metrics": ("w2", "mmd"), "reference": stub_reference(False)},
+            "mmd, w2 compare with the features .*keep_features=True",
+        ),
+        ({"metrics": ("w2",), "num_samples": 5001}, "w2 takes at most 5000 samples, got num_samples=5001"),
+        ({"metrics": ("w2",), "num_samples": 21}, "num_samples=21 is more than half of the 40 real ones"),
     ],
 )
 def test_what_would_fail_after_sampling_is_refused_before(options, message):

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from metrics.digits_classifier import WEIGHTS, accuracy, digits, split
 from metrics.distances import frechet_distance
-from metrics.extractors import Digits
+from metrics.extractors import Digits, Points
 from metrics.images import to_uint8
 from metrics.statistics import RunningGaussian
 from networks.weights import find_weights
@@ -110,3 +110,25 @@ def test_distance_orders_damage_by_its_size(extractor):
     for damage in (noise, blur, dropped):
         assert floor * 1.2 < damage[0] < damage[1] < damage[2], (floor, damage)
         assert damage[2] > 10 * floor, (floor, damage)
+
+
+def test_points_are_their_coordinates():
+    points = Points().to("cpu")
+    pixels = torch.arange(256, dtype=torch.uint8)
+    images = torch.stack([pixels, pixels.flip(0)], 1)[:, :, None, None]
+    features = points(images)
+    assert features.shape == (256, points.dim)
+    assert features.dtype == torch.float32
+    assert (features.min(), features.max()) == (-1, 1)
+    assert torch.equal(to_uint8(features), images.flatten(1))
+    assert points.metric_suffix == "_points"
+    assert len(points.hash) == 64
+
+
+def test_points_refuse_images_and_classes():
+    with pytest.raises(ValueError, match=r"uint8 images \(N, 2, 1, 1\), got torch.uint8 \(2, 1, 8, 8\)"):
+        Points()(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"got torch\.float32"):
+        Points()(torch.zeros(2, 2, 1, 1))
+    with pytest.raises(ValueError, match="points of the plane have no classes: leave `is` out of the metrics"):
+        Points().class_logits(torch.zeros(3, 2))

@@ -1,0 +1,110 @@
+"""Laws of points in the plane, as data sets of images of shape (2, 1, 1): every method trains on them in a minute."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from datamodules.base import ImageDataModule
+from datamodules.packing import PackedImages, pack
+from metrics.images import UINT8_RULE, to_uint8
+from networks.checks import check_choice, check_counts
+
+_SEED = 2025  # of the points, whatever the run's seed is
+_MODES = 8
+_RADIUS, _STD = 0.7, 0.05
+_HALF, _SQUARES = 0.9, 4  # half of the board's side, and its squares along a side
+
+
+def eight_gaussians(count: int, generator: np.random.Generator) -> np.ndarray:
+    """`count` points (count, 2), float64: eight modes of standard deviation 0.05 on a circle of radius 0.7, alike likely."""
+    angles = 2 * np.pi / _MODES * generator.integers(_MODES, size=count)
+    means = _RADIUS * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    return means + _STD * generator.standard_normal((count, 2))
+
+
+def checkerboard(count: int, generator: np.random.Generator) -> np.ndarray:
+    """`count` points (count, 2), float64: uniform on the eight dark squares of a 4x4 board in [-0.9, 0.9]^2.
+
+    The square in the lower left corner is dark.
+    """
+    side = 2 * _HALF / _SQUARES
+    row = generator.integers(_SQUARES, size=count)
+    column = 2 * generator.integers(_SQUARES // 2, size=count) + row % 2
+    return side * (np.stack([column, row], axis=1) + generator.random((count, 2))) - _HALF
+
+
+LAWS: dict[str, Callable[[int, np.random.Generator], np.ndarray]] = {
+    "eight_gaussians": eight_gaussians,
+    "checkerboard": checkerboard,
+}
+
+
+class Planar(ImageDataModule):
+    """`points` draws from a law of LAWS; channel 0 is the abscissa. No classes.
+
+    The draws come from a seed of their own by numpy's PCG64, so they are the same everywhere; `seed` orders the batches. They
+    are packed as bytes like any data set, by the house's rule x*127.5+128: points of a 256x256 lattice with steps of
+    1/127.5 = 0.008, a sixth of the Gaussians' standard deviation and far below what 2,000 samples can resolve.
+
+    Errors: ValueError for an unknown law, or where other points than those asked for are packed under this name.
+    """
+
+    def __init__(
+        self,
+        law: str,
+        name: str | None = None,
+        root: str = "data",
+        *,
+        batch_size: int,
+        points: int = 50_000,
+        seed: int = 0,
+        resolution: int = 1,
+        channels: int = 2,
+        num_classes: int = 0,
+        conditional: bool = False,
+        num_workers: int = 0,
+    ):
+        check_choice("law", law, tuple(LAWS))
+        check_counts(points=points)
+        super().__init__(
+            law if name is None else name,
+            root,
+            batch_size=batch_size,
+            seed=seed,
+            resolution=resolution,
+            channels=channels,
+            num_classes=num_classes,
+            conditional=conditional,
+            num_workers=num_workers,
+        )
+        self.law, self.points = law, points
+
+    def convert(self, folder: Path) -> None:
+        drawn = LAWS[self.law](self.points, np.random.Generator(np.random.PCG64(_SEED)))
+        images = to_uint8(torch.from_numpy(drawn)).numpy()[:, :, None, None]
+        pack(
+            folder,
+            images,
+            self.points,
+            images.shape[1:],
+            meta={
+                "name": self.law,
+                "classes": 0,
+                "source": f"datamodules.planar, numpy PCG64 from seed {_SEED}",
+                "preprocessing": f"uint8 {UINT8_RULE}",
+            },
+        )
+
+    def reference(self) -> PackedImages:
+        packed = super().reference()
+        for option, ours, theirs in (
+            ("law", self.law, packed.meta["name"]),
+            ("points", self.points, packed.meta["count"]),
+        ):
+            if ours != theirs:
+                raise ValueError(
+                    f"{option}={ours}, but {self.folder} was packed with {theirs}; correct the option or set another name or root"
+                )
+        return packed
