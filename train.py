@@ -27,9 +27,11 @@ def train(cfg: DictConfig, search: bool = False) -> float | None:
     from launch.quiet import quiet
     from launch.search import check_measured, last_monitored
     from launch.stages import build_stages, fit_stages
+    from launch.teachers import expand_teachers
 
     quiet()
     folder = RunFolder(cfg.folder)
+    expand_teachers(cfg)
     config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     del config["folder"]  # a run may be moved
     folder.check(config)

@@ -5,6 +5,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from launch.names import names_in
 from metrics.files import write_file
 from metrics.records import load_records
 from metrics.tables import table
@@ -74,8 +75,16 @@ class RunFolder:
 
 
 def differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted key, old value, new value) of every leaf that differs between two plain configs; absent counts as None."""
+    """(dotted key, old value, new value) of every leaf that differs between two plain configs; absent counts as None.
+
+    Lists of other named configs differ by their names.
+    """
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(k for k in new if k not in old)]
         return [d for k in keys for d in differences(old.get(k), new.get(k), f"{key}.{k}" if key else str(k))]
+    was, now = names_in(old), names_in(new)
+    if was is not None and was == now:
+        return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in differences(a, b, f"{key}.{i}")]
+    if was is not None and now is not None:
+        return [(key, was, now)]
     return [] if old == new else [(key, old, new)]

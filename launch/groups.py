@@ -4,6 +4,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from launch.names import names_in
+
 # Leaves of a run's config, or what they begin with, that change neither its training nor what its curve is measured by.
 _NO_MATTER = (
     "seed",
@@ -59,6 +61,7 @@ def labels(essences: Sequence[Essence]) -> list[str]:
     for name, one in zip(names, essences, strict=True):
         same = [other for other, method in zip(essences, names, strict=True) if method == name]
         keys = _differing(dict.fromkeys(key for other in same for key in other), same)
+        keys = [key for key in keys if not _told(key, keys, same)]
         found.append(" ".join([name, *(f"{_short(key, keys)}={one.get(key, 'absent')}" for key in keys)]))
     return found
 
@@ -77,9 +80,17 @@ def measured_alike(baseline: Essence, other: Essence) -> str | None:
 
 
 def _leaves(node: Any, key: str = "") -> list[tuple[str, Any]]:
-    if not isinstance(node, dict):
+    """Of dicts, and of lists of named configs, which are a leaf of their names too."""
+    names = names_in(node)
+    if not isinstance(node, dict) and names is None:
         return [(key, node)]
-    return [leaf for k, v in node.items() for leaf in _leaves(v, f"{key}.{k}" if key else str(k))]
+    parts = node.items() if isinstance(node, dict) else enumerate(_unnamed(config) for config in node)
+    inner = [leaf for k, v in parts for leaf in _leaves(v, f"{key}.{k}" if key else str(k))]
+    return inner if names is None else [(key, names), *inner]
+
+
+def _unnamed(config: dict) -> dict:
+    return {key: value for key, value in config.items() if key != "name"}
 
 
 def _within(key: str, parent: str) -> bool:
@@ -96,7 +107,17 @@ def _differing(keys: Iterable[str], runs: Sequence[Essence]) -> list[str]:
     return list(found.values())
 
 
+def _told(key: str, keys: Sequence[str], runs: Sequence[Essence]) -> bool:
+    """Whether the names of the config or list that `key` lies in, which differ too, tell apart all runs that `key` does."""
+    names = [k for k in keys if k != key and _within(key, k.removesuffix(".name"))]
+    return any(len({r.get(k) for r in runs}) == len({(r.get(k), r.get(key)) for r in runs}) for k in names)
+
+
 def _short(key: str, keys: Sequence[str]) -> str:
-    """Its last part, unless another of `keys` ends alike."""
-    last = key.rpartition(".")[2]
-    return last if sum(k.rpartition(".")[2] == last for k in keys) == 1 else key
+    """Its last part, unless another of `keys` ends alike: of method.teacher.name, teacher."""
+    last = _last(key)
+    return last if sum(_last(k) == last for k in keys) == 1 else key
+
+
+def _last(key: str) -> str:
+    return key.removesuffix(".name").rpartition(".")[2]

@@ -1,7 +1,8 @@
-"""Names: of the folders that a sweep's jobs live in, of the recipe that a run takes by itself."""
+"""Names: of the folders that a sweep's jobs live in, of the recipe that a run takes by itself, of configs in a list."""
 
 import hashlib
 import re
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -21,7 +22,18 @@ def joined(*parts: str) -> str:
     return "_".join(part for part in parts if part)
 
 
+def data_of(teacher: str) -> str:
+    """The data set that a teacher of conf/teacher is named after: digits of digits_rf1."""
+    return re.sub(r"_rf\d+$", "", teacher)
+
+
+def names_in(value: Any) -> str | None:
+    """The names in a plain list of configs that each have one, as method.teachers is: "digits_rf1,digits_rf2"; else None."""
+    named = isinstance(value, list) and value and all(isinstance(one, dict) and "name" in one for one in value)
+    return ",".join(str(one["name"]) for one in value) if named else None
+
+
 def register_resolvers() -> None:
-    """Make `${run_name:...}` and `${joined:...}` known to the config (hydra.sweep.subdir, the recipe of conf/config.yaml)."""
-    for resolver in (run_name, joined):
+    """Make these functions known to conf/ (hydra.sweep.subdir, the recipe of config.yaml, the data of evaluate.yaml)."""
+    for resolver in (run_name, joined, data_of):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)

@@ -2,11 +2,14 @@
 
 from lightning_modules.b_dense import BDenseProgressive, BDenseSFD, BDenseStudent
 from lightning_modules.base import Method
+from lightning_modules.bezier import BezierDistillation
 from lightning_modules.denoising_student import DenoisingStudent
 from lightning_modules.diff_instruct import DiffInstruct
 from lightning_modules.disback import DisBack
+from lightning_modules.flow_distillation import FlowDistillation
 from lightning_modules.pretrain import Pretrain
 from lightning_modules.progressive import ProgressiveDistillation
+from lightning_modules.rectified_flow import RectifiedFlow, Reflow
 from lightning_modules.sfd import SFD
 
 __all__ = [
@@ -14,10 +17,14 @@ __all__ = [
     "BDenseProgressive",
     "BDenseSFD",
     "BDenseStudent",
+    "BezierDistillation",
     "DenoisingStudent",
     "DiffInstruct",
     "DisBack",
+    "FlowDistillation",
     "Method",
     "Pretrain",
     "ProgressiveDistillation",
+    "RectifiedFlow",
+    "Reflow",
 ]

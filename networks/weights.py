@@ -99,7 +99,7 @@ def find_weights(path: str | Path) -> Path:
             return place
     raise FileNotFoundError(
         f"no weights at {' or '.join(dict.fromkeys(map(str, places)))}; "
-        "train some with `python train.py method=pretrain data=...`, or set teacher.weights"
+        "train some with `python train.py method=pretrain data=...` (flows: method=rectified_flow), or set teacher.weights"
     )
 
 

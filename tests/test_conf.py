@@ -10,10 +10,14 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from inception_file import write_inception
 from omegaconf import OmegaConf
+from vgg_file import write_vgg16
 
+from diffusion.losses import regression
+from diffusion.time_laws import UShaped
 from launch.build import build, build_trainer, check_fit
 from launch.folder import RunFolder
 from launch.names import register_resolvers
+from launch.teachers import expand_teachers
 from networks import save_weights
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -21,6 +25,8 @@ FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml") if "local
 PRIMARY = ("config", "evaluate")
 # Data sets whose teachers' weights are downloads: (parameters, network evaluations of a sample).
 PUBLISHED = {"cifar10": (55_733_891, 35), "ffhq64": (61_805_571, 79), "imagenet64": (295_899_267, 511)}
+PLANAR = ("checkerboard", "eight_gaussians")  # whose teachers are trained in a minute
+FLOWS = ("rectified_flow", "reflow", "flow_distill", "bezier")
 SMALL = ("teacher.weights=null", "teacher.network.model_channels=8", "teacher.network.num_blocks=1")
 
 
@@ -33,23 +39,38 @@ def _conf():
 
 @pytest.fixture(scope="module")
 def torch_home(tmp_path_factory):
-    """Where Inception's weights are, though random ones."""
+    """Where Inception's and LPIPS' weights are, though random ones."""
     home = tmp_path_factory.mktemp("torch")
     write_inception(home / "hub/checkpoints/weights-inception-2015-12-05-6726825d.pth")
+    write_vgg16(home / "hub/checkpoints/vgg16-397923af.pth")
     return home
 
 
 def small(data: str) -> list[str]:
-    """Options for an untrained network of few parameters, for data sets whose teacher is not here."""
+    """Options for an untrained network, of few parameters if it is large, for data sets whose teacher is not here."""
     if data not in PUBLISHED:
-        return []
+        return ["teacher.weights=null"] if data in PLANAR else []
     return [*SMALL, *(["teacher.network.channels_per_head=8"] if data == "imagenet64" else [])]
+
+
+def composed(arguments: list[str]):
+    """A run's config as train.py has it; what would change `teacher` changes each of several teachers."""
+    several = "method=bezier" in arguments
+    options = [option for option in arguments if several and option.startswith("teacher.")]
+    cfg = compose("config", [argument for argument in arguments if argument not in options])
+    expand_teachers(cfg)
+    for teacher in cfg.method.teachers if several else ():
+        for option in options:
+            key, value = option.removeprefix("teacher.").split("=")
+            OmegaConf.update(teacher, key, None if value == "null" else int(value))
+    return cfg
 
 
 def override(file: Path) -> list[str]:
     group, option = "/".join(file.parts[:-1]), file.stem
-    if group == "teacher" and option in PUBLISHED:
-        group = "data"  # a teacher comes with its data
+    data, _, flow = option.partition("_rf")
+    if group == "teacher" and data in (*PUBLISHED, *PLANAR):  # a teacher comes with its data
+        return [f"data={data}", *([f"teacher={option}"] if flow else []), *small(data)]
     if group == "method/host":
         return ["method=b_dense", f"{group}={option}"]
     if group == "recipe":  # METHOD[_HOST]_DATA[_VARIANT]
@@ -68,7 +89,7 @@ def test_every_file_composes_and_builds(file, tmp_path, monkeypatch, torch_home)
     if file == Path("teacher/none.yaml"):
         assert "name" not in (compose("evaluate", override(file)).teacher or {})
         return
-    cfg = compose("config", override(file))
+    cfg = composed(override(file))
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     data, method = build(cfg.data), build(cfg.method)
     check_fit(method, data)
@@ -83,13 +104,39 @@ def test_every_file_composes_and_builds(file, tmp_path, monkeypatch, torch_home)
 
 @pytest.mark.parametrize("method", sorted(path.stem for path in (CONF / "method").glob("*.yaml")))
 @pytest.mark.parametrize("data", PUBLISHED)
-def test_every_method_fits_the_published_teachers(data, method):
-    cfg = compose("config", [f"data={data}", f"method={method}", *small(data)])
+def test_every_method_fits_the_published_teachers(data, method, monkeypatch, torch_home):
+    monkeypatch.setenv("TORCH_HOME", str(torch_home))
+    cfg = composed([f"data={data}", f"method={method}", *small(data)])
     assert cfg.evaluation.extractor._target_ == "metrics.extractors.Inception"
     images, built = build(cfg.data), build(cfg.method)
     check_fit(built, images)
+    if method in FLOWS:
+        assert built.sampler.nfe() == 127
+        return
     deterministic = (method, data) == ("denoising_student", "imagenet64")  # regresses what one noise becomes
     assert built.teacher is None or built.teacher.nfe() == (79 if deterministic else PUBLISHED[data][1])
+
+
+@pytest.mark.parametrize("method", sorted(path.stem for path in (CONF / "method").glob("*.yaml")))
+@pytest.mark.parametrize("data", PLANAR)
+def test_every_method_fits_points_of_the_plane(data, method):
+    cfg = composed([f"data={data}", f"method={method}", *small(data)])
+    assert cfg.evaluation.extractor._target_ == "metrics.extractors.Points"
+    check_fit(build(cfg.method), build(cfg.data))
+
+
+@pytest.mark.parametrize("data", PLANAR)
+def test_reflow_of_points_goes_on_from_the_flow_before(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    chain = ["rectified_flow", "reflow", "flow_distill"]
+    for before, method in pairwise(chain):
+        cfg = compose("config", [f"data={data}", f"method={method}", "seed=3"])  # all seeds learn from one flow
+        assert (
+            cfg.teacher.weights
+            == f"{compose('config', [f'data={data}', f'method={before}']).folder}/student.safetensors"
+        )
+        with pytest.raises(Exception, match=f"no weights at .*{before}-{data}-seed0/student.safetensors"):
+            build(cfg.method)
 
 
 @pytest.mark.parametrize("data", PUBLISHED)
@@ -230,6 +277,60 @@ def test_the_second_stage_of_sfd_goes_on_from_the_first_ones_student(tmp_path, m
     trained.unlink()
     with pytest.raises(Exception, match=f"no weights at .*{trained}.* or set teacher.weights"):
         recipe_of("sfd_cifar10_one_step", f"teacher.weights={trained}")
+
+
+@pytest.mark.parametrize(
+    ("option", "updates", "images", "decay", "clip", "dropout", "loss"),
+    [
+        ("rectified_flow_cifar10", 800_000, 128, 0.999999, 1536, 0.15, "l2"),
+        ("reflow_cifar10", 200_000, 128, 0.9999, 1536, 0.1, "l2"),
+        ("flow_distill_cifar10", 200_000, 128, 0.9999, 1, 0.1, "lpips"),
+        ("bezier_cifar10", 200_000, 128, 0.9999, 1, 0.1, "lpips"),
+        ("reflow_cifar10_improved", 800_000, 512, 0.9999, None, 0.15, "huber"),
+    ],
+)
+def test_flows_have_the_numbers_of_their_code(
+    option, updates, images, decay, clip, dropout, loss, monkeypatch, torch_home
+):
+    monkeypatch.setenv("TORCH_HOME", str(torch_home))
+    cfg = composed(override(Path(f"recipe/{option}.yaml")))
+    method = build(cfg.method)
+    assert (method.total_steps, cfg.batch_size, method.warmup_nimg / images) == (updates, images, 5000)
+    assert (method.lr, method.betas) == (2e-4, (0.9, 0.999))
+    assert OmegaConf.to_container(cfg.callbacks.ema.averages) == [{"decay": decay}]
+    assert cfg.trainer.gradient_clip_val == clip
+    assert cfg.method.loss == loss
+    student = method.student.network
+    assert {block.p for block in student.modules() if isinstance(block, torch.nn.Dropout)} == {dropout}
+    if option != "rectified_flow_cifar10":
+        assert (cfg.method.pairs, cfg.method.dtype) == (1_000_000, "float16")
+        assert cfg.method.held_out % images == 0 or cfg.method.held_out == 10_000
+
+
+def test_the_improved_reflow_begins_as_edms_teacher(monkeypatch):
+    chosen = ["method=reflow", "data=cifar10", "recipe=reflow_cifar10_improved", "teacher=cifar10", *small("cifar10")]
+    method = build(compose("config", chosen).method)
+    assert (method.teacher.name, method.teacher.nfe()) == ("cifar10", 35)
+    assert method.times == UShaped(4.0)
+    assert method.start == pytest.approx(1 / 81)
+
+
+def test_the_gradient_of_the_published_flow_loss_is_ours_over_1536():
+    """Theirs is the mean of |v - target|^2 over pixels, by which the recipes' clipping is scaled."""
+    v, target = torch.randn(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    v.requires_grad_()
+    (ours,) = torch.autograd.grad(regression(v, target, "l2").mean(), v)
+    (theirs,) = torch.autograd.grad((v - target).square().mean(), v)
+    torch.testing.assert_close(ours, 1536 * theirs)
+
+
+def test_a_sweep_of_curves_has_a_folder_for_each():
+    chosen = [
+        ["method=bezier", f"method.order={n}", f"method.slot={s}"] for n in (1, 2) for s in ("linear", "endpoint")
+    ]
+    folders = [compose("config", c, return_hydra_config=True).hydra.sweep.subdir for c in chosen]
+    expected = "bezier-digits-seed0-method.order-{}-method.slot-{}"
+    assert folders == [expected.format(n, s) for n in (1, 2) for s in ("linear", "endpoint")]
 
 
 def test_a_search_of_branch_weights_is_of_b_dense_and_takes_its_recipe():

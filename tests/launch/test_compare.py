@@ -78,6 +78,39 @@ def test_methods_are_named_alone_and_copies_once():
     assert labels([essence(c) for c in (CONFIG, apart, last)]) == ["base", "fast steps=5", "fast steps=10"]
 
 
+def with_teachers(*names, **changes):
+    """CONFIG of a method with several teachers, of which the last one has the changes."""
+    teachers = [
+        {"name": name, "weights": f"{name}.safetensors", "network": {"width": 8}, "steps": 10} for name in names
+    ]
+    teachers[-1] |= changes
+    return changed(method__teachers=teachers)
+
+
+@pytest.mark.parametrize(
+    ("configs", "expected"),
+    [
+        ([("a", "b"), ("a", "b")], ["", ""]),
+        ([("a", "b"), ("a",)], ["teachers=a,b", "teachers=a"]),
+        ([("a", "b"), ("b", "a"), ("a", "b")], ["teachers=a,b", "teachers=b,a", "teachers=a,b"]),
+    ],
+)
+def test_lists_of_named_configs_are_labelled_by_names(configs, expected):
+    found = labels([essence(with_teachers(*names)) for names in configs])
+    assert found == [f"base {label}".strip() for label in expected]
+
+
+def test_named_configs_are_compared_by_all_that_they_hold():
+    plain, longer, wider = (with_teachers("a", "b", **c) for c in ({}, {"steps": 5}, {"network": {"width": 16}}))
+    assert labels([essence(plain), essence(longer)]) == ["base steps=10", "base steps=5"]
+    other = essence(with_teachers("a", "c", steps=5))
+    # Names and steps together: the names alone don't tell the first two apart.
+    found = labels([essence(plain), essence(longer), other])
+    assert found == ["base teachers=a,b steps=10", "base teachers=a,b steps=5", "base teachers=a,c steps=5"]
+    assert labels([essence(plain), essence(wider)]) == ["base width=8", "base width=16"]
+    assert other_differences(essence(plain), essence(longer)) == ["steps 5, not 10"]
+
+
 def test_options_that_methods_share_are_compared():
     other = essence(changed(method__name="fast", method___target_="N", method__own=1, method__lr=0.1, batch_size=32))
     assert sorted(other_differences(essence(CONFIG), other)) == ["batch_size 32, not 16", "lr 0.1, not 0.001"]

@@ -24,6 +24,16 @@ def test_the_config_of_a_run_is_written_once(tmp_path):
     assert OmegaConf.to_container(folder.read_config()) == CONFIG
 
 
+def test_lists_of_named_configs_differ_by_names_or_within():
+    def teachers(*names, steps=10):
+        return {"teachers": [{"name": name, "steps": steps, "weights": f"{name}.safetensors"} for name in names]}
+
+    assert differences(teachers("a", "b"), teachers("a", "b")) == []
+    assert differences(teachers("a", "b"), teachers("a", "c")) == [("teachers", "a,b", "a,c")]
+    assert differences(teachers("a"), teachers("a", "c")) == [("teachers", "a", "a,c")]
+    assert differences(teachers("a"), teachers("a", steps=5)) == [("teachers.0.steps", 10, 5)]
+
+
 def test_a_changed_config_is_refused_with_both_values(tmp_path):
     folder = begun(tmp_path)
     with pytest.raises(ValueError, match=r"started with method.lr=0.001, but this command has method.lr=0.002; choose"):

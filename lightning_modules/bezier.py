@@ -1,0 +1,131 @@
+"""Bezier distillation: paths bent through what several teachers make of one noise (after Feng & Yang, arXiv 2503.16562).
+
+The note has no formulas or experiments in public. This is a general definition: order n = 1 with one teacher is rectified flow's
+reflow (the drift fit) and distillation (the prediction of the end), to the last bit.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from diffusion import bezier, guides
+from diffusion.distance import Distance
+from diffusion.flow import level_of
+from diffusion.guides import END_ROWS, Guides, Matrix
+from diffusion.losses import regression
+from diffusion.seeds import sample_uniforms
+from diffusion.teacher import Teacher
+from diffusion.time_laws import TimeLaw, check_law
+from lightning_modules.flow_student import PairedFlow
+from networks.branching import plain_state, widen
+from networks.checks import check_choice, check_counts
+
+
+class BezierDistillation(PairedFlow):
+    """min E [ prediction * d(f(B_t, t), P_n) + drift * |B'_t - v(B_t, t)|^2 / 2 ] over curves B_t from noise P_0 to images P_n.
+
+    f(x, t) = x + (1 - t) u(x, t) predicts the end of the curve; a sample is f(x_0, 0), one evaluation. v fits its drift: its ODE
+    carries noise to the law of P_n, by the argument of rectified flow. With prediction = 0 the student is that flow, sampled as
+    its last teacher is. Where both are trained the network has two outputs, v and u, or with `shared` one, which is right for
+    straight curves alone.
+
+    order, slot, end_row, shuffled: of the control points (`diffusion/guides.py`); slot is one name, or one for each guide.
+    weights: rows of A, null for `default_weights`; final_weights: where they have moved to at the end of training, linearly.
+    drift_times, prediction_times: the laws of t. loss, lpips_weights, lpips_resize: d (`diffusion/distance.py`).
+    """
+
+    def __init__(
+        self,
+        teachers: Sequence[Teacher],
+        *,
+        order: int,
+        slot: str | Sequence[str],
+        weights: Matrix | None,
+        final_weights: Matrix | None,
+        end_row: str,
+        shuffled: bool,
+        prediction: float,
+        prediction_times: TimeLaw,
+        drift: float,
+        drift_times: TimeLaw,
+        shared: bool,
+        loss: str = "l2",
+        lpips_weights: str | None = None,
+        lpips_resize: int | None = None,
+        **options,
+    ):
+        check_counts(**{"method.order": order})
+        check_choice("method.end_row", end_row, END_ROWS)
+        super().__init__(teachers, **options)
+        for name, weight in (("prediction", prediction), ("drift", drift)):
+            if not isinstance(weight, int | float) or weight < 0:
+                raise ValueError(f"method.{name} must not be negative, got {weight!r}")
+        if not prediction + drift:
+            raise ValueError("method.prediction and method.drift are both zero; give one of them weight")
+        check_law("method.prediction_times", prediction_times)
+        check_law("method.drift_times", drift_times)
+        count = len(self.teachers)
+        weights = guides.default_weights(order, count) if weights is None else weights
+        first = guides.check_weights("weights", weights, order, count)
+        last = first if final_weights is None else guides.check_weights("final_weights", final_weights, order, count)
+        self.register_buffer("first_weights", first, persistent=False)
+        self.register_buffer("last_weights", last, persistent=False)
+        self.guides = Guides(order, guides.check_slots(slot, order), end_row, shuffled)
+        self.weight_of_prediction, self.prediction_times = prediction, prediction_times
+        self.weight_of_drift, self.drift_times = drift, drift_times
+        self.distance = Distance(loss, self.image_shape, lpips_weights, lpips_resize)
+        if prediction:
+            self.distil_into(1)  # from a point on a bent curve it learns the way to its end, not to the next point
+        if prediction and drift and not shared:
+            widen(self.student.network, 2)
+
+    @property
+    def through(self) -> Iterable[float]:
+        return [level_of(t) for t in self.guides.times]
+
+    def exported(self) -> dict[str, Tensor]:
+        """The network of u, or where that is not trained of v."""
+        return plain_state(self.student.network)
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self.distance.to(self.device)
+
+    def control_points(self, batch: dict[str, Tensor]) -> Tensor:
+        """P_0 .. P_n, (B, n + 1, C, H, W)."""
+        progress = self.trainer.global_step / self.total_steps
+        weights = self.first_weights + progress * (self.last_weights - self.first_weights)
+        states = batch["states"].unflatten(1, (len(self.teachers), -1))
+        return self.guides(batch["noise"], states, weights, sample_uniforms(batch["seed"]))
+
+    def drift_loss(self, control: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        t = self.time(self.drift_times, batch)
+        drift = self.drift(bezier.point(control, t), t, batch.get("label"))
+        return regression(drift, bezier.derivative(control, t), "l2")
+
+    def prediction_loss(self, control: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        t = self.time(self.prediction_times, batch, draw=1)
+        return self.distance(self.predict(bezier.point(control, t), t, batch.get("label")), control[:, -1])
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        control = self.control_points(batch)
+        loss = torch.zeros((), device=control.device)
+        if self.weight_of_prediction:
+            prediction = self.prediction_loss(control, batch).mean()
+            self.log("loss/prediction", prediction.detach())
+            loss = loss + self.weight_of_prediction * prediction
+        if self.weight_of_drift:
+            drift = self.drift_loss(control, batch).mean()
+            self.log("loss/drift", drift.detach())
+            loss = loss + self.weight_of_drift * drift
+        self.log("loss/student", loss.detach())
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        control = self.control_points(batch)
+        if self.weight_of_prediction:
+            losses = self.distance(self.sample(batch["noise"], batch.get("label")), control[:, -1])
+        else:
+            losses = self.drift_loss(control, batch)
+        self.log_held_out(losses)

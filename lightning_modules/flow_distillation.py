@@ -1,0 +1,60 @@
+"""Distillation of a flow in k steps (rectified flow, Liu et al., arXiv 2209.03003, section 2.3)."""
+
+from torch import Tensor
+
+from diffusion.distance import Distance
+from diffusion.flow import between
+from diffusion.losses import REGRESSIONS
+from diffusion.teacher import Teacher
+from diffusion.time_laws import Grid
+from lightning_modules.flow_student import PairedFlow
+from networks.checks import check_counts
+
+
+class FlowDistillation(PairedFlow):
+    """min_v E d(X_0 + v(X_0, 0), X_1) on the pairs X_1 = Phi(X_0) that the teacher's ODE makes.
+
+    In `steps` = k > 1 steps: min_v E d(v(X_t, t), X_1 - X_0), with X_t = (1 - t) X_0 + t X_1 and t in {0, 1/k, .. 1 - 1/k}; a
+    sample is k Euler steps.
+    loss: d, "l2", "l1" or "huber", a sum over pixels, or for one step "lpips" or "lpips+l2" (`diffusion/distance.py`).
+    lpips_weights, lpips_resize: as there. `pairs` and others as in `PairedFlow`.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        *,
+        steps: int = 1,
+        loss: str = "l2",
+        lpips_weights: str | None = None,
+        lpips_resize: int | None = None,
+        **options,
+    ):
+        super().__init__([teacher], **options)
+        check_counts(**{"method.steps": steps})
+        if steps > 1 and loss not in REGRESSIONS:
+            raise ValueError(
+                f"method.loss={loss!r} compares images, which method.steps={steps} does not; choose l2 or steps=1"
+            )
+        self.distil_into(steps)
+        self.steps = steps
+        self.times = Grid(steps)
+        self.distance = Distance(loss, self.image_shape, lpips_weights, lpips_resize)
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self.distance.to(self.device)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        noise, images, labels = batch["noise"], batch["states"][:, -1], batch.get("label")
+        t = self.time(self.times, batch)
+        if self.steps == 1:
+            losses = self.distance(self.predict(noise, t, labels), images)
+        else:
+            losses = self.distance(self.drift(between(noise, images, t), t, labels), images - noise)
+        loss = losses.mean()
+        self.log("loss/student", loss.detach())
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.log_held_out(self.distance(self.sample(batch["noise"], batch.get("label")), batch["states"][:, -1]))

@@ -1,0 +1,64 @@
+"""Rectified flow and reflow (Liu et al., arXiv 2209.03003)."""
+
+from torch import Tensor
+
+from diffusion.flow import between
+from diffusion.losses import REGRESSIONS, regression
+from diffusion.seeds import position_noise
+from diffusion.teacher import Teacher
+from diffusion.time_laws import TimeLaw, check_law
+from lightning_modules.flow_student import FlowStudent, PairedFlow
+from networks.checks import check_choice
+
+_NOISE_STREAM = 1
+
+
+class RectifiedFlow(FlowStudent):
+    """min_v E |X_1 - X_0 - v(X_t, t)|^2 / 2 with X_t = (1 - t) X_0 + t X_1, for independent noise X_0 and images X_1.
+
+    teacher: names the network, and the schedule and solver by which the flow is sampled. times: the law of t. loss: "l2", "l1"
+    or "huber", a sum over pixels. One step is one batch of images, each at one time.
+    """
+
+    def __init__(self, teacher: Teacher, *, times: TimeLaw, loss: str = "l2", **common):
+        super().__init__(**common)
+        check_choice("method.loss", loss, REGRESSIONS)
+        check_law("method.times", times)
+        self.follow(teacher, label_dropout=True)
+        self.times, self.loss = times, loss
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        images = batch["image"]
+        noise = position_noise(self.seed, batch["position"], self.image_shape, _NOISE_STREAM)
+        t = self.time(self.times, batch)
+        drift = self.drift(between(noise, images, t), t, batch.get("label"))
+        loss = regression(drift, images - noise, self.loss).mean()
+        self.log("loss/student", loss.detach())
+        return loss
+
+
+class Reflow(PairedFlow):
+    """The same for the coupling that a flow makes: X_0 and what its ODE makes of it, X_1 = Phi(X_0). It straightens the flow.
+
+    teacher: the flow before, k - 1, which the k-th begins as. times, loss as there; `pairs` and others as in `PairedFlow`.
+    """
+
+    def __init__(self, teacher: Teacher, *, times: TimeLaw, loss: str = "l2", **options):
+        super().__init__([teacher], **options)
+        check_choice("method.loss", loss, REGRESSIONS)
+        check_law("method.times", times)
+        self.times, self.loss = times, loss
+
+    def losses(self, batch: dict[str, Tensor]) -> Tensor:
+        noise, images = batch["noise"], batch["states"][:, -1]
+        t = self.time(self.times, batch)
+        drift = self.drift(between(noise, images, t), t, batch.get("label"))
+        return regression(drift, images - noise, self.loss)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = self.losses(batch).mean()
+        self.log("loss/student", loss.detach())
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.log_held_out(self.losses(batch))
