@@ -2,6 +2,7 @@
 
 python evaluate.py run=runs/NAME; python evaluate.py 'run=[runs/A,runs/B*]'; python evaluate.py teacher=digits
 With 'steps=[1,2,4,8]' a student or a teacher is measured at several numbers of steps: quality against NFE.
+python evaluate.py 'flows=[digits_rf1,digits_rf2]' data=digits: what errors add up to along a chain of flows.
 """
 
 from collections.abc import Sequence
@@ -12,14 +13,18 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+from launch.names import register_resolvers
 
-def run_folders(patterns: str | Sequence[str]) -> list[Path]:
+
+def run_folders(patterns: str | Sequence[str], option: str = "run") -> list[Path]:
     """The run folders that the patterns name, each once, in order; FileNotFoundError for a pattern that names none."""
     folders: dict[Path, None] = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         found = [Path(path) for path in sorted(glob(str(pattern))) if (Path(path) / "config.yaml").is_file()]
         if not found:
-            raise FileNotFoundError(f"run={pattern} names no run (a folder with the config.yaml that train.py writes)")
+            raise FileNotFoundError(
+                f"{option}={pattern} names no run (a folder with the config.yaml that train.py writes)"
+            )
         folders.update(dict.fromkeys(found))
     return list(folders)
 
@@ -78,6 +83,43 @@ def evaluate_teacher(cfg: DictConfig, device: Any) -> tuple[list, Any, dict, Pat
     return records, evaluation, {"teacher": teacher.sample}, Path("runs") / f"teacher-{teacher.name}"
 
 
+def evaluate_flows(cfg: DictConfig, device: Any) -> None:
+    from datamodules.trajectories import check_alike
+    from launch.build import build, build_seeded
+    from launch.flow_paths import draw_flow_paths, planar
+    from launch.flows import FlowMeasurement, Run, place, report
+    from launch.measure import Evaluation
+    from launch.teachers import teacher_config
+    from networks.checks import check_counts
+
+    if "data" not in cfg:
+        raise ValueError("flows are measured on a data set; add data=NAME")
+    steps = student_steps(cfg) or [1]
+    check_counts(2, flow_samples=cfg.flow_samples)
+    check_counts(path_steps=cfg.path_steps)
+    cfg.flows = [
+        teacher_config(str(name), "flows") for name in ([cfg.flows] if isinstance(cfg.flows, str) else cfg.flows)
+    ]
+    flows, data = [build_seeded(flow, cfg.seed) for flow in cfg.flows], build(cfg.data)
+    check_alike(flows, "flows")
+
+    def read(path: Path) -> Run:
+        folder, stored, method, weights = trained(cfg, path, [])
+        return Run(folder, OmegaConf.to_container(stored, resolve=True), method, weights)
+
+    paths = [] if cfg.distilled is None else run_folders(cfg.distilled, "distilled")
+    for path in paths:
+        place(flows, read(path))  # refuses one of another chain before the flows are measured
+    evaluation = Evaluation(build(cfg.evaluation) | overrides(cfg), data, device)
+    measurement = FlowMeasurement(flows, evaluation, samples=cfg.flow_samples, path_steps=cfg.path_steps)
+    folder = Path(cfg.flows_folder)
+    print(f"\n{report(measurement.run(steps, map(read, paths)), folder)}")
+    if planar(evaluation.shape):
+        students = (read(path).method.to(device) for path in paths)
+        draw_flow_paths(folder / "paths.png", flows, students, evaluation, cfg.path_steps)
+        print(f"{folder}/paths.png written")
+
+
 def overrides(cfg: DictConfig) -> dict[str, Any]:
     """The evaluation's settings that the command line changes."""
     chosen = {key: cfg[key] for key in ("num_samples", "blocks", "metrics") if cfg[key] is not None}
@@ -102,10 +144,17 @@ def evaluate(cfg: DictConfig) -> None:
     from metrics.tables import table
 
     device = chosen_device(cfg.device)
-    if (cfg.run is None) == ("name" not in (cfg.teacher or {})):
-        raise ValueError("say what to measure: run=runs/NAME (or a list, or a pattern) or teacher=NAME, one of the two")
-    if cfg.run is not None and cfg.solver is not None:
-        raise ValueError("solver is for teacher=NAME; a run is sampled as its method says")
+    teacher = "name" in (cfg.teacher or {})
+    if (cfg.run is not None) + teacher + (cfg.flows is not None) != 1:
+        raise ValueError(
+            "say what to measure: run=runs/NAME (or a list, or a pattern), teacher=NAME or 'flows=[NAME,NAME]', one of them"
+        )
+    if not teacher and cfg.solver is not None:
+        raise ValueError("solver is for teacher=NAME; runs and flows are sampled as their configs say")
+    if cfg.flows is not None:
+        return evaluate_flows(cfg, device)
+    if cfg.distilled is not None:
+        raise ValueError("distilled is for flows=[...], the chain that those runs were distilled from")
     folders = [] if cfg.run is None else run_folders(cfg.run)
     if folders:
         counts = student_steps(cfg)
@@ -140,4 +189,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    register_resolvers()
     main()

@@ -1,5 +1,6 @@
 """From a config to objects. The one place that instantiates."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -7,6 +8,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from callbacks import AtomicCheckpointIO
+from diffusion.teacher import Teacher
 from launch.folder import RunFolder
 from launch.processes import choose_strategy, process_count
 from lightning_modules import Method
@@ -39,10 +41,20 @@ def check_fit(method: Method, data: Any) -> None:
         pairs.append(("num_classes", network.num_classes, data.num_classes))
     if method.teacher is not None:
         pairs.append(("num_classes in use", method.teacher.num_classes, data.num_classes))
+    _check_equal("the network", pairs, data)
+
+
+def check_teacher(teacher: Teacher, data: Any) -> None:
+    """Errors: ValueError where a teacher's images differ from the data's in size or classes."""
+    keys = ("resolution", "channels", "num_classes")
+    _check_equal(f"teacher {teacher.name}", [(key, getattr(teacher, key), getattr(data, key)) for key in keys], data)
+
+
+def _check_equal(owner: str, pairs: Iterable[tuple[str, int, int]], data: Any) -> None:
     for option, ours, theirs in pairs:
         if ours != theirs:
             raise ValueError(
-                f"the network has {option}={ours}, the data {data.name} {theirs}: choose a teacher that fits the data"
+                f"{owner} has {option}={ours}, the data {data.name} {theirs}: choose a teacher that fits the data"
             )
 
 

@@ -20,7 +20,10 @@ def draw_quality(
     """Draw `lines` over a logarithmic axis of NFE with a tick at every number that occurs, and return the figure.
 
     Bars reach one standard deviation to either side; spread: over what. Teachers are grey, a dashed line is real images.
+    Students that all take one number of evaluations are one below the other instead, in the order of `lines`.
     """
+    if len({point.nfe for line in lines if not line.teacher for point in line.points}) == 1:
+        return _draw_one_below_the_other(path, metric, lines, floor, spread)
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     students = [line for line in lines if not line.teacher]
@@ -38,6 +41,35 @@ def draw_quality(
     entries = zip(*axes.get_legend_handles_labels(), strict=True)
     handles, labels = zip(*sorted(entries, key=lambda entry: entry[1] == _FLOOR), strict=True)  # it would come first
     legend_below(figure, handles, labels, _LEGEND_LETTERS)
+    save(figure, path)
+    return figure
+
+
+def _draw_one_below_the_other(
+    path: str | Path, metric: str, lines: Sequence[Line], floor: float | None, spread: str
+) -> Figure:
+    students = [line for line in lines if not line.teacher]
+    figure = Figure(figsize=(8, 1.5 + 0.28 * len(students)), layout="constrained")
+    axes = figure.subplots()
+    for row, line in enumerate(students):
+        (point,) = line.points
+        axes.errorbar(point.mean, row, xerr=point.std, color="C0", marker="o", markersize=5, elinewidth=1, capsize=3)
+    for number, line in enumerate(line for line in lines if line.teacher):
+        for point in line.points:
+            label = f"{line.label}, {point.nfe} NFE"
+            style = (":", "-.", (0, (1, 3)))[number // len(_GREYS) % 3]
+            axes.axvline(point.mean, color=_GREYS[number % len(_GREYS)], linewidth=1, linestyle=style, label=label)
+    if floor is not None:
+        axes.axvline(floor, color="black", linewidth=1, linestyle="--", label=_FLOOR)
+    axes.set_yticks(range(len(students)), [line.label for line in students], fontsize="small")
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{metric}, {students[0].points[0].nfe} NFE")
+    if any(point.std is not None for line in students for point in line.points):
+        axes.set_title(f"bars: standard deviation over {spread}", fontsize="small")
+    axes.grid(alpha=0.25)
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        legend_below(figure, handles, labels, _LEGEND_LETTERS)
     save(figure, path)
     return figure
 

@@ -3,6 +3,7 @@
 python -m results.readme record results/NAME.json runs/A runs/B     # collect the final records of runs
 python -m results.readme compare results/NAME.json runs/A runs/B    # how fast they converged, and results/NAME.png
 python -m results.readme quality results/NAME.json runs/A runs/B    # how good at how many evaluations, and the picture
+python -m results.readme flows results/NAME.json runs/flows/flows.json    # what evaluate.py flows=... measured
 python -m results.readme update                                     # write the tables into README.md
 """
 
@@ -15,11 +16,16 @@ from typing import Any
 from benchmarks.measuring import ROOT, commit, machine
 from benchmarks.run import table
 from launch.compare import compare_runs, draw, dumped
+from launch.flows import load_chain
 from launch.quality import compare_quality
 from launch.quality import draw as draw_quality
 from metrics.convergence_tables import markdown as comparison_markdown
 from metrics.curve_files import from_json, to_json
 from metrics.files import write_file
+from metrics.flow_chain import from_json as chain_from_json
+from metrics.flow_chain import to_json as chain_to_json
+from metrics.flow_picture import draw_flows
+from metrics.flow_tables import markdown as flows_markdown
 from metrics.quality import from_json as quality_from_json
 from metrics.quality import to_json as quality_to_json
 from metrics.quality_tables import markdown as quality_markdown
@@ -53,6 +59,13 @@ def quality(target: Path, folders: list[Path]) -> None:
     draw_quality(target.with_suffix(".png"), compared)
 
 
+def flows(target: Path, measured: Path) -> None:
+    """Write a chain of flows, from evaluate.py's flows.json, into `target`, with its origin, and the picture beside it."""
+    chain = load_chain(measured)
+    write_file(target, dumped({**origin(), "flows": chain_to_json(chain)}))
+    draw_flows(target.with_suffix(".png"), chain)
+
+
 def origin() -> dict[str, Any]:
     here = machine()
     return {
@@ -80,6 +93,8 @@ def section(path: Path) -> str:
         )
     if "quality" in content:
         return _pictured(path, content, "network evaluations", quality_markdown(quality_from_json(content["quality"])))
+    if "flows" in content:
+        return _pictured(path, content, "the number of the flow", flows_markdown(chain_from_json(content["flows"])))
     parts = "\n\n".join(table(part) for part in content.values())
     return f"Speed, from `results/{path.name}`, as median (least .. greatest):\n\n```\n{parts}\n```"
 
@@ -111,6 +126,8 @@ def main(arguments: list[str]) -> None:
             compare(Path(target), [Path(folder) for folder in folders])
         case ["quality", target, *folders] if folders:
             quality(Path(target), [Path(folder) for folder in folders])
+        case ["flows", target, measured]:
+            flows(Path(target), Path(measured))
         case ["update"]:
             write_file(readme, updated(readme.read_text()).encode())
         case _:

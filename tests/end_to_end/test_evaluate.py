@@ -121,8 +121,8 @@ def test_the_pretrained_teacher_is_what_its_card_says(finished, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("", ["run=runs/NAME", "teacher=NAME", "one of the two"]),
-        ("run=runs/a1 teacher=digits", ["one of the two"]),
+        ("", ["run=runs/NAME", "teacher=NAME", "flows=[NAME,NAME]", "one of them"]),
+        ("run=runs/a1 teacher=digits", ["one of them"]),
         ("run=runs/none", ["run=runs/none names no run", "config.yaml"]),
         ("run=runs/teacher-other", ["run=runs/teacher-other names no run"]),
         ("run=[runs/a1,runs/b*]", ["run=runs/b* names no run"]),

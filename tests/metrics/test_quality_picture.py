@@ -39,3 +39,16 @@ def test_a_narrow_range_is_linear_and_without_bars_nothing_is_said_of_them(tmp_p
     assert axes.get_title() == ""
     low = Line("low", (Point(1, 9.0), Point(2, -0.1)))  # rounding of a distance near zero
     assert draw_quality(tmp_path / "q.png", "fid", [low]).axes[0].get_yscale() == "linear"
+
+
+def test_students_of_one_number_of_evaluations_stand_one_below_the_other(tmp_path):
+    one, other = Line("guided", (Point(1, 0.2, 0.02, (0, 1)),)), Line("straight", (Point(1, 0.3, 0.01, (0, 1)),))
+    figure = draw_quality(tmp_path / "q.png", "fid_digits", [one, other, HEUN], floor=0.1)
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["guided", "straight"]
+    assert axes.get_xlabel() == "fid_digits, 1 NFE"
+    assert [list(container[0].get_xdata()) for container in axes.containers] == [[0.2], [0.3]]
+    assert [list(container[0].get_ydata()) for container in axes.containers] == [[0], [1]]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["teacher digits (heun), 19 NFE", "real images"]
+    assert imread(tmp_path / "q.png")[..., :3].std() > 0.05

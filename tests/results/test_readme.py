@@ -3,12 +3,16 @@ import re
 
 import pytest
 from convergence_tools import curve, decay, write_run
+from flow_chain_tools import chain, write_chain
 from quality_tools import REAL, students, write_measured
 
 from launch.compare import compare_runs
 from launch.quality import compare_quality
 from metrics.convergence_tables import markdown
 from metrics.curve_files import from_json, to_json
+from metrics.flow_chain import from_json as chain_from_json
+from metrics.flow_chain import to_json as chain_to_json
+from metrics.flow_tables import markdown as flows_markdown
 from metrics.quality import from_json as quality_from_json
 from metrics.quality import to_json as quality_to_json
 from metrics.quality_tables import markdown as quality_markdown
@@ -42,6 +46,10 @@ def test_comparisons_say_where_they_come_from_and_agree_with_their_curves():
         if "quality" in content:
             assert set(content) == {"date", "commit", "machine", "quality"}
             assert quality_to_json(quality_from_json(content["quality"])) == content["quality"]
+            assert path.with_suffix(".png").exists()
+        if "flows" in content:
+            assert set(content) == {"date", "commit", "machine", "flows"}
+            assert chain_to_json(chain_from_json(content["flows"])) == content["flows"]
             assert path.with_suffix(".png").exists()
 
 
@@ -78,6 +86,23 @@ def test_quality_at_several_numbers_of_steps_is_stored_drawn_and_shown(tmp_path)
     assert "\n\n".join(tables) == quality_markdown(compare_quality(runs))
     assert "| sfd | 0 | 0.5 | 0.2 |" in tables[1]
     assert source.startswith("From `results/few.json`: commit ")
+
+
+def test_a_chain_of_flows_is_stored_drawn_and_shown(tmp_path):
+    target = tmp_path / "results" / "chain.json"
+    main(["flows", str(target), str(write_chain(tmp_path / "flows"))])
+    assert sorted(path.name for path in target.parent.iterdir()) == ["chain.json", "chain.png"]
+    content = json.loads(target.read_text())
+    assert set(content) == {"date", "commit", "machine", "flows"}
+    assert chain_from_json(content["flows"]) == chain()
+    title, picture, *tables, source = section(target).split("\n\n")
+    assert (title, picture) == ("**chain**", "![Metric against the number of the flow](results/chain.png)")
+    assert "\n\n".join(tables) == flows_markdown(chain())
+    assert source.startswith("From `results/chain.json`: commit ")
+    with pytest.raises(FileNotFoundError, match="no measured flows at"):
+        main(["flows", str(target), str(tmp_path / "none.json")])
+    with pytest.raises(SystemExit, match="results.readme flows results/NAME.json"):
+        main(["flows", str(target)])
 
 
 @pytest.mark.parametrize("command", ["compare", "quality"])

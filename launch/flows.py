@@ -1,0 +1,186 @@
+"""A chain of flows to what their errors add up to: measured, drawn, written."""
+
+import copy
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion.teacher import Teacher
+from launch.build import check_teacher
+from launch.compare import dumped
+from launch.folder import RunFolder
+from launch.groups import essence, labels, trained_alike
+from launch.measure import Evaluation
+from lightning_modules import BezierDistillation, Method
+from metrics.files import write_file
+from metrics.flow_chain import Chain, Distilled, Flow, from_json, scores, to_json
+from metrics.flow_errors import ends, estimate, squares, straightness
+from metrics.flow_picture import draw_flows
+from metrics.flow_tables import text
+from metrics.transport import wasserstein
+
+MATCHED = 2000  # samples that W2 is taken of, at most: its time grows with their cube
+_PLACE = ("teacher", "method.teacher", "method.teachers")  # where in a chain a run stands
+
+
+class Run(NamedTuple):
+    """A run with its trained student in place; weights: their name."""
+
+    folder: RunFolder
+    config: dict[str, Any]
+    method: Method
+    weights: str
+
+
+class FlowMeasurement:
+    """Measures flows, and the students distilled from them, on the noise and labels of the first `samples` evaluation seeds.
+
+    Errors: ValueError for no flow, or for one that differs from the others or the data in size or classes.
+    """
+
+    def __init__(self, flows: Sequence[Teacher], evaluation: Evaluation, *, samples: int, path_steps: int):
+        for flow in flows:
+            check_teacher(flow, evaluation.data)
+            flow.to(evaluation.device)
+        self.flows, self.evaluation, self.path_steps = flows, evaluation, path_steps
+        self.sampling = {
+            "shape": evaluation.shape,
+            "num_classes": evaluation.data.num_classes,
+            "batch_size": evaluation.settings["batch_size"],
+            "device": evaluation.device,
+        }
+        self.seeds = torch.arange(samples)
+        self.ends: list[Tensor] = []
+        packed = evaluation.data.reference()
+        self.matched = min(samples, MATCHED, len(packed))
+        self.real = real_images(packed, self.matched)
+
+    def run(self, steps: Sequence[int], runs: Iterable[Run]) -> Chain:
+        """steps: numbers of Euler steps to score every flow at. runs: taken one at a time."""
+        self.ends = [ends(flow.sample, self.seeds, **self.sampling) for flow in self.flows]
+        flows = [self._flow(k, steps) for k in range(len(self.flows))]
+        distilled, essences, notes = [], [], []
+        for run in runs:
+            own, value, said = self._distilled(run)
+            essences.append(own)
+            distilled.append(value)
+            notes += said
+        groups = labels(essences)
+        real = self.evaluation.real()
+        return Chain(
+            tuple(flows),
+            tuple(Distilled(group=group, **value) for group, value in zip(groups, distilled, strict=True)),
+            samples=len(self.seeds),
+            path_steps=self.path_steps,
+            matched=self.matched,
+            fingerprint=real[0].comparable,
+            floor=scores(real),
+            notes=tuple(notes),
+        )
+
+    def _flow(self, k: int, steps: Sequence[int]) -> Flow:
+        flow, own = self.flows[k], self.ends[k]
+        options = {"batch_size": self.sampling["batch_size"], "device": self.evaluation.device}
+        euler = copy.copy(flow)  # the same network and noise levels
+        euler.solver, euler.solver_options = "euler", {}
+        return Flow(
+            name=flow.name,
+            solver=flow.solver_name,
+            nfe=flow.nfe(),
+            step_drift=estimate(squares(own, self.ends[k - 1])) if k else None,
+            end_drift=estimate(squares(own, self.ends[0])) if k else None,
+            straightness=straightness(flow, self.seeds, self.path_steps, label=f"{flow.name}, straightness", **options),
+            w2=wasserstein(own[: self.matched], self.real),
+            simulated=scores(self.evaluation.teacher(flow)),
+            euler={count: scores(self.evaluation.teacher(euler, count)) for count in steps},
+        )
+
+    def _distilled(self, run: Run) -> tuple[dict[str, str], dict[str, Any], list[str]]:
+        """(what its group depends on, all of `Distilled` but the group, notes)."""
+        k = place(self.flows, run)
+        method = run.method.to(self.evaluation.device)
+        target, notes = end_teacher(method), []
+        own = ends(method.sample, self.seeds, **self.sampling)
+        regression = None
+        if target is not None and target.hash == self.flows[k].hash:
+            regression = estimate(squares(own, self.ends[k]))
+            if how(target) != how(self.flows[k]):
+                notes.append(f"{run.folder.path} was trained on samples of {how(target)}, not {how(self.flows[k])}")
+        value = {
+            "flow": k + 1,
+            "name": run.folder.name,
+            "seed": int(run.config.get("seed", 0)),
+            "nfe": method.nfe,
+            "weights": run.weights,
+            "regression": regression,
+            "w2": wasserstein(own[: self.matched], self.real),
+            "scores": scores(self.evaluation.student(method, run.folder.name, run.weights)),
+        }
+        return self._essence(run, k), value, notes
+
+    def _essence(self, run: Run, k: int) -> dict[str, str]:
+        """What makes runs one group, wherever in the chain they stand: several teachers count by their distance to the last."""
+        config = essence(run.config)
+        own = {
+            key: value
+            for key, value in trained_alike(config).items()
+            if not any(key == part or key.startswith(f"{part}.") for part in _PLACE)
+        }
+        own["NFE"] = str(run.method.nfe)
+        teachers = getattr(run.method, "teachers", [run.method.teacher])
+        hashes = [flow.hash for flow in self.flows[: k + 1]][::-1]
+        places = [hashes.index(t.hash) if t.hash in hashes else t.name for t in teachers]
+        own["teachers"] = ",".join(p if isinstance(p, str) else f"k-{p}" if p else "k" for p in places)
+        return own
+
+
+def place(flows: Sequence[Teacher], run: Run) -> int:
+    """The index of the flow that a run's student was distilled from; ValueError for one that isn't in the chain."""
+    teacher = run.method.teacher
+    found = [k for k, flow in enumerate(flows) if teacher is not None and flow.hash == teacher.hash]
+    if not found:
+        name = "none" if teacher is None else f"{teacher.name} ({teacher.hash[:8]})"
+        known = ", ".join(f"{flow.name} ({flow.hash[:8]})" for flow in flows)
+        raise ValueError(f"distilled: the teacher of {run.folder.path} is {name}, not one of the flows {known}")
+    return found[-1]
+
+
+def end_teacher(method: Method) -> Teacher | None:
+    """The teacher whose end points a student learns; None where they are those of several."""
+    if not isinstance(method, BezierDistillation):
+        return method.teacher
+    used = method.last_weights[-1].nonzero().flatten().tolist()
+    return method.teachers[used[0]] if len(used) == 1 else None
+
+
+def how(teacher: Teacher) -> str:
+    """By which solver and how many evaluations a teacher is sampled."""
+    return f"{teacher.solver_name} at {teacher.nfe()} NFE"
+
+
+def real_images(packed: Any, count: int) -> Tensor:
+    """That many images (count, C, H, W), float32 in [-1, 1], evenly spread over a packed data set."""
+    images, _ = packed.fetch(np.arange(count) * len(packed) // count)
+    return images.float() / 127.5 - 1
+
+
+def report(chain: Chain, folder: Path) -> str:
+    """Write flows.json and flows.png into `folder`; returns the tables."""
+    write_file(folder / "flows.json", dumped(to_json(chain)))
+    draw_flows(folder / "flows.png", chain)
+    return f"{text(chain)}\n\n{folder}/flows.json and flows.png written"
+
+
+def load_chain(path: Path) -> Chain:
+    """What `report` wrote. Errors: FileNotFoundError for no file, ValueError, naming it, for a damaged one."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no measured flows at {path}; make them by evaluate.py 'flows=[...]'")
+    try:
+        return from_json(json.loads(path.read_bytes()))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); measure the flows again") from error
