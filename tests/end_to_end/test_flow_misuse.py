@@ -17,9 +17,9 @@ def folder(tmp_path_factory):
     write_run(path / "runs/cut")
     write_run(path / "runs/wide", model_channels=16)
     (path / "runs/cut/student.safetensors").write_bytes(b"cut short")
-    wide = (path / "runs/wide/student.safetensors").read_bytes()
     write_run(path / "runs/misfit")
-    (path / "runs/misfit/student.safetensors").write_bytes(wide)
+    for name in ("student.safetensors", "student.json"):
+        (path / "runs/misfit" / name).write_bytes((path / "runs/wide" / name).read_bytes())
     return path
 
 
@@ -38,7 +38,7 @@ NEITHER = "is neither a file in conf/teacher nor a run folder"
         ("[]", ["method.teachers must name at least one teacher"]),
         ("null", ["method.teachers must name at least one teacher"]),
         ("[runs/half]", ["method.teachers: runs/half has no student.safetensors; finish that run first"]),
-        ("[runs/cut]", ["runs/cut/student.safetensors is damaged, cut short"]),
+        ("[runs/cut]", ["runs/cut/student.safetensors has SHA-256 "]),
         ("[runs/misfit]", ["runs/misfit/student.safetensors does not fit this SongUNet"]),
         ("[runs/plain,runs/large]", ["plain has resolution=8, large 16", "must agree in size and classes"]),
         ("[runs/plain,runs/unlabelled]", ["plain has num_classes=10, unlabelled 0", "must agree in size and classes"]),
