@@ -32,7 +32,7 @@ def draw_flows(path: str | Path, chain: Chain) -> Figure:
     for axes, metric in zip(others, chain.metrics, strict=True):
         _draw_metric(axes, chain, metric)
     places = range(1, len(chain.flows) + 1)
-    titles = [f"{k}\n{textwrap.fill(flow.name, _NAME)}" for k, flow in zip(places, chain.flows, strict=True)]
+    titles = [f"{k}\n{_broken(flow.name)}" for k, flow in zip(places, chain.flows, strict=True)]
     for axes in figure.axes:
         axes.set_xticks(places, titles)
         axes.set(xlim=(0.6, len(chain.flows) + 0.4))
@@ -112,3 +112,8 @@ def _line(
     bars = None if errors is None else [error or float("nan") for error in errors]
     look = {"color": colour, "marker": marker, "markersize": 5, "linestyle": dash, "elinewidth": 1, "capsize": 3}
     axes.errorbar(list(places), list(values), bars, label=label, **look)
+
+
+def _broken(name: str) -> str:
+    """In lines, after underscores where it can be."""
+    return textwrap.fill(name.replace("_", "_ "), _NAME).replace("_ ", "_")

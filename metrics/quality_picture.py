@@ -1,5 +1,6 @@
 """quality.png: a metric against the number of network evaluations, one colour per group of runs."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from metrics.charts import legend_below, log_scale, save
 from metrics.quality import Line
 
 _LEGEND_LETTERS = 90  # in a line as wide as the figure
+_NAME_LETTERS = 50  # of a group, in a line beside the axis
 _FLOOR = "real images"
 _GREYS = ("black", "0.4", "0.6")
 
@@ -49,7 +51,9 @@ def _draw_one_below_the_other(
     path: str | Path, metric: str, lines: Sequence[Line], floor: float | None, spread: str
 ) -> Figure:
     students = [line for line in lines if not line.teacher]
-    figure = Figure(figsize=(8, 1.5 + 0.28 * len(students)), layout="constrained")
+    names = [textwrap.fill(line.label, _NAME_LETTERS) for line in students]
+    rows = sum(1 + name.count("\n") / 2 for name in names)
+    figure = Figure(figsize=(9, 2 + 0.3 * rows), layout="constrained")
     axes = figure.subplots()
     for row, line in enumerate(students):
         (point,) = line.points
@@ -61,15 +65,15 @@ def _draw_one_below_the_other(
             axes.axvline(point.mean, color=_GREYS[number % len(_GREYS)], linewidth=1, linestyle=style, label=label)
     if floor is not None:
         axes.axvline(floor, color="black", linewidth=1, linestyle="--", label=_FLOOR)
-    axes.set_yticks(range(len(students)), [line.label for line in students], fontsize="small")
+    axes.set_yticks(range(len(students)), names, fontsize="small")
     axes.invert_yaxis()
     axes.set_xlabel(f"{metric}, {students[0].points[0].nfe} NFE")
     if any(point.std is not None for line in students for point in line.points):
-        axes.set_title(f"bars: standard deviation over {spread}", fontsize="small")
+        axes.set_title(f"bars: standard deviation over {spread}", fontsize="small", loc="right")
     axes.grid(alpha=0.25)
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        legend_below(figure, handles, labels, _LEGEND_LETTERS)
+        legend_below(figure, handles, labels, _LEGEND_LETTERS + 20)
     save(figure, path)
     return figure
 
