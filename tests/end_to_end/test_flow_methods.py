@@ -86,7 +86,7 @@ def copy(finished, tmp_path):
     """A folder with its data, and with what the teachers' runs leave to others."""
     with_data(finished, tmp_path)
     for name in ("flow", "straight"):
-        for file in ("config.yaml", "student.safetensors"):
+        for file in ("config.yaml", "student.safetensors", "student.json"):
             path = tmp_path / "runs" / name / file
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes((finished / "runs" / name / file).read_bytes())
@@ -132,13 +132,16 @@ def test_what_runs_leave(finished):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_student_can_teach(finished, monkeypatch, name):
-    """Exported plain also where it is trained with two outputs, and as it was measured: it samples what the run did."""
+    """Exported plain also where it is trained with two outputs; as a teacher by its run's name only where it is a flow."""
     monkeypatch.chdir(finished)
     cfg = OmegaConf.create({"method": {"teachers": [f"runs/{name}"]}})
+    if NFE[name] == 1:  # a flow no more: its weights can be read, but not sampled in many steps
+        with pytest.raises(ValueError, match=f"the student of runs/{name} was distilled into 1 network evaluations"):
+            expand_teachers(cfg)
+        cfg.method.teachers = ["runs/flow"]
     expand_teachers(cfg)
-    teacher = build(cfg.method.teachers[0])
-    assert teacher.name == name
-    assert teacher.sample(torch.randn(4, 1, 8, 8), torch.arange(4)).isfinite().all()
+    config = OmegaConf.merge(cfg.method.teachers[0], {"weights": f"runs/{name}/student.safetensors", "sha256": None})
+    assert build(config).sample(torch.randn(4, 1, 8, 8), torch.arange(4)).isfinite().all()
     weights = read_checkpoint(finished / f"runs/{name}/checkpoints/last.ckpt")["state_dict"]
     channels = {len(value) for key, value in weights.items() if value.ndim == 4 and "heads" in key}
     assert channels == {2 if name == "joint" else 1}

@@ -87,7 +87,7 @@ def test_a_teacher_at_several_numbers_is_drawn(folder):
         ("run=runs/few0 steps=[1,[2]]", ["steps=[1, [2]] must be whole numbers"]),
         ("run=runs/few0 steps=[0]", ["steps=[0] must be whole numbers"]),
         ("run=runs/few0 steps=[]", ["steps=[] must be whole numbers"]),
-        ("run=runs/few0 solver=euler", ["solver is for teacher=NAME; a run is sampled as its method says"]),
+        ("run=runs/few0 solver=euler", ["solver is for teacher=NAME; runs and flows are sampled as their configs say"]),
     ],
 )
 def test_what_can_not_be_measured_is_refused_before_anything_is(folder, options, message):
