@@ -15,14 +15,16 @@ def expand_teachers(cfg: DictConfig) -> None:
 
     A run's student is a teacher with the network that the run trained, and is called as the run.
 
-    Errors: ValueError for a list of something else, a name that is neither, or a student of fewer evaluations than its teacher
-    takes steps; FileNotFoundError for a run without a finished student.
+    Errors: ValueError for a `teacher` that the method would not see, a list of something else, a name that is neither, or a
+    student of fewer evaluations than its teacher takes steps; FileNotFoundError for a run without a finished student.
     """
     names = cfg.method.get("teachers")
     if names is None:
         return
     if isinstance(names, str) or not OmegaConf.is_list(names):
         raise ValueError(f"method.teachers={names} must be a list, such as 'method.teachers=[digits_rf1,digits_rf2]'")
+    if cfg.get("teacher") and "teacher" not in cfg.method:
+        raise ValueError(f"teacher={cfg.teacher.name} has no effect here: name the teachers in method.teachers")
     with open_dict(cfg):
         cfg.method.teachers = [
             name if OmegaConf.is_dict(name) else teacher_config(name, "method.teachers") for name in names

@@ -103,3 +103,10 @@ def test_a_student_of_fewer_evaluations_is_no_teacher():
         ValueError, match="was distilled into 1 network evaluations and is no teacher to be sampled in 10 steps"
     ):
         expanded("runs/tiny")
+
+
+def test_a_teacher_that_the_method_would_not_see_is_refused():
+    cfg = compose("config", ["method=bezier", "teacher=digits_rf1"])
+    with pytest.raises(ValueError, match="teacher=digits_rf1 has no effect here: name the teachers in method.teachers"):
+        expand_teachers(cfg)
+    expand_teachers(compose("config", ["method=bezier"]))
