@@ -40,12 +40,12 @@ def reported(job: str, *, sweep: bool = False) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if int(os.environ.get("LOCAL_RANK", 0)):  # also of what a collective says when the first process has gone
+            time.sleep(GRACE)
         if not expected(error) or os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0"):
             if sweep:  # Hydra shows the error of the first failed job alone, and after the last job
                 traceback.print_exc()
             raise
-        if int(os.environ.get("LOCAL_RANK", 0)):
-            time.sleep(GRACE)
         print(f"error: {job}: {one_line(error)}", file=sys.stderr, flush=True)
         if sweep:
             raise JobFailed(one_line(error)) from None
