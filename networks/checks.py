@@ -25,6 +25,19 @@ def check_shares(**options: float) -> None:
             raise ValueError(f"{name} must be in [0, 1), got {value!r}")
 
 
+def check_multiple(divisor: int, **options: int) -> None:
+    for name, value in options.items():
+        if value % divisor:
+            raise ValueError(f"{name} must be a multiple of {divisor}, got {value}")
+
+
+def check_labels(num_classes: int, label_dropout: float) -> None:
+    check_counts(0, num_classes=num_classes)
+    check_shares(label_dropout=label_dropout)
+    if label_dropout and not num_classes:
+        raise ValueError(f"label_dropout={label_dropout} needs labels: set num_classes above 0, or label_dropout=0")
+
+
 def check_choice(name: str, value: object, choices: tuple) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")

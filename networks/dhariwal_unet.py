@@ -7,7 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks.branching import BranchedConv2d
-from networks.checks import check_counts, check_inputs, check_levels, check_sequence, check_shares
+from networks.checks import (
+    check_counts,
+    check_inputs,
+    check_labels,
+    check_levels,
+    check_multiple,
+    check_sequence,
+    check_shares,
+)
 from networks.embeddings import DhariwalEmbedding
 from networks.layers import Downsample, Upsample, attend, group_norm, zeroed
 from networks.song_unet import DecoderLevel
@@ -105,15 +113,13 @@ class DhariwalUNet(nn.Module):
             num_blocks=num_blocks,
             channels_per_head=channels_per_head,
         )
-        check_counts(0, num_classes=num_classes, augment_dim=augment_dim)
-        check_shares(dropout=dropout, label_dropout=label_dropout)
+        check_counts(0, augment_dim=augment_dim)
+        check_shares(dropout=dropout)
+        check_labels(num_classes, label_dropout)
         channel_mult = check_sequence("channel_mult", channel_mult)
         attn_resolutions = check_sequence("attn_resolutions", attn_resolutions)
         check_levels(resolution, channel_mult, attn_resolutions)
-        if model_channels % 4:
-            raise ValueError(f"model_channels must be a multiple of 4, got {model_channels}")
-        if label_dropout and not num_classes:
-            raise ValueError(f"label_dropout={label_dropout} needs labels: set num_classes above 0, or label_dropout=0")
+        check_multiple(4, model_channels=model_channels)
         levels = [(resolution >> level, model_channels * mult) for level, mult in enumerate(channel_mult)]
         for size, channels in levels:
             if size in (*attn_resolutions, levels[-1][0]) and channels % channels_per_head:

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks.branching import BranchedConv2d
-from networks.checks import check_choice, check_counts, check_inputs, check_shares
+from networks.checks import check_choice, check_counts, check_inputs, check_labels, check_multiple, check_shares
 from networks.embeddings import EMBEDDINGS, Embedding
 from networks.layers import linear, zeroed
 
@@ -58,15 +58,12 @@ class MLP(nn.Module):
             width=width,
             num_blocks=num_blocks,
         )
-        check_counts(0, num_classes=num_classes)
-        check_shares(dropout=dropout, label_dropout=label_dropout)
+        check_shares(dropout=dropout)
+        check_labels(num_classes, label_dropout)
+        check_multiple(4, width=width)
         check_choice("embedding", embedding, tuple(EMBEDDINGS))
         if resolution != 1:
             raise ValueError(f"an MLP reads images of one pixel: resolution must be 1, got {resolution}; take a U-Net")
-        if width % 4:
-            raise ValueError(f"width must be a multiple of 4, got {width}")
-        if label_dropout and not num_classes:
-            raise ValueError(f"label_dropout={label_dropout} needs labels: set num_classes above 0, or label_dropout=0")
         self.resolution = resolution
         self.in_channels = in_channels
         self.out_channels = out_channels

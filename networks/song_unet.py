@@ -13,7 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks.branching import BranchedConv2d
-from networks.checks import check_choice, check_counts, check_inputs, check_levels, check_sequence, check_shares
+from networks.checks import (
+    check_choice,
+    check_counts,
+    check_inputs,
+    check_labels,
+    check_levels,
+    check_multiple,
+    check_sequence,
+    check_shares,
+)
 from networks.embeddings import EMBEDDINGS, Embedding
 from networks.layers import SQRT_HALF, Downsample, ResidualBlock, Upsample, conv, group_norm, initialised
 
@@ -137,8 +146,9 @@ class SongUNet(nn.Module):
             num_blocks=num_blocks,
             channel_mult_noise=channel_mult_noise,
         )
-        check_counts(0, num_classes=num_classes, augment_dim=augment_dim)
-        check_shares(dropout=dropout, label_dropout=label_dropout)
+        check_counts(0, augment_dim=augment_dim)
+        check_shares(dropout=dropout)
+        check_labels(num_classes, label_dropout)
         channel_mult = check_sequence("channel_mult", channel_mult)
         attn_resolutions = check_sequence("attn_resolutions", attn_resolutions)
         taps = check_sequence("resample_filter", resample_filter)
@@ -147,10 +157,7 @@ class SongUNet(nn.Module):
         check_choice("decoder", decoder, DECODERS)
         check_choice("resample_filter", taps, RESAMPLE_FILTERS)
         check_levels(resolution, channel_mult, attn_resolutions)
-        if model_channels % 4:
-            raise ValueError(f"model_channels must be a multiple of 4, got {model_channels}")
-        if label_dropout and not num_classes:
-            raise ValueError(f"label_dropout={label_dropout} needs labels: set num_classes above 0, or label_dropout=0")
+        check_multiple(4, model_channels=model_channels)
         self.resolution = resolution
         self.in_channels = in_channels
         self.out_channels = out_channels
