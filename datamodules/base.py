@@ -12,6 +12,7 @@ from torch import Tensor
 from datamodules.loading import Batch, BatchLoader, endless_loader
 from datamodules.packing import PackedImages
 from diffusion.seeds import derive_seed, philox
+from metrics.images import from_uint8
 from networks.checks import check_counts
 
 _FLIP = 1  # keeps the flips' random numbers apart from everything else that is derived from the seed
@@ -119,4 +120,4 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         position, image = batch["position"], batch["image"]
         if self.flip:
             image = torch.where(flips(self.seed, position)[:, None, None, None], image.flip(-1), image)
-        return {**batch, "image": image.float().div_(127.5).sub_(1)}
+        return {**batch, "image": from_uint8(image)}

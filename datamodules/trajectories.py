@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
@@ -66,8 +67,14 @@ class TrajectoryDataModule(pl.LightningDataModule):
         check_counts(pairs=pairs, held_out=held_out, batch_size=batch_size)
         check_counts(0, seed=seed)
         keep = None if keep is None else tuple(keep)
-        options = {"keep": keep, "through": through, "dtype": dtype, "steps": steps, "shard_size": shard_size}
-        options |= {"batch_size": sampling_batch}
+        options = {
+            "keep": keep,
+            "through": through,
+            "dtype": dtype,
+            "steps": steps,
+            "shard_size": shard_size,
+            "batch_size": sampling_batch,
+        }
         teachers = list(teachers) if isinstance(teachers, Sequence) else [teachers]
         check_alike(teachers)
         self.train_stores = [
@@ -96,7 +103,8 @@ class TrajectoryDataModule(pl.LightningDataModule):
         for store in (*self.train_stores, *self.held_out_stores):
             store.fill(strategy.root_device, self.trainer.global_rank, self.trainer.world_size, strategy.barrier)
             store.spot_check(device=strategy.root_device)
-        check_ranges(self.held_out_stores)
+        if len(self.held_out_stores) > 1:
+            check_ranges(self.held_out_stores)
 
     def reference(self) -> PackedImages:
         if self.images is None:
@@ -117,6 +125,12 @@ class TrajectoryDataModule(pl.LightningDataModule):
         decoded = {**batch, "noise": sample_noise(seeds, shape), "states": states}
         labels = sample_labels(seeds, self.num_classes)
         return decoded if labels is None else {**decoded, "label": labels}
+
+
+def check_store(store: object, whose: str) -> None:
+    """Errors: ValueError for a `method.store` that names no folder. whose: samples it is for, as the message says."""
+    if not isinstance(store, str | Path) or not str(store):
+        raise ValueError(f"method.store must be a folder for {whose} samples, got {store!r}; try data/trajectories")
 
 
 def check_alike(teachers: Sequence[Teacher], option: str = "method.teachers") -> None:

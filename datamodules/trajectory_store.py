@@ -17,7 +17,7 @@ from datamodules.shards import Shards
 from datamodules.storage import free_space, readable, require_space, sweep, write_json
 from diffusion.seeds import sample_labels, sample_noise
 from diffusion.teacher import Teacher
-from metrics.images import to_uint8
+from metrics.images import from_uint8, to_uint8
 from networks.checks import check_choice, check_counts
 
 FORMAT = 1
@@ -27,7 +27,7 @@ _SPOT_TOLERANCE = 0.01
 
 def decode(states: Tensor) -> Tensor:
     """Stored states as float32, images in [-1, 1]."""
-    return states.float().div_(127.5).sub_(1) if states.dtype == torch.uint8 else states.float()
+    return from_uint8(states) if states.dtype == torch.uint8 else states.float()
 
 
 class TrajectoryStore:

@@ -11,6 +11,7 @@ from diffusion.teacher import Teacher
 from launch.flows import real_images
 from launch.measure import Evaluation
 from lightning_modules import BezierDistillation, Method
+from metrics.images import from_uint8
 from metrics.path_pictures import Panel, bezier_panel, coupling_panel, draw_paths, flow_panel, points
 from metrics.planar_pictures import PLANE
 
@@ -34,7 +35,7 @@ def draw_flow_paths(
     seeds = torch.arange(LINES, device=evaluation.device)
     noise, labels = sample_noise(seeds, evaluation.shape), sample_labels(seeds, evaluation.data.num_classes)
     drawn = sample_labels(seeds, len(packed)).cpu().numpy()
-    images = packed.fetch(drawn)[0].float().to(noise.device) / 127.5 - 1
+    images = from_uint8(packed.fetch(drawn)[0].to(noise.device))
     panels = [coupling_panel("noise and data, paired at random", noise, images, cloud)]
     for k, flow in enumerate(flows, 1):
         flow.to(evaluation.device)

@@ -22,6 +22,7 @@ from metrics.flow_chain import Chain, Distilled, Flow, from_json, scores, to_jso
 from metrics.flow_errors import ends, estimate, squares, straightness
 from metrics.flow_picture import draw_flows
 from metrics.flow_tables import text
+from metrics.images import from_uint8
 from metrics.transport import wasserstein
 
 MATCHED = 2000  # samples that W2 is taken of, at most: its time grows with their cube
@@ -165,8 +166,7 @@ def how(teacher: Teacher) -> str:
 
 def real_images(packed: Any, count: int) -> Tensor:
     """That many images (count, C, H, W), float32 in [-1, 1], evenly spread over a packed data set."""
-    images, _ = packed.fetch(np.arange(count) * len(packed) // count)
-    return images.float() / 127.5 - 1
+    return from_uint8(packed.fetch(np.arange(count) * len(packed) // count)[0])
 
 
 def report(chain: Chain, folder: Path) -> str:

@@ -67,6 +67,11 @@ class Method(pl.LightningModule):
         return self.trainer.global_step * self.batch_size
 
     @property
+    def progress(self) -> float:
+        """The share of the training that lies behind, in [0, 1)."""
+        return self.trainer.global_step / self.total_steps
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the student's images."""
         network = self.student.network

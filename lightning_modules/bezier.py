@@ -94,8 +94,7 @@ class BezierDistillation(PairedFlow):
 
     def control_points(self, batch: dict[str, Tensor]) -> Tensor:
         """P_0 .. P_n, (B, n + 1, C, H, W)."""
-        progress = self.trainer.global_step / self.total_steps
-        weights = self.first_weights + progress * (self.last_weights - self.first_weights)
+        weights = self.first_weights + self.progress * (self.last_weights - self.first_weights)
         states = batch["states"].unflatten(1, (len(self.teachers), -1))
         return self.guides(batch["noise"], states, weights, sample_uniforms(batch["seed"]))
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from datamodules import TrajectoryDataModule
+from datamodules.trajectories import check_store
 from diffusion.losses import REGRESSIONS, regression
 from diffusion.solvers import euler_step
 from diffusion.teacher import Teacher
@@ -44,10 +45,7 @@ class DenoisingStudent(DenseTargets):
             raise ValueError(f"method.loss={loss!r} is unknown; choose one of {', '.join(REGRESSIONS)}")
         if not isinstance(target_noise, int | float) or target_noise < 0:
             raise ValueError(f"method.target_noise must not be negative, got {target_noise!r}")
-        if not isinstance(store, str | Path) or not str(store):
-            raise ValueError(
-                f"method.store must be a folder for the teacher's samples, got {store!r}; try data/trajectories"
-            )
+        check_store(store, "the teacher's")
         self.teacher = teacher
         self.student = teacher.student().eval()  # no dropout in the student, as released
         self.student.preconditioning = self.student.preconditioning.one_step()

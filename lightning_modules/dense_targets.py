@@ -30,11 +30,6 @@ class DenseTargets(Method):
         """Every so many teacher steps their state is a target; the last one is the end point."""
         return self.substeps // self.branches
 
-    @property
-    def progress(self) -> float:
-        """The share of the training that lies behind, in [0, 1)."""
-        return self.trainer.global_step / self.total_steps
-
     def exported(self) -> dict[str, Tensor]:
         """Without branches."""
         return plain_state(self.student.network)

@@ -3,7 +3,6 @@
 from torch import Tensor
 
 from diffusion.distance import Distance
-from diffusion.flow import between
 from diffusion.losses import REGRESSIONS
 from diffusion.teacher import Teacher
 from diffusion.time_laws import Grid
@@ -37,7 +36,6 @@ class FlowDistillation(PairedFlow):
                 f"method.loss={loss!r} compares images, which method.steps={steps} does not; choose l2 or steps=1"
             )
         self.distil_into(steps)
-        self.steps = steps
         self.times = Grid(steps)
         self.distance = Distance(loss, self.image_shape, lpips_weights, lpips_resize)
 
@@ -46,13 +44,12 @@ class FlowDistillation(PairedFlow):
         self.distance.to(self.device)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        noise, images, labels = batch["noise"], batch["states"][:, -1], batch.get("label")
-        t = self.time(self.times, batch)
-        if self.steps == 1:
-            losses = self.distance(self.predict(noise, t, labels), images)
+        noise, images = batch["noise"], batch["states"][:, -1]
+        if self.euler_steps == 1:
+            pair = self.predict(noise, self.time(self.times, batch), batch.get("label")), images
         else:
-            losses = self.distance(self.drift(between(noise, images, t), t, labels), images - noise)
-        loss = losses.mean()
+            pair = self.straight(noise, images, self.times, batch)
+        loss = self.distance(*pair).mean()
         self.log("loss/student", loss.detach())
         return loss
 

@@ -7,8 +7,8 @@ import pytorch_lightning as pl
 from torch import Tensor
 
 from datamodules import TrajectoryDataModule
-from datamodules.trajectories import check_alike
-from diffusion.flow import end_state, time_of, velocity
+from datamodules.trajectories import check_alike, check_store
+from diffusion.flow import between, end_state, time_of, velocity
 from diffusion.schedules import flow_uniform
 from diffusion.seeds import position_uniforms
 from diffusion.solvers import euler
@@ -52,12 +52,9 @@ class FlowStudent(Method):
     def generate(self, noise: Tensor, labels: Tensor | None) -> Tensor:
         if self.euler_steps is None:
             return self.sampler.sample(noise, labels, denoiser=self.student)
-        return self.euler(noise, labels, self.euler_steps)
-
-    def euler(self, noise: Tensor, labels: Tensor | None, steps: int) -> Tensor:
-        """Steps of equal length in t from the noise to t = 1; one step is X_0 + v(X_0, 0)."""
-        state = noise
-        for state in euler(self.student, noise.double() / self.start, flow_uniform(steps, self.start), labels):  # noqa: B007
+        state = noise  # from which one step leads to X_0 + v(X_0, 0)
+        sigmas = flow_uniform(self.euler_steps, self.start)
+        for state in euler(self.student, noise.double() / self.start, sigmas, labels):  # noqa: B007
             pass
         return state
 
@@ -68,6 +65,11 @@ class FlowStudent(Method):
     def drift(self, z: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         """v(z, t) of the student, for `velocity`'s arguments but t from 0 on."""
         return velocity(self.student, z, t.clamp_min(self.start), labels)
+
+    def straight(self, noise: Tensor, images: Tensor, law: TimeLaw, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """v(X_t, t) of the student and X_1 - X_0, which it should be, at X_t = (1 - t) X_0 + t X_1: both (B, C, H, W)."""
+        t = self.time(law, batch)
+        return self.drift(between(noise, images, t), t, batch.get("label")), images - noise
 
     def time(self, law: TimeLaw, batch: dict[str, Tensor], draw: int = 0) -> Tensor:
         """t (B,), float64, of each sample of the batch: of (seed, its position, draw) alone. draw: 0 .. 3."""
@@ -94,10 +96,7 @@ class PairedFlow(FlowStudent):
         **common,
     ):
         super().__init__(**common)
-        if not isinstance(store, str | Path) or not str(store):
-            raise ValueError(
-                f"method.store must be a folder for the teachers' samples, got {store!r}; try data/trajectories"
-            )
+        check_store(store, "the teachers'")
         check_alike(teachers)
         self.teachers = list(teachers)
         self.teacher = self.teachers[-1]

@@ -2,7 +2,6 @@
 
 from torch import Tensor
 
-from diffusion.flow import between
 from diffusion.losses import REGRESSIONS, regression
 from diffusion.seeds import position_noise
 from diffusion.teacher import Teacher
@@ -30,9 +29,7 @@ class RectifiedFlow(FlowStudent):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         images = batch["image"]
         noise = position_noise(self.seed, batch["position"], self.image_shape, _NOISE_STREAM)
-        t = self.time(self.times, batch)
-        drift = self.drift(between(noise, images, t), t, batch.get("label"))
-        loss = regression(drift, images - noise, self.loss).mean()
+        loss = regression(*self.straight(noise, images, self.times, batch), self.loss).mean()
         self.log("loss/student", loss.detach())
         return loss
 
@@ -51,9 +48,7 @@ class Reflow(PairedFlow):
 
     def losses(self, batch: dict[str, Tensor]) -> Tensor:
         noise, images = batch["noise"], batch["states"][:, -1]
-        t = self.time(self.times, batch)
-        drift = self.drift(between(noise, images, t), t, batch.get("label"))
-        return regression(drift, images - noise, self.loss)
+        return regression(*self.straight(noise, images, self.times, batch), self.loss)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = self.losses(batch).mean()

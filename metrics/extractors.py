@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from metrics.digits_classifier import FEATURES, WEIGHTS, DigitsClassifier
+from metrics.images import from_uint8
 from networks.weights import hash_state, load_weights
 
 _AT_ONCE = 128  # images of 299x299 in Inception, which take some 20 MB each
@@ -90,7 +91,7 @@ class Points:
                 f"the points extractor reads uint8 images (N, 2, 1, 1), got {images.dtype} {tuple(images.shape)}; "
                 "choose an extractor that fits the data (evaluation=...)"
             )
-        return images.flatten(1).float() / 127.5 - 1
+        return from_uint8(images.flatten(1))
 
     def class_logits(self, features: Tensor) -> Tensor:
         raise ValueError("points of the plane have no classes: leave `is` out of the metrics")

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from diffusion.flow import time_of, velocity
-from diffusion.seeds import sample_labels, sample_noise
 from diffusion.teacher import Teacher
 from metrics.ranks import progress_bar
-from metrics.sampling import Sampler
+from metrics.sampling import Sampler, inputs
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def ends(
 
     Errors: ValueError where images contain NaN or infinity.
     """
-    batches = _batches(seeds, shape, num_classes, batch_size, device)
+    batches = inputs(seeds.to(device), shape, num_classes, batch_size)
     images = torch.cat([sample(*batch).float().cpu() for batch in batches])
     if not images.isfinite().all():
         raise ValueError("samples contain NaN or infinity: the sampler has diverged")
@@ -109,15 +108,7 @@ def straightness(
     shape = (teacher.channels, teacher.resolution, teacher.resolution)
     values = []
     with progress_bar(len(seeds), label) as bar:
-        for noise, labels in _batches(seeds, shape, teacher.num_classes, batch_size, device):
+        for noise, labels in inputs(seeds.to(device), shape, teacher.num_classes, batch_size):
             values.append(bend(teacher, noise, labels, steps))
             bar.update(len(noise))
     return estimate(torch.cat(values))
-
-
-def _batches(
-    seeds: Tensor, shape: Sequence[int], num_classes: int, batch_size: int, device: torch.device | str
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    for part in seeds.split(batch_size):
-        mine = part.to(device)
-        yield sample_noise(mine, shape), sample_labels(mine, num_classes)

@@ -1,4 +1,4 @@
-"""The one rule by which sampled images become bytes."""
+"""The one rule by which sampled images become bytes, and back."""
 
 import torch
 from torch import Tensor
@@ -12,3 +12,8 @@ def to_uint8(x: Tensor) -> Tensor:
     Exact inverse of p / 127.5 - 1 for every byte p. Other codes use (x + 1) * 127.5, which shifts FID slightly.
     """
     return (x.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def from_uint8(images: Tensor) -> Tensor:
+    """Bytes of any shape as float32 in [-1, 1]."""
+    return images.float().div_(127.5).sub_(1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffusion.seeds import sample_labels, sample_noise
 from metrics.charts import save
-from metrics.images import to_uint8
+from metrics.images import from_uint8, to_uint8
 from metrics.pictures import image_grid, interpolation_strip, nearest, save_grid, side_by_side
 from metrics.planar_pictures import PLANE, interpolation_curves, pixels, scatter
 from metrics.reference import PackedImages
@@ -94,4 +94,4 @@ def _samples(sample: Sampler, data: Data, count: int, device: torch.device) -> T
 
 def _real_points(data: Data) -> Tensor:
     packed = data.reference()
-    return packed.fetch(np.arange(min(len(packed), _POINTS)))[0].float() / 127.5 - 1
+    return from_uint8(packed.fetch(np.arange(min(len(packed), _POINTS)))[0])

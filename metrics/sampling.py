@@ -1,7 +1,7 @@
 """Features of what a sampler makes of given seeds."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -39,21 +39,27 @@ def features(
     clock = _CudaClock() if device.type == "cuda" else _Clock()
     rows = [torch.zeros(0, extractor.dim, device=device)]
     with torch.no_grad(), progress_bar(len(mine), label) as bar:
-        for start in range(0, len(mine), batch_size):
-            part = mine[start : start + batch_size]
-            noise, labels = sample_noise(part, shape), sample_labels(part, num_classes)
+        for noise, labels in inputs(mine, shape, num_classes, batch_size):
             with clock:
                 images = sample(noise, labels)
             finite = images.isfinite().flatten(1).all(dim=1, keepdim=True)
             with torch.autocast(device.type, enabled=False):
                 # A byte cannot be NaN: without this mark a diverged sampler would be measured as one of black images.
                 rows.append(torch.where(finite, extractor(to_uint8(images)), torch.nan))
-            bar.update(len(part))
+            bar.update(len(noise))
     gathered = gather_rows(torch.cat(rows), len(seeds))
     broken = int(gathered.isnan().any(dim=1).sum())
     if broken:
         raise ValueError(f"{broken} of {len(seeds)} samples contain NaN or infinity: the sampler has diverged")
     return gathered, slowest(clock.seconds(), device)
+
+
+def inputs(
+    seeds: Tensor, shape: Sequence[int], num_classes: int, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Noise (b, *shape) and labels (b,) of the seeds (n,), int64, in batches on their device."""
+    for part in seeds.split(batch_size) if len(seeds) else ():
+        yield sample_noise(part, shape), sample_labels(part, num_classes)
 
 
 class _Clock:
