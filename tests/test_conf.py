@@ -16,6 +16,7 @@ from diffusion.losses import regression
 from diffusion.time_laws import UShaped
 from launch.build import build, build_trainer, check_fit
 from launch.folder import RunFolder
+from launch.measure import SETTINGS
 from launch.names import register_resolvers
 from launch.teachers import expand_teachers
 from networks import save_weights
@@ -94,7 +95,7 @@ def test_every_file_composes_and_builds(file, tmp_path, monkeypatch, torch_home)
     data, method = build(cfg.data), build(cfg.method)
     check_fit(method, data)
     assert method.batch_size == data.batch_size == cfg.batch_size
-    assert set(build(cfg.evaluation)) == {"extractor", "metrics", "num_samples", "blocks", "batch_size", "training"}
+    assert set(build(cfg.evaluation)) == SETTINGS | {"training"}
     if file == Path("trainer/ddp.yaml"):
         assert cfg.trainer.accelerator == "gpu"  # only a GPU machine can build it
         return
