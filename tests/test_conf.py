@@ -3,6 +3,7 @@
 import shutil
 from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -44,7 +45,8 @@ def torch_home(tmp_path_factory):
     home = tmp_path_factory.mktemp("torch")
     write_inception(home / "hub/checkpoints/weights-inception-2015-12-05-6726825d.pth")
     write_vgg16(home / "hub/checkpoints/vgg16-397923af.pth")
-    return home
+    with mock.patch("metrics.extractors.check_hub_name"):
+        yield home
 
 
 def small(data: str) -> list[str]:
