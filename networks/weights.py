@@ -37,7 +37,7 @@ def save_weights(path: str | Path, state_dict: Mapping[str, Tensor], card: dict,
     try:
         # Not save_file, which makes files that only their owner can read.
         new_weights.write_bytes(save({name: t.detach().cpu().contiguous() for name, t in state_dict.items()}))
-        new_card.write_text(json.dumps({**card, "sha256": _hash_file(new_weights)}, indent=2) + "\n")
+        new_card.write_text(json.dumps({**card, "sha256": hash_file(new_weights)}, indent=2) + "\n")
         os.replace(new_card, card_path)
         os.replace(new_weights, path)
     except (OSError, SafetensorError) as error:
@@ -54,7 +54,7 @@ def load_weights(path: str | Path, module: nn.Module, sha256: str | None = None)
     Raises FileNotFoundError for a missing file and OSError for a damaged one or another hash.
     """
     path = find_weights(path)
-    if sha256 is not None and (found := _hash_file(path)) != sha256.lower():
+    if sha256 is not None and (found := hash_file(path)) != sha256.lower():
         raise OSError(f"{path} has SHA-256 {found}, expected {sha256}; fetch it again or correct teacher.sha256")
     try:
         state = load_file(path)
@@ -118,7 +118,8 @@ def hash_state(state: nn.Module | Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _hash_file(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, 64 hex digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
