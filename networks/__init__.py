@@ -2,6 +2,8 @@
 
 from networks.branching import BranchedConv2d, branches_of, collapse, plain_state, reading_all, respread, widen
 from networks.dhariwal_unet import DhariwalUNet
+from networks.diffusers_folder import DiffusersFolder
+from networks.diffusers_unet import DiffusersUNet
 from networks.discriminator import Discriminator
 from networks.edm_pickle import EDMPickle
 from networks.mlp import MLP
@@ -15,6 +17,8 @@ __all__ = [
     "MLP",
     "BranchedConv2d",
     "DhariwalUNet",
+    "DiffusersFolder",
+    "DiffusersUNet",
     "Discriminator",
     "EDMPickle",
     "SongUNet",
