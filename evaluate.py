@@ -47,9 +47,12 @@ def trained(cfg: DictConfig, path: Path, counts: list[int]) -> tuple[Any, DictCo
     from launch.build import build_seeded
     from launch.folder import RunFolder
     from launch.measure import choose_steps, load_student
+    from launch.sources import fetch
 
     folder = RunFolder(path)
     stored = folder.read_config()
+    if cfg.download:
+        fetch(OmegaConf.to_container(stored, resolve=True))
     method = build_seeded(stored.method, stored.seed)
     weights = load_student(method, folder, cfg.weights, cfg.checkpoint)
     for count in counts:
@@ -71,16 +74,20 @@ def evaluate_teacher(cfg: DictConfig, device: Any) -> tuple[list, Any, dict, Pat
     from launch.build import build, build_seeded
     from launch.measure import Evaluation
 
-    if "data" not in cfg:
-        raise ValueError(f"teacher={cfg.teacher.name} is not named like its data set; add data=NAME")
-    if cfg.solver is not None:
-        cfg.teacher.solver = cfg.solver
     data, teacher = build(cfg.data), build_seeded(cfg.teacher, cfg.seed)
     evaluation = Evaluation(build(cfg.evaluation) | overrides(cfg), data, device)
     steps = OmegaConf.to_container(cfg.steps) if OmegaConf.is_list(cfg.steps) else [cfg.steps]
     records = [record for count in steps for record in evaluation.teacher(teacher, count)]
     records += evaluation.real()
     return records, evaluation, {"teacher": teacher.sample}, Path("runs") / f"teacher-{teacher.name}"
+
+
+def check_teacher(cfg: DictConfig, device: Any) -> None:
+    from launch.build import build, build_seeded
+    from launch.check import check
+
+    teacher = build_seeded(cfg.teacher, cfg.seed)
+    print(f"\n{check(teacher, build(cfg.data), Path('runs') / f'teacher-{teacher.name}', device)}")
 
 
 def evaluate_flows(cfg: DictConfig, device: Any) -> None:
@@ -140,6 +147,7 @@ def chosen_device(name: str) -> Any:
 
 def evaluate(cfg: DictConfig) -> None:
     from launch import compare, quality
+    from launch.sources import fetch
     from metrics.records import load_records, merge_records, save_records
     from metrics.tables import table
 
@@ -151,6 +159,17 @@ def evaluate(cfg: DictConfig) -> None:
         )
     if not teacher and cfg.solver is not None:
         raise ValueError("solver is for teacher=NAME; runs and flows are sampled as their configs say")
+    if teacher:
+        if "data" not in cfg:
+            raise ValueError(f"teacher={cfg.teacher.name} is not named like its data set; add data=NAME")
+        if cfg.solver is not None:
+            cfg.teacher.solver = cfg.solver
+    elif cfg.check:
+        raise ValueError("check=true is a teacher's self-test: say teacher=NAME")
+    if cfg.download:
+        fetch(OmegaConf.to_container(cfg, resolve=True))
+    if cfg.check:
+        return check_teacher(cfg, device)
     if cfg.flows is not None:
         return evaluate_flows(cfg, device)
     if cfg.distilled is not None:

@@ -23,9 +23,11 @@ def train(cfg: DictConfig, search: bool = False) -> float | None:
     from launch.final import finish
     from launch.folder import RunFolder
     from launch.measure import checked
+    from launch.plan import plan
     from launch.processes import is_rank_zero, one_job
     from launch.quiet import quiet
     from launch.search import check_measured, last_monitored
+    from launch.sources import fetch
     from launch.stages import build_stages, fit_stages
     from launch.teachers import expand_teachers
 
@@ -33,19 +35,26 @@ def train(cfg: DictConfig, search: bool = False) -> float | None:
     folder = RunFolder(cfg.folder)
     expand_teachers(cfg)
     config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    del config["folder"]  # a run may be moved
+    for option in ("folder", "download", "plan"):  # a run may be moved, and none of these changes it
+        del config[option]
+    if cfg.plan:
+        print(plan(cfg))
+        return None
     folder.check(config)
     if folder.complete():
         print(f"{folder.path} is complete:\n\n{folder.report()}\n\nChoose another name=... or seed=... to train again.")
         return last_monitored(folder, search)
     if search:
         check_measured(cfg)
+    if cfg.download:
+        fetch(config)
     data = build(cfg.data)
     method = build_seeded(cfg.method, cfg.seed)
     # Whatever is wrong shows now, before anything is written, and not after training.
     check_fit(method, data)
     training, evaluation = method.training_data(data), checked(build(cfg.evaluation))
-    data.check_source()
+    if training is data or evaluation["reference"] is None:
+        data.check_source()
     stages = build_stages(cfg, method, data, folder)
     trainer = build_trainer(cfg, method, folder)
     with one_job(*(stage.trainer for stage in stages), trainer):

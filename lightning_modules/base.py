@@ -92,6 +92,11 @@ class Method(pl.LightningModule):
         """Network evaluations of one `sample` call."""
         return 1
 
+    @property
+    def evaluations(self) -> dict[str, float]:
+        """Network evaluations that an image of the training costs, on average, by the network: what `plan=true` shows."""
+        return {"student": 1.0}
+
     def choose_steps(self, steps: int, folder: Path) -> str | None:
         """From now on `sample` takes so many evaluations; `folder` is the run's, where other students may lie.
 

@@ -81,6 +81,10 @@ class BezierDistillation(PairedFlow):
             widen(self.student.network, 2)
 
     @property
+    def evaluations(self) -> dict[str, float]:
+        return {"student": float(bool(self.weight_of_prediction) + bool(self.weight_of_drift))}
+
+    @property
     def through(self) -> Iterable[float]:
         return [level_of(t) for t in self.guides.times]
 

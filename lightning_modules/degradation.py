@@ -28,6 +28,10 @@ class DegradationRecording(Method):
         self.student = self.teacher.student().eval()
         self.sigma_init, self.sigmas = sigma_init, sigmas
 
+    @property
+    def evaluations(self) -> dict[str, float]:
+        return {"teacher": 1.0, "copy": 1.0}
+
     def training_data(self, data: pl.LightningDataModule) -> pl.LightningDataModule:
         super().training_data(data)
         return DataFree(self.batch_size)

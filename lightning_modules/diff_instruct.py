@@ -79,6 +79,13 @@ class DiffInstruct(Method):
         return self.trainer.global_step // (1 if self.two_sided else self.fake_updates + 1)
 
     @property
+    def evaluations(self) -> dict[str, float]:
+        turns = 1 if self.two_sided else self.fake_updates + 1
+        counts = {"student": 1.0, "fake score": 1.0, "teacher": 1 / turns}
+        # The encoder alone: of a generated and a real image in a turn of the fake score, of a generated one in the generator's.
+        return counts | ({"fake score's encoder": (2 * self.fake_updates + 1) / turns} if self.gan else {})
+
+    @property
     def peak_lrs(self) -> list[float]:
         return [self.lr, self.fake_lr]
 

@@ -81,14 +81,18 @@ def _unit(x: Tensor) -> Tensor:
     return x / (x.square().sum(1, keepdim=True) + 1e-8).sqrt()  # where all features are zero, so is the gradient
 
 
+def vgg16_file(weights: str | Path | None) -> Path:
+    """Where VGG-16's weights are kept: `weights`, or as torchvision does in torch hub's folder."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(URL).name if weights is None else Path(weights)
+
+
 def _read_vgg16(weights: str | Path | None) -> nn.Sequential:
-    usual = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL).name
-    path = usual if weights is None else Path(weights)
+    path = vgg16_file(weights)
     try:
         path = find_weights(path)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"no VGG-16 weights at {path}; download {URL} to {usual}, or say where that file is by method.lpips_weights"
+            f"no VGG-16 weights at {path}; add download=true to fetch {URL}, or say where that file is by method.lpips_weights"
         ) from error
     try:
         # The published file is older than the zip format of torch.save, and only that can be mapped.
