@@ -8,6 +8,7 @@ from networks.discriminator import Discriminator
 from networks.edm_pickle import EDMPickle
 from networks.mlp import MLP
 from networks.perceptual import LPIPS
+from networks.rectified_flow_checkpoint import RectifiedFlowCheckpoint
 from networks.song_unet import SongUNet
 from networks.step_condition import condition_on_steps, fixed_steps_state, set_steps
 from networks.weights import find_weights, hash_state, load_weights, read_card, save_weights
@@ -21,6 +22,7 @@ __all__ = [
     "DiffusersUNet",
     "Discriminator",
     "EDMPickle",
+    "RectifiedFlowCheckpoint",
     "SongUNet",
     "branches_of",
     "collapse",
