@@ -71,9 +71,7 @@ def test_vp_and_ve_are_edms_table_1():
     sigma = torch.tensor([0.0010004976266502028, 0.010485992786706403, 3.41291830906912, 152.1669702839464]).double()
     c = P.VP()(sigma)
     assert c.noise.tolist() == pytest.approx([0.00999, 0.999, 499.5, 999.0], rel=1e-7)
-    torch.testing.assert_close(
-        P.VP()(sigma.float()).noise.double(), c.noise, rtol=1e-5, atol=0
-    )  # also at the least noise
+    torch.testing.assert_close(P.VP()(sigma.float()).noise.double(), c.noise, rtol=1e-6, atol=0)
     assert (c.skip == 1).all()
     torch.testing.assert_close(c.in_, (1 + sigma**2).rsqrt())
     assert torch.equal(c.out, -sigma)
@@ -91,7 +89,7 @@ def test_vp_and_ve_are_edms_table_1():
 def test_vp_agrees_with_epsilon_on_ddpms_own_levels():
     """beta(t) / 1000 is DDPM's, so that index i is time (i + 1) / 1000 to within the difference of sums and integrals."""
     sigma = ddpm_sigmas()[torch.tensor([10, 100, 500, 999])]
-    assert P.VP()(sigma).noise.tolist() == pytest.approx([10.0, 100.0, 500.0, 999.0], abs=3)
+    assert P.VP()(sigma).noise.tolist() == pytest.approx([10.0, 100.0, 500.0, 999.0], abs=4)
     assert isinstance(P.VP(timesteps=500).one_step(), P.ResidualEpsilon)
     assert P.VP(timesteps=500).one_step().timesteps == 500
     for options in ({"beta_d": 0}, {"beta_min": -1.0}, {"timesteps": 1}):
