@@ -77,8 +77,8 @@ def export(
 ) -> None:
     """Write the folder, whole or not at all: pipeline, weights, the run's config, and README.md as its card.
 
-    weights: the name of the student's weights. records: its measurements, and those that belong beside them. Errors: ValueError for an occupied `target`, OSError
-    where the disk refuses.
+    weights: the name of the student's weights. records: its measurements, and those that belong beside them.
+    Errors: ValueError for an occupied `target`, OSError where the disk refuses.
     """
     target = check_target(target)
     target.parent.mkdir(parents=True, exist_ok=True)
