@@ -35,13 +35,15 @@ def end_state(denoiser: DenoiserFunction, z: Tensor, t: Tensor, labels: Tensor |
     return denoiser(z / per_sample(t, z), level_of(t), labels)
 
 
-def velocity(denoiser: Denoiser, z: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+def velocity(
+    denoiser: Denoiser, z: Tensor, t: Tensor, labels: Tensor | None = None, augment_labels: Tensor | None = None
+) -> Tensor:
     """v(z, t) (B, C, H, W), float32, of states z of that shape at times t (B,), float64 in (0, 1).
 
     It is (D - z) / (1 - t) without the division of a small difference: with x = z / t and D = c_skip x + c_out F it is
-    ((c_skip / t - 1) z + c_out F) / (1 - t). A network with branches is read in its first one.
+    ((c_skip / t - 1) z + c_out F) / (1 - t). A network with branches is read in its first one. augment_labels as of `Denoiser`.
     """
     c = denoiser.preconditioning(level_of(t))
     from_state, from_network = (c.skip / t - 1) / (1 - t), c.out / (1 - t)
-    out = denoiser.first_branch(per_sample(c.in_ / t, z) * z, c.noise, labels)
+    out = denoiser.first_branch(per_sample(c.in_ / t, z) * z, c.noise, labels, augment_labels)
     return per_sample(from_state, z) * z + per_sample(from_network, z) * out

@@ -25,13 +25,19 @@ def weighted_square(denoiser: Denoiser, error: Tensor, sigma: Tensor) -> Tensor:
 
 
 def denoising_score_matching(
-    denoiser: Denoiser, images: Tensor, sigma: Tensor, noise: Tensor, labels: Tensor | None = None
+    denoiser: Denoiser,
+    images: Tensor,
+    sigma: Tensor,
+    noise: Tensor,
+    labels: Tensor | None = None,
+    augment_labels: Tensor | None = None,
 ) -> Tensor:
     """lambda(sigma) |D(x0 + sigma e, sigma) - x0|^2 (EDM equation 2) with lambda = 1 / c_out^2.
 
-    images (B, C, H, W) in [-1, 1], sigma (B,), noise like images, unit normal.
+    images (B, C, H, W) in [-1, 1], sigma (B,), noise like images, unit normal; both kinds of labels as of `Denoiser`.
     """
-    return weighted_square(denoiser, denoiser(noised(images, sigma, noise), sigma, labels) - images, sigma)
+    estimate = denoiser(noised(images, sigma, noise), sigma, labels, augment_labels)
+    return weighted_square(denoiser, estimate - images, sigma)
 
 
 def regression(output: Tensor, target: Tensor, kind: str) -> Tensor:

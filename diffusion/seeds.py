@@ -70,9 +70,10 @@ def position_noise(seed: int, positions: Tensor, shape: Sequence[int], stream: i
     return _normals(_position_words(seed, positions, -(-size // 4), stream), size).reshape(len(positions), *shape)
 
 
-def position_uniforms(seed: int, positions: Tensor, stream: int) -> tuple[Tensor, ...]:
-    """Four independent uniform numbers for each position, each (B,), float64 in (0, 1), as `position_noise`."""
-    return tuple((word[:, 0].double() + 0.5) * 2.0**-32 for word in _position_words(seed, positions, 1, stream))
+def position_uniforms(seed: int, positions: Tensor, stream: int, count: int = 4) -> tuple[Tensor, ...]:
+    """`count` independent uniform numbers for each position, each (B,), float64 in (0, 1), as `position_noise`."""
+    words = torch.stack(_position_words(seed, positions, -(-count // 4), stream), dim=-1).flatten(1)
+    return tuple((word.double() + 0.5) * 2.0**-32 for word in words[:, :count].unbind(1))
 
 
 def _position_words(seed: int, positions: Tensor, blocks: int, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

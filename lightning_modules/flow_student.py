@@ -68,14 +68,15 @@ class FlowStudent(Method):
         """f(z, t) = z + (1 - t) v(z, t) of the student, for `end_state`'s arguments but t from 0 on."""
         return end_state(self.student, z, t.clamp_min(self.start), labels)
 
-    def drift(self, z: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+    def drift(self, z: Tensor, t: Tensor, labels: Tensor | None, augment_labels: Tensor | None = None) -> Tensor:
         """v(z, t) of the student, for `velocity`'s arguments but t from 0 on."""
-        return velocity(self.student, z, t.clamp_min(self.start), labels)
+        return velocity(self.student, z, t.clamp_min(self.start), labels, augment_labels)
 
     def straight(self, noise: Tensor, images: Tensor, law: TimeLaw, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """v(X_t, t) of the student and X_1 - X_0, which it should be, at X_t = (1 - t) X_0 + t X_1: both (B, C, H, W)."""
         t = self.time(law, batch)
-        return self.drift(between(noise, images, t), t, batch.get("label")), images - noise
+        labels = batch.get("label"), batch.get("augment")
+        return self.drift(between(noise, images, t), t, *labels), images - noise
 
     def time(self, law: TimeLaw, batch: dict[str, Tensor], draw: int = 0) -> Tensor:
         """t (B,), float64, of each sample of the batch: of (seed, its position, draw) alone. draw: 0 .. 3."""

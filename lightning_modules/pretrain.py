@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from datamodules.augmentation import augmented, check_augment
 from diffusion.losses import denoising_score_matching, log_normal_sigmas
 from diffusion.student_sampling import Sampling
 from diffusion.teacher import Teacher
@@ -11,24 +12,35 @@ from lightning_modules.base import Method
 class Pretrain(Method):
     """Trains the network of a teacher config from scratch, or on from its weights.
 
-    p_mean, p_std: ln(sigma) ~ N(p_mean, p_std^2). One step is one batch of images, each at one noise level.
+    p_mean, p_std: ln(sigma) ~ N(p_mean, p_std^2). augment: the probability of each of EDM's augmentations, whose labels the
+    network is told (datamodules/augmentation.py). One step is one batch of images, each at one noise level.
     """
 
-    def __init__(self, teacher: Teacher, *, p_mean: float = -1.2, p_std: float = 1.2, **common):
+    def __init__(
+        self,
+        teacher: Teacher,
+        *,
+        p_mean: float = -1.2,
+        p_std: float = 1.2,
+        augment: float | None = None,
+        **common,
+    ):
         super().__init__(**common)
         if not isinstance(p_std, int | float) or p_std <= 0:
             raise ValueError(f"method.p_std must be positive, got {p_std!r}")
         if not isinstance(p_mean, int | float):
             raise ValueError(f"method.p_mean must be a number, got {p_mean!r}")
+        check_augment(augment, teacher.denoiser.network)
         self.sampler = teacher  # its schedule and solver draw the samples
         self.student = teacher.student().train()
-        self.p_mean, self.p_std = p_mean, p_std
+        self.p_mean, self.p_std, self.augment = p_mean, p_std, augment
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        images, labels = batch["image"], batch.get("label")
+        batch = augmented(batch, self.augment, self.seed)
+        images, labels = batch["image"], (batch.get("label"), batch.get("augment"))
         sigma = log_normal_sigmas(len(images), self.p_mean, self.p_std, images.device)
         noise = images.new_empty(images.shape).normal_()
-        loss = denoising_score_matching(self.student, images, sigma, noise, labels).mean()
+        loss = denoising_score_matching(self.student, images, sigma, noise, *labels).mean()
         self.log("loss/student", loss.detach())
         return loss
 

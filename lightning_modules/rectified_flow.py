@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from datamodules.augmentation import augmented, check_augment
 from diffusion.losses import REGRESSIONS, regression
 from diffusion.seeds import position_noise
 from diffusion.teacher import Teacher
@@ -16,17 +17,19 @@ class RectifiedFlow(FlowStudent):
     """min_v E |X_1 - X_0 - v(X_t, t)|^2 / 2 with X_t = (1 - t) X_0 + t X_1, for independent noise X_0 and images X_1.
 
     teacher: names the network, and the schedule and solver by which the flow is sampled. times: the law of t. loss: "l2", "l1"
-    or "huber", a sum over pixels. One step is one batch of images, each at one time.
+    or "huber", a sum over pixels. augment: as of `Pretrain`. One step is one batch of images, each at one time.
     """
 
-    def __init__(self, teacher: Teacher, *, times: TimeLaw, loss: str = "l2", **common):
+    def __init__(self, teacher: Teacher, *, times: TimeLaw, loss: str = "l2", augment: float | None = None, **common):
         super().__init__(**common)
         check_choice("method.loss", loss, REGRESSIONS)
         check_law("method.times", times)
+        check_augment(augment, teacher.denoiser.network)
         self.follow(teacher, label_dropout=True)
-        self.times, self.loss = times, loss
+        self.times, self.loss, self.augment = times, loss, augment
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        batch = augmented(batch, self.augment, self.seed)
         images = batch["image"]
         noise = position_noise(self.seed, batch["position"], self.image_shape, _NOISE_STREAM)
         loss = regression(*self.straight(noise, images, self.times, batch), self.loss).mean()

@@ -8,6 +8,8 @@ from torch.utils.data import DataLoader
 
 from closed_forms import Mixture, fit
 from datamodules import Planar
+from datamodules.augmentation import augmented
+from diffusion.losses import denoising_score_matching, log_normal_sigmas
 from diffusion.preconditioning import EDM
 from diffusion.schedules import karras
 from diffusion.seeds import sample_noise
@@ -25,6 +27,7 @@ class PointNetwork(nn.Module):
     in_channels = out_channels = 2
     resolution = 1
     num_classes = 0
+    augment_dim = 9
 
     def __init__(self):
         super().__init__()
@@ -96,6 +99,26 @@ def test_its_loss_is_edms():
     torch.testing.assert_close(loss, expected)
 
 
+def test_augmented_images_are_its_data_and_the_network_is_told():
+    method = module(augment=1.0)
+    method.log = lambda *args, **kwargs: None
+    told = []
+    method.student.network.register_forward_hook(lambda _, args, out: told.append(args[3] if len(args) > 3 else None))
+    batch = {"image": Mixture().sample(64, torch.Generator().manual_seed(1)).float(), "position": torch.arange(64)}
+    changed = augmented(batch, 1.0, seed=0)
+    torch.manual_seed(3)
+    loss = method.training_step(batch, 0)
+    torch.manual_seed(3)
+    sigma = log_normal_sigmas(64, -1.0, 1.2, "cpu")
+    noise = torch.empty(64, 2, 1, 1).normal_()
+    expected = denoising_score_matching(method.student, changed["image"], sigma, noise).mean()
+    torch.testing.assert_close(loss, expected)
+    assert torch.equal(told[0], changed["augment"])
+    told.clear()
+    method.sample(sample_noise(torch.arange(2), (2, 1, 1)))
+    assert told == [None] * method.nfe  # which is zeros
+
+
 def test_sampling_is_in_eval_mode_and_training_mode_returns():
     method = module()
     modes = []
@@ -109,6 +132,8 @@ def test_sampling_is_in_eval_mode_and_training_mode_returns():
 def test_misuse():
     with pytest.raises(ValueError, match="method.p_std must be positive, got 0"):
         module(p_std=0)
+    with pytest.raises(ValueError, match="method.augment must be null or a probability"):
+        module(augment=0)
 
 
 @pytest.mark.parametrize("law", ["eight_gaussians", "checkerboard"])

@@ -1,14 +1,19 @@
 import pytest
 import torch
 from flow_tools import COMMON, Nothing, mixture_flow
+from torch import nn
 
 from closed_forms import Mixture, MixtureData, energy_distance, exact_teacher, fit
+from datamodules.augmentation import augmented
 from diffusion.flow import between, velocity
+from diffusion.preconditioning import Velocity
 from diffusion.schedules import flow_uniform
 from diffusion.seeds import HELD_OUT_SEEDS, position_noise, position_uniforms, sample_noise
 from diffusion.solvers import euler
+from diffusion.teacher import Teacher
 from diffusion.time_laws import Start, Uniform
 from lightning_modules import RectifiedFlow, Reflow
+from networks import SongUNet
 
 
 def rectified_flow(teacher=None, **options):
@@ -76,6 +81,26 @@ def test_the_loss_is_the_papers():
     out = module.student.network(z, (999 * t).float())
     expected = (out - (batch["image"] - noise)).square().sum((1, 2, 3)).mean() / 2
     torch.testing.assert_close(module.training_step(batch, 0), expected)
+
+
+def test_a_flow_of_augmented_images_tells_its_network():
+    network = SongUNet(8, 1, 1, augment_dim=9, model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=())
+    nn.init.normal_(network.embed.augment.weight)
+    nn.init.normal_(network.heads["8"].conv.weight)
+    teacher = Teacher("digits", network, Velocity(), flow_uniform)
+    module, plain = (rectified_flow(teacher, augment=augment) for augment in (0.5, None))
+    module.log = lambda *args, **kwargs: None
+    batch = {"image": torch.rand(8, 1, 8, 8) * 2 - 1, "position": torch.arange(40, 48)}
+    changed = augmented(batch, 0.5, seed=0)
+    noise = position_noise(0, batch["position"], (1, 8, 8), stream=1)
+    t = module.time(Uniform(), batch)
+    z = between(noise, changed["image"], t)
+    out = module.student.network(z, (999 * t).float(), None, changed["augment"])
+    expected = (out - (changed["image"] - noise)).square().sum((1, 2, 3)).mean() / 2
+    torch.testing.assert_close(module.training_step(batch, 0), expected)
+    assert not torch.allclose(plain.straight(noise, batch["image"], Uniform(), batch)[0], out)
+    with pytest.raises(ValueError, match=r"set teacher.network.augment_dim=9, or method.augment=null"):
+        rectified_flow(augment=0.5)
 
 
 def test_reflow_takes_its_teachers_pairs(tmp_path):
