@@ -53,7 +53,8 @@ def train(cfg: DictConfig, search: bool = False) -> float | None:
     # Whatever is wrong shows now, before anything is written, and not after training.
     check_fit(method, data)
     training, evaluation = method.training_data(data), checked(build(cfg.evaluation))
-    data.check_source()
+    if training is data or evaluation["reference"] is None:
+        data.check_source()
     stages = build_stages(cfg, method, data, folder)
     trainer = build_trainer(cfg, method, folder)
     with one_job(*(stage.trainer for stage in stages), trainer):

@@ -229,21 +229,19 @@ def table(result: dict[str, Any]) -> str:
     batch, size = first["batch_size"], first["parameters"] / 1e6
     lines = [
         result["title"],
-        f"  {first['device']}, batch {batch}, {size:.3g} M parameters. Seconds of an optimiser step (least .. greatest) and per image",
-        "  of the batch; the process's peak of memory; network evaluations per image, * with gradient.",
+        f"  {first['device']}, batch {batch}, {size:.3g} M parameters. Seconds of an optimiser step (least .. greatest), and",
+        "  per image; the process's peak of memory; network evaluations per image of the batch, * with gradient.",
     ]
     for entry in result["methods"]:
         head = f"  {entry['method']:<29}{entry['precision']:<11}"
         if "killed" in entry:
             lines.append(f"{head}killed: out of memory?")
             continue
-        peak = f"{entry['peak_gib']:>6.1f} GiB"
         turns = entry["turns"] if len(entry["turns"]) > 1 else []
         counted = entry["evaluations_per_image"]
         memory = f"{entry['peak_gib']:>6.1f} GiB"
-        lines.append(
-            head + _line(entry["seconds_per_step"], batch, memory) + (": a mean of" if turns else _counted(counted))
-        )
+        made = "  a mean of" if turns else _counted(counted)
+        lines.append(head + _line(entry["seconds_per_step"], batch, memory) + made)
         lines += [f"{'':<42}{_line(turn['seconds'], batch, ' ' * 10)}{_counted(turn['evaluations'])}" for turn in turns]
     if "fastgen_dmd2" in result:
         lines += _beside(result)

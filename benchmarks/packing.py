@@ -67,7 +67,7 @@ def measure(count: int = 10_000, jpegs: int = 1000, side: int = 256, rounds: int
                 rates[name].append(images / (clock() - begun))
                 shutil.rmtree(data.folder)
     return {
-        "title": f"packing into 3x64x64 uint8: {count:,} PNGs of that size in a zip, {jpegs:,} JPEGs of {side}x{side} in a folder",
+        "title": f"packing at 64x64: {count:,} PNGs of that size in a zip, {jpegs:,} JPEGs of {side}x{side} in a folder",
         "device": "cpu",
         "batch_size": 1,
         **{name: summary(values[1:]) for name, values in rates.items()},

@@ -1,5 +1,6 @@
 """A file like torch-fidelity's Inception weights, but random: the real ones are a download of 96 MB."""
 
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -8,6 +9,13 @@ import torch
 
 def write_inception(path: Path) -> Path:
     """A state dict in PyTorch's format, as the network of torch-fidelity saves it; signals keep their size through it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(_state(), path)
+    return path
+
+
+@cache
+def _state() -> dict[str, torch.Tensor]:
     from torch_fidelity import feature_extractor_inceptionv3 as source  # takes seconds
 
     class Random(source.FeatureExtractorInceptionV3):
@@ -19,7 +27,4 @@ def write_inception(path: Path) -> Path:
                     torch.nn.init.normal_(parameter, std=std, generator=generator)
 
     with mock.patch.object(source, "load_state_dict_from_url"):
-        network = Random("random", ["2048"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(network.state_dict(), path)
-    return path
+        return Random("random", ["2048"]).state_dict()

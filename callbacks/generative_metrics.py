@@ -1,6 +1,6 @@
 """The quality of samples during training, always of the same seeds."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,9 +11,9 @@ from callbacks.clock import Clock
 from callbacks.ema import copies
 from callbacks.schedule import check_every_kimg, due
 from diffusion.seeds import MONITOR_SEEDS
-from metrics.evaluation import METRICS, check_settings, measure, needs_real_rows
+from metrics.evaluation import METRICS, check_rows, check_settings, measure, needs_real_rows
 from metrics.extractors import FeatureExtractor
-from metrics.reference import Reference, reference_statistics
+from metrics.reference import Reference, published_reference, reference_statistics
 
 
 class GenerativeMetrics(pl.Callback):
@@ -25,7 +25,8 @@ class GenerativeMetrics(pl.Callback):
     be compared), averaged copy; beside them progress/student_updates and speed/training_seconds (by Clock), for comparing
     how fast methods converge. `ema_names`: averages by name, "raw" for the trained weights; None: the first average.
     Sampling is in float32, shared by all processes, and leaves random state and modes as they were. The real images are
-    those of `pl_module.data`; their statistics are kept in `cache_folder` (None: computed in every run).
+    those of `pl_module.data`; their statistics are kept in `cache_folder` (None: computed in every run). `reference`: published
+    statistics in their place, as evaluation.reference.
 
     Must come after EMA among the trainer's callbacks.
     """
@@ -39,6 +40,7 @@ class GenerativeMetrics(pl.Callback):
         ema_names: Sequence[str] | None = None,
         batch_size: int = 500,
         cache_folder: str | None = "data/statistics",
+        reference: Mapping[str, Any] | None = None,
     ) -> None:
         if num_samples < 10 or batch_size < 1:
             raise ValueError(
@@ -48,13 +50,19 @@ class GenerativeMetrics(pl.Callback):
         if not metrics or not set(metrics) <= set(METRICS):
             raise ValueError(f"GenerativeMetrics: metrics must be some of {', '.join(METRICS)}, got {list(metrics)}")
         check_settings(list(metrics), num_samples, 1, batch_size)
+        if reference is not None:
+            check_rows(metrics)
         self.every_kimg = check_every_kimg("GenerativeMetrics", every_kimg)
         self.num_samples, self.extractor, self.metrics = num_samples, extractor, list(metrics)
         self.ema_names, self.batch_size, self.cache_folder = ema_names, batch_size, cache_folder
+        self.published = reference
         self._reference: Reference | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         copies(trainer, self, self.ema_names)
+        if self.published is not None:
+            self._reference = published_reference(self.published, self.extractor)
+            return
         # Here, so that an extractor that does not fit the data is refused before training.
         self._reference = reference_statistics(
             pl_module.data.reference(),

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytorch_lightning as pl
@@ -39,10 +40,13 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     A batch on the device is {"image": float32 (B, C, H, W) in [-1, 1], "label": int64 (B,), "position": int64 (B,)}, the
     label only where there are classes and `conditional` holds; `num_classes` is 0 otherwise. Positions count the images of
     all batches and devices. `batch_size` counts all devices together. `flip` mirrors half of the images left to right.
-    `num_workers` helps only where the disk is slow.
+    `num_workers` helps only where images are decoded or the disk is slow.
 
     Errors: ValueError for sizes other than those of the packed images, or a batch that the devices cannot divide evenly.
     """
+
+    packed_type: ClassVar[type] = PackedImages
+    """How the folder is read."""
 
     def __init__(
         self,
@@ -95,7 +99,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         """All real training images, with their labels if the data set has any; packed now if they are not yet."""
         if self._packed is None:
             self.prepare_data()
-            packed = PackedImages(self.folder)
+            packed = self.packed_type(self.folder)
             for key, option, expected in (
                 ("resolution", "resolution", self.resolution),
                 ("channels", "channels", self.channels),

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +10,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.storage import check_npy, hash_range, require_space, scratch, sweep, write_json, write_npy
+from datamodules.partial import claimed, grow
+from datamodules.storage import check_npy, folder_size, hash_range, npy_header, require_space, write_json, write_npy
 
 FORMAT = 1
-_DESCRIPTION = {"name", "classes", "source", "preprocessing"}
-_MARGIN = 1 << 16  # bytes for headers, meta.json and the file system's own bookkeeping
+DESCRIPTION = {"name", "classes", "source", "preprocessing"}
+MARGIN = 1 << 16  # bytes for headers, meta.json and the file system's own bookkeeping
 
 
 def pack(
     folder: str | Path,
-    images: np.ndarray | Iterable[np.ndarray],
+    images: np.ndarray | Iterable[np.ndarray] | Callable[[int], Iterable[np.ndarray]],
     count: int,
     shape: tuple[int, int, int],
     *,
     labels: np.ndarray | None = None,
     meta: dict[str, Any],
+    identity: str | None = None,
 ) -> "PackedImages":
     """Write `count` images of `shape` (C, H, W) into `folder`, which appears complete or not at all.
 
-    `images` is one uint8 array (N, C, H, W) or an iterable of such chunks, `labels` integers (N,). `meta` says name,
-    classes (0 without labels), source and preprocessing. Where another process was faster, its folder stays and this
-    copy goes.
+    `images` is one uint8 array (N, C, H, W), an iterable of such chunks, or a function that gives the chunks from an image
+    number on; `labels` integers (N,). `meta` says name, classes (0 without labels), source and preprocessing. Where the
+    folder is there, or another process makes it, it stays as it is.
+
+    With a function and an `identity`, which names the source's content, a killed process' work goes on.
 
     Errors: ValueError for images or labels other than announced, OSError for a disk that is too small.
     """
@@ -38,31 +42,36 @@ def pack(
     channels, height, width = shape
     if height != width:
         raise ValueError(f"images must be square, got shape {tuple(shape)}")
-    if set(meta) != _DESCRIPTION:
-        raise ValueError(f"meta must say {', '.join(sorted(_DESCRIPTION))}, got {', '.join(sorted(meta)) or 'nothing'}")
+    check_meta(meta)
     labels = _checked_labels(labels, count, meta["classes"])
-    require_space(folder, count * (channels * height * width + 8) + _MARGIN)
-    sweep(folder.parent, folder.name)
-    with scratch(folder) as temporary:
-        temporary.mkdir()
-        chunks = [images] if isinstance(images, np.ndarray) else images
-        digest = write_npy(temporary / "images.npy", (count, *shape), np.uint8, _checked(chunks, count, shape))
-        labels_digest = None
-        if labels is not None:
-            labels_digest = write_npy(temporary / "labels.npy", (count,), np.dtype("<i8"), [labels])
-        sizes = {"count": count, "channels": channels, "resolution": height}
-        hashes = {"sha256": digest, "labels_sha256": labels_digest}
-        write_json(temporary / "meta.json", {"format": FORMAT, **meta, **sizes, **hashes})
-        try:
-            os.rename(temporary, folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
+
+    def blocks(start: int) -> Iterator[tuple[int, dict[str, memoryview]]]:
+        chunks = images(start) if callable(images) else [images] if isinstance(images, np.ndarray) else images
+        for chunk in _checked(chunks, count, shape, start):
+            yield len(chunk), {"images.npy": memoryview(np.ascontiguousarray(chunk))}
+
+    with claimed(folder) as partial:
+        if partial is not None:
+            require_space(folder, count * (channels * height * width + 8) + MARGIN - folder_size(partial))
+            announced = (identity, list(shape), count, meta)
+            headers = {"images.npy": npy_header((count, *shape), np.uint8)}
+            digest = grow(partial, headers, identity and json.dumps(announced), blocks)["images.npy"]
+            labels_digest = None
+            if labels is not None:
+                labels_digest = write_npy(partial / "labels.npy", (count,), np.dtype("<i8"), [labels])
+            sizes = {"count": count, "channels": channels, "resolution": height}
+            hashes = {"sha256": digest, "labels_sha256": labels_digest}
+            write_json(partial / "meta.json", {"format": FORMAT, **meta, **sizes, **hashes})
+            os.rename(partial, folder)
     return PackedImages(folder)
 
 
-def _checked(chunks: Iterable[np.ndarray], count: int, shape: tuple[int, ...]) -> Iterable[np.ndarray]:
-    total = 0
+def check_meta(meta: dict[str, Any]) -> None:
+    if set(meta) != DESCRIPTION:
+        raise ValueError(f"meta must say {', '.join(sorted(DESCRIPTION))}, got {', '.join(sorted(meta)) or 'nothing'}")
+
+
+def _checked(chunks: Iterable[np.ndarray], count: int, shape: tuple[int, ...], total: int) -> Iterable[np.ndarray]:
     for chunk in chunks:
         if chunk.dtype != np.uint8 or chunk.shape[1:] != tuple(shape):
             raise ValueError(f"images must be uint8 (n, {', '.join(map(str, shape))}), got {chunk.dtype} {chunk.shape}")
@@ -86,6 +95,33 @@ def _checked_labels(labels: np.ndarray | None, count: int, classes: int) -> np.n
     return labels.astype("<i8")
 
 
+def check_indices(indices: np.ndarray, count: int, folder: Path) -> None:
+    if len(indices) and not 0 <= indices.min() <= indices.max() < count:
+        raise IndexError(f"indices {indices.min()} to {indices.max()} exceed the {count} images of {folder}")
+
+
+def way_out(folder: Path) -> str:
+    return f"delete the folder {folder} and run again"
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """meta.json of a packed folder. Errors: FileNotFoundError where nothing is packed, OSError where it is damaged."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} does not exist: nothing is packed there yet")
+    path = folder / "meta.json"
+    try:
+        meta = json.loads(path.read_bytes())
+        complete = meta["format"] == FORMAT and {"count", "channels", "resolution", *DESCRIPTION} <= set(meta)
+        complete = complete and {"sha256", "labels_sha256"} <= set(meta)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: {way_out(folder)}") from None
+    except (ValueError, TypeError, KeyError):
+        complete = False
+    if not complete:
+        raise OSError(f"{path} is damaged or of another version: {way_out(folder)}")
+    return meta
+
+
 class PackedImages:
     """A packed folder: `images` uint8 (N, C, H, W) mapped on first use, `labels` int64 (N,) or None, `meta` a dict.
 
@@ -96,10 +132,8 @@ class PackedImages:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise FileNotFoundError(f"{self.folder} does not exist: nothing is packed there yet")
-        self._way_out = f"delete the folder {self.folder} and run again"
-        self.meta = self._read_meta()
+        self._way_out = way_out(self.folder)
+        self.meta = read_meta(self.folder)
         side = self.meta["resolution"]
         self.shape = (self.meta["count"], self.meta["channels"], side, side)
         self._offset = check_npy(self.folder / "images.npy", self.shape, np.uint8, self._way_out)
@@ -109,20 +143,6 @@ class PackedImages:
             path = self.folder / "labels.npy"
             self._labels_offset = check_npy(path, self.shape[:1], np.dtype("<i8"), self._way_out)
             self.labels = np.load(path)
-
-    def _read_meta(self) -> dict[str, Any]:
-        path = self.folder / "meta.json"
-        try:
-            meta = json.loads(path.read_bytes())
-            complete = meta["format"] == FORMAT and {"count", "channels", "resolution", *_DESCRIPTION} <= set(meta)
-            complete = complete and {"sha256", "labels_sha256"} <= set(meta)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{path} is missing: {self._way_out}") from None
-        except (ValueError, TypeError, KeyError):
-            complete = False
-        if not complete:
-            raise OSError(f"{path} is damaged or of another version: {self._way_out}")
-        return meta
 
     def __reduce__(self) -> tuple:
         return PackedImages, (self.folder.absolute(),)
@@ -153,10 +173,7 @@ class PackedImages:
 
     def fetch(self, indices: np.ndarray) -> tuple[Tensor, Tensor | None]:
         """Images uint8 (B, C, H, W) and labels int64 (B,) or None, in the order of `indices` (B,); fresh memory."""
-        if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
-            raise IndexError(
-                f"indices {indices.min()} to {indices.max()} exceed the {len(self)} images of {self.folder}"
-            )
+        check_indices(indices, len(self), self.folder)
         images = self.images.view(np.ndarray)
         # A byte per page in rising order first: a cold file is read as a disk likes it, the copy keeps the caller's order.
         _ = images.reshape(len(self), -1)[np.sort(indices), ::4096]

@@ -11,6 +11,7 @@ import socket
 import tokenize
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,24 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def sweep(folder: Path, name: str = "") -> None:
-    """Delete what killed processes of this machine left in `folder` under temporary names that begin with `name`."""
+def sweep(folder: Path) -> None:
+    """Delete what killed processes of this machine left in `folder` under temporary names."""
     for path in folder.iterdir() if folder.is_dir() else ():
-        match = re.fullmatch(r"(.+)\.tmp-(\d+)-([0-9a-f]{8})", path.name)
-        if match and match[1].startswith(name) and match[3] == _process_space() and not _alive(int(match[2])):
+        match = re.fullmatch(r".+\.tmp-(\d+)-([0-9a-f]{8})", path.name)
+        if match and match[2] == _process_space() and not _alive(int(match[1])):
             _remove(path)
+
+
+@contextmanager
+def named_if_full(path: Path) -> Iterator[None]:
+    """Name `path` in the error of a disk that fills up while the block writes it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        reason = os.strerror(error.errno)
+        raise OSError(f"{reason}: {path} was not written, nothing of it is left; free space and run again") from error
 
 
 @contextmanager
@@ -63,12 +76,8 @@ def scratch(path: Path) -> Iterator[Path]:
     _remove(temporary)  # of a dead process that had this one's number
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield temporary
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        reason = os.strerror(error.errno)
-        raise OSError(f"{reason}: {path} was not written, nothing of it is left; free space and run again") from error
+        with named_if_full(path):
+            yield temporary
     finally:
         _remove(temporary)
 
@@ -91,6 +100,11 @@ def free_space(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
+def folder_size(folder: Path) -> int:
+    """Bytes of the files that lie directly in `folder`."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+
+
 def require_space(folder: Path, needed: int) -> None:
     """Errors: OSError when `folder` cannot take `needed` more bytes."""
     free = free_space(folder)
@@ -101,6 +115,14 @@ def require_space(folder: Path, needed: int) -> None:
         )
 
 
+def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+    """What a .npy file of that array begins with."""
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": tuple(shape)}
+    content = BytesIO()
+    np.lib.format.write_array_header_1_0(content, header)
+    return content.getvalue()
+
+
 def write_npy(
     path: Path, shape: tuple[int, ...], dtype: np.dtype, chunks: Iterable[np.ndarray], *, trailer: bool = False
 ) -> str:
@@ -109,9 +131,8 @@ def write_npy(
     Written, not mapped: on a full disk a write raises OSError, whereas a store to a mapped page kills the process.
     """
     digest = hashlib.sha256()
-    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": tuple(shape)}
     with open(path, "xb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
+        file.write(npy_header(shape, dtype))
         for chunk in chunks:
             data = memoryview(np.ascontiguousarray(chunk)).cast("B")
             digest.update(data)

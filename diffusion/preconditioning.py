@@ -107,6 +107,47 @@ class Epsilon(VariancePreserving):
         return ResidualEpsilon(len(self.log_sigmas))
 
 
+class VP(VariancePreserving):
+    """Score SDE's eps networks on its linear schedule, beta(t) = beta_min + beta_d t (arXiv 2011.13456), as EDM reads them.
+
+    Their time input is (timesteps - 1) t (EDM, table 1), not rounded. Sampling starts as EDM's does, at x = sigma e.
+    """
+
+    def __init__(self, beta_d: float = 19.9, beta_min: float = 0.1, timesteps: int = 1000):
+        super().__init__()
+        if not beta_d > 0 or not beta_min > 0 or timesteps < 2:
+            raise ValueError(
+                f"need beta_d > 0, beta_min > 0 and timesteps >= 2, got {beta_d!r}, {beta_min!r} and {timesteps!r}"
+            )
+        self.beta_d, self.beta_min, self.timesteps = beta_d, beta_min, timesteps
+
+    def time(self, sigma: Tensor) -> Tensor:
+        """t in [0, 1] where ln(1 + sigma^2) = beta_d t^2 / 2 + beta_min t."""
+        return ((self.beta_min**2 + 2 * self.beta_d * (sigma**2).log1p()).sqrt() - self.beta_min) / self.beta_d
+
+    def forward(self, sigma: Tensor) -> Coefficients:
+        return Coefficients(torch.ones_like(sigma), -sigma, self.scale(sigma), (self.timesteps - 1) * self.time(sigma))
+
+    def prior_std(self, sigma: Tensor) -> Tensor:
+        return sigma
+
+    def one_step(self) -> Preconditioning:
+        return ResidualEpsilon(self.timesteps)
+
+
+class VE(Preconditioning):
+    """Score SDE's networks that see x itself and predict -e; their noise label is ln(sigma / 2) (EDM, table 1)."""
+
+    def forward(self, sigma: Tensor) -> Coefficients:
+        return Coefficients(torch.ones_like(sigma), sigma, torch.ones_like(sigma), (sigma / 2).log())
+
+    def scale(self, sigma: Tensor) -> Tensor:
+        return torch.ones_like(sigma)
+
+    def prior_std(self, sigma: Tensor) -> Tensor:
+        return sigma
+
+
 class ResidualEpsilon(VariancePreserving):
     """Denoising Student's output form for eps networks (arXiv 2101.02388, released code): z - F(z, last index).
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from diffusion.denoiser import Denoiser
 from diffusion.preconditioning import Preconditioning
 from diffusion.solvers import SOLVERS, check_solver, evaluations
+from networks.source import Source
 from networks.weights import hash_state, load_weights
 
 
@@ -21,9 +22,10 @@ class Teacher:
 
     It is deliberately no nn.Module and copies to itself: held by a LightningModule it stays out of checkpoints,
     optimisers, averages and DDP buckets. `weights=None` leaves the network at its random initialisation, as training one needs.
+    `source`: the published file that missing weights are made of, here and once.
 
     Errors: ValueError for an unknown solver, options it does not have or cannot take, or an impossible step count,
-    FileNotFoundError for missing weights.
+    FileNotFoundError for missing weights, and those of the source.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Teacher:
         *,
         weights: str | None = None,
         sha256: str | None = None,
+        source: Source | None = None,
         solver: str = "heun",
         solver_options: Mapping[str, float] | None = None,
         steps: int = 18,
@@ -52,6 +55,8 @@ class Teacher:
         self.steps = steps
         self.conditional = conditional
         if weights is not None:
+            if source is not None:
+                source.provide(weights, network, preconditioning, licence)
             load_weights(weights, network, sha256)
         self.denoiser = Denoiser(network, preconditioning).eval().requires_grad_(False)
         self.sigmas()  # an impossible step count is refused now, not after an hour

@@ -13,25 +13,35 @@ from callbacks import read_checkpoint, student_state
 from diffusion.teacher import Teacher
 from launch.folder import RunFolder
 from lightning_modules import Method
-from metrics.evaluation import check_settings, measure, measure_real, needs_real_rows
+from metrics.evaluation import check_rows, check_settings, measure, measure_real, needs_real_rows
 from metrics.ranks import from_rank_zero, rank_and_world
 from metrics.records import Record, load_records, save_records
-from metrics.reference import Reference, reference_statistics
+from metrics.reference import Reference, published_reference, reference_statistics
 from metrics.sample_pictures import draw_final, shape_of
 from metrics.sampling import Sampler
 
-SETTINGS = {"extractor", "metrics", "num_samples", "blocks", "batch_size"}
+SETTINGS = {"extractor", "metrics", "num_samples", "blocks", "batch_size", "reference"}
 
 
 class Evaluation:
-    """The settings of one evaluation (conf/evaluation) with the data set's reference: what all subjects share."""
+    """The settings of one evaluation (conf/evaluation) with the data set's reference: what all subjects share.
+
+    With published statistics (evaluation.reference) the data's images are never asked for: no floor is measured, and no picture
+    shows them.
+    """
 
     def __init__(self, settings: dict[str, Any], data: Any, device: torch.device, cache: str | Path = "data"):
         self.settings = checked(settings)
         self.extractor = self.settings.pop("extractor").to(device)
         self.data, self.device = data, device
         self.cache = Path(cache)
-        self.reference: Reference = reference_statistics(
+        published = self.settings.pop("reference")
+        self.has_images = published is None
+        self.reference: Reference
+        if published is not None:
+            self.reference = published_reference(published, self.extractor).to(device)
+            return
+        self.reference = reference_statistics(
             data.reference(),
             self.extractor,
             self.cache / "statistics",
@@ -114,23 +124,28 @@ class Evaluation:
         return self.cache / "measured" / f"{teacher.name}-{digest}.json"
 
     def real(self) -> list[Record]:
-        """The floor: real images against all real images."""
+        """The floor: real images against all real images; none where there are only their statistics."""
+        if not self.has_images:
+            return []
         return measure_real(self.data.reference(), name=self.data.name, **self._common(self.data.num_classes))
 
     def pictures(self, folder: Path, samplers: dict[str, Sampler]) -> None:
         """samples.png and interpolation.png in `folder`, of samplers {title: function of (noise, labels)}."""
         if rank_and_world()[0] == 0:
-            draw_final(folder, samplers, self.data, self.device)
+            draw_final(folder, samplers, self.data, self.device, with_real=self.has_images)
 
 
 def checked(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a final evaluation, without those of measurements on the way; ValueError for impossible ones."""
-    final = {key: value for key, value in settings.items() if key != "training"}
+    final = {"reference": None} | {key: value for key, value in settings.items() if key != "training"}
     if odd := SETTINGS.symmetric_difference(final):
         raise ValueError(
             f"evaluation needs {', '.join(sorted(SETTINGS))}; unknown or missing: {', '.join(sorted(odd))}"
         )
-    check_settings(**{key: value for key, value in final.items() if key != "extractor"})
+    check_settings(**{key: value for key, value in final.items() if key not in ("extractor", "reference")})
+    if final["reference"] is not None:
+        check_rows(final["metrics"])
+        published_reference(final["reference"], final["extractor"])
     return final
 
 

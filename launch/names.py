@@ -1,7 +1,10 @@
-"""Names: of the folders that a sweep's jobs live in, of the recipe that a run takes by itself, of configs in a list."""
+"""Names: of the folders that a sweep's jobs live in, of the recipe that a run takes by itself, of configs in a list,
+of a folder of pictures."""
 
 import hashlib
+import os
 import re
+from pathlib import PurePath
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -33,7 +36,15 @@ def names_in(value: Any) -> str | None:
     return ",".join(str(one["name"]) for one in value) if named else None
 
 
+def picture_set(path: str, resolution: int) -> str:
+    """The name of pictures at `path`: my_photos64; with a hash of the path where its last part alone could mean another."""
+    plain = re.sub(r"[^A-Za-z0-9_-]+", "-", PurePath(path).name).strip("-")
+    if plain == path:
+        return f"{plain}{resolution}"
+    return f"{plain or 'pictures'}{resolution}-{hashlib.sha256(os.path.normpath(path).encode()).hexdigest()[:6]}"
+
+
 def register_resolvers() -> None:
-    """Make these functions known to conf/ (hydra.sweep.subdir, the recipe of config.yaml, the data of evaluate.yaml)."""
-    for resolver in (run_name, joined, data_of):
+    """Make these functions known to conf/ (sweeps' folders, recipes, evaluate.yaml's data, image_folder)."""
+    for resolver in (run_name, joined, data_of, picture_set):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)

@@ -2,6 +2,8 @@
 
 import copy
 import math
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from lightning_modules import Method
 from lightning_modules.disback import Backtracking
 from lightning_modules.progressive import ProgressiveDistillation
 
-_ADAM = 2  # moments of each weight
+_MOMENTS = 2  # of each weight, Adam's
 _FLOAT = 4  # bytes
 
 
@@ -33,53 +35,87 @@ def plan(cfg: DictConfig) -> str:
         student = build(
             _teachers(cfg.method)[-1].network
         )  # of several teachers the last one is the student's beginning
-        kept_of_image = _saved_bytes(student, data)
+        activations = _saved_bytes(student, data)
+    count = sum(p.numel() for p in student.parameters())
     processes = process_count(cfg.trainer.devices, cfg.trainer.num_nodes, cfg.trainer.accelerator)
     share = math.ceil(cfg.batch_size / processes)
-    size = _FLOAT * parameters(student)
-    trained = [part for part in _denoisers(method) if any(p.requires_grad for p in part.parameters())]
-    frozen = [part for part in _denoisers(method) if part not in trained]
     averages = len(cfg.callbacks.ema.averages) if cfg.callbacks.get("ema") else 0
-    target = getattr(method, "target", None)
-    others = [target] if target else {method.teacher, *getattr(method, "teachers", [])} - {None}
-    held = size * (len(trained) * (2 + _ADAM) + len(frozen) + averages) + len(others) * size
-    activations = share * kept_of_image
-    checkpoint = size * (len(trained) * (1 + _ADAM) + averages)
-    kept = [("last.ckpt" + (", best.ckpt" if method.monitor else ""), checkpoint * (2 if method.monitor else 1))]
-    kept.append(("student.safetensors", size))
+    networks = Networks.of(method, averages)
+    before, each = _evaluations_before(method, training), method.evaluations
+    kimg = method.total_steps * cfg.batch_size / 1000
+    lines = {
+        f"{cfg.folder}: {method.total_steps:,} steps of {cfg.batch_size} images ({share} on each of {processes} devices), "
+        f"{kimg:,.6g} kimg": [],
+        "missing": missing(cfg, config, data, training is data) or ["nothing"],
+        "parameters": [
+            f"{count:,} of the student ({type(student).__name__}), {networks.trained} such networks trained"
+        ],
+        "memory of each device, an estimate in float32 (bf16-mixed: about half of the activations)": [
+            f"{readable(_FLOAT * count * networks.held)} for weights, gradients, Adam's moments, averages and frozen networks",
+            f"{readable(share * activations)} for what one evaluation of {share} images keeps for its backward pass",
+        ],
+        "disk": [
+            f"{readable(size)} {what}" for what, size in _disk(method, training, _FLOAT * count, networks).items()
+        ],
+        "network evaluations": [
+            *([f"{before:,.0f} before the first step"] if before else []),
+            f"{1000 * sum(each.values()):,.0f} per kimg: "
+            + ", ".join(f"{1000 * number:,.0f} {name}" for name, number in each.items()),
+            f"{method.nfe} of a sample",
+        ],
+    }
+    return "\n".join(line for head, body in lines.items() for line in (head, *(f"  {one}" for one in body)))
+
+
+@dataclass(frozen=True)
+class Networks:
+    """How many networks of the student's size a method has: with gradients, frozen, averaged."""
+
+    trained: int
+    frozen: int
+    averages: int
+
+    @classmethod
+    def of(cls, method: Method, averages: int) -> "Networks":
+        own = [module for module in method.modules() if isinstance(module, Denoiser)]
+        trained = sum(any(p.requires_grad for p in part.parameters()) for part in own)
+        target = getattr(method, "target", None)  # stands for the teacher on the device
+        teachers = {target} if target else {method.teacher, *getattr(method, "teachers", [])} - {None}
+        return cls(trained, len(own) - trained + len(teachers), averages)
+
+    @property
+    def held(self) -> int:
+        """Their weights, gradients and moments, in sizes of one network."""
+        return self.trained * (2 + _MOMENTS) + self.frozen + self.averages
+
+    @property
+    def in_checkpoint(self) -> int:
+        return self.trained * (1 + _MOMENTS) + self.averages
+
+
+def _disk(method: Method, training: Any, size: int, networks: Networks) -> dict[str, int]:
+    """Bytes by what they are for; size: of one network."""
+    checkpoint = size * networks.in_checkpoint
+    found = {"last.ckpt, best.ckpt": 2 * checkpoint} if method.monitor else {"last.ckpt": checkpoint}
+    found["student.safetensors"] = size
     if isinstance(method, ProgressiveDistillation):
-        kept.append((f"students of {len(method.rounds)} rounds", size * len(method.rounds)))
+        found[f"students of {len(method.rounds)} rounds"] = size * len(method.rounds)
     if isinstance(method, Backtracking) and method.path:
-        kept.append((f"degradation path of {method.nodes} nodes", size * method.nodes))
-    before = _before(method)
+        found[f"degradation path of {method.nodes} nodes"] = size * method.nodes
     if isinstance(training, TrajectoryDataModule):
         stores = [*training.train_stores, *training.held_out_stores]
-        kept.append(
-            (f"{sum(map(len, stores)):,} stored samples, unless they are there", sum(s.estimate() for s in stores))
-        )
-        before += sum(len(store) * store.teacher.nfe() for store in stores)
-    steps, kimg = method.total_steps, method.total_steps * cfg.batch_size / 1000
-    evaluations = method.evaluations
-    lines = [
-        f"{cfg.folder}: {steps:,} steps of {cfg.batch_size} images ({share} on each of {processes} devices), {kimg:,.4g} kimg",
-        "",
-        "missing",
-        *[f"  {line}" for line in missing(cfg, config, data, training is data) or ["nothing"]],
-        "parameters",
-        f"  {parameters(student):,} of the student ({type(student).__name__}), {len(trained)} such networks trained",
-        "memory of each device, an estimate in float32 (bf16-mixed: about half of the activations)",
-        f"  {readable(held)} for weights, gradients, Adam's moments, averages and frozen networks",
-        f"  {readable(activations)} for what one evaluation of {share} images keeps for its backward pass",
-        "disk",
-        *[f"  {readable(size)} {what}" for what, size in kept],
-        "network evaluations",
-        *([f"  {before:,.0f} before the first step"] if before else []),
-        "  "
-        + f"{1000 * sum(evaluations.values()):,.0f} per kimg: "
-        + ", ".join(f"{1000 * count:,.0f} {name}" for name, count in evaluations.items()),
-        f"  {method.nfe} of a sample",
-    ]
-    return "\n".join(lines)
+        samples = sum(len(store) for store in stores)
+        found[f"{samples:,} stored samples, unless they are there"] = sum(store.estimate() for store in stores)
+    return found
+
+
+def _evaluations_before(method: Method, training: Any) -> float:
+    """Network evaluations of the method's stages and of the samples that it stores."""
+    stages = method.stages().values()
+    count = sum(stage.total_steps * stage.batch_size * sum(stage.evaluations.values()) for stage in stages)
+    if isinstance(training, TrajectoryDataModule):
+        count += sum(len(store) * store.teacher.nfe() for store in (*training.train_stores, *training.held_out_stores))
+    return count
 
 
 def missing(cfg: DictConfig, config: dict[str, Any], data: Any, needs_images: bool) -> list[str]:
@@ -88,9 +124,9 @@ def missing(cfg: DictConfig, config: dict[str, Any], data: Any, needs_images: bo
     lines = [_how(source) for source in needed.values()]
     for node in _teachers(cfg.method):
         source = node.get("source") or {}
-        if node.weights is None or exists_file(node.weights) or source.get("url"):
+        if node.weights is None or exists(Path(node.weights)) or source.get("url"):
             continue
-        if not (source and exists_file(source.file)):
+        if not (source and exists(Path(source.file))):
             places = [str(node.weights), *([source.file] if source else [])]
             lines.append(f"teacher {node.name}: no {' or '.join(places)}; train one, or put the file there")
     for look in (
@@ -112,16 +148,6 @@ def _how(source: Source) -> str:
     return f"{source.option}: {source.file}; add download=true to fetch {source.url}, or put the file there"
 
 
-def exists_file(path: str) -> bool:
-    from pathlib import Path
-
-    return exists(Path(path))
-
-
-def parameters(network: nn.Module) -> int:
-    return sum(p.numel() for p in network.parameters())
-
-
 def _teachers(method: DictConfig) -> list[DictConfig]:
     return list(method.teachers) if "teachers" in method else [method.teacher]
 
@@ -139,16 +165,6 @@ def _stand_in(method: DictConfig) -> DictConfig:
     if "lpips" in str(method.get("loss")):
         method.loss = "l2"
     return method
-
-
-def _denoisers(method: Method) -> list[Denoiser]:
-    return [module for module in method.modules() if isinstance(module, Denoiser)]
-
-
-def _before(method: Method) -> float:
-    """Network evaluations of the method's stages."""
-    stages = method.stages().values()
-    return sum(stage.total_steps * stage.batch_size * sum(stage.evaluations.values()) for stage in stages)
 
 
 def _saved_bytes(network: nn.Module, data: Any) -> int:

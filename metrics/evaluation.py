@@ -145,6 +145,15 @@ def check_settings(metrics: Sequence[str], num_samples: int, blocks: int, batch_
         )
 
 
+def check_rows(metrics: Sequence[str]) -> None:
+    """Refuse metrics that compare with single real images where there are only their mean and covariance."""
+    if needy := _NEED_REAL_ROWS.intersection(metrics):
+        raise ValueError(
+            f"{', '.join(sorted(needy))} compare with the features of all real images, and this reference has only their "
+            "mean and covariance; leave them out of the metrics, or set evaluation.reference=null and have the images"
+        )
+
+
 def _check(
     metrics: Sequence[str],
     reference: Reference,
@@ -159,11 +168,8 @@ def _check(
             f"the reference has {len(reference.mu)} features, the {extractor.name} extractor {extractor.dim}; "
             "use statistics made by this extractor"
         )
-    if reference.features is None and (needy := _NEED_REAL_ROWS.intersection(metrics)):
-        raise ValueError(
-            f"{', '.join(sorted(needy))} compare with the features of all real images, and this reference has only their "
-            "mean and covariance; make it from the packed images with keep_features=True"
-        )
+    if reference.features is None:
+        check_rows(metrics)
     if (halves := _NEED_AS_MANY_ROWS.intersection(metrics)) and len(reference.features) < 2 * num_samples:
         raise ValueError(
             f"{', '.join(sorted(halves))} compare with as many real images, and their floor with as many others: "

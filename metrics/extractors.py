@@ -1,5 +1,6 @@
 """Feature extractors: the space in which sets of images are compared."""
 
+import re
 from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from metrics.digits_classifier import FEATURES, WEIGHTS, DigitsClassifier
 from metrics.images import from_uint8
-from networks.weights import hash_state, load_weights
+from networks.weights import hash_file, hash_state, load_weights
 
+_HUB_NAME = re.compile(r"-([0-9a-f]{8,64})\.pth")  # torch hub's files: the beginning of their SHA-256 is in the name
 _AT_ONCE = 128  # images of 299x299 in Inception, which take some 20 MB each
 
 
@@ -104,7 +106,8 @@ class Inception:
     """The pooled layer of Inception-v3, 2048 features, for RGB images (N, 3, H, W); its metrics are FID, KID and IS.
 
     The network, its weights (converted from TensorFlow's of 2015-12-05) and its way of resizing are torch-fidelity's
-    "inception-v3-compat". `weights`: their file; None: where torch-fidelity itself keeps it, in torch hub's folder.
+    "inception-v3-compat". `weights`: their file, of which a copy in torch hub's folder, where torch-fidelity itself keeps it,
+    does as well; None: that one. `url`: where it is to be had, for the message alone.
 
     Raises ImportError without torch-fidelity, FileNotFoundError for missing weights, OSError for damaged ones and
     ValueError for those of another network.
@@ -114,20 +117,20 @@ class Inception:
     metric_suffix = ""
     dim = 2048
 
-    def __init__(self, weights: str | Path | None = None):
+    def __init__(self, weights: str | Path | None = None, url: str | None = None):
         try:
             from torch_fidelity import feature_extractor_inceptionv3 as source  # takes seconds
         except ImportError as error:
             raise ImportError(
                 f"the inception extractor needs torch-fidelity ({error}): pip install torch-fidelity"
             ) from error
-        usual = Path(torch.hub.get_dir()) / "checkpoints" / Path(source.URL_INCEPTION_V3).name
-        path = usual if weights is None else Path(weights).expanduser()
-        if not path.is_file():
+        path = find_hub_file(weights or Path(source.URL_INCEPTION_V3).name)
+        if path is None:
             raise FileNotFoundError(
-                f"no Inception weights at {path}; download {source.URL_INCEPTION_V3} to {usual}, "
-                "or say where that file is by evaluation.extractor.weights"
+                f"no Inception weights at {weights or hub_folder() / Path(source.URL_INCEPTION_V3).name}; "
+                f"add download=true to fetch {url or source.URL_INCEPTION_V3}, or put the file there"
             )
+        check_hub_name(path)
         try:
             torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity would run what a pickle says
         except Exception as error:  # of many kinds
@@ -157,3 +160,23 @@ class Inception:
     def to(self, device: torch.device | str) -> "Inception":
         self._network.to(device)
         return self
+
+
+def hub_folder() -> Path:
+    """Where torch hub, and with it torch-fidelity, keeps downloaded weights."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def find_hub_file(path: str | Path) -> Path | None:
+    """The file at `path`, or else the one of its name in torch hub's folder; None where neither is there."""
+    path = Path(path).expanduser()
+    return next((place for place in (path, hub_folder() / path.name) if place.is_file()), None)
+
+
+def check_hub_name(path: Path) -> None:
+    """Errors: OSError for a file of torch hub's with another hash than its name says."""
+    named = _HUB_NAME.search(path.name)
+    if named and not (found := hash_file(path)).startswith(named[1]):
+        raise OSError(
+            f"{path} has SHA-256 {found[:8]}..., its name says {named[1]}: damaged or another file; delete it and fetch it again"
+        )

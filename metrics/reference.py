@@ -1,10 +1,10 @@
 """Real images as the other side of every comparison."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ class PackedImages(Protocol):
     def __len__(self) -> int: ...
 
     def fetch(self, indices: np.ndarray) -> tuple[Tensor, Tensor | None]: ...
+
+
+_PUBLISHED = {"file", "url", "sha256"}
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,34 @@ def load_reference(path: str | Path) -> Reference:
     """A published reference (npz with mu and sigma, as EDM's), on the CPU, named by the SHA-256 of the file."""
     mu, cov = load_statistics(path)
     return Reference(mu, cov, sha256(Path(path).read_bytes()).hexdigest())
+
+
+def published_reference(options: Mapping[str, Any], extractor: FeatureExtractor) -> Reference:
+    """What `evaluation.reference` asks for, on the CPU: with it nothing is compared with the images themselves.
+
+    options: `file`, and where known its `url` and `sha256`. Raises FileNotFoundError for a missing file, OSError for one with
+    another hash, ValueError for other options, a damaged file or statistics of another extractor.
+    """
+    if "file" not in options or not options.keys() <= _PUBLISHED:
+        raise ValueError(
+            f"evaluation.reference has {', '.join(map(str, options))}; give file=PATH.npz and at most url and sha256"
+        )
+    path, url, expected = (options.get(key) for key in ("file", "url", "sha256"))
+    path = Path(path).expanduser()
+    if not path.is_file():
+        fetch = f"add download=true to fetch {url}, or put the file there" if url else "put the file there"
+        raise FileNotFoundError(f"no reference statistics at {path}; {fetch}")
+    reference = load_reference(path)
+    if expected is not None and reference.hash != str(expected).lower():
+        raise OSError(
+            f"{path} has SHA-256 {reference.hash}, expected {expected}; fetch it again or correct evaluation.reference.sha256"
+        )
+    if len(reference.mu) != extractor.dim:
+        raise ValueError(
+            f"{path} has {len(reference.mu)} features, the {extractor.name} extractor {extractor.dim}; "
+            "choose statistics made by this extractor"
+        )
+    return reference
 
 
 def _batches(

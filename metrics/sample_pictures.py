@@ -37,10 +37,13 @@ def shape_of(data: Data) -> tuple[int, int, int]:
 
 
 @torch.no_grad()
-def draw_final(folder: Path, samplers: Mapping[str, Sampler], data: Data, device: torch.device) -> None:
+def draw_final(
+    folder: Path, samplers: Mapping[str, Sampler], data: Data, device: torch.device, with_real: bool = True
+) -> None:
     """samples.png and interpolation.png in `folder`, of samplers {title: function of (noise, labels)}.
 
-    Images: rows of samples.png share noise and label; its last column is the real image nearest to the last sampler's.
+    Images: rows of samples.png share noise and label; its last column is the real image nearest to the last sampler's,
+    unless `with_real` is false.
     Points: one panel for each sampler, all of the same noise, over real points.
     """
     if shape_of(data) == PLANE:
@@ -57,9 +60,10 @@ def draw_final(folder: Path, samplers: Mapping[str, Sampler], data: Data, device
     # Every class once shows more than drawn labels do.
     labels = seeds % data.num_classes if data.num_classes else None
     columns = {title: to_uint8(sample(noise, labels)).cpu() for title, sample in samplers.items()}
-    packed = data.reference()
-    real, _ = packed.fetch(np.arange(min(len(packed), _NEAREST_AMONG)))
-    columns["nearest real"] = real[nearest(list(columns.values())[-1], real)]
+    if with_real:
+        packed = data.reference()
+        real, _ = packed.fetch(np.arange(min(len(packed), _NEAREST_AMONG)))
+        columns["nearest real"] = real[nearest(list(columns.values())[-1], real)]
     side_by_side(folder / "samples.png", columns, scale)
     interpolation_strip(
         folder / "interpolation.png",

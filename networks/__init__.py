@@ -3,6 +3,7 @@
 from networks.branching import BranchedConv2d, branches_of, collapse, plain_state, reading_all, respread, widen
 from networks.dhariwal_unet import DhariwalUNet
 from networks.discriminator import Discriminator
+from networks.edm_pickle import EDMPickle
 from networks.mlp import MLP
 from networks.perceptual import LPIPS
 from networks.song_unet import SongUNet
@@ -15,6 +16,7 @@ __all__ = [
     "BranchedConv2d",
     "DhariwalUNet",
     "Discriminator",
+    "EDMPickle",
     "SongUNet",
     "branches_of",
     "collapse",

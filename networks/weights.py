@@ -62,6 +62,12 @@ def load_weights(path: str | Path, module: nn.Module, sha256: str | None = None)
         raise OSError(
             f"{path} is damaged, cut short or no safetensors file ({error}); delete it and fetch or train it again"
         ) from error
+    check_state(path, state, module)
+    module.load_state_dict(state)
+
+
+def check_state(file: str | Path, state: Mapping[str, Tensor], module: nn.Module) -> None:
+    """Errors: ValueError, one line, where a name or shape in `state`, read from `file`, is not that of the module."""
     own = module.state_dict()
     problems = {
         "missing": sorted(own.keys() - state.keys()),
@@ -74,8 +80,7 @@ def load_weights(path: str | Path, module: nn.Module, sha256: str | None = None)
     }
     if any(problems.values()):
         found = "; ".join(f"{problem}: {_shorten(names)}" for problem, names in problems.items() if names)
-        raise ValueError(f"{path} does not fit this {type(module).__name__}: {found}; check the network's options")
-    module.load_state_dict(state)
+        raise ValueError(f"{file} does not fit this {type(module).__name__}: {found}; check the network's options")
 
 
 def read_card(path: str | Path) -> dict:
@@ -92,15 +97,24 @@ def read_card(path: str | Path) -> dict:
 
 def find_weights(path: str | Path) -> Path:
     """The absolute path of an existing file; a relative one is sought in the current folder, then in the project's."""
-    path = Path(path).expanduser()
-    places = [Path.cwd() / path] if path.is_absolute() else [Path.cwd() / path, PROJECT_ROOT / path]
-    for place in places:
-        if place.is_file():
-            return place
+    found = find_file(path)
+    if found is not None:
+        return found
     raise FileNotFoundError(
-        f"no weights at {' or '.join(dict.fromkeys(map(str, places)))}; "
+        f"no weights at {' or '.join(map(str, places(path)))}; "
         "train some with `python train.py method=pretrain data=...` (flows: method=rectified_flow), or set teacher.weights"
     )
+
+
+def find_file(path: str | Path) -> Path | None:
+    """As `find_weights`, but None where there is none."""
+    return next((place for place in places(path) if place.is_file()), None)
+
+
+def places(path: str | Path) -> list[Path]:
+    """Where a file is sought; the first one is where it is written."""
+    path = Path(path).expanduser()
+    return list(dict.fromkeys([Path.cwd() / path, PROJECT_ROOT / path]))  # both are `path` if it is absolute
 
 
 def hash_state(state: nn.Module | Mapping[str, Tensor]) -> str:

@@ -13,6 +13,7 @@ from callbacks.csv_logger import CSVLogger
 from callbacks.ema import EMA
 from callbacks.generative_metrics import GenerativeMetrics, counted
 from diffusion.seeds import MONITOR_SEEDS, sample_noise
+from metrics.statistics import RunningGaussian, save_statistics
 
 AVERAGES = [{"decay": 0.5}, {"decay": 0.9}]
 
@@ -133,6 +134,21 @@ def test_other_metrics_and_no_average(tmp_path):
     names = [f"{m}_pixels_130/raw" for m in ("fid", "kid", "precision", "recall")]
     assert set(names) <= t.callback_metrics.keys()
     assert 0 <= float(t.callback_metrics[names[2]]) <= 1
+
+
+def test_published_statistics_stand_for_the_images(tmp_path):
+    gaussian = RunningGaussian(8).update(Pixels()(Real.images))
+    save_statistics(tmp_path / "real.npz", gaussian.mean, gaussian.cov)
+    module = method()
+    module.data.reference = None  # not to be called
+    published = callback(reference={"file": str(tmp_path / "real.npz")})
+    t = trainer(tmp_path / "published", 4, [published], logger=CSVLogger(tmp_path / "published", 100))
+    t.fit(module)
+    trainer(tmp_path / "images", 4, [callback()], logger=CSVLogger(tmp_path / "images", 100)).fit(method())
+    values, expected = (logged(tmp_path / name)["fid_pixels_130/raw"] for name in ("published", "images"))
+    assert values == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ValueError, match="kid compare with .*evaluation.reference=null"):
+        callback(metrics=["kid"], reference={"file": "x.npz"})
 
 
 def test_counted():

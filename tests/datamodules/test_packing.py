@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from datamodules import partial
 from datamodules.packing import PackedImages, pack
 from datamodules.storage import check_npy, write_npy
 
@@ -82,43 +83,182 @@ def test_a_pickle_is_a_path_and_a_fork_reads_on(folder):
     child.join()
 
 
-def test_killed_in_the_middle_leaves_nothing_under_the_final_name(tmp_path):
-    reached = FORK.Event()
+class Killed:
+    """Chunks from an image number on; the process that has written `until` images is killed while it waits for more."""
 
-    def chunks():
-        yield IMAGES[:30]
-        reached.set()
-        signal.pause()
+    def __init__(self, until: int | None = None):
+        self.until = until
+        self.reached = FORK.Event()
+        self.starts: list[int] = []
 
-    child = FORK.Process(target=lambda: pack_toy(tmp_path / "toy", chunks()))
+    def __call__(self, start: int):
+        self.starts.append(start)
+        for first in range(start, COUNT, 10):
+            if first == self.until:
+                self.reached.set()
+                signal.pause()
+            yield IMAGES[first : first + 10]
+
+
+def kill_at(until: int, folder: Path, **options) -> None:
+    """Pack in a child that SIGKILL ends once it has written `until` images and noted all of them."""
+    chunks = Killed(until)
+    child = FORK.Process(target=pack_toy, args=(folder, chunks), kwargs={"identity": "a", **options})
     child.start()
-    assert reached.wait(20)
+    assert chunks.reached.wait(20)
     os.kill(child.pid, signal.SIGKILL)
     child.join()
-    (leftover,) = tmp_path.iterdir()
-    assert leftover.name.startswith(f"toy.tmp-{child.pid}-")
-    other = tmp_path / f"other.tmp-{child.pid}-{leftover.name[-8:]}"  # of a data set that is not ours to clean
-    other.mkdir()
-
-    pack_toy(tmp_path / "toy").verify()
-    assert {path.name for path in tmp_path.iterdir()} == {"toy", other.name}
+    assert [path.name for path in folder.parent.iterdir()] == ["toy.partial"]
 
 
-def test_of_two_packers_the_first_wins(tmp_path):
-    both = FORK.Barrier(2)
+@pytest.fixture
+def noted(monkeypatch):
+    monkeypatch.setattr(partial, "NOTE_SECONDS", 0)
 
-    def chunks():
+
+def resume(folder: Path, identity: str | None = "a", **changes) -> tuple[list[int], PackedImages]:
+    chunks = Killed()
+    return chunks.starts, pack_toy(folder, chunks, identity=identity, **changes)
+
+
+def test_a_killed_conversion_goes_on_and_gives_the_same_bytes(tmp_path, noted, capsys):
+    kill_at(30, tmp_path / "toy")
+    starts, packed = resume(tmp_path / "toy")
+    assert starts == [30]
+    assert "toy.partial: going on after 30 images" in capsys.readouterr().out
+    packed.verify()
+    once = pack_toy(tmp_path / "once")
+    assert packed.meta == once.meta
+    for name in ("images.npy", "labels.npy", "meta.json"):
+        assert (tmp_path / "toy" / name).read_bytes() == (tmp_path / "once" / name).read_bytes()
+    assert sorted(os.listdir(tmp_path / "toy")) == ["images.npy", "labels.npy", "meta.json"]
+    assert sorted(os.listdir(tmp_path)) == ["once", "toy"]
+
+
+def test_killed_twice(tmp_path, noted):
+    kill_at(20, tmp_path / "toy")
+    kill_at(40, tmp_path / "toy")
+    starts, packed = resume(tmp_path / "toy")
+    assert starts == [40]
+    assert packed.hash == pack_toy(tmp_path / "once").hash
+
+
+def test_unnoted_work_is_done_again(tmp_path):
+    kill_at(30, tmp_path / "toy")  # within the first ten seconds
+    starts, packed = resume(tmp_path / "toy")
+    assert starts == [0]
+    assert packed.hash == pack_toy(tmp_path / "once").hash
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"identity": "b"}, {"identity": None}, {"meta": {**META, "preprocessing": "other"}}],
+    ids=["another source", "no identity", "other options"],
+)
+def test_a_partial_folder_of_another_source_or_options_is_begun_anew(tmp_path, noted, changes):
+    kill_at(30, tmp_path / "toy")
+    (tmp_path / "toy.partial" / "foreign").touch()
+    starts, packed = resume(tmp_path / "toy", **changes)
+    assert starts == [0]
+    packed.verify()
+    assert not (tmp_path / "toy" / "foreign").exists()
+
+
+@pytest.mark.parametrize("damage", ["bit", "short", "header", "note", "cut note", "no note"])
+def test_bytes_that_a_crash_has_lost_are_not_trusted(tmp_path, noted, damage):
+    kill_at(30, tmp_path / "toy")
+    path, note = (tmp_path / "toy.partial" / name for name in ("images.npy", "progress.json"))
+    data, said = path.read_bytes(), note.read_text()
+    offset = len(data) - 30 * IMAGES[0].nbytes
+    flipped = bytes([data[offset + 100] ^ 1])
+    path.write_bytes(
+        {
+            "bit": data[: offset + 100] + flipped + data[offset + 101 :],
+            "short": data[:-1],
+            "header": b"0" + data[1:],
+        }.get(damage, data)
+    )
+    note.write_text({"note": "[]", "cut note": said[:-20]}.get(damage, said))
+    if damage == "no note":
+        note.unlink()
+    starts, packed = resume(tmp_path / "toy")
+    assert starts == [0]
+    packed.verify()
+    assert np.array_equal(packed.images, IMAGES)
+
+
+def test_bytes_beyond_the_note_are_dropped(tmp_path, noted):
+    kill_at(30, tmp_path / "toy")
+    with open(tmp_path / "toy.partial" / "images.npy", "ab") as file:
+        file.write(b"written, not noted")
+    starts, packed = resume(tmp_path / "toy")
+    assert starts == [30]
+    assert np.array_equal(packed.images, IMAGES)
+
+
+def test_an_interrupted_one_keeps_its_work_and_an_error_leaves_nothing(tmp_path, noted):
+    def chunks(error):
+        def start(first):
+            yield IMAGES[first:20]
+            raise error
+
+        return start
+
+    with pytest.raises(KeyboardInterrupt):
+        pack_toy(tmp_path / "toy", chunks(KeyboardInterrupt()), identity="a")
+    assert os.listdir(tmp_path) == ["toy.partial"]
+    assert resume(tmp_path / "toy")[0] == [20]
+    with pytest.raises(OSError, match="broken"):
+        pack_toy(tmp_path / "other", chunks(OSError("broken")), identity="a")
+    assert os.listdir(tmp_path) == ["toy"]
+
+
+def test_of_two_packers_the_second_waits_for_the_first(tmp_path, capfd):
+    inside, go_on = FORK.Event(), FORK.Event()
+
+    def slow(start):
+        inside.set()
+        assert go_on.wait(20)
         yield IMAGES
-        both.wait(20)
 
-    children = [FORK.Process(target=lambda: pack_toy(tmp_path / "toy", chunks())) for _ in range(2)]
-    for child in children:
-        child.start()
+    def never(start):
+        raise AssertionError("packed twice")
+
+    children = [FORK.Process(target=pack_toy, args=(tmp_path / "toy", slow))]
+    children[0].start()
+    assert inside.wait(20)
+    children.append(FORK.Process(target=pack_toy, args=(tmp_path / "toy", never)))
+    children[1].start()
+    shown = ""
+    while "waiting" not in shown:
+        shown += capfd.readouterr().out
+        assert children[1].is_alive()
+    go_on.set()
     for child in children:
         child.join()
     assert [child.exitcode for child in children] == [0, 0]
-    assert [path.name for path in tmp_path.iterdir()] == ["toy"]
+    assert shown == f"{tmp_path / 'toy'}: another process makes it, waiting\n"
+    assert os.listdir(tmp_path) == ["toy"]
     PackedImages(tmp_path / "toy").verify()
+
+
+def test_who_waits_goes_on_where_the_first_died(tmp_path, noted, capfd):
+    chunks = Killed(30)
+    first = FORK.Process(target=pack_toy, args=(tmp_path / "toy", chunks), kwargs={"identity": "a"})
+    first.start()
+    assert chunks.reached.wait(20)
+    second = FORK.Process(target=pack_toy, args=(tmp_path / "toy", Killed()), kwargs={"identity": "a"})
+    second.start()
+    shown = ""
+    while "waiting" not in shown:
+        shown += capfd.readouterr().out
+        assert second.is_alive()
+    os.kill(first.pid, signal.SIGKILL)
+    first.join()
+    second.join()
+    assert second.exitcode == 0
+    assert "going on after 30 images" in capfd.readouterr().out
+    assert PackedImages(tmp_path / "toy").hash == pack_toy(tmp_path / "once").hash
 
 
 def test_an_existing_folder_stays(folder):

@@ -1,5 +1,6 @@
 """A data set whose images and teacher the user brings: from EDM's zip to the final table, with a shrunken network."""
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from end_to_end_tools import PRETRAIN, ROOT, RUN, STUDENT, read_csv, read_json, run, train
+
+from metrics.statistics import save_statistics
 
 sys.path.append(str(ROOT / "tests" / "datamodules"))
 from edm_files import edm_zip
@@ -80,7 +83,7 @@ def test_what_is_missing_is_said_in_one_line(tmp_path):
     weights = [option for option in STUDENT if not option.startswith("teacher.weights")]
     train(tmp_path, *weights, *CIFAR).refused("no weights at", "weights/edm-cifar10-32x32-uncond-vp.safetensors")
     home = f"evaluation.extractor.weights={tmp_path / 'gone.pth'}"
-    train(tmp_path, *PRETRAIN, *CIFAR[:-1], home).refused("no Inception weights at", "gone.pth", "download")
+    train(tmp_path, *PRETRAIN, *CIFAR[:-1], home).refused("no Inception weights at", "gone.pth", "add download=true")
 
 
 def test_score_distillation_with_a_gan_reads_the_images(pretrained, tmp_path):
@@ -94,6 +97,18 @@ def test_score_distillation_with_a_gan_reads_the_images(pretrained, tmp_path):
     assert all(float(rows[-1][key]) > 0 for key in ("loss/gan_fake", "loss/gan_generator"))
     state = torch.load(tmp_path / RUN / "checkpoints/last.ckpt", weights_only=True)
     assert {key.partition(".")[0] for key in state["state_dict"]} == {"student", "fake", "gan"}
+
+
+def test_a_method_that_needs_no_images_is_trained_and_measured_without_any(tmp_path):
+    save_statistics(tmp_path / "refs/cheap.npz", torch.zeros(8), torch.eye(8))
+    options = ("method=diff_instruct", "evaluation=edm_cifar10", "evaluation.reference.file=refs/cheap.npz")
+    train(tmp_path, *PRETRAIN[:-1], *SHORT, *CIFAR, "teacher.steps=2", *options).ok()
+    records = {record["subject"]: record for record in read_json(tmp_path / RUN / "metrics.json")}
+    assert records.keys() == {"student", "teacher"}
+    reference = hashlib.sha256((tmp_path / "refs/cheap.npz").read_bytes()).hexdigest()
+    assert {record["fingerprint"]["reference"] for record in records.values()} == {reference}
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["measured"]
+    assert any(row["fid_cheap_10/ema_500kimg"] for row in read_csv(tmp_path / RUN / "metrics.csv"))
 
 
 def test_missing_images_are_said_before_the_first_stage(pretrained, tmp_path):

@@ -204,11 +204,11 @@ def test_the_floor_of_w2_is_of_other_real_images():
         ({"num_samples": 5}, "num_samples=5, blocks=3, batch_size=16: at least 10 samples"),
         (
             {"metrics": ("kid",), "reference": stub_reference(False)},
-            "kid compare with the features .*keep_features=True",
+            "kid compare with the features .*leave them out of the metrics, or set evaluation.reference=null",
         ),
         (
             {"metrics": ("w2", "mmd"), "reference": stub_reference(False)},
-            "mmd, w2 compare with the features .*keep_features=True",
+            "mmd, w2 compare with the features .*or set evaluation.reference=null",
         ),
         ({"metrics": ("w2",), "num_samples": 5001}, "w2 takes at most 5000 samples, got num_samples=5001"),
         ({"metrics": ("w2",), "num_samples": 21}, "num_samples=21 is more than half of the 40 real ones"),

@@ -2,12 +2,14 @@
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 from inception_file import write_inception
 
 from metrics.extractors import Inception
 from metrics.reference import reference_statistics
+from networks.weights import hash_file
 
 GENERATOR = torch.Generator().manual_seed(3)
 IMAGES = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=GENERATOR)
@@ -70,18 +72,63 @@ def test_other_images_are_refused(extractor):
         assert "\n" not in str(caught.value)
 
 
-def test_weights_are_found_where_torch_fidelity_keeps_them(weights, tmp_path, monkeypatch):
+def test_weights_are_found_where_torch_fidelity_keeps_them_and_their_name_says_their_hash(
+    weights, extractor, tmp_path, monkeypatch
+):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     usual = tmp_path / "hub/checkpoints/weights-inception-2015-12-05-6726825d.pth"
-    message = rf"no Inception weights at {usual}; download \S+/{usual.name} to {usual}, or say .*extractor.weights"
+    message = (
+        rf"no Inception weights at {usual}; add download=true to fetch https://\S+/{usual.name}, or put the file there"
+    )
     with pytest.raises(FileNotFoundError, match=message) as caught:
         Inception()
     assert "\n" not in str(caught.value)
-    with pytest.raises(FileNotFoundError, match=r"no Inception weights at .*gone.pth; download"):
-        Inception(tmp_path / "gone.pth")
+    with pytest.raises(
+        FileNotFoundError, match=r"no Inception weights at .*gone.pth; add download=true to fetch http://x,"
+    ):
+        Inception(tmp_path / "gone.pth", url="http://x")
     usual.parent.mkdir(parents=True)
     usual.symlink_to(weights)
-    assert Inception().hash == Inception(weights).hash
+    found = hash_file(weights)[:8]
+    message = (
+        rf"{usual.name} has SHA-256 {found}..., its name says 6726825d: damaged or another file; delete it and fetch"
+    )
+    for path in (None, f"weights/{usual.name}"):
+        with pytest.raises(OSError, match=message) as caught:
+            Inception(path)
+        assert "\n" not in str(caught.value)
+    named = usual.with_name(f"weights-{found}.pth")
+    usual.rename(named)
+    assert Inception(f"weights/{named.name}").hash == extractor.hash
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 64), (400, 350)])
+def test_pixels_that_the_network_sees_are_tensorflows_resized_without_antialias(extractor, size):
+    """As EDM's detector makes them: pixel i of 299 is read at i * size / 299 (no half-pixel shift, also when it shrinks)."""
+    seen = []
+
+    def stop(module, inputs):
+        seen.append(inputs[0])
+        raise StopIteration
+
+    images = torch.randint(0, 256, (1, 3, *size), dtype=torch.uint8, generator=GENERATOR)
+    handle = extractor._network.Conv2d_1a_3x3.register_forward_pre_hook(stop)
+    with pytest.raises(StopIteration):
+        extractor(images)
+    handle.remove()
+
+    def weights(length):
+        places = np.arange(299) * length / 299
+        low = places.astype(int)
+        matrix = np.zeros((299, length))
+        np.add.at(matrix, (np.arange(299), low), 1 - (places - low))
+        np.add.at(matrix, (np.arange(299), np.minimum(low + 1, length - 1)), places - low)
+        return matrix
+
+    expected = weights(size[0]) @ images[0].double().numpy() @ weights(size[1]).T
+    assert np.abs(seen[0][0].numpy() * 128 + 128 - expected).max() < 1e-2
+    shifted = torch.nn.functional.interpolate(images.float(), (299, 299), mode="bilinear", align_corners=False)
+    assert (shifted - (seen[0] * 128 + 128)).abs().mean() > 1, "the usual resizing is another one"
 
 
 class Bad:

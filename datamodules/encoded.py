@@ -1,0 +1,146 @@
+"""A data set too large as pixels: the encoded pictures one after the other, decoded and cut whenever they are fetched."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from datamodules.packing import FORMAT, MARGIN, check_indices, check_meta, read_meta, way_out
+from datamodules.partial import claimed, grow
+from datamodules.pictures import CENTRE_CROP, THREADS, Decoder, centre_crop, decode, to_rgb
+from datamodules.storage import check_npy, folder_size, hash_range, require_space, write_json, write_npy
+
+
+def pack_encoded(
+    folder: str | Path,
+    contents: Callable[[int], Iterable[tuple[str, bytes]]],
+    count: int,
+    size: int,
+    resolution: int,
+    *,
+    meta: dict[str, Any],
+    identity: str,
+) -> "EncodedImages":
+    """Write the `count` pictures that `contents` gives from a number on, as (name, content), of about `size` bytes in all.
+
+    As `packing.pack`; each picture is decoded once, so that a damaged one shows now. `meta` says no preprocessing: what is
+    fetched is always the middle square at `resolution`.
+
+    Errors: OSError for damaged pictures or a disk that is too small, ValueError for another number of them.
+    """
+    folder = Path(folder)
+    meta = {**meta, "preprocessing": CENTRE_CROP}
+    check_meta(meta)
+    decoder = Decoder(lambda image, where: centre_crop(image, resolution))
+
+    def blocks(start: int) -> Iterator[tuple[int, dict[str, bytes]]]:
+        done = start
+        for batch, _ in decoder.chunks(contents(start)):
+            done += len(batch)
+            yield (
+                len(batch),
+                {"images.bin": b"".join(batch), "lengths.bin": np.array([*map(len, batch)], "<i8").tobytes()},
+            )
+        if done != count:
+            raise ValueError(f"count={count} images were announced, the source gave {done}")
+
+    with claimed(folder) as unfinished:
+        if unfinished is not None:
+            require_space(folder, size + 16 * count + MARGIN - folder_size(unfinished))
+            announced = json.dumps((identity, resolution, count, meta))
+            digests = grow(unfinished, {"images.bin": b"", "lengths.bin": b""}, announced, blocks)
+            lengths = np.fromfile(unfinished / "lengths.bin", "<i8")
+            offsets = np.concatenate([np.zeros(1, "<i8"), np.cumsum(lengths)])
+            digests["offsets.npy"] = write_npy(unfinished / "offsets.npy", (count + 1,), offsets.dtype, [offsets])
+            (unfinished / "lengths.bin").unlink()
+            shown = (digests["images.bin"], digests["offsets.npy"], meta["preprocessing"], resolution)
+            hashes = {
+                "sha256": sha256(json.dumps(shown).encode()).hexdigest(),
+                "images_sha256": digests["images.bin"],
+                "offsets_sha256": digests["offsets.npy"],
+                "labels_sha256": None,
+            }
+            sizes = {"count": count, "channels": 3, "resolution": resolution}
+            write_json(unfinished / "meta.json", {"format": FORMAT, **meta, **sizes, **hashes})
+            os.rename(unfinished, folder)
+            decoder.report(meta["name"])
+    return EncodedImages(folder)
+
+
+class EncodedImages:
+    """A folder of encoded pictures, read as `packing.PackedImages` is; there are no labels.
+
+    `hash` names the encoded bytes and what is made of them. Opening compares the sizes of the files, `verify` the content.
+
+    Errors: FileNotFoundError where nothing is packed, OSError for files that are damaged or do not belong together.
+    """
+
+    labels = None
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self._way_out = way_out(self.folder)
+        self.meta = read_meta(self.folder)
+        if "offsets_sha256" not in self.meta:
+            raise OSError(f"{self.folder} holds pixels instead of encoded pictures: {self._way_out}")
+        path, shape = self.folder / "offsets.npy", (self.meta["count"] + 1,)
+        self._header = check_npy(path, shape, np.dtype("<i8"), self._way_out)
+        self.offsets = np.load(path, mmap_mode="r")
+        self._content: np.ndarray | None = None
+        images = self.folder / "images.bin"
+        size = images.stat().st_size if images.is_file() else None
+        if size != self.offsets[-1]:
+            found = "is missing" if size is None else f"is damaged, {size} bytes instead of {self.offsets[-1]}"
+            raise OSError(f"{images} {found}: {self._way_out}")
+
+    def __reduce__(self) -> tuple:
+        return EncodedImages, (self.folder.absolute(),)
+
+    def __len__(self) -> int:
+        return self.meta["count"]
+
+    @property
+    def hash(self) -> str:
+        return self.meta["sha256"]
+
+    def verify(self) -> None:
+        """Errors: OSError where the bytes are not those that were packed."""
+        files = (("images.bin", 0, int(self.offsets[-1])), ("offsets.npy", self._header, 8 * len(self.offsets)))
+        for name, start, size in files:
+            if hash_range(self.folder / name, start, size) != self.meta[f"{Path(name).stem}_sha256"]:
+                raise OSError(f"{self.folder / name} is damaged, its SHA-256 is not meta.json's: {self._way_out}")
+
+    def encoded(self, index: int) -> bytes:
+        """One picture as the source had it."""
+        if self._content is None:
+            self._content = np.memmap(self.folder / "images.bin", np.uint8, mode="r").view(np.ndarray)
+        return self._content[self.offsets[index] : self.offsets[index + 1]].tobytes()
+
+    def fetch(self, indices: np.ndarray) -> tuple[Tensor, None]:
+        """Images uint8 (B, C, H, W) in the order of `indices` (B,), and no labels; by several threads outside of workers."""
+        check_indices(indices, len(self), self.folder)
+        side = self.meta["resolution"]
+        batch = np.empty((len(indices), 3, side, side), np.uint8)
+        place = partial(self._place, batch, indices)
+        if get_worker_info() is None and len(indices) > 1:
+            with ThreadPoolExecutor(THREADS) as pool:
+                list(pool.map(place, range(len(indices))))
+        else:
+            for row in range(len(indices)):
+                place(row)
+        return torch.from_numpy(batch), None
+
+    def _place(self, batch: np.ndarray, indices: np.ndarray, row: int) -> None:
+        where = f"image {indices[row]} of {self.folder}"
+        image: Image.Image = centre_crop(to_rgb(decode(self.encoded(indices[row]), where), where), batch.shape[-1])
+        batch[row] = np.asarray(image).transpose(2, 0, 1)

@@ -1,0 +1,28 @@
+"""ImageNet: EDM's zip, or the class folders of ILSVRC 2012, cut and shrunk as EDM's dataset_tool does."""
+
+from PIL import Image
+
+from datamodules.edm_zip import edm_source
+from datamodules.files import Files, folder_classes, is_edm_zip
+from datamodules.pictures import CENTRE_CROP, centre_crop
+from datamodules.sources import PixelDataModule, Source, picture_source
+
+
+class ImageNet(PixelDataModule):
+    """`path`: EDM's zip with its dataset.json, or ILSVRC/Data/CLS-LOC/train (or a zip of it) with n01440764/*.JPEG and so on.
+
+    A class is the place of its folder among the sorted ones, as EDM's teachers know it. Both give the same images but for
+    the few CMYK ones of ILSVRC, whose four values EDM's tool reads as three; here they are converted.
+    """
+
+    get = "get ILSVRC 2012's training images, or EDM's zip of them, and set data.path"
+
+    def source(self) -> Source:
+        if is_edm_zip(self.path):
+            return edm_source(self.path, self.resolution, self.classes)
+        files = Files(self.path)
+        labels = folder_classes(files, self.classes) if self.classes else None
+        return picture_source(self.name, files, self._crop, CENTRE_CROP, labels)
+
+    def _crop(self, image: Image.Image, where: str) -> Image.Image:
+        return centre_crop(image, self.resolution)

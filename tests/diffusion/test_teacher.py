@@ -1,0 +1,94 @@
+"""Where a teacher's weights come from; how it samples is tested with the solvers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from diffusion.preconditioning import EDM
+from diffusion.schedules import karras
+from diffusion.teacher import Teacher
+from networks.source import Source
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+
+class NumberFile(Source):
+    """Reads a file of one number as the weights of a `Net`."""
+
+    def read(self, file, network, preconditioning):
+        value = float(file.read_text())
+        return {name: torch.full_like(old, value) for name, old in network.state_dict().items()}, {"class": "Number"}
+
+
+def teacher(weights: str, source: Source | None) -> Teacher:
+    return Teacher("t", Net(), EDM(), karras, weights=weights, source=source, licence="L")
+
+
+def test_missing_weights_are_made_of_the_source_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "number.txt").write_text("2.5")
+    first = teacher("weights/net.safetensors", NumberFile("number.txt", url="https://there/number.txt"))
+    assert (first.denoiser.network.conv.weight == 2.5).all()
+    card = json.loads(Path("weights/net.json").read_text())
+    assert (card["licence"], card["source"]["class"], card["source"]["url"]) == (
+        "L",
+        "Number",
+        "https://there/number.txt",
+    )
+    (tmp_path / "number.txt").write_text("3")
+    assert teacher("weights/net.safetensors", NumberFile("number.txt")).hash == first.hash
+    (tmp_path / "number.txt").unlink()
+    assert teacher("weights/net.safetensors", NumberFile("number.txt")).hash == first.hash
+
+
+def test_another_process_may_make_them_meanwhile(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "number.txt").write_text("2.5")
+
+    class Slow(NumberFile):
+        def read(self, file, network, preconditioning):
+            teacher("net.safetensors", NumberFile("number.txt"))  # the other process
+            return super().read(file, network, preconditioning)
+
+    assert (teacher("net.safetensors", Slow("number.txt")).denoiser.network.conv.bias == 2.5).all()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["net.json", "net.safetensors", "number.txt"]
+
+
+@pytest.mark.parametrize(
+    ("url", "way"),
+    [
+        (
+            "https://there/number.txt",
+            "; add download=true to fetch https://there/number.txt, or put the file there, or set",
+        ),
+        (None, "; put the file there, or set"),
+    ],
+)
+def test_both_missing_files_and_the_way_out_are_named(url, way, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError) as caught:
+        teacher("weights/net.safetensors", NumberFile("number.txt", url=url))
+    message = str(caught.value)
+    assert message.startswith(f"no weights at {tmp_path}/weights/net.safetensors or ")
+    assert f", nor {tmp_path}/number.txt that they are made of{way} teacher.weights (null: random weights)" in message
+
+
+def test_a_source_is_unused_without_weights_and_wrong_ones_leave_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Teacher("t", Net(), EDM(), karras, source=NumberFile("nowhere.txt")).weights is None
+
+    class Wrong(Source):
+        def read(self, file, network, preconditioning):
+            return {"conv.weight": torch.zeros(3, 3, 1, 1), "other": torch.zeros(1)}, {}
+
+    (tmp_path / "number.txt").write_text("2.5")
+    with pytest.raises(ValueError, match=r"number.txt does not fit this Net: missing: conv.bias; unexpected: other"):
+        teacher("net.safetensors", Wrong("number.txt"))
+    assert [path.name for path in tmp_path.iterdir()] == ["number.txt"]
