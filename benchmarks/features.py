@@ -13,7 +13,7 @@ from metrics.extractors import Inception
 
 
 def measure(batches: tuple[int, ...] = (8, 32), side: int = 32, rounds: int = 3) -> dict[str, Any]:
-    """A part for each batch size, of images of `side` pixels, which Inception enlarges to 299; with random weights.
+    """A part for each batch size, 2 or more, of images of `side` pixels, which Inception enlarges to 299; random weights.
 
     Metrics never take bfloat16's features, which differ as `bf16_difference` says: the norm of the difference over that of
     the features' spread around their mean, so that 1 would be no information at all.
