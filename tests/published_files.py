@@ -21,7 +21,9 @@ def cifar10(folder: Path) -> list[str]:
     """The archive for Python, whose batches are pickles of Python 2's time."""
     with tarfile.open(folder / "cifar-10-python.tar.gz", "w:gz") as archive:
         for batch in range(1, 6):
-            pixels = np.stack([pattern(32, 32, shift=4 * batch + i).transpose(2, 0, 1).ravel() for i in range(COUNT // 5)])
+            pixels = np.stack(
+                [pattern(32, 32, shift=4 * batch + i).transpose(2, 0, 1).ravel() for i in range(COUNT // 5)]
+            )
             content = pickle.dumps({b"data": pixels, b"labels": [i % 10 for i in range(COUNT // 5)]}, protocol=2)
             member = tarfile.TarInfo(f"cifar-10-batches-py/data_batch_{batch}")
             member.size = len(content)
@@ -44,7 +46,9 @@ def ffhq64(folder: Path) -> list[str]:
 
 def imagenet64(folder: Path) -> list[str]:
     wordnet = ("n01440764", "n01443537")
-    files = {f"{w}/{w}_{i}.JPEG": encoded(pattern(40, 30, shift=i), "JPEG") for w in wordnet for i in range(COUNT // CLASSES)}
+    files = {
+        f"{w}/{w}_{i}.JPEG": encoded(pattern(40, 30, shift=i), "JPEG") for w in wordnet for i in range(COUNT // CLASSES)
+    }
     folder_of(folder / "train", files)
     return ["data.path=train", "data.resolution=16", f"data.num_classes={CLASSES}"]
 

@@ -85,7 +85,13 @@ class Case:
     def network(self) -> dict[str, Any]:
         """What shrinks it."""
         if self.family == "ddpm":
-            return {"block_out_channels": [8, 8], "attention_levels": [1], "layers_per_block": 1, "norm_num_groups": 4}
+            return {
+                "model_channels": 8,
+                "channel_mult": [1, 1],
+                "num_blocks": 1,
+                "attn_resolutions": [],
+                "norm_groups": 4,
+            }
         if self.data in PLANAR:
             return {"width": 16, "num_blocks": 1}
         heads = {"channels_per_head": 8} if self.data.startswith("imagenet64") else {}
