@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import resource
 import statistics
 import subprocess
 import time
@@ -24,6 +25,15 @@ def clock(device: torch.device | str = "cpu") -> float:
 def summary(values: Sequence[float]) -> dict[str, float]:
     """Median, least and greatest of repeated measurements, and how many there were."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "repeats": len(values)}
+
+
+def peak_memory() -> int:
+    """The most bytes of memory that this process has held at once."""
+    status = Path("/proc/self/status")
+    if status.exists():  # resource's figure includes what the parent process held when it started this one
+        return 1024 * int(re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE)[1])
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def machine() -> dict:

@@ -1,6 +1,9 @@
 """Prints how fast the framework is, and what it adds to a bare PyTorch loop of the same computation.
 
-python -m benchmarks.run [--only digits|cifar10|loader|score|branching] [--record]
+python -m benchmarks.run [--only PART] [--record]
+
+Parts: digits, cifar10, loader, packing, features, score, branching, methods; and methods_imagenet64, which runs only when it is
+named, since it takes an hour and 24 GB of memory.
 """
 
 import argparse
@@ -11,7 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from benchmarks import branching, loader, score, training
+from benchmarks import branching, features, loader, methods, packing, score, training
 from benchmarks.cases import CIFAR10, DIGITS
 from benchmarks.measuring import ROOT, commit, machine, slug
 from metrics.files import write_file
@@ -20,9 +23,14 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "digits": lambda: training.measure(DIGITS),
     "cifar10": lambda: training.measure(CIFAR10),
     "loader": loader.measure,
+    "packing": packing.measure,
+    "features": features.measure,
     "score": score.measure,
     "branching": branching.measure,
+    "methods": lambda: methods.measure(methods.CIFAR10),
+    "methods_imagenet64": lambda: methods.measure(methods.IMAGENET64),
 }
+_WHEN_NAMED = {"methods_imagenet64"}
 RESULTS = ROOT / "results"
 
 # (what the reader sees, key of the record, format of its numbers, unit)
@@ -38,6 +46,15 @@ _ROWS = (
     ("loader, on the device as floats", "decoded_images_per_second", ",.0f", "images/s"),
     ("DataLoader, item by item", "per_item_images_per_second", ",.0f", "images/s"),
     ("loader over DataLoader", "over_per_item", ".3g", "times"),
+    ("PNG folder, DataLoader", "png_0_workers_images_per_second", ",.0f", "images/s"),
+    ("loader over that", "over_png_0_workers", ".3g", "times"),
+    ("PNG folder, 2 workers", "png_2_workers_images_per_second", ",.0f", "images/s"),
+    ("loader over that", "over_png_2_workers", ".3g", "times"),
+    ("PNGs in a zip", "zip_images_per_second", ",.0f", "images/s"),
+    ("JPEGs in a folder", "jpeg_images_per_second", ",.0f", "images/s"),
+    ("float32, as in metrics", "features_images_per_second", ".3g", "images/s"),
+    ("under bfloat16", "bf16_features_images_per_second", ".3g", "images/s"),
+    ("bfloat16 over float32", "bf16_over_float32", ".3g", "times"),
     ("fake score's turn", "fake_seconds", ".4g", "s"),
     ("its evaluations and Adam's step", "fake_floor_seconds", ".4g", "s"),
     ("turn over that floor", "fake_over_floor", "+.1%", ""),
@@ -64,6 +81,8 @@ _TURNS = {"fake": "the fake score's turn", "generator": "the generator's turn", 
 
 def table(result: dict[str, Any]) -> str:
     """A part's figures for people: median (least .. greatest)."""
+    if "methods" in result:
+        return methods.table(result)
     if "parts" in result:
         return "\n\n".join(map(table, result["parts"]))
     lines = [result["title"], f"  {_conditions(result)}"]
@@ -80,6 +99,8 @@ def table(result: dict[str, Any]) -> str:
             f"  The branches add {result['added_parameters']:,} parameters. Floating point operations, counted: "
             f"{step} to a step, {inference} to inference."
         )
+    if "bf16_difference" in result:
+        lines.append(f"  bfloat16 changes features by {result['bf16_difference']:.1%} of their spread.")
     for turn, networks in result.get("evaluations", {}).items():
         counted = ", ".join(f"{name} with gradient" if trained else name for name, trained in networks.items())
         evaluations, floor = (result[f"{turn}_{key}_seconds"]["median"] for key in ("evaluation", "floor"))
@@ -119,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", choices=PARTS, help="one part alone")
     parser.add_argument("--record", action="store_true", help="also write results/benchmarks-MACHINE.json")
     options = parser.parse_args(arguments)
-    chosen = [options.only] if options.only else list(PARTS)
+    chosen = [options.only] if options.only else [name for name in PARTS if name not in _WHEN_NAMED]
     only = ["--only", options.only] if options.only else []
     command = shlex.join(["python", "-m", "benchmarks.run", *only, *(["--record"] if options.record else [])])
 

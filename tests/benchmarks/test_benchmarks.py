@@ -69,8 +69,13 @@ def test_a_recorded_part_leaves_the_others(tmp_path):
 
 def test_loader_is_measured():
     result = run.PARTS["loader"]()
-    for key in ("images_per_second", "decoded_images_per_second", "per_item_images_per_second", "over_per_item"):
+    loaders = ("", "decoded_", "per_item_", "png_0_workers_", "png_2_workers_")
+    for key in [f"{name}images_per_second" for name in loaders]:
         assert_spread(result[key], 2)
+    for key in ("over_per_item", "over_png_0_workers", "over_png_2_workers"):
+        assert_spread(result[key], 2)
+    text = run.table(result)
+    assert text.count("loader over that") == 2
 
 
 def test_a_bare_loop_that_computes_something_else_is_noticed(monkeypatch):

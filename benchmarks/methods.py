@@ -1,0 +1,282 @@
+"""One training step of every method at the sizes of published teachers: seconds, network evaluations, peak memory."""
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from multiprocessing import get_context
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytorch_lightning as pl
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from benchmarks.cases import Case, compose_config
+from benchmarks.loader import Synthetic
+from benchmarks.measuring import clock, peak_memory, summary
+from diffusion.denoiser import Denoiser
+from diffusion.teacher import Teacher
+from launch.build import build_seeded, build_trainer
+from launch.folder import RunFolder
+from launch.quiet import quiet
+from launch.stages import build_stages, fit_stages
+from lightning_modules import Method
+
+_CYCLE = 2  # steps after which every method here has done all that it does: both turns, or both of SFD's intervals
+# Samples of the teacher, few and coarse.
+_STORED = (
+    "method.pairs=4",
+    "method.held_out=4",
+    "teacher.solver=euler",
+    "teacher.solver_options={}",
+    "teacher.steps=2",
+)
+# Name -> options. "degradation" is DisBack's first stage, which `disback` goes through too, unmeasured.
+METHODS: dict[str, tuple[str, ...]] = {
+    "pretrain": ("method=pretrain",),
+    "denoising_student": ("method=denoising_student", *_STORED),
+    "diff_instruct": ("method=diff_instruct",),
+    "diff_instruct, two_sided": ("method=diff_instruct", "method.two_sided=true"),
+    "degradation": ("method=disback", "method.nodes=1"),
+    "disback": ("method=disback", "method.nodes=1", "method.degradation.steps=1"),
+    "progressive": ("method=progressive",),
+    "sfd": ("method=sfd",),
+    "b_dense on denoising_student": ("method=b_dense", "method/host=denoising_student", *_STORED),
+    "b_dense on progressive": ("method=b_dense", "method/host=progressive"),
+    "b_dense on sfd": ("method=b_dense", "method/host=sfd"),
+    "rectified_flow": ("method=rectified_flow",),
+    "reflow": ("method=reflow", *_STORED),
+    "flow_distill": ("method=flow_distill", *_STORED),
+    "bezier": ("method=bezier", *_STORED),
+}
+_RANDOM = ("~recipe", "batch_size=4", "teacher.weights=null", "teacher.sha256=null")
+CIFAR10 = Case(
+    "EDM's CIFAR-10 architecture (DDPM++)",
+    overrides=("data=cifar10", *_RANDOM, "teacher.network.channel_mult=[2,2,2]"),  # the flows' published one is another
+    cycle_rounds=3,
+)
+IMAGENET64 = Case("EDM's ImageNet 64x64 architecture (ADM)", overrides=("data=imagenet64", *_RANDOM), cycle_rounds=2)
+# Measured by us on another day. An iteration is one turn as in diff_instruct: of the fake score (student without gradient, fake
+# with), or each fifth time of the generator (student with gradient, fake and teacher without).
+FASTGEN = {
+    "method": "DMD2 of NVlabs/FastGen 34f30e8, EDM CIFAR-10 architecture, 32-true, batch 4, 2 threads",
+    "turns": {"fake": 4, "generator": 1},
+    "iteration_seconds": 3.0,
+    "gan_iteration_seconds": [3.4, 3.6],
+    "gan_peak_gib": 3.7,
+}
+
+
+Evaluations = Counter[tuple[str, bool]]
+"""Per image of the batch, by (network, whether a gradient can flow back)."""
+
+
+class Steps(pl.Callback):
+    """Times the trainer's steps, each with the network evaluations that it made, from inside one `fit`."""
+
+    def __init__(self):
+        self.steps: list[tuple[float, Evaluations]] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._rows: Evaluations = Counter()
+        for name, network in networks(pl_module):
+            network.register_forward_hook(self._counter(name))
+        self._begun = clock(pl_module.device)
+
+    def _counter(self, name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
+        def count(network: nn.Module, inputs: tuple, output: Tensor) -> None:
+            self._rows[name, output.requires_grad] += len(inputs[0])
+
+        return count
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        seconds = clock(pl_module.device) - self._begun
+        size = pl_module.batch_size
+        self.steps.append((seconds, Counter({key: rows / size for key, rows in self._rows.items()})))
+        self._rows.clear()
+        self._begun = clock(pl_module.device)
+
+
+def networks(method: Method) -> Iterator[tuple[str, nn.Module]]:
+    """The networks that a method evaluates in training, once each."""
+    found: set[nn.Module] = set()
+    attributes = [("student", method.student), *method.named_children(), *vars(method).items()]
+    for name, value in attributes:
+        for part in value if isinstance(value, list) else [value]:
+            denoiser = part.denoiser if isinstance(part, Teacher) else part
+            if isinstance(denoiser, Denoiser) and denoiser.network not in found:
+                found.add(denoiser.network)
+                yield "teacher" if isinstance(part, Teacher) or name == "guide" else name, denoiser.network
+
+
+def measure(
+    case: Case,
+    methods: dict[str, tuple[str, ...]] = METHODS,
+    precisions: tuple[str, ...] = ("32-true", "bf16-mixed"),
+) -> dict[str, Any]:
+    """An entry for each method and precision, each taken in a process of its own; one that was killed says so."""
+    entries = []
+    for name, options in methods.items():
+        for precision in precisions:
+            figures = apart(measure_one, case, name, options, precision)
+            entries.append({"method": name, "precision": precision, **(figures or {"killed": True})})
+    beside = {"fastgen_dmd2": FASTGEN} if case.title == CIFAR10.title else {}
+    return {"title": f"a training step of each method, {case.title}, random weights", "methods": entries, **beside}
+
+
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a module's function gives in a fresh process, whose peak memory is its own; None where that was killed."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as child:
+        try:
+            return child.submit(function, *arguments).result()
+        except BrokenProcessPool:
+            return None
+
+
+def measure_one(case: Case, name: str, options: Sequence[str], precision: str) -> dict[str, Any]:
+    """Needs a temporary folder of a few networks' size, and leaves nothing. Errors: whatever the method complains about."""
+    quiet()
+    steps, watcher = _CYCLE * (1 + case.cycle_rounds), Steps()
+    with TemporaryDirectory(prefix="stillhouse-benchmark-") as folder:
+        cfg = config(case, folder, *options, f"trainer.precision={precision}")
+        images = synthetic(cfg.data, folder)
+        method, run = build_seeded(cfg.method, cfg.seed), RunFolder(cfg.folder)
+        if hasattr(
+            method, "pairs"
+        ):  # stored samples of the teacher: in batches of the training's size, whose peak it is
+            method.pairs |= dict.fromkeys(("shard_size", "sampling_batch"), cfg.batch_size)
+        data = method.training_data(images)
+        if name == "degradation":
+            method.recording["steps"] = steps + 1
+        stages = build_stages(cfg, method, images, run)
+        if name == "degradation":
+            method, data, trainer = stages[0].method, stages[0].data, stages[0].trainer
+        else:
+            fit_stages(stages, method, run)
+            method.total_steps = steps
+            trainer = build_trainer(cfg, method, run)
+        trainer.callbacks.append(watcher)
+        trainer.fit(method, data)
+    figures = summarised(watcher.steps[_CYCLE:steps])
+    counted, declared = (sum(found.values()) for found in (figures["evaluations_per_image"], method.evaluations))
+    if not math.isclose(counted, declared):
+        raise RuntimeError(
+            f"{name} makes {counted:g} network evaluations per image, but its `evaluations`, which plan=true shows, sum to "
+            f"{declared:g}: correct them"
+        )
+    return {
+        "device": str(trainer.strategy.root_device),
+        "batch_size": method.batch_size,
+        "parameters": sum(p.numel() for p in method.student.network.parameters()),
+        **figures,
+        "peak_gib": peak_memory() / 2**30,
+    }
+
+
+def config(case: Case, folder: str, *options: str) -> DictConfig:
+    """As `compose_config`, without checkpoints, and with the case's network as both of several teachers."""
+    options = (*options, "callbacks.checkpoints=null", "+trainer.enable_checkpointing=false")
+    if "method=bezier" in options:
+        teacher = compose_config(case, folder, "method=reflow", *_STORED).teacher
+        plain = tuple(option for option in case.overrides if not option.startswith("teacher."))
+        left = [option for option in options if not option.startswith("teacher.")]
+        cfg = compose_config(replace(case, overrides=plain), folder, *left)
+        cfg.method.teachers = [teacher, teacher]
+    else:
+        cfg = compose_config(case, folder, *options)
+    if "store" in cfg.method:
+        cfg.method.store = f"{folder}/store"
+    return cfg
+
+
+def synthetic(data: DictConfig, folder: str) -> Synthetic:
+    """A few images of random pixels, as a data config describes them."""
+    classes = data.num_classes if data.conditional else 0
+    return Synthetic(folder, 64, data.batch_size, data.resolution, data.channels, classes)
+
+
+def summarised(steps: list[tuple[float, Evaluations]]) -> dict[str, Any]:
+    """Seconds of a step, mean of each cycle, and of each kind of turn; network evaluations per image of the training."""
+    cycles = [steps[i : i + _CYCLE] for i in range(0, len(steps), _CYCLE)]
+    kinds: dict[frozenset, list[float]] = {}
+    for seconds, evaluations in steps:
+        kinds.setdefault(frozenset(evaluations.items()), []).append(seconds)
+    total = sum((evaluations for _, evaluations in steps), Counter())
+    return {
+        "seconds_per_step": summary([statistics.mean(seconds for seconds, _ in cycle) for cycle in cycles]),
+        "evaluations_per_image": {_said(key): count / len(steps) for key, count in sorted(total.items())},
+        "turns": [
+            {"seconds": summary(seconds), "evaluations": {_said(key): count for key, count in sorted(kind)}}
+            for kind, seconds in kinds.items()
+        ],
+    }
+
+
+def _said(key: tuple[str, bool]) -> str:
+    name, with_gradient = key
+    return f"{name} with gradient" if with_gradient else name
+
+
+def table(result: dict[str, Any]) -> str:
+    """For people: one line for each method and precision, and below it one for each of its turns where they differ."""
+    first = next(entry for entry in result["methods"] if "killed" not in entry)
+    batch, size = first["batch_size"], first["parameters"] / 1e6
+    lines = [
+        result["title"],
+        f"  {first['device']}, batch {batch}, {size:.3g} M parameters. Seconds of an optimiser step (least .. greatest), and",
+        "  per image; the process's peak of memory; network evaluations per image of the batch, * with gradient.",
+    ]
+    for entry in result["methods"]:
+        head = f"  {entry['method']:<29}{entry['precision']:<11}"
+        if "killed" in entry:
+            lines.append(f"{head}killed: out of memory?")
+            continue
+        turns = entry["turns"] if len(entry["turns"]) > 1 else []
+        counted = entry["evaluations_per_image"]
+        memory = f"{entry['peak_gib']:>6.1f} GiB"
+        made = "  a mean of" if turns else _counted(counted)
+        lines.append(head + _line(entry["seconds_per_step"], batch, memory) + made)
+        lines += [f"{'':<42}{_line(turn['seconds'], batch, ' ' * 10)}{_counted(turn['evaluations'])}" for turn in turns]
+    if "fastgen_dmd2" in result:
+        lines += _beside(result)
+    return "\n".join(lines)
+
+
+def _line(seconds: dict[str, float], batch: int, memory: str) -> str:
+    spread = f"({seconds['min']:.3g} .. {seconds['max']:.3g})"
+    return f"{seconds['median']:>7.3g} {spread:<18}{seconds['median'] / batch:>8.3g}{memory}"
+
+
+def _counted(evaluations: dict[str, float]) -> str:
+    parts = [f"{name.replace(' with gradient', '*')} {count:g}" for name, count in evaluations.items()]
+    return "  " + ", ".join(parts)
+
+
+def _beside(result: dict[str, Any]) -> list[str]:
+    """What another framework took for the same mix of turns."""
+    theirs = result["fastgen_dmd2"]
+    low, high = theirs["gan_iteration_seconds"]
+    lines = [
+        f"  Beside it, on another day, {theirs['method']}:",
+        f"  {theirs['iteration_seconds']} s per iteration, a mean over {_mix(theirs['turns'])}; with its GAN {low} to {high} s, "
+        f"{theirs['gan_peak_gib']} GiB.",
+    ]
+    for entry in result["methods"]:
+        if entry["method"] == "diff_instruct" and len(entry.get("turns", ())) == 2:
+            # With gradient the fake score is evaluated in its own turn alone.
+            fake, generator = sorted(entry["turns"], key=lambda turn: "fake with gradient" not in turn["evaluations"])
+            turns = {"fake": fake["seconds"]["median"], "generator": generator["seconds"]["median"]}
+            count = sum(theirs["turns"].values())
+            mean = sum(theirs["turns"][kind] * seconds for kind, seconds in turns.items()) / count
+            lines.append(f"  The same mix of diff_instruct's turns here, {entry['precision']}: {mean:.3g} s.")
+    return lines
+
+
+def _mix(turns: dict[str, int]) -> str:
+    return f"{turns['fake']} turns of the fake score and {turns['generator']} of the generator"
