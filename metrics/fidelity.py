@@ -26,7 +26,8 @@ class TorchFidelity:
     name: clip-vit-b-32 and others of CLIP, dinov2-vit-s-14 to -g-14, vgg16. Metrics end in _clip, _dinov2 or _vgg16.
     weights: their file, of which a copy in torch hub's folder, where torch-fidelity itself keeps it, does as well; None: that
     one. url: where it is to be had, for the message alone.
-    precision: "32", or "bf16" for the network's inside. compile: whether torch compiles it. Either makes another extractor, with another name and hash, whose `exact` is this one in float32.
+    precision: "32", or "bf16" for the network's inside. compile: whether torch compiles it. Either makes another extractor, with
+    another name and hash, whose `exact` is this one in float32.
 
     Raises ImportError without torch-fidelity, FileNotFoundError for missing weights, OSError for damaged ones and
     ValueError for those of another network or unknown options.
