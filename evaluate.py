@@ -60,13 +60,30 @@ def trained(cfg: DictConfig, path: Path, counts: list[int]) -> tuple[Any, DictCo
     return folder, stored, method, weights
 
 
+def check_export(cfg: DictConfig) -> None:
+    from launch.export import check_target
+
+    if cfg.run is None or len(run_folders(cfg.run)) != 1 or len(student_steps(cfg)) > 1:
+        raise ValueError("export is for the student of one run, at one number of steps: say run=runs/NAME")
+    check_target(cfg.export)
+
+
 def evaluate_run(cfg: DictConfig, path: Path, counts: list[int], device: Any) -> tuple[list, Any, dict, Path]:
     from launch.build import build
     from launch.measure import Evaluation, samplers
 
     folder, stored, method, weights = trained(cfg, path, counts)
-    evaluation = Evaluation(build(stored.evaluation) | overrides(cfg), build(stored.data), device)
+    data = build(stored.data)
+    student = None
+    if cfg.export is not None:
+        from launch.export import export, portable
+
+        student = portable(method, stored, data.num_classes)  # what can't be exported is refused before it is measured
+    evaluation = Evaluation(build(stored.evaluation) | overrides(cfg), data, device)
     records = evaluation.run(method.to(device), folder, weights, counts)
+    if student is not None:
+        export(cfg.export, student, method, folder, weights, records)
+        print(f"{cfg.export} written", flush=True)
     return records, evaluation, samplers(method, folder, counts), path / "evaluation"
 
 
@@ -166,6 +183,8 @@ def evaluate(cfg: DictConfig) -> None:
             cfg.teacher.solver = cfg.solver
     elif cfg.check:
         raise ValueError("check=true is a teacher's self-test: say teacher=NAME")
+    if cfg.export is not None:
+        check_export(cfg)
     if cfg.download:
         fetch(OmegaConf.to_container(cfg, resolve=True))
     if cfg.check:

@@ -32,7 +32,7 @@ class DownsampledImageNet(PixelDataModule):
         batches = _found(self.path)
         way_out = "get all files of the training images again"
         numbers = [batch.number for batch in batches]
-        if numbers != list(range(1, len(numbers) + 1)):
+        if not numbers or numbers != list(range(1, len(numbers) + 1)):
             raise FileNotFoundError(f"{self.path} has the batches {', '.join(map(str, numbers)) or 'none'}; {way_out}")
         labels = np.concatenate([batch.labels() for batch in batches])
         width = 3 * self.resolution**2

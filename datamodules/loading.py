@@ -1,5 +1,6 @@
 """From an order to batches in a Lightning loop: whole batches by index, at the exact place where training stands."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -10,6 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datamodules.order import EpochOrder, RankBatches, fixed_batches
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+"""That this process may use."""
 
 Batch = dict[str, Tensor]
 Fetch = Callable[[int, np.ndarray], Batch]
@@ -61,7 +65,7 @@ class BatchLoader:
             _WholeBatches(self.fetch),
             batch_sampler=self.batches(),
             collate_fn=_unchanged,
-            num_workers=self.num_workers,
+            num_workers=min(self.num_workers, CORES),  # more would only be in each other's way
             pin_memory=self.pin_memory,
             generator=torch.Generator(),  # else each iteration would draw from the global random state
         )

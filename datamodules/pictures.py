@@ -1,6 +1,5 @@
 """Encoded pictures to pixels: decoded, turned into RGB, cut and shrunk as EDM's dataset_tool does, by several threads."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -8,12 +7,14 @@ from io import BytesIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from datamodules.loading import CORES
+
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _DEPTHS = ("I", "F")  # and what begins so: 16 or 32 bits, which Pillow would clip to 8
 
 CENTRE_CROP = "the middle square, Pillow's Lanczos to the resolution, as EDM's dataset_tool --transform=center-crop"
-THREADS = max(1, min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+THREADS = min(16, CORES)
 
 Prepare = Callable[[Image.Image, str], Image.Image]
 """(RGB picture, its name for errors) -> RGB picture of the data set's resolution."""

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from diffusion.denoiser import Denoiser
 from diffusion.noise_levels import NoiseLevels
 from diffusion.seeds import position_noise, position_uniforms
+from diffusion.student_sampling import Sampling
 
 
 class Draws:
@@ -64,3 +66,9 @@ def one_step(denoiser: Denoiser, noise: Tensor, sigma_init: float, labels: Tenso
     """The generator G(z) = D(sigma_init z, sigma_init), (B, C, H, W) of unit normal noise of that shape."""
     sigma = noise.new_full((), sigma_init)
     return denoiser(noise * denoiser.preconditioning.prior_std(sigma), sigma, labels)
+
+
+def one_step_sampling(denoiser: Denoiser, sigma_init: float) -> Sampling:
+    """`one_step` in numbers."""
+    scale = denoiser.preconditioning.prior_std(torch.tensor(sigma_init)).item()
+    return Sampling((sigma_init, 0.0), scale, double=False)

@@ -123,7 +123,9 @@ class VP(VariancePreserving):
 
     def time(self, sigma: Tensor) -> Tensor:
         """t in [0, 1] where ln(1 + sigma^2) = beta_d t^2 / 2 + beta_min t."""
-        return ((self.beta_min**2 + 2 * self.beta_d * (sigma**2).log1p()).sqrt() - self.beta_min) / self.beta_d
+        level = (sigma**2).log1p()
+        # The root without a difference of nearly equal numbers, which float32 would feel at small noise.
+        return 2 * level / ((self.beta_min**2 + 2 * self.beta_d * level).sqrt() + self.beta_min)
 
     def forward(self, sigma: Tensor) -> Coefficients:
         return Coefficients(torch.ones_like(sigma), -sigma, self.scale(sigma), (self.timesteps - 1) * self.time(sigma))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from diffusion.denoiser import Denoiser
 from diffusion.preconditioning import Preconditioning
 from diffusion.solvers import SOLVERS, check_solver, evaluations
+from diffusion.student_sampling import Sampling
 from networks.source import Source
 from networks.weights import hash_state, load_weights
 
@@ -155,6 +156,12 @@ class Teacher:
             if state is None:
                 return
             yield state
+
+    def sampling(self) -> Sampling:
+        """How it is sampled, in numbers."""
+        sigmas = self.sigmas()
+        scale = self.denoiser.preconditioning.prior_std(sigmas[0]).item()
+        return Sampling(sigmas.tolist(), scale, self.solver, dict(self.solver_options))
 
     def sample(
         self, noise: Tensor, labels: Tensor | None = None, steps: int | None = None, denoiser: Any = None

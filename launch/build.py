@@ -53,8 +53,9 @@ def check_teacher(teacher: Teacher, data: Any) -> None:
 def _check_equal(owner: str, pairs: Iterable[tuple[str, int, int]], data: Any) -> None:
     for option, ours, theirs in pairs:
         if ours != theirs:
+            labels = ", or set data.conditional=true" if option.startswith("num_classes") and not theirs else ""
             raise ValueError(
-                f"{owner} has {option}={ours}, the data {data.name} {theirs}: choose a teacher that fits the data"
+                f"{owner} has {option}={ours}, the data {data.name} {theirs}: choose a teacher that fits the data{labels}"
             )
 
 

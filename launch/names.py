@@ -26,8 +26,8 @@ def joined(*parts: str) -> str:
 
 
 def data_of(teacher: str) -> str:
-    """The data set that a teacher of conf/teacher is named after: digits of digits_rf1."""
-    return re.sub(r"_rf\d+$", "", teacher)
+    """The data set that a teacher of conf/teacher is named after: digits of digits_rf1, cifar10 of cifar10_cond_ve."""
+    return re.sub(r"(_(rf\d+|cond|baseline|vp|ve|ddpm))+$", "", teacher)
 
 
 def names_in(value: Any) -> str | None:

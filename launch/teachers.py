@@ -48,10 +48,7 @@ def _student(folder: RunFolder, option: str) -> DictConfig:
     weights = folder.path / "student.safetensors"
     if not weights.is_file():
         raise FileNotFoundError(f"{option}: {folder.path} has no student.safetensors; finish that run first")
-    stored = folder.read_config()
-    # Several teachers: the last one is the student's beginning.
-    teacher = stored.method.teacher if "teacher" in stored.method else stored.method.teachers[-1]
-    config = OmegaConf.to_container(teacher, resolve=True)
+    config = students_teacher(folder.read_config())
     card = read_card(weights)
     taken = [value["nfe"] for key, value in card.get("metrics", {}).items() if key.endswith("/student")]
     if taken and max(taken) < config["steps"]:
@@ -61,3 +58,11 @@ def _student(folder: RunFolder, option: str) -> DictConfig:
         )
     # The hash: a run trained anew under this name is another teacher, which a resumed run must not go on with.
     return OmegaConf.create(config | {"name": folder.name, "weights": str(weights), "sha256": card["sha256"]})
+
+
+def students_teacher(stored: DictConfig) -> dict[str, Any]:
+    """The config of the teacher that a run's student began as, hence that of the student's network, from the run's config."""
+    teacher = (
+        stored.method.teacher if "teacher" in stored.method else stored.method.teachers[-1]
+    )  # of several the last one
+    return OmegaConf.to_container(teacher, resolve=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diffusion.denoiser import Denoiser
 from diffusion.seeds import seed_step
+from diffusion.student_sampling import Sampling
 from diffusion.teacher import Teacher
 
 
@@ -126,6 +127,12 @@ class Method(pl.LightningModule):
 
     def generate(self, noise: Tensor, labels: Tensor | None) -> Tensor:
         raise NotImplementedError
+
+    def sampling(self) -> Sampling:
+        """`generate` in numbers, for a student that leaves this project. Errors: ValueError for a method that has none."""
+        raise ValueError(
+            f"method {self.name} does not say in numbers how its student is sampled, so it can't be exported"
+        )
 
     @torch.no_grad()
     def sample(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from datamodules import TrajectoryDataModule
 from datamodules.trajectories import check_store
+from diffusion.draws import one_step_sampling
 from diffusion.losses import REGRESSIONS, regression
 from diffusion.solvers import euler_step
+from diffusion.student_sampling import Sampling
 from diffusion.teacher import Teacher
 from lightning_modules.dense_targets import DenseTargets
 
@@ -71,6 +73,9 @@ class DenoisingStudent(DenseTargets):
     def generate(self, noise: Tensor, labels: Tensor | None) -> Tensor:
         """S(z)."""
         return self.student(*self.start(noise), labels)
+
+    def sampling(self) -> Sampling:
+        return one_step_sampling(self.student, self.sigmas[0].item())
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         target = batch["states"]

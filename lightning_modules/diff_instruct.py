@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from datamodules import DataFree
-from diffusion.draws import Draws, one_step
+from diffusion.draws import Draws, one_step, one_step_sampling
 from diffusion.losses import SCORE_WEIGHTINGS, noised, score_gradient, weighted_square
 from diffusion.noise_levels import NoiseLevels
+from diffusion.student_sampling import Sampling
 from diffusion.teacher import Teacher
 from lightning_modules.base import Method
 from lightning_modules.diffused_gan import DiffusedGAN
@@ -99,6 +100,9 @@ class DiffInstruct(Method):
 
     def generate(self, noise: Tensor, labels: Tensor | None) -> Tensor:
         return one_step(self.student, noise, self.sigma_init, labels)
+
+    def sampling(self) -> Sampling:
+        return one_step_sampling(self.student, self.sigma_init)
 
     def on_fit_start(self) -> None:
         self.target.to(self.device)

@@ -12,6 +12,7 @@ from diffusion.flow import between, end_state, time_of, velocity
 from diffusion.schedules import flow_uniform
 from diffusion.seeds import position_uniforms
 from diffusion.solvers import euler
+from diffusion.student_sampling import Sampling
 from diffusion.teacher import Teacher
 from diffusion.time_laws import TimeLaw
 from lightning_modules.base import Method
@@ -57,6 +58,11 @@ class FlowStudent(Method):
         for state in euler(self.student, noise.double() / self.start, sigmas, labels):  # noqa: B007
             pass
         return state
+
+    def sampling(self) -> Sampling:
+        if self.euler_steps is None:
+            return self.sampler.sampling()
+        return Sampling(flow_uniform(self.euler_steps, self.start).tolist(), 1 / self.start)
 
     def predict(self, z: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         """f(z, t) = z + (1 - t) v(z, t) of the student, for `end_state`'s arguments but t from 0 on."""

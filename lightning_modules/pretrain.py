@@ -4,6 +4,7 @@ from torch import Tensor
 
 from datamodules.augmentation import augmented, check_augment
 from diffusion.losses import denoising_score_matching, log_normal_sigmas
+from diffusion.student_sampling import Sampling
 from diffusion.teacher import Teacher
 from lightning_modules.base import Method
 
@@ -49,3 +50,6 @@ class Pretrain(Method):
 
     def generate(self, noise: Tensor, labels: Tensor | None) -> Tensor:
         return self.sampler.sample(noise, labels, denoiser=self.student)
+
+    def sampling(self) -> Sampling:
+        return self.sampler.sampling()

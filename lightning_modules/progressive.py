@@ -12,6 +12,7 @@ from diffusion.draws import Draws
 from diffusion.losses import noised
 from diffusion.preconditioning import Epsilon
 from diffusion.solvers import euler, euler_step
+from diffusion.student_sampling import Sampling
 from diffusion.teacher import Teacher
 from lightning_modules.dense_targets import DenseTargets
 from networks import load_weights, save_weights
@@ -175,6 +176,10 @@ class ProgressiveDistillation(DenseTargets):
         for x in euler(self.estimate, x, self.grid[:: (len(self.grid) - 1) // self.steps], labels):  # noqa: B007, B020
             pass
         return x
+
+    def sampling(self) -> Sampling:
+        sigmas = self.grid[:: (len(self.grid) - 1) // self.steps].tolist()
+        return Sampling(sigmas, self.student.preconditioning.prior_std(self.grid[0]).item(), clip=self.clip)
 
     def estimate(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
         """The student's as samples are made of it."""

@@ -14,6 +14,7 @@ from diffusion.losses import REGRESSIONS, regression
 from diffusion.schedules import karras_grid
 from diffusion.seeds import position_uniforms
 from diffusion.solvers import SOLVERS, analytic_step, check_solver, euler, euler_step
+from diffusion.student_sampling import Sampling
 from diffusion.teacher import Teacher
 from lightning_modules.dense_targets import DenseTargets
 from networks.checks import check_choice, check_counts
@@ -181,6 +182,11 @@ class SFD(DenseTargets):
             pass
         return x
 
+    def sampling(self) -> Sampling:
+        sigmas = self.grids[self.steps][:: self.substeps].tolist()
+        scale = self.student.preconditioning.prior_std(torch.tensor(sigmas[0])).item()
+        return Sampling(sigmas, scale, analytic_first=self.afs, double=False)
+
     def tell(self, steps: int) -> None:
         """The network, in how many steps it is used."""
         if len(self.choices) > 1:
@@ -196,7 +202,7 @@ class SFD(DenseTargets):
         return None
 
     def exported(self) -> dict[str, Tensor]:
-        """With several numbers of steps: of the largest one."""
+        """With several numbers of steps: of the chosen one, at first the largest."""
         if len(self.choices) == 1:
             return super().exported()
-        return fixed_steps_state(self.student.network, self.choices[-1])
+        return fixed_steps_state(self.student.network, self.steps)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metrics.digits_classifier import FEATURES, WEIGHTS, DigitsClassifier
 from metrics.images import from_uint8
-from networks.weights import hash_file, hash_state, load_weights
+from networks.weights import find_weights, hash_file, hash_state, load_weights
 
 _HUB_NAME = re.compile(r"-([0-9a-f]{8,64})\.pth")  # torch hub's files: the beginning of their SHA-256 is in the name
 _AT_ONCE = 128  # images of 299x299 in Inception, which take some 20 MB each
@@ -168,9 +168,12 @@ def hub_folder() -> Path:
 
 
 def find_hub_file(path: str | Path) -> Path | None:
-    """The file at `path`, or else the one of its name in torch hub's folder; None where neither is there."""
-    path = Path(path).expanduser()
-    return next((place for place in (path, hub_folder() / path.name) if place.is_file()), None)
+    """The file at `path` (as `find_weights`), or else the one of its name in torch hub's folder; None where neither is there."""
+    try:
+        return find_weights(path)
+    except FileNotFoundError:
+        kept = hub_folder() / Path(path).name
+        return kept if kept.is_file() else None
 
 
 def check_hub_name(path: Path) -> None:

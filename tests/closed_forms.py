@@ -79,6 +79,11 @@ class ExactNetwork(nn.Module):
             return torch.cos(torch.pi * t / 2000), torch.sin(torch.pi * t / 2000)
         if self.family == "velocity":
             return t / 999, 1 - t / 999
+        if self.family == "vp":  # beta(t) = 0.1 + 19.9 t
+            signal = torch.exp(-(19.9 * (t / 999) ** 2 / 2 + 0.1 * t / 999))
+            return signal.sqrt(), (1 - signal).sqrt()
+        if self.family == "ve":
+            return torch.ones_like(t), 2 * torch.exp(t)
         sigma = torch.exp(4 * t)  # EDM: network input is divided by the total standard deviation
         total = (sigma**2 + 0.25).sqrt()
         return 1 / total, sigma / total
@@ -88,14 +93,14 @@ class ExactNetwork(nn.Module):
         z = z.double()
         x0 = self.mixture(z / a, (s / a).flatten(), class_labels)
         e = (z - a * x0) / s
-        target = {"epsilon": e, "v": a * e - s * x0, "x0": x0, "velocity": x0 - e}.get(self.family)
+        target = {"epsilon": e, "vp": e, "ve": -e, "v": a * e - s * x0, "x0": x0, "velocity": x0 - e}.get(self.family)
         if target is None:  # EDM's effective target, equation 8 of the paper: (D - c_skip x) / c_out
             sigma = s / a
             target = (x0 - 0.25 / (sigma**2 + 0.25) * z / a) / (sigma * 0.5 / (sigma**2 + 0.25).sqrt())
         return target.float()
 
 
-FAMILIES = {"edm": P.EDM, "epsilon": P.Epsilon, "v": P.V, "x0": P.X0, "velocity": P.Velocity}
+FAMILIES = {"edm": P.EDM, "epsilon": P.Epsilon, "vp": P.VP, "ve": P.VE, "v": P.V, "x0": P.X0, "velocity": P.Velocity}
 
 
 class Corrected(nn.Module):

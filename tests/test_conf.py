@@ -51,6 +51,8 @@ def torch_home(tmp_path_factory):
 
 def small(data: str) -> list[str]:
     """Options for an untrained network, of few parameters if it is large, for data sets whose teacher is not here."""
+    if data == "image_folder":
+        return ["data.path=my_photos", *SMALL]
     if data not in PUBLISHED:
         return ["teacher.weights=null"] if data in PLANAR else []
     return [*SMALL, *(["teacher.network.channels_per_head=8"] if data == "imagenet64" else [])]

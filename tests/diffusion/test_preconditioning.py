@@ -46,6 +46,8 @@ def test_loss_weight_makes_the_loss_the_networks_own_mse(family):
     a_vp = 1 / (1 + s**2).sqrt()
     target = {
         "epsilon": e,
+        "vp": e,
+        "ve": -e,
         "v": a_vp * e - s * a_vp * x0,
         "x0": x0,
         "velocity": x0 - e,
@@ -64,6 +66,37 @@ def test_epsilon_index_is_exact_on_the_table_and_interpolates_between():
     assert epsilon.index(torch.tensor([1e-9, 1e9])).tolist() == [0, 999]
 
 
+def test_vp_and_ve_are_edms_table_1():
+    """Noise levels and time inputs of NVlabs/edm's own VPPrecond (commit 008a4e5) at t = 1e-5, 1e-3, 0.5 and 1."""
+    sigma = torch.tensor([0.0010004976266502028, 0.010485992786706403, 3.41291830906912, 152.1669702839464]).double()
+    c = P.VP()(sigma)
+    assert c.noise.tolist() == pytest.approx([0.00999, 0.999, 499.5, 999.0], rel=1e-7)
+    torch.testing.assert_close(P.VP()(sigma.float()).noise.double(), c.noise, rtol=1e-6, atol=0)
+    assert (c.skip == 1).all()
+    torch.testing.assert_close(c.in_, (1 + sigma**2).rsqrt())
+    assert torch.equal(c.out, -sigma)
+    torch.testing.assert_close(P.VP().loss_weight(sigma), 1 / sigma**2)
+    assert P.VP(timesteps=101)(sigma[-1:]).noise.item() == pytest.approx(100)
+
+    c = P.VE()(sigma)
+    assert torch.equal(c.noise, (sigma / 2).log())
+    assert (c.skip == 1).all()
+    assert (c.in_ == 1).all()
+    assert torch.equal(c.out, sigma)
+    torch.testing.assert_close(P.VE().loss_weight(sigma), 1 / sigma**2)
+
+
+def test_vp_agrees_with_epsilon_on_ddpms_own_levels():
+    """beta(t) / 1000 is DDPM's, so that index i is time (i + 1) / 1000 to within the difference of sums and integrals."""
+    sigma = ddpm_sigmas()[torch.tensor([10, 100, 500, 999])]
+    assert P.VP()(sigma).noise.tolist() == pytest.approx([10.0, 100.0, 500.0, 999.0], abs=4)
+    assert isinstance(P.VP(timesteps=500).one_step(), P.ResidualEpsilon)
+    assert P.VP(timesteps=500).one_step().timesteps == 500
+    for options in ({"beta_d": 0}, {"beta_min": -1.0}, {"timesteps": 1}):
+        with pytest.raises(ValueError, match="need beta_d > 0, beta_min > 0 and timesteps >= 2, got"):
+            P.VP(**options)
+
+
 def test_one_step_form_of_an_eps_network_is_the_residual():
     network = ExactNetwork("epsilon", Mixture())
     student = Denoiser(network, P.Epsilon().one_step())
@@ -75,7 +108,9 @@ def test_one_step_form_of_an_eps_network_is_the_residual():
     assert isinstance(P.V().one_step(), P.V)
 
 
-@pytest.mark.parametrize(("family", "std"), [("edm", 80.0), ("epsilon", (80**2 + 1) ** 0.5), ("velocity", 81.0)])
+@pytest.mark.parametrize(
+    ("family", "std"), [("edm", 80.0), ("epsilon", (80**2 + 1) ** 0.5), ("vp", 80.0), ("ve", 80.0), ("velocity", 81.0)]
+)
 def test_sampling_starts_with_unit_noise_in_the_networks_variable(family, std):
     assert FAMILIES[family]().prior_std(torch.tensor(80.0)).item() == pytest.approx(std)
 

@@ -10,6 +10,7 @@ import torch
 from end_to_end_tools import ROOT, RUN, copied, read_checkpoint, read_json, run, snapshot, with_data
 from omegaconf import OmegaConf
 from PIL import Image
+from safetensors.torch import load_file
 
 TEACHER = (
     "teacher=digits",
@@ -163,3 +164,19 @@ def test_a_damaged_checkpoint_and_config_are_named(finished, tmp_path):
     config.write_text("- 1")
     evaluate(tmp_path, f"run={RUN}").refused("runs/run/config.yaml is not the config of a run")
     assert not (Path(tmp_path) / RUN / "evaluation").exists()
+
+
+def test_a_run_is_exported(folder):
+    ended = evaluate(folder, "run=runs/a1", "export=exports/a1", "num_samples=20", "blocks=1", "device=cpu").ok()
+    assert "exports/a1 written" in ended.out
+    card = (folder / "exports/a1/README.md").read_text()
+    (record,) = (
+        r
+        for r in read_json(folder / "runs/a1/evaluation/metrics.json")
+        if r["subject"] == "student" and r["fingerprint"]["num_samples"] == 20 and len(r["values"]) == 1
+    )
+    assert f"{record['mean']:.4g}" in card
+    weights = load_file(folder / "exports/a1/student.safetensors")
+    trained = load_file(folder / "runs/a1/student.safetensors")
+    assert all(torch.equal(value, trained[name]) for name, value in weights.items())
+    evaluate(folder, "run=runs/a*", "export=exports/b").refused("export is for the student of one run")

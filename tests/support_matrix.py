@@ -1,0 +1,243 @@
+"""Every method on every data set with a teacher of every family: two training steps and a sample of each.
+
+python tests/support_matrix.py runs all of them and writes results/support.json, of which the README's table is made. The test
+suite runs a part that has every pair of two choices. Networks are shrunken; data are small files in their published layouts.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf, open_dict
+from published_files import PUBLISHED
+
+from datamodules import TrajectoryDataModule
+from diffusion.denoiser import Denoiser
+from launch.build import build, build_seeded, build_trainer, check_fit
+from launch.folder import RunFolder
+from launch.names import register_resolvers
+from launch.stages import build_stages, fit_stages
+from launch.teachers import expand_teachers
+from lightning_modules import Method
+from metrics.files import write_file
+from networks.branching import BranchedConv2d
+
+ROOT = Path(__file__).resolve().parent.parent
+BATCH, STEPS = 4, 2
+TRAINED = "trained"
+METHODS = {
+    "pretrain": [],
+    "denoising_student": ["method.pairs=8", "method.held_out=4"],
+    "diff_instruct": ["method.fake_updates=1"],  # so that two steps are a turn of each
+    "disback": [
+        "method.fake_updates=1",
+        "method.nodes=1",
+        "method.degradation={steps:2,lr:null,batch_size:4,seed:0,spacing:geometric}",
+    ],
+    "progressive": ["method.start_steps=4", "method.end_steps=1"],
+    "sfd": ["method.steps=2"],
+    "b_dense sfd": ["method.steps=2"],
+    "b_dense progressive": ["method.start_steps=4", "method.end_steps=1"],
+    "b_dense denoising_student": ["method.pairs=8", "method.held_out=4", "method.branches=2"],
+    "rectified_flow": [],
+    "reflow": ["method.pairs=8", "method.held_out=4"],
+    "flow_distill": ["method.pairs=8", "method.held_out=4", "method.loss=l2"],
+    "bezier": ["method.pairs=8", "method.held_out=4", "method.loss=l2"],
+}
+FAMILIES = ("edm", "ddpm", "flow")
+PLANAR = ("checkerboard", "eight_gaussians")
+COMMON = (
+    f"batch_size={BATCH}",
+    f"method.kimg={BATCH * STEPS / 1000}",
+    "method.warmup_kimg=0",
+    "callbacks=none",
+    "callbacks.ema=null",
+    "trainer.accelerator=cpu",
+    "trainer.gradient_clip_val=null",
+    "logger.tensorboard=null",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    method: str
+    data: str
+    family: str
+
+    @property
+    def teacher(self) -> str:
+        """One of conf/teacher that stands for the family; its sizes follow the data."""
+        own = self.data in (*PLANAR, "digits")
+        base = self.data if own else "imagenet64" if self.data.startswith("imagenet64") else "ffhq64"
+        return {"edm": base, "ddpm": "cifar10_ddpm", "flow": f"{base}_rf1"}[self.family]
+
+    @property
+    def network(self) -> dict[str, Any]:
+        """What shrinks it."""
+        unet = {"model_channels": 8, "channel_mult": [1, 1], "num_blocks": 1, "attn_resolutions": []}
+        if self.family == "ddpm":
+            return {**unet, "norm_groups": 4}
+        if self.data in PLANAR:
+            return {"width": 16, "num_blocks": 1}
+        heads = {"channels_per_head": 8} if self.data.startswith("imagenet64") else {}
+        return unet | heads
+
+    def config(self, data_options: list[str]) -> DictConfig:
+        """The run's, as train.py composes it."""
+        method, _, host = self.method.partition(" ")
+        bezier = self.method == "bezier"
+        options = [f"method={method}", f"data={self.data}", *data_options, *COMMON, *METHODS[self.method]]
+        options += [f"method/host={host}"] if host else []
+        options += [f"method.teachers=[{self.teacher},{self.teacher}]"] if bezier else [f"teacher={self.teacher}"]
+        options += (
+            ["method.augment=null"] if self.method == "pretrain" and self.family != "edm" else []
+        )  # no labels for it
+        if self.family == "ddpm":
+            options.append("data.conditional=false")  # published DDPMs know no classes
+            options += ["method.weighting=snr"] if "progressive" in self.method else []  # the others diverge for eps
+            options += (
+                ["method.sigma_init=2.5"] if self.method in ("diff_instruct", "disback") else []
+            )  # below their highest
+        cfg = compose("config", [*options, f"name={'-'.join((method, host, self.family))}"])
+        expand_teachers(cfg)
+        with open_dict(cfg):
+            for teacher in cfg.method.teachers if bezier else [cfg.teacher]:
+                teacher.weights, teacher.steps = None, 2
+                for key, value in self.network.items():
+                    OmegaConf.update(teacher.network, key, value)
+        return cfg
+
+
+def cases() -> list[Case]:
+    return [
+        Case(method, data, family)
+        for data in PUBLISHED
+        for method in METHODS
+        for family in FAMILIES
+        if not (family == "ddpm" and data in PLANAR)  # a U-Net needs more than one pixel
+    ]
+
+
+def covering() -> list[Case]:
+    """Cases such that every method meets every data set and every family, and every data set every family."""
+    methods, data = list(METHODS), list(PUBLISHED)
+    chosen = []
+    for case in cases():
+        families = [f for f in FAMILIES if not (f == "ddpm" and case.data in PLANAR)]
+        if families[(methods.index(case.method) + data.index(case.data)) % len(families)] == case.family:
+            chosen.append(case)
+    return chosen
+
+
+class Counter:
+    """Counts evaluated images of networks in training steps, of all denoisers of a method alike."""
+
+    def __init__(self, method: Method):
+        self.count, self.active = 0, False
+        teachers = [
+            t for t in (getattr(method, "teachers", None) or [method.teacher, getattr(method, "target", None)]) if t
+        ]
+        found = [m for m in method.modules() if isinstance(m, Denoiser)] + [t.denoiser for t in teachers]
+        for network in {id(denoiser.network): denoiser.network for denoiser in found}.values():
+            network.register_forward_hook(self._hook)
+        step = method.training_step
+
+        def counted(*arguments):
+            self.active = True
+            loss = step(*arguments)
+            self.active = False
+            return loss
+
+        method.training_step = counted
+
+    def _hook(self, network, inputs, output) -> None:
+        self.count += len(inputs[0]) if self.active else 0
+
+
+def run(case: Case, data_options: list[str]) -> None:
+    """Train the case in the current folder as train.py does, sample, and compare with what the method says of its costs.
+
+    Errors: whatever goes wrong; AssertionError for samples that are odd and evaluations that were not announced.
+    """
+    cfg = case.config(data_options)
+    data, method = build(cfg.data), build_seeded(cfg.method, cfg.seed)
+    check_fit(method, data)
+    with mock.patch.dict(TrajectoryDataModule.__init__.__kwdefaults__, shard_size=BATCH):  # a shard is sampled whole
+        training = method.training_data(data)
+    folder = RunFolder(cfg.folder)
+    data.check_source()
+    stages = build_stages(cfg, method, data, folder)
+    trainer = build_trainer(cfg, method, folder)
+    fit_stages(stages, method, folder)
+    counter = Counter(method)
+    before = [p.detach().clone() for p in method.student.parameters()]
+    trainer.fit(method, training)
+    assert trainer.global_step == STEPS
+    assert any(not torch.equal(a, b) for a, b in zip(before, method.student.parameters(), strict=True))
+    announced = BATCH * STEPS * sum(method.evaluations.values())
+    assert counter.count == announced, f"{counter.count} evaluations, {announced} announced"
+    labels = torch.tensor([0, 1]) if data.num_classes else None
+    samples = method.sample(torch.randn(2, data.channels, data.resolution, data.resolution), labels)
+    assert samples.shape == (2, data.channels, data.resolution, data.resolution)
+    assert samples.isfinite().all()
+    # The student is a network of the teacher's kind that any teacher config can load.
+    plain = [m for m in method.student.network.modules() if isinstance(m, BranchedConv2d)]
+    assert plain
+    assert set(method.exported()) == set(method.student.network.state_dict()) - {"embed.steps.table"}
+
+
+@contextmanager
+def published(data: str, folder: Path) -> Iterator[list[str]]:
+    """Within, the current folder has the data set's files; gives the options that fit them."""
+    here = os.getcwd()
+    folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(folder)
+    try:
+        yield PUBLISHED[data](Path.cwd())
+    finally:
+        os.chdir(here)
+
+
+def main() -> None:
+    import logging
+    import warnings
+
+    from results.readme import origin
+
+    warnings.filterwarnings("ignore")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    register_resolvers()
+    outcomes: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder, initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        for data in PUBLISHED:
+            with published(data, Path(folder) / data) as options:
+                for case in cases():
+                    if case.data == data:
+                        found = outcome(case, options)
+                        print(case.method, case.data, case.family, found, flush=True)
+                        outcomes.setdefault(case.method, {}).setdefault(case.data, {})[case.family] = found
+    content = {**origin(), "steps": STEPS, "outcomes": outcomes}
+    write_file(ROOT / "results/support.json", (json.dumps(content, indent=1) + "\n").encode())
+
+
+def outcome(case: Case, data_options: list[str]) -> str:
+    try:
+        run(case, data_options)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return TRAINED
+
+
+if __name__ == "__main__":
+    main()
