@@ -48,6 +48,7 @@ def download(url: str, path: str | Path, sha256: str | None = None) -> Path:
         os.fsync(file.fileno())
         if sha256 is not None and (found := hash_file(part)) != sha256.lower():
             part.unlink()
+            _version(path).unlink(missing_ok=True)
             raise OSError(
                 f"{url} has SHA-256 {found}, expected {sha256}; it was deleted: fetch it again or correct sha256"
             )

@@ -3,12 +3,16 @@
 import hashlib
 import json
 import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from end_to_end_tools import PRETRAIN, ROOT, RUN, STUDENT, read_csv, read_json, run, train
+from published_files import cifar10
 
 from metrics.statistics import save_statistics
 
@@ -119,3 +123,32 @@ def test_missing_images_are_said_before_the_first_stage(pretrained, tmp_path):
     weights = f"teacher.weights={pretrained / RUN / 'student.safetensors'}"
     train(tmp_path, *PRETRAIN[:-1], *CIFAR, "teacher.steps=2", "method=disback", weights).refused("no cifar10 images")
     assert not (tmp_path / "data").exists()
+
+
+def test_the_archive_is_fetched_on_request_packed_and_trained_on(tmp_path):
+    """From an address to a teacher: a server on this machine has CIFAR-10's archive, in its published layout."""
+    served, here = tmp_path / "served", tmp_path / "here"
+    served.mkdir()
+    here.mkdir()
+    cifar10(served)
+    archive = served / "cifar-10-python.tar.gz"
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    handler = partial(SimpleHTTPRequestHandler, directory=str(served))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
+        threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
+        url = f"http://127.0.0.1:{http.server_port}/{archive.name}"
+        small = [
+            option for option in CIFAR if "resolution" not in option and "path" not in option and "url" not in option
+        ]
+        options = (*PRETRAIN, *SHORT, *small, f"data.url={url}", "evaluation.extractor.url=null")
+        train(here, *options, f"data.sha256={digest}").refused("no cifar10 images", f"add download=true to fetch {url}")
+        train(here, *options, f"data.sha256={'0' * 64}", "download=true").refused(
+            f"{url} has SHA-256 {digest}, expected 000"
+        )
+        assert not list(here.glob("data/*"))
+        ended = train(here, *options, f"data.sha256={digest}", "download=true").ok()
+        http.shutdown()
+    assert f"data: fetching {url} to data/cifar-10-python.tar.gz" in ended.out
+    assert json.loads((here / "data/cifar10/meta.json").read_text())["count"] == 20
+    assert (here / RUN / "metrics.json").exists()
+    train(here, *options, f"data.sha256={digest}").ok()  # the address is no more, and not needed
