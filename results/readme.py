@@ -31,8 +31,11 @@ from metrics.quality import to_json as quality_to_json
 from metrics.quality_tables import markdown as quality_markdown
 from metrics.records import Record, load_records, merge_records
 from metrics.tables import markdown
+from results.support import support_table
 
 _SHOWN_RUNS = 12  # a longer table is folded
+SUPPORT = ROOT / "results/support.json"  # made by tests/support_matrix.py
+SUPPORT_BEGIN, SUPPORT_END = "<!-- support: made by `python -m results.readme update` -->", "<!-- end of support -->"
 BEGIN, END = "<!-- results: made by `python -m results.readme update` -->", "<!-- end of results -->"
 
 
@@ -77,7 +80,8 @@ def origin() -> dict[str, Any]:
 
 def tables() -> str:
     """One section for every results file: tables of records, of comparisons, and the figures of benchmarks."""
-    paths = sorted((ROOT / "results").glob("*.json"), key=lambda path: (path.stem.startswith("benchmarks"), path.stem))
+    paths = [path for path in (ROOT / "results").glob("*.json") if path != SUPPORT]
+    paths.sort(key=lambda path: (path.stem.startswith("benchmarks"), path.stem))
     return "\n\n".join(section(path) for path in paths)
 
 
@@ -109,12 +113,19 @@ def _source(path: Path, content: dict[str, Any]) -> str:
 
 
 def updated(text: str) -> str:
-    """The README's text with its results section made anew."""
-    head, _, rest = text.partition(BEGIN)
-    _, found, tail = rest.partition(END)
+    """The README's text with its table of what works together and its results section made anew."""
+    text = _between(
+        text, SUPPORT_BEGIN, SUPPORT_END, support_table(json.loads(SUPPORT.read_text()), ROOT / "conf/recipe")
+    )
+    return _between(text, BEGIN, END, tables())
+
+
+def _between(text: str, begin: str, end: str, content: str) -> str:
+    head, _, rest = text.partition(begin)
+    _, found, tail = rest.partition(end)
     if not found:
-        raise ValueError(f"README.md has lost the lines {BEGIN!r} and {END!r}")
-    return f"{head}{BEGIN}\n\n{tables()}\n\n{END}{tail}"
+        raise ValueError(f"README.md has lost the lines {begin!r} and {end!r}")
+    return f"{head}{begin}\n\n{content}\n\n{end}{tail}"
 
 
 def main(arguments: list[str]) -> None:

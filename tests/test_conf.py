@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from extractor_files import write_clip, write_dinov2
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from inception_file import write_inception
@@ -46,7 +47,9 @@ def torch_home(tmp_path_factory):
     home = tmp_path_factory.mktemp("torch")
     write_inception(home / "hub/checkpoints/weights-inception-2015-12-05-6726825d.pth")
     write_vgg16(home / "hub/checkpoints/vgg16-397923af.pth")
-    with mock.patch("metrics.extractors.check_hub_name"):
+    write_clip(home / f"hub/checkpoints/{Path(OmegaConf.load(CONF / 'evaluation/clip.yaml').extractor.weights).name}")
+    write_dinov2(home / "hub/checkpoints/dinov2_vitb14_pretrain.pth", width=768)
+    with mock.patch("metrics.fidelity.check_hub_name"):
         yield home
 
 
