@@ -29,6 +29,11 @@ class DiffusersFolder(Source):
     as a download brings it, is checked by its names and shapes; the card names the files that were there to be checked.
     """
 
+    @property
+    def name(self) -> str:
+        folder = Path(self.file).parent
+        return folder.parent.name if folder.name == "unet" else folder.name
+
     def read(
         self, file: Path, network: nn.Module, preconditioning: nn.Module
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:

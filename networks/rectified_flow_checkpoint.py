@@ -30,6 +30,10 @@ class RectifiedFlowCheckpoint(Source):
     for 256x256 pictures are other networks (NCSN++ with an output pyramid) and are refused by their names.
     """
 
+    @property
+    def name(self) -> str:
+        return Path(self.file).parent.name  # all have numbers for names
+
     def read(
         self, file: Path, network: nn.Module, preconditioning: nn.Module
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:

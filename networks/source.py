@@ -21,6 +21,11 @@ class Source:
         self.url = url
         self.sha256 = sha256
 
+    @property
+    def name(self) -> str:
+        """Stem of the weights that are made of it. Others, as a student's that is still to be trained, are never made of it."""
+        return Path(self.file).stem
+
     def read(
         self, file: Path, network: nn.Module, preconditioning: nn.Module
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -37,12 +42,16 @@ class Source:
         """
         if find_file(weights) is not None:
             return
+        missing = f"no weights at {' or '.join(map(str, places(weights)))}"
+        if Path(weights).stem != self.name:
+            raise FileNotFoundError(
+                f"{missing}, and {self.file} becomes only {self.name}.safetensors; train them first, or set teacher.weights"
+            )
         file = find_file(self.file)
         if file is None:
-            where = places(self.file)[0]
             way = f"add download=true to fetch {self.url}, or put the file there" if self.url else "put the file there"
             raise FileNotFoundError(
-                f"no weights at {' or '.join(map(str, places(weights)))}, nor {where} that they are made of; {way}, "
+                f"{missing}, nor {places(self.file)[0]} that they are made of; {way}, "
                 "or set teacher.weights (null: random weights)"
             )
         found = hash_file(file)

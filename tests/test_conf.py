@@ -169,6 +169,32 @@ def test_the_published_networks_have_their_size_and_ask_for_their_weights(data, 
         build(cfg.teacher)
 
 
+PARAMETERS = {
+    "cifar10_cond": 55_735_299,
+    "cifar10_ve": 56_397_827,
+    "cifar10_cond_ve": 56_400_643,
+    "ffhq64_ve": 62_761_091,
+    "cifar10_baseline_vp": 61_804_419,
+    "cifar10_baseline_ve": 62_758_787,
+    "cifar10_rf1": 61_804_419,
+    "cifar10_rf2": 61_804_419,
+    "cifar10_ddpm": 35_746_307,
+    "celeba64": 78_700_803,
+    "lsun_church": 113_673_219,
+    "celebahq256_ddpm": 113_673_219,
+}
+
+
+@pytest.mark.parametrize("teacher", PARAMETERS)
+def test_the_other_published_networks_have_their_size(teacher):
+    cfg = compose("evaluate", [f"teacher={teacher}"])
+    with torch.device("meta"):
+        network = build(cfg.teacher.network)
+    assert sum(p.numel() for p in network.parameters()) == PARAMETERS[teacher]
+    if "source" in cfg.teacher:
+        assert build(cfg.teacher.source).name == Path(cfg.teacher.weights).stem
+
+
 @pytest.mark.parametrize("teacher", sorted(p.stem for p in (CONF / "teacher").glob("*.yaml") if p.stem != "none"))
 def test_evaluate_composes_with_every_teacher(teacher):
     path = ["data.path=my_photos"] if data_of(teacher) == "image_folder" else []

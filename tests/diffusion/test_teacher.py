@@ -34,18 +34,18 @@ def teacher(weights: str, source: Source | None) -> Teacher:
 def test_missing_weights_are_made_of_the_source_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "number.txt").write_text("2.5")
-    first = teacher("weights/net.safetensors", NumberFile("number.txt", url="https://there/number.txt"))
+    first = teacher("weights/number.safetensors", NumberFile("number.txt", url="https://there/number.txt"))
     assert (first.denoiser.network.conv.weight == 2.5).all()
-    card = json.loads(Path("weights/net.json").read_text())
+    card = json.loads(Path("weights/number.json").read_text())
     assert (card["licence"], card["source"]["class"], card["source"]["url"]) == (
         "L",
         "Number",
         "https://there/number.txt",
     )
     (tmp_path / "number.txt").write_text("3")
-    assert teacher("weights/net.safetensors", NumberFile("number.txt")).hash == first.hash
+    assert teacher("weights/number.safetensors", NumberFile("number.txt")).hash == first.hash
     (tmp_path / "number.txt").unlink()
-    assert teacher("weights/net.safetensors", NumberFile("number.txt")).hash == first.hash
+    assert teacher("weights/number.safetensors", NumberFile("number.txt")).hash == first.hash
 
 
 def test_another_process_may_make_them_meanwhile(tmp_path, monkeypatch):
@@ -54,11 +54,11 @@ def test_another_process_may_make_them_meanwhile(tmp_path, monkeypatch):
 
     class Slow(NumberFile):
         def read(self, file, network, preconditioning):
-            teacher("net.safetensors", NumberFile("number.txt"))  # the other process
+            teacher("number.safetensors", NumberFile("number.txt"))  # the other process
             return super().read(file, network, preconditioning)
 
-    assert (teacher("net.safetensors", Slow("number.txt")).denoiser.network.conv.bias == 2.5).all()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["net.json", "net.safetensors", "number.txt"]
+    assert (teacher("number.safetensors", Slow("number.txt")).denoiser.network.conv.bias == 2.5).all()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["number.json", "number.safetensors", "number.txt"]
 
 
 @pytest.mark.parametrize(
@@ -74,15 +74,15 @@ def test_another_process_may_make_them_meanwhile(tmp_path, monkeypatch):
 def test_both_missing_files_and_the_way_out_are_named(url, way, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError) as caught:
-        teacher("weights/net.safetensors", NumberFile("number.txt", url=url))
+        teacher("weights/number.safetensors", NumberFile("number.txt", url=url))
     message = str(caught.value)
-    assert message.startswith(f"no weights at {tmp_path}/weights/net.safetensors or ")
+    assert message.startswith(f"no weights at {tmp_path}/weights/number.safetensors or ")
     assert f", nor {tmp_path}/number.txt that they are made of{way} teacher.weights (null: random weights)" in message
 
 
 def test_a_source_is_unused_without_weights_and_wrong_ones_leave_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert Teacher("t", Net(), EDM(), karras, source=NumberFile("nowhere.txt")).weights is None
+    assert Teacher("t", Net(), EDM(), karras, source=NumberFile("nowhere/number.txt")).weights is None
 
     class Wrong(Source):
         def read(self, file, network, preconditioning):
@@ -90,5 +90,19 @@ def test_a_source_is_unused_without_weights_and_wrong_ones_leave_nothing(tmp_pat
 
     (tmp_path / "number.txt").write_text("2.5")
     with pytest.raises(ValueError, match=r"number.txt does not fit this Net: missing: conv.bias; unexpected: other"):
-        teacher("net.safetensors", Wrong("number.txt"))
+        teacher("number.safetensors", Wrong("number.txt"))
+    assert [path.name for path in tmp_path.iterdir()] == ["number.txt"]
+
+
+def test_weights_of_another_name_are_not_made_of_it(tmp_path, monkeypatch):
+    """A student that is not trained yet must not become its teacher."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "number.txt").write_text("2.5")
+    with pytest.raises(FileNotFoundError) as caught:
+        teacher("runs/first/student.safetensors", NumberFile("number.txt"))
+    message = str(caught.value)
+    assert message.startswith(f"no weights at {tmp_path}/runs/first/student.safetensors or ")
+    assert message.endswith(
+        ", and number.txt becomes only number.safetensors; train them first, or set teacher.weights"
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["number.txt"]

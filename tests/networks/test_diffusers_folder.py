@@ -43,7 +43,7 @@ def teacher(file: Path, weights: Path, network=None, preconditioning=None, steps
 
 
 def test_a_folders_network_and_its_ddim_samples_are_those_of_diffusers(model, folder, tmp_path):
-    ours = teacher(folder / WEIGHTS, tmp_path / "w.safetensors")
+    ours = teacher(folder / WEIGHTS, tmp_path / "ddpm.safetensors")
     x, index = noise(1, 4, 3, 8, 8), torch.tensor([0.0, 3.0, 500.0, 999.0])
     with torch.no_grad():
         torch.testing.assert_close(ours.denoiser.network(x, index), model(x, index).sample, rtol=0, atol=1e-5)
@@ -53,7 +53,7 @@ def test_a_folders_network_and_its_ddim_samples_are_those_of_diffusers(model, fo
         for t in scheduler.timesteps:
             state = scheduler.step(model(state, t).sample, t, state, eta=0.0).prev_sample
     torch.testing.assert_close(ours.sample(x), state, rtol=1e-4, atol=1e-4)
-    source = read_card(tmp_path / "w.safetensors")["source"]
+    source = read_card(tmp_path / "ddpm.safetensors")["source"]
     assert source["class"] == "UNet2DModel"
     assert source["checked"] == ["config.json", "scheduler_config.json"]
 
@@ -75,13 +75,13 @@ def test_the_files_of_2022_and_pipelines_are_read(model, folder, tmp_path):
     (unet / "config.json").write_text(json.dumps(config))
     (tmp_path / "pipeline/scheduler").mkdir()
     shutil.copy(folder / "scheduler_config.json", tmp_path / "pipeline/scheduler")
-    first = teacher(unet / "diffusion_pytorch_model.bin", tmp_path / "a.safetensors")
-    assert first.hash == teacher(folder / WEIGHTS, tmp_path / "b.safetensors").hash
-    assert read_card(tmp_path / "a.safetensors")["source"]["checked"] == ["config.json", "scheduler_config.json"]
+    first = teacher(unet / "diffusion_pytorch_model.bin", tmp_path / "pipeline.safetensors")
+    assert first.hash == teacher(folder / WEIGHTS, tmp_path / "b/ddpm.safetensors").hash
+    assert read_card(tmp_path / "pipeline.safetensors")["source"]["checked"] == ["config.json", "scheduler_config.json"]
     (folder / "config.json").unlink()
     (folder / "scheduler_config.json").unlink()
-    assert first.hash == teacher(folder / WEIGHTS, tmp_path / "c.safetensors").hash  # the weights alone
-    assert read_card(tmp_path / "c.safetensors")["source"]["checked"] == []
+    assert first.hash == teacher(folder / WEIGHTS, tmp_path / "c/ddpm.safetensors").hash  # the weights alone
+    assert read_card(tmp_path / "c/ddpm.safetensors")["source"]["checked"] == []
 
 
 @pytest.mark.parametrize(
@@ -111,12 +111,12 @@ def test_another_configuration_is_named(folder, tmp_path, file, changes, message
     path = folder / file
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(ValueError, match=f"{file} has .*{message}") as caught:
-        teacher(folder / WEIGHTS, tmp_path / "w.safetensors")
+        teacher(folder / WEIGHTS, tmp_path / "ddpm.safetensors")
     assert "\n" not in str(caught.value)
 
 
 def test_what_does_not_fit_or_is_no_file_of_tensors_is_refused(folder, tmp_path):
-    weights = tmp_path / "w.safetensors"
+    weights = tmp_path / "ddpm.safetensors"
     with pytest.raises(ValueError, match="holds a UNet2DModel of diffusers, not a SongUNet"):
         teacher(folder / WEIGHTS, weights, SongUNet(8, 3, 3, model_channels=8, channel_mult=(1,), attn_resolutions=()))
     with pytest.raises(ValueError, match="preconditioning='Epsilon', the configured teacher 'EDM'"):

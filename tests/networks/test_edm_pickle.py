@@ -155,7 +155,7 @@ def test_parameter_names_and_shapes_equal_edms_published_architectures(options, 
 
 
 def test_the_weights_card_says_where_they_come_from(published, tmp_path):
-    weights = tmp_path / "folder/net.safetensors"
+    weights = tmp_path / "folder/small.safetensors"
     EDMPickle(str(published), url="https://somewhere/small.pkl").provide(
         str(weights), build(), EDM(), "CC-BY-NC-SA-4.0"
     )
@@ -170,7 +170,7 @@ def test_the_weights_card_says_where_they_come_from(published, tmp_path):
         "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
     }
     before = weights.stat().st_mtime_ns
-    EDMPickle("nowhere.pkl").provide(str(weights), build(), EDM(), "")  # they are there
+    EDMPickle("nowhere/small.pkl").provide(str(weights), build(), EDM(), "")  # they are there
     assert weights.stat().st_mtime_ns == before
     assert len(list(weights.parent.iterdir())) == 2
 
@@ -196,7 +196,7 @@ def test_the_weights_card_says_where_they_come_from(published, tmp_path):
 )
 def test_a_file_of_another_teacher_is_refused(published, tmp_path, network, preconditioning, message):
     with pytest.raises(ValueError, match=message) as caught:
-        EDMPickle(str(published)).provide(str(tmp_path / "net.safetensors"), network(), preconditioning(), "")
+        EDMPickle(str(published)).provide(str(tmp_path / "small.safetensors"), network(), preconditioning(), "")
     assert str(caught.value).startswith(str(published))
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
@@ -335,7 +335,7 @@ def test_a_file_cut_short_anywhere_or_of_another_hash_is_refused(published, tmp_
             EDMPickle(str(file)).read(file, build(), EDM())
     source = EDMPickle(str(published), sha256="0" * 64)
     with pytest.raises(OSError, match="small.pkl has SHA-256 .*, expected 0{64}; delete and fetch it again"):
-        source.provide(str(tmp_path / "net.safetensors"), build(), EDM(), "")
+        source.provide(str(tmp_path / "small.safetensors"), build(), EDM(), "")
     file.write_bytes(pickle.dumps({"net": 1}))
     with pytest.raises(ValueError, match="holds no averaged network"):
         EDMPickle(str(file)).read(file, build(), EDM())

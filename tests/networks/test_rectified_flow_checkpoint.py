@@ -89,8 +89,9 @@ def checkpoint(**changes) -> dict:
 
 @pytest.fixture
 def file(tmp_path) -> Path:
-    torch.save(checkpoint(), tmp_path / "checkpoint_8.pth")
-    return tmp_path / "checkpoint_8.pth"
+    (tmp_path / "flow").mkdir()
+    torch.save(checkpoint(), tmp_path / "flow/checkpoint_8.pth")
+    return tmp_path / "flow/checkpoint_8.pth"
 
 
 def build(**options) -> SongUNet:
@@ -99,7 +100,7 @@ def build(**options) -> SongUNet:
 
 
 def teacher(file: Path, network=None, preconditioning=None) -> Teacher:
-    weights = str(file.with_name("flow.safetensors"))
+    weights = str(file.parent.with_suffix(".safetensors"))
     source = RectifiedFlowCheckpoint(str(file))
     return Teacher(
         "rf", network or build(), preconditioning or Velocity(), flow_uniform, weights=weights, source=source
@@ -135,7 +136,7 @@ def test_a_checkpoints_velocity_is_that_of_the_released_code(file):
     torch.testing.assert_close(drift, out, rtol=1e-4, atol=1e-4)
     pixels = out.flatten(1)[:, [0, 17, 391, 767]].flatten()
     torch.testing.assert_close(pixels, torch.tensor(expected), rtol=0, atol=3e-5)
-    source = read_card(file.with_name("flow.safetensors"))["source"]
+    source = read_card(file.parent.with_suffix(".safetensors"))["source"]
     assert (source["class"], source["step"]) == ("ExponentialMovingAverage of NCSNpp", 8)
 
 
