@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from benchmarks import score
 from benchmarks.cases import Case, compose_config
 from benchmarks.loader import Synthetic
 from benchmarks.measuring import clock, peak_memory, summary
@@ -32,7 +33,7 @@ _STORED = (
     "method.pairs=4",
     "method.held_out=4",
     "teacher.solver=euler",
-    "teacher.solver_options={}",
+    "teacher.solver_options=null",
     "teacher.steps=2",
 )
 # Name -> options. "degradation" is DisBack's first stage, which `disback` goes through too, unmeasured.
@@ -60,12 +61,10 @@ CIFAR10 = Case(
     cycle_rounds=3,
 )
 IMAGENET64 = Case("EDM's ImageNet 64x64 architecture (ADM)", overrides=("data=imagenet64", *_RANDOM), cycle_rounds=2)
-# Measured by us on another day. An iteration is one turn as in diff_instruct: of the fake score (student without gradient, fake
-# with), or each fifth time of the generator (student with gradient, fake and teacher without).
+# As measured by us on another day, like the turns themselves: four of the fake score, then one of the generator.
 FASTGEN = {
-    "method": "DMD2 of NVlabs/FastGen 34f30e8, EDM CIFAR-10 architecture, 32-true, batch 4, 2 threads",
+    **score.FASTGEN,
     "turns": {"fake": 4, "generator": 1},
-    "iteration_seconds": 3.0,
     "gan_iteration_seconds": [3.4, 3.6],
     "gan_peak_gib": 3.7,
 }
@@ -259,24 +258,25 @@ def _counted(evaluations: dict[str, float]) -> str:
 
 
 def _beside(result: dict[str, Any]) -> list[str]:
-    """What another framework took for the same mix of turns."""
+    """What another framework takes for its mix of turns, and what diff_instruct takes for the same one."""
     theirs = result["fastgen_dmd2"]
+    turns = {"fake": theirs["critic_iteration_seconds"], "generator": theirs["student_iteration_seconds"]}
     low, high = theirs["gan_iteration_seconds"]
     lines = [
-        f"  Beside it, on another day, {theirs['method']}:",
-        f"  {theirs['iteration_seconds']} s per iteration, a mean over {_mix(theirs['turns'])}; with its GAN {low} to {high} s, "
-        f"{theirs['gan_peak_gib']} GiB.",
+        f"  Beside it, on another day: {theirs['method']}; batch {theirs['batch_size']}, {theirs['threads']} threads.",
+        f"  {turns['fake']} s in a turn of the fake score and {turns['generator']} s in one of the generator, "
+        f"{_mixed(turns, theirs['turns']):.3g} s at {theirs['turns']['fake']} to {theirs['turns']['generator']};",
+        f"  with its GAN {low} to {high} s and {theirs['gan_peak_gib']} GiB.",
     ]
     for entry in result["methods"]:
         if entry["method"] == "diff_instruct" and len(entry.get("turns", ())) == 2:
             # With gradient the fake score is evaluated in its own turn alone.
             fake, generator = sorted(entry["turns"], key=lambda turn: "fake with gradient" not in turn["evaluations"])
             turns = {"fake": fake["seconds"]["median"], "generator": generator["seconds"]["median"]}
-            count = sum(theirs["turns"].values())
-            mean = sum(theirs["turns"][kind] * seconds for kind, seconds in turns.items()) / count
+            mean = _mixed(turns, theirs["turns"])
             lines.append(f"  The same mix of diff_instruct's turns here, {entry['precision']}: {mean:.3g} s.")
     return lines
 
 
-def _mix(turns: dict[str, int]) -> str:
-    return f"{turns['fake']} turns of the fake score and {turns['generator']} of the generator"
+def _mixed(seconds: dict[str, float], counts: dict[str, int]) -> float:
+    return sum(count * seconds[kind] for kind, count in counts.items()) / sum(counts.values())

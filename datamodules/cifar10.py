@@ -43,9 +43,10 @@ class CIFAR10(PixelDataModule):
                 f"and {_CLASSES} classes; correct the options"
             )
         if self.path.is_file() and self.sha256 and (found := _hash(self.path)) != self.sha256:
+            way_out = f"add download=true to fetch {self.url}" if self.url else "get it again"
             raise OSError(
                 f"{self.path} is cut short or another file, its SHA-256 is {found[:16]}... instead of {self.sha256[:16]}...; "
-                f"delete it and add download=true" + (f" to fetch {self.url}" if self.url else "")
+                f"delete it and {way_out}"
             )
         with _opened(self.path) as read:
             parts = [_batch(read, name, self.path) for name in _BATCHES]

@@ -66,7 +66,10 @@ def _locked(partial: Path, folder: Path) -> int | None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
+                reason = os.strerror(error.errno)
+                raise OSError(
+                    f"{folder} lies on a disk without file locks ({reason}); set data.root to another"
+                ) from error
             print(f"{folder}: another process makes it, waiting", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         if os.path.samestat(os.fstat(lock), os.stat(path)):

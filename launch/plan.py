@@ -158,7 +158,7 @@ def _stand_in(method: DictConfig) -> DictConfig:
     OmegaConf.resolve(method)
     for teacher in _teachers(method):
         network = teacher.network
-        kept = {key: network[key] for key in ("resolution", "in_channels", "out_channels", "num_classes")}
+        kept = {key: network.get(key, 0) for key in ("resolution", "in_channels", "out_channels", "num_classes")}
         options = {"model_channels": 4, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
         teacher.network = {"_target_": "networks.SongUNet", **kept, **options}
         teacher.weights = teacher.sha256 = None

@@ -100,9 +100,15 @@ class Case:
         options = [f"method={method}", f"data={self.data}", *data_options, *COMMON, *METHODS[self.method]]
         options += [f"method/host={host}"] if host else []
         options += [f"method.teachers=[{self.teacher},{self.teacher}]"] if bezier else [f"teacher={self.teacher}"]
+        options += (
+            ["method.augment=null"] if self.method == "pretrain" and self.family != "edm" else []
+        )  # no labels for it
         if self.family == "ddpm":
             options.append("data.conditional=false")  # published DDPMs know no classes
             options += ["method.weighting=snr"] if "progressive" in self.method else []  # the others diverge for eps
+            options += (
+                ["method.sigma_init=2.5"] if self.method in ("diff_instruct", "disback") else []
+            )  # below their highest
         cfg = compose("config", [*options, f"name={'-'.join((method, host, self.family))}"])
         expand_teachers(cfg)
         with open_dict(cfg):

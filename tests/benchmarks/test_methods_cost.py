@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from test_benchmarks import assert_spread
 
@@ -15,7 +16,7 @@ from lightning_modules import ProgressiveDistillation
 from results.readme import section
 
 RANDOM = ("~recipe", "batch_size=4", "teacher.weights=null", "teacher.sha256=null")
-TINY = Case("digits, tiny", overrides=("data=digits", *RANDOM, "teacher.network.model_channels=8"), cycle_rounds=2)
+TINY = Case("digits, tiny", overrides=("data=digits", *RANDOM, "teacher.network.model_channels=8"), cycle_rounds=1)
 TURNS = [{"student": 1, "fake with gradient": 1}, {"student with gradient": 1, "fake": 1, "teacher": 1}]
 ALONE = [{"student with gradient": 1}]
 SFD = [
@@ -97,7 +98,8 @@ def test_it_is_printed_here_and_in_the_readme(monkeypatch, capsys, measured, tmp
         "student* 1, teacher 8\n",
         "fake* 1, student 1\n",
         "  sfd                          64-true    killed: out of memory?\n",
-        "3.0 s per iteration, a mean over 4 turns of the fake score and 1 of the generator; with its GAN 3.4 to 3.6 s, 3.7 GiB.",
+        "2.82 s in a turn of the fake score and 3.71 s in one of the generator, 3 s at 4 to 1;",
+        "with its GAN 3.4 to 3.6 s and 3.7 GiB.",
         f"The same mix of diff_instruct's turns here, 32-true: {(4 * seconds[0] + seconds[1]) / 5:.3g} s.",
     ):
         assert words in printed
@@ -111,8 +113,10 @@ def test_a_process_of_its_own_and_one_that_is_killed():
     assert methods.apart(os.abort) is None
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="elsewhere the figure is getrusage's")
 def test_peak_memory_is_what_was_held_at_once():
-    before = peak_memory()
-    held = bytearray(os.urandom(1 << 20) * 300)
-    assert peak_memory() >= max(before, len(held))
-    assert Path("/proc/self/status").exists()  # elsewhere it is getrusage's
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    more = 100 << 20
+    held = np.ones(more, np.uint8)
+    del held
+    assert resident + more - (1 << 20) < peak_memory() < 1 << 40

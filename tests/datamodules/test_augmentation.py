@@ -1,14 +1,18 @@
 """EDM's augmentation of training images, against EDM's own code and against what each change means."""
 
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from scipy import stats
 
-from datamodules.augmentation import Augmentation, augmented, check_augment, draw
+from datamodules.augmentation import LABELS, Augmentation, augmented, check_augment, draw
+from launch.names import register_resolvers
 from networks import SongUNet
 
+ROOT = Path(__file__).parents[2]
 # What AugmentPipe(p=1, xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1) of NVlabs/edm 008a4e5,
 # training/augment.py, drew after torch.manual_seed(11), and made of the images of `pattern`.
 EDM_DRAWS = {
@@ -173,6 +177,19 @@ def test_half_precision_around_it_changes_nothing():
         result = augmented(batch, 1.0, seed=0)
     assert torch.equal(result["image"], expected["image"])
     assert torch.equal(result["augment"], expected["augment"])
+
+
+@pytest.mark.parametrize(("data", "augment"), [("cifar10", 0.12), ("ffhq64", 0.15), ("imagenet64", None)])
+def test_edms_recipes_mirror_images_once_and_measure_seldom(data, augment):
+    register_resolvers()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", [f"data={data}", "method=pretrain"])
+    assert cfg.method.augment == augment
+    assert cfg.data.flip is False
+    assert cfg.teacher.network.augment_dim == (LABELS if augment else 0)
+    # An image of the training is three evaluations, forward and backward.
+    measured = cfg.evaluation.training.num_samples * {"cifar10": 35, "ffhq64": 79, "imagenet64": 511}[data]
+    assert measured < 0.1 * 3000 * cfg.evaluation.training.every_kimg
 
 
 @pytest.mark.parametrize("value", [0, 1.5, "0.12", True])

@@ -1,6 +1,7 @@
 """Expected bytes: dataset_tool.py of NVlabs/edm at 008a4e5 with --transform=center-crop --resolution=64x64 on the same files."""
 
 import zipfile
+from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
@@ -9,7 +10,7 @@ from edm_files import edm_zip
 from picture_files import encoded, folder_of, pattern, zip_of
 from PIL import Image
 
-from datamodules import ImageNet
+from datamodules import ImageNet, partial
 
 EDM_HASH = "a9a49bf9867fc4f5e2f93653d52851150101c3fe76e516b859f0e34b74c85f14"
 EDM_LABELS = [0, 0, 1, 1, 2]
@@ -43,6 +44,31 @@ def test_class_folders_are_edms_zip(tmp_path, capsys):
     edm_zip(tmp_path / "edm.zip", packed.images.transpose(0, 2, 3, 1), EDM_LABELS)
     again = module(tmp_path, "edm.zip", "edm").reference()
     assert (again.hash, again.labels.tolist()) == (EDM_HASH, EDM_LABELS)
+
+
+@pytest.mark.parametrize("kind", ["folder", "edm"])
+def test_an_interrupted_conversion_goes_on_and_gives_the_same_bytes(tmp_path, monkeypatch, capsys, kind):
+    folder_of(tmp_path / "folder", FILES)
+    whole = module(tmp_path, "folder", "whole").reference()
+    edm_zip(tmp_path / "edm", whole.images.transpose(0, 2, 3, 1), EDM_LABELS)
+    data, source = module(tmp_path, kind), ImageNet.source
+
+    def interrupted(self):
+        def chunks(start):
+            for chunk in source(self).chunks(start):
+                yield chunk[:2]
+                raise KeyboardInterrupt
+
+        return replace(source(self), chunks=chunks)
+
+    monkeypatch.setattr(partial, "NOTE_SECONDS", 0)
+    monkeypatch.setattr(ImageNet, "source", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        data.prepare_data()
+    monkeypatch.setattr(ImageNet, "source", source)
+    capsys.readouterr()
+    assert data.reference().hash == EDM_HASH
+    assert "toy.partial: going on after 2 images" in capsys.readouterr().out
 
 
 def test_other_modes_are_converted_as_pillow_does(tmp_path, capsys):

@@ -261,6 +261,15 @@ def test_who_waits_goes_on_where_the_first_died(tmp_path, noted, capfd):
     assert PackedImages(tmp_path / "toy").hash == pack_toy(tmp_path / "once").hash
 
 
+def test_a_disk_without_locks_is_named(tmp_path, monkeypatch):
+    def unsupported(lock, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    with pytest.raises(OSError, match=r"toy lies on a disk without file locks \(No locks available\); set data.root"):
+        pack_toy(tmp_path / "toy")
+
+
 def test_an_existing_folder_stays(folder):
     before = (folder / "images.npy").stat().st_ino
     assert pack_toy(folder, 255 - IMAGES).images[0, 0, 0, 0] == IMAGES[0, 0, 0, 0]

@@ -18,6 +18,8 @@ from edm_files import edm_zip
 SIDE = 16  # pixels; a shard of trajectories is sampled whole
 CIFAR = (
     "data=cifar10",
+    "data.path=data/cifar10-32x32.zip",
+    "data.url=null",
     f"data.resolution={SIDE}",
     "teacher.network.num_blocks=1",
     "teacher.network.channel_mult=[1,1]",
@@ -79,7 +81,7 @@ def test_it_is_a_teacher_for_a_student_and_for_evaluation(pretrained, tmp_path):
 
 
 def test_what_is_missing_is_said_in_one_line(tmp_path):
-    train(tmp_path, *PRETRAIN, *CIFAR).refused("no cifar10 images", "dataset_tool.py", "data.path")
+    train(tmp_path, *PRETRAIN, *CIFAR).refused("no cifar10 images", "cifar-10-python.tar.gz", "data.path")
     weights = [option for option in STUDENT if not option.startswith("teacher.weights")]
     train(tmp_path, *weights, *CIFAR).refused("no weights at", "weights/edm-cifar10-32x32-uncond-vp.safetensors")
     home = f"evaluation.extractor.weights={tmp_path / 'gone.pth'}"

@@ -1,0 +1,43 @@
+"""Methods, data sets and families of teachers: every pair of two meets here, all three are in results/support.json."""
+
+import json
+import logging
+
+import pytest
+from hydra import initialize_config_dir
+from support_matrix import METHODS, ROOT, TRAINED, Case, cases, covering, published, run
+
+from launch.names import register_resolvers
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    register_resolvers()
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        yield tmp_path_factory.mktemp("support")
+
+
+@pytest.mark.parametrize(
+    "case", covering(), ids=lambda case: f"{case.data}-{case.method.replace(' ', '_')}-{case.family}"
+)
+def test_it_trains_samples_and_costs_what_it_says(case, folder):
+    with published(case.data, folder / case.data) as options:
+        run(case, options)
+
+
+def test_every_pair_of_choices_is_covered():
+    def pairs(some: list[Case]) -> set[tuple[str, str]]:
+        return {pair for c in some for pair in ((c.method, c.data), (c.method, c.family), (c.data, c.family))}
+
+    assert pairs(covering()) == pairs(cases())
+    assert len(covering()) == len(METHODS) * len({case.data for case in cases()})
+
+
+def test_the_recorded_matrix_is_of_all_cases_and_all_trained():
+    outcomes = json.loads((ROOT / "results/support.json").read_text())["outcomes"]
+    found = {
+        (m, d, f): outcome for m, row in outcomes.items() for d, cell in row.items() for f, outcome in cell.items()
+    }
+    assert set(found) == {(case.method, case.data, case.family) for case in cases()}
+    assert set(found.values()) == {TRAINED}
