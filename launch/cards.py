@@ -9,6 +9,7 @@ from diffusion.student_sampling import Sampling
 from lightning_modules import Method
 from metrics.records import Record
 from metrics.tables import markdown
+from networks.diffusers_unet import DiffusersUNet
 
 _USE = """\
 ```python
@@ -24,6 +25,11 @@ tensors = pipe(seeds=range(4), output_type="pt").images  # float32 in about [-1,
 
 It needs torch, numpy and diffusers; `trust_remote_code` lets it run the Python files in this folder, which you can read. The
 network computes in float32. In Stillhouse, `student.safetensors` is a teacher's `weights`.
+"""
+
+_UNET = """\
+`unet` holds the network alone, for `UNet2DModel.from_pretrained(folder, subfolder="unet")`; its predictions become images in
+`student/stillhouse_preconditioning.py`.
 """
 
 
@@ -72,6 +78,7 @@ def readme(
             "## Use",
             "",
             _USE,
+            *([_UNET] if isinstance(student.denoiser.network, DiffusersUNet) else []),
             "## Metrics",
             "",
             "Values compare only where their fingerprints agree.",

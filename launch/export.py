@@ -18,6 +18,7 @@ from launch.portable_student import NETWORKS, PRECONDITIONINGS, Student
 from launch.teachers import students_teacher
 from lightning_modules import Method
 from metrics.records import Record
+from networks.diffusers_unet import DiffusersUNet
 from networks.weights import PROJECT_ROOT, save_weights
 
 _PREFIX = "stillhouse_"  # diffusers puts the modules of all local folders into one package
@@ -85,9 +86,9 @@ def export(
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         student.save_pretrained(temporary / "student")
-        for path in (temporary / "student").glob("*.safetensors"):
-            shutil.copymode(temporary / "student/config.json", path)  # its owner alone could read it
         copy_modules(temporary / "student")
+        if isinstance(student.denoiser.network, DiffusersUNet):
+            plain_unet(student.denoiser.network).save_pretrained(temporary / "unet")
         index = {
             "_class_name": ["pipeline", "StudentPipeline"],
             "_diffusers_version": diffusers.__version__,
@@ -97,6 +98,8 @@ def export(
         shutil.copyfile(Path(__file__).with_name("portable_pipeline.py"), temporary / "pipeline.py")
         card = {"run": folder.name, "method": method.name, "weights": weights, "licence": licence(method)}
         save_weights(temporary / "student.safetensors", student.denoiser.network.state_dict(), card)
+        for path in temporary.glob("*/*.safetensors"):
+            shutil.copymode(path.with_name("config.json"), path)  # its owner alone could read it
         stored = folder.read_config()
         (temporary / "config.yaml").write_text(OmegaConf.to_yaml(stored))
         (temporary / "README.md").write_text(readme(student, method, stored, weights, licence(method), records))
@@ -115,6 +118,14 @@ def licence(method: Method) -> str:
     teachers = getattr(method, "teachers", [method.teacher]) if method.teacher else [begun]
     found = [teacher.licence for teacher in teachers if teacher is not None and (method.teacher or teacher.weights)]
     return " and ".join(dict.fromkeys(found)) or "Apache-2.0"
+
+
+def plain_unet(network: DiffusersUNet) -> diffusers.UNet2DModel:
+    """The network as diffusers' own, of unit noise at a time index as there; a copy."""
+    unet = diffusers.UNet2DModel(**network.config)
+    state = {re.sub(r"^embed\.layer", "time_embedding.linear_", name): t for name, t in network.state_dict().items()}
+    unet.load_state_dict(state)
+    return unet
 
 
 def copy_modules(folder: Path) -> None:

@@ -16,10 +16,11 @@ from diffusion.preconditioning import EDM, X0, Epsilon, V, Velocity
 from diffusion.seeds import sample_labels, sample_noise
 from diffusion.student_sampling import Sampling
 from networks.dhariwal_unet import DhariwalUNet
+from networks.diffusers_unet import DiffusersUNet
 from networks.mlp import MLP
 from networks.song_unet import SongUNet
 
-NETWORKS = {cls.__name__: cls for cls in (SongUNet, DhariwalUNet, MLP)}
+NETWORKS = {cls.__name__: cls for cls in (SongUNet, DhariwalUNet, DiffusersUNet, MLP)}
 PRECONDITIONINGS = {cls.__name__: cls for cls in (EDM, Epsilon, V, X0, Velocity)}
 
 

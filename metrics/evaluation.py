@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from metrics.distances import (
 )
 from metrics.extractors import FeatureExtractor
 from metrics.images import UINT8_RULE
+from metrics.ranks import rank_and_world
 from metrics.records import Record
 from metrics.reference import PackedImages, Reference, real_features
 from metrics.sampling import Sampler, features
@@ -23,6 +25,7 @@ from metrics.statistics import RunningGaussian
 from metrics.transport import wasserstein
 
 METRICS = ("fid", "kid", "precision", "recall", "is", "w2", "mmd")
+SHIFT_SAMPLES = 2000  # that show how far off a fast extractor is
 MOST_FOR_W2 = 5000  # samples: the time of an exact assignment grows with their cube
 _NEED_REAL_ROWS = {"kid", "precision", "recall", "w2", "mmd"}
 _NEED_AS_MANY_ROWS = {"w2", "mmd"}
@@ -59,6 +62,8 @@ def measure(
     """
     _check(metrics, reference, extractor, num_samples, blocks, batch_size)
     reference = reference.to(device)
+    sampling = {"shape": shape, "num_classes": num_classes, "batch_size": batch_size, "device": device}
+    show_shift(sample, extractor, reference, first_seed + torch.arange(min(num_samples, SHIFT_SAMPLES)), sampling, name)
     values: list[dict[str, float]] = []
     rates = []
     for block in range(blocks):
@@ -67,10 +72,7 @@ def measure(
             sample,
             extractor,
             seeds,
-            shape=shape,
-            num_classes=num_classes,
-            batch_size=batch_size,
-            device=device,
+            **sampling,
             label=f"{name} {subject}, block {block + 1}/{blocks}" if progress else None,
         )
         values.append(_scores(rows, reference, extractor, metrics))
@@ -114,6 +116,50 @@ def measure_real(
     values = [_scores(part, reference, extractor, metrics) for part in rows.split(num_samples)]
     fingerprint = _fingerprint(extractor, reference, num_samples, blocks, num_classes, None, precision)
     return _records(values, extractor, fingerprint, name, "real", 0, None, {})
+
+
+class _Both:
+    """The features of a fast extractor beside those of the one that it stands for."""
+
+    def __init__(self, fast: FeatureExtractor):
+        self.fast, self.exact, self.dim = fast, fast.exact, 2 * fast.dim
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return torch.cat([self.fast(images), self.exact(images)], dim=1)
+
+    def to(self, device: torch.device | str) -> "_Both":
+        self.fast.to(device)
+        return self
+
+
+def show_shift(
+    sample: Sampler,
+    extractor: FeatureExtractor,
+    reference: Reference,
+    seeds: Tensor,
+    sampling: dict[str, Any],
+    name: str,
+) -> None:
+    """At the first use of a fast extractor: say in one line, and let it keep, how far off its Frechet distance is.
+
+    Both distances are those of the images of the same seeds (n,) to one reference. Every rank must call it.
+    """
+    if getattr(extractor, "exact", None) is None or extractor.shift is not None:
+        return
+    rows, _ = features(sample, _Both(extractor), seeds, **sampling)
+    fast, exact = (_frechet(part, reference) for part in rows.split(extractor.dim, dim=1))
+    extractor.shift = fast - exact
+    if rank_and_world()[0] == 0:
+        print(
+            f"{extractor.name}: fid{extractor.metric_suffix} of {len(seeds)} samples of {name} is {exact:.5g} in float32, "
+            f"{fast:.5g} with it: a shift of {extractor.shift:+.2g}",
+            flush=True,
+        )
+
+
+def _frechet(rows: Tensor, reference: Reference) -> float:
+    gaussian = RunningGaussian(rows.shape[1], rows.device).update(rows)
+    return frechet_distance(gaussian.mean, gaussian.cov, reference.mu, reference.cov).item()
 
 
 def needs_real_rows(metrics: Sequence[str]) -> bool:
@@ -182,8 +228,7 @@ def _scores(
 ) -> dict[str, float]:
     scores = {}
     if "fid" in metrics:
-        gaussian = RunningGaussian(extractor.dim, rows.device).update(rows)
-        scores["fid"] = frechet_distance(gaussian.mean, gaussian.cov, reference.mu, reference.cov)
+        scores["fid"] = torch.tensor(_frechet(rows, reference), dtype=torch.float64)
     if "kid" in metrics:
         scores["kid"] = kernel_distance(rows, reference.features).mean()
     if {"precision", "recall"}.intersection(metrics):
@@ -239,5 +284,6 @@ def _records(
         std = statistics.stdev(series) if len(series) > 1 else None
         printed = metric + extractor.metric_suffix
         mean = statistics.fmean(series)
-        records.append(Record(name, printed, subject, nfe, mean, std, series, rate, fingerprint, **how))
+        shift = getattr(extractor, "shift", None) if metric == "fid" else None
+        records.append(Record(name, printed, subject, nfe, mean, std, series, rate, fingerprint, **how, shift=shift))
     return records

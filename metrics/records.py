@@ -21,6 +21,7 @@ class Record:
     images_per_second: sampling alone, all devices together; None for real images.
     fingerprint: what has to be alike before two values may stand side by side, plus "weights", which may differ.
     steps, solver: how it was sampled, where that is a choice. teacher: the name of a student's teacher.
+    shift: by how much a fast extractor moves the Frechet distance of the same images, None for an exact one.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Record:
     steps: int | None = None
     solver: str | None = None
     teacher: str | None = None
+    shift: float | None = None
 
     def __post_init__(self):
         if self.subject not in SUBJECTS:

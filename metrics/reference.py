@@ -74,10 +74,12 @@ def reference_statistics(
     """The reference of all images of a packed data set; every rank must call it, and all share the work.
 
     With `cache_folder` mean and covariance are kept there, named by the hashes of extractor and images, and found again.
-    `keep_features` also keeps all rows, which KID, precision and recall compare with; they are computed each time.
+    `keep_features` also keeps all rows, which KID, precision and recall compare with; they are computed each time. Where the
+    extractor is a fast one, the reference is that of the exact one.
 
     Raises ValueError for a damaged cache file, which is left as it is.
     """
+    extractor = getattr(extractor, "exact", None) or extractor
     cache = None
     if cache_folder is not None:
         cache = Path(cache_folder) / f"{extractor.name}-{extractor.hash[:16]}-{packed.hash[:16]}.npz"

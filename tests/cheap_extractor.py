@@ -8,12 +8,12 @@ from torch import Tensor
 class Cheap:
     """Eight random projections of images (N, 3, H, W) shrunk to 4x4; metrics end in `_cheap`.
 
-    `weights` and `url` are there because Inception, in whose place it stands, has those options.
+    It takes the options of Inception, in whose place it stands, and ignores them.
     """
 
     name, metric_suffix, dim, hash = "cheap", "_cheap", 8, "c" * 64
 
-    def __init__(self, weights: str | None = None, url: str | None = None):
+    def __init__(self, **options_of_inception: object):
         self._matrix = torch.randn(48, 8, generator=torch.Generator().manual_seed(0)) / 7
 
     def __call__(self, images: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from extractor_files import write_clip, write_dinov2
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from inception_file import write_inception
@@ -18,7 +19,7 @@ from diffusion.time_laws import UShaped
 from launch.build import build, build_trainer, check_fit
 from launch.folder import RunFolder
 from launch.measure import SETTINGS
-from launch.names import register_resolvers
+from launch.names import data_of, register_resolvers
 from launch.teachers import expand_teachers
 from networks import save_weights
 
@@ -27,6 +28,7 @@ FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml") if "local
 PRIMARY = ("config", "evaluate")
 # Data sets whose teachers' weights are downloads: (parameters, network evaluations of a sample).
 PUBLISHED = {"cifar10": (55_733_891, 35), "ffhq64": (61_805_571, 79), "imagenet64": (295_899_267, 511)}
+DDPM = ("celeba64", "lsun_bedroom", "lsun_church")  # data sets whose teachers are of DDPM's kind
 PLANAR = ("checkerboard", "eight_gaussians")  # whose teachers are trained in a minute
 FLOWS = ("rectified_flow", "reflow", "flow_distill", "bezier")
 SMALL = ("teacher.weights=null", "teacher.network.model_channels=8", "teacher.network.num_blocks=1")
@@ -45,17 +47,24 @@ def torch_home(tmp_path_factory):
     home = tmp_path_factory.mktemp("torch")
     write_inception(home / "hub/checkpoints/weights-inception-2015-12-05-6726825d.pth")
     write_vgg16(home / "hub/checkpoints/vgg16-397923af.pth")
-    with mock.patch("metrics.extractors.check_hub_name"):
+    write_clip(home / f"hub/checkpoints/{Path(OmegaConf.load(CONF / 'evaluation/clip.yaml').extractor.weights).name}")
+    write_dinov2(home / "hub/checkpoints/dinov2_vitb14_pretrain.pth", width=768)
+    with mock.patch("metrics.fidelity.check_hub_name"):
         yield home
 
 
-def small(data: str) -> list[str]:
-    """Options for an untrained network, of few parameters if it is large, for data sets whose teacher is not here."""
-    if data == "image_folder":
-        return ["data.path=my_photos", *SMALL]
-    if data not in PUBLISHED:
-        return ["teacher.weights=null"] if data in PLANAR else []
-    return [*SMALL, *(["teacher.network.channels_per_head=8"] if data == "imagenet64" else [])]
+def small(name: str) -> list[str]:
+    """Options for an untrained network, of few parameters if it is large, of a teacher or data set whose weights are not here."""
+    data = data_of(name)
+    if data in ("digits", "none") or not (CONF / f"teacher/{name}.yaml").is_file():
+        return []
+    if data in PLANAR:
+        return ["teacher.weights=null"]
+    own = {"image_folder": ["data.path=my_photos"], "celebahq256": ["data.path=my_photos", "data.resolution=256"]}
+    heads = ["teacher.network.channels_per_head=8"] if data.startswith("imagenet64") else []
+    # Of 32 channels where a normalisation has 32 groups.
+    width = ["teacher.network.model_channels=32"] if name.endswith("_ddpm") or data in DDPM else []
+    return [*own.get(data, []), *SMALL, *heads, *width]
 
 
 def composed(arguments: list[str]):
@@ -73,9 +82,11 @@ def composed(arguments: list[str]):
 
 def override(file: Path) -> list[str]:
     group, option = "/".join(file.parts[:-1]), file.stem
-    data, _, flow = option.partition("_rf")
-    if group == "teacher" and data in (*PUBLISHED, *PLANAR):  # a teacher comes with its data
-        return [f"data={data}", *([f"teacher={option}"] if flow else []), *small(data)]
+    if group == "teacher":  # a teacher comes with its data
+        data = data_of(option)
+        known = (CONF / f"data/{data}.yaml").is_file()
+        conditional = [f"data.conditional={'_cond' in option}"] if data == "cifar10" or not known else []
+        return [f"data={data if known else 'image_folder'}", f"teacher={option}", *conditional, *small(option)]
     if group == "method/host":
         return ["method=b_dense", f"{group}={option}"]
     if group == "recipe":  # METHOD[_HOST]_DATA[_VARIANT]
@@ -92,7 +103,7 @@ def test_every_file_composes_and_builds(file, tmp_path, monkeypatch, torch_home)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(torch_home))
     if file == Path("teacher/none.yaml"):
-        assert "name" not in (compose("evaluate", override(file)).teacher or {})
+        assert "name" not in (compose("evaluate").teacher or {})
         return
     cfg = composed(override(file))
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
@@ -158,7 +169,8 @@ def test_the_published_networks_have_their_size_and_ask_for_their_weights(data, 
 
 @pytest.mark.parametrize("teacher", sorted(p.stem for p in (CONF / "teacher").glob("*.yaml") if p.stem != "none"))
 def test_evaluate_composes_with_every_teacher(teacher):
-    cfg = compose("evaluate", [f"teacher={teacher}"])
+    path = ["data.path=my_photos"] if data_of(teacher) == "image_folder" else []
+    cfg = compose("evaluate", [f"teacher={teacher}", *path])
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     assert cfg.teacher.name == teacher
 

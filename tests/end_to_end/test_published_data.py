@@ -85,7 +85,9 @@ def test_what_is_missing_is_said_in_one_line(tmp_path):
     weights = [option for option in STUDENT if not option.startswith("teacher.weights")]
     train(tmp_path, *weights, *CIFAR).refused("no weights at", "weights/edm-cifar10-32x32-uncond-vp.safetensors")
     home = f"evaluation.extractor.weights={tmp_path / 'gone.pth'}"
-    train(tmp_path, *PRETRAIN, *CIFAR[:-1], home).refused("no Inception weights at", "gone.pth", "add download=true")
+    train(tmp_path, *PRETRAIN, *CIFAR[:-1], home).refused(
+        "no inception-v3-compat weights at", "gone.pth", "add download=true"
+    )
 
 
 def test_score_distillation_with_a_gan_reads_the_images(pretrained, tmp_path):

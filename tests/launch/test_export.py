@@ -1,5 +1,6 @@
 """Exported students: plain diffusers samples them, where this project can't be imported, and makes the same images."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from launch.names import register_resolvers
 from launch.teachers import expand_teachers
 from lightning_modules import Method
 from metrics.records import Record
+from networks import DiffusersFolder, hash_state
 
 CONF = Path(__file__).parent.parent.parent / "conf"
 TINY = ("teacher.weights=null", "teacher.network.model_channels=8")
@@ -38,6 +40,10 @@ OTHERS = {
 CASES = {
     "denoising_student": (("method=denoising_student", "teacher.steps=4", *TINY), None),
     "of_noise": (("method=denoising_student", "teacher.steps=4", *TINY), None),
+    "ddpm": (
+        ("method=denoising_student", "data=cifar10", "teacher=cifar10_ddpm", "teacher.network.norm_groups=4", *RGB),
+        None,
+    ),
     "diff_instruct": (("method=diff_instruct", "data=cifar10", *RGB), None),
     "disback": (("method=disback", *TINY), None),
     "progressive": (("method=progressive", "method.start_steps=8", "method.end_steps=2", *TINY), None),
@@ -60,7 +66,7 @@ import sys, pathlib
 rooms = ("networks", "diffusion", "metrics", "launch", "lightning_modules", "datamodules", "callbacks")
 sys.modules.update(dict.fromkeys(rooms))  # None: an import of one fails
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DModel
 
 for folder in sorted(path for path in pathlib.Path(sys.argv[1]).iterdir() if path.is_dir()):
     pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=str(folder), trust_remote_code=True)
@@ -72,6 +78,10 @@ for folder in sorted(path for path in pathlib.Path(sys.argv[1]).iterdir() if pat
         found["size"] = pipe(seeds=[0]).images[0].size
     if pipe.student.num_classes:
         found["third"] = pipe(seeds=[0, 1, 2], class_labels=3, output_type="pt").images
+    if (folder / "unet").is_dir():
+        x, t = torch.linspace(-1, 1, 2 * 3 * 64).reshape(2, 3, 8, 8), torch.tensor([999, 4])
+        with torch.no_grad():
+            found["unet"] = UNet2DModel.from_pretrained(folder, subfolder="unet")(x, t).sample
     torch.save(found, folder.with_suffix(".pt"))
 assert not [name for name in sys.modules if name.partition(".")[0] in rooms and sys.modules[name] is not None]
 """
@@ -149,6 +159,19 @@ def test_diffusers_makes_the_same_images_without_this_project(folders, name):
         assert found["size"] == (8, 8)
     if name == "large":
         assert not torch.allclose(found["third"], found["seeds"], atol=1e-4)
+
+
+def test_the_network_of_ddpm_is_diffusers_own(folders):
+    method, _ = made("ddpm")
+    x, t = torch.linspace(-1, 1, 2 * 3 * 64).reshape(2, 3, 8, 8), torch.tensor([999.0, 4.0])
+    with torch.no_grad():
+        ours = method.student.eval().network(x, t)
+    torch.testing.assert_close(folders[2]["ddpm"]["unet"], ours, rtol=1e-5, atol=1e-5)
+    assert ours.std() > 1e-3
+    file, other = folders[0] / "ddpm/unet/diffusion_pytorch_model.safetensors", copy.deepcopy(method.student.network)
+    state, _ = DiffusersFolder(file).read(file, other, method.teacher.denoiser.preconditioning)
+    assert hash_state(state) == hash_state(method.exported())
+    assert 'subfolder="unet"' in (folders[0] / "ddpm/README.md").read_text()
 
 
 def test_what_a_folder_holds(folders):

@@ -46,7 +46,7 @@ def test_features_and_logits_are_torch_fidelitys(weights, extractor, rows):
 
 
 def test_the_same_under_autocast_and_in_parts(extractor, rows, monkeypatch):
-    monkeypatch.setattr("metrics.extractors._AT_ONCE", 2)
+    monkeypatch.setattr("metrics.fidelity._AT_ONCE", 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         within = extractor(IMAGES)
         logits = extractor.class_logits(within)
@@ -77,14 +77,12 @@ def test_weights_are_found_where_torch_fidelity_keeps_them_and_their_name_says_t
 ):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     usual = tmp_path / "hub/checkpoints/weights-inception-2015-12-05-6726825d.pth"
-    message = (
-        rf"no Inception weights at {usual}; add download=true to fetch https://\S+/{usual.name}, or put the file there"
-    )
+    message = rf"no inception-v3-compat weights at {usual}; add download=true to fetch \S+/{usual.name}, or put the file there"
     with pytest.raises(FileNotFoundError, match=message) as caught:
         Inception()
     assert "\n" not in str(caught.value)
     with pytest.raises(
-        FileNotFoundError, match=r"no Inception weights at .*gone.pth; add download=true to fetch http://x,"
+        FileNotFoundError, match=r"no inception-v3-compat weights at .*gone.pth; add download=true to fetch http://x,"
     ):
         Inception(tmp_path / "gone.pth", url="http://x")
     usual.parent.mkdir(parents=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from edm_files import Persistent, edms_modules, write_edm
+from edm_pickles import Persistent, edms_modules, write_edm
 from network_tools import noise
 
 from diffusion.denoiser import Denoiser
