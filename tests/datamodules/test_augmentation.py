@@ -206,6 +206,6 @@ def test_what_is_no_probability_is_refused(value):
 )
 def test_a_network_that_could_not_be_told_is_refused(network):
     check_augment(None, network)
-    message = f"needs a .* with teacher.network.augment_dim=9, got a {type(network).__name__} with 0: set that, or method.augment=null"
-    with pytest.raises(ValueError, match=message):
+    found = f"got a {type(network).__name__} with 0: set that, or method.augment=null"
+    with pytest.raises(ValueError, match=f"needs a .* with teacher.network.augment_dim=9, {found}"):
         check_augment(0.12, network)
