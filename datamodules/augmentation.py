@@ -112,8 +112,8 @@ def check_augment(probability: float | None, network: nn.Module) -> None:
     known = getattr(network, "augment_dim", 0)
     if known != LABELS:
         raise ValueError(
-            f"method.augment={probability} needs a network with {LABELS} augmentation labels, got {known}: "
-            f"set teacher.network.augment_dim={LABELS}, or method.augment=null"
+            f"method.augment={probability} needs a SongUNet or DhariwalUNet with teacher.network.augment_dim={LABELS}, got a "
+            f"{type(network).__name__} with {known}: set that, or method.augment=null"
         )
 
 

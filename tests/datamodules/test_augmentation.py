@@ -10,7 +10,7 @@ from scipy import stats
 
 from datamodules.augmentation import LABELS, Augmentation, augmented, check_augment, draw
 from launch.names import register_resolvers
-from networks import SongUNet
+from networks import MLP, SongUNet
 
 ROOT = Path(__file__).parents[2]
 # What AugmentPipe(p=1, xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1) of NVlabs/edm 008a4e5,
@@ -199,10 +199,13 @@ def test_what_is_no_probability_is_refused(value):
         check_augment(value, network)
 
 
-def test_a_network_that_could_not_be_told_is_refused():
-    network = SongUNet(8, 1, 1, model_channels=4, channel_mult=(1,), num_blocks=1, attn_resolutions=())
+@pytest.mark.parametrize(
+    "network",
+    [SongUNet(8, 1, 1, model_channels=4, channel_mult=(1,), num_blocks=1, attn_resolutions=()), MLP(1, 2, 2, width=4)],
+    ids=["SongUNet", "MLP"],
+)
+def test_a_network_that_could_not_be_told_is_refused(network):
     check_augment(None, network)
-    with pytest.raises(
-        ValueError, match=r"needs .* 9 augmentation labels, got 0: set teacher.network.augment_dim=9, or"
-    ):
+    found = f"got a {type(network).__name__} with 0: set that, or method.augment=null"
+    with pytest.raises(ValueError, match=f"needs a .* with teacher.network.augment_dim=9, {found}"):
         check_augment(0.12, network)
