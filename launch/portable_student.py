@@ -12,7 +12,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from diffusion.denoiser import Denoiser
-from diffusion.preconditioning import EDM, X0, Epsilon, V, Velocity
+from diffusion.preconditioning import EDM, VE, VP, X0, Epsilon, V, Velocity
 from diffusion.seeds import sample_labels, sample_noise
 from diffusion.student_sampling import Sampling
 from networks.dhariwal_unet import DhariwalUNet
@@ -21,7 +21,7 @@ from networks.mlp import MLP
 from networks.song_unet import SongUNet
 
 NETWORKS = {cls.__name__: cls for cls in (SongUNet, DhariwalUNet, DiffusersUNet, MLP)}
-PRECONDITIONINGS = {cls.__name__: cls for cls in (EDM, Epsilon, V, X0, Velocity)}
+PRECONDITIONINGS = {cls.__name__: cls for cls in (EDM, VP, VE, Epsilon, V, X0, Velocity)}
 
 
 class Student(ModelMixin, ConfigMixin):

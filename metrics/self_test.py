@@ -11,11 +11,11 @@ from torch import Tensor
 
 from diffusion.denoiser import Denoiser
 from diffusion.losses import noised
-from diffusion.preconditioning import EDM, X0, Epsilon, Preconditioning, V, Velocity
+from diffusion.preconditioning import EDM, VE, VP, X0, Epsilon, Preconditioning, V, Velocity
 from diffusion.seeds import sample_labels, sample_noise
 from diffusion.teacher import Teacher
 
-READINGS: tuple[type[Preconditioning], ...] = (EDM, Epsilon, V, X0, Velocity)
+READINGS: tuple[type[Preconditioning], ...] = (EDM, VP, VE, Epsilon, V, X0, Velocity)
 SOLVER_STEPS = 18  # at most, of the samples
 LEVELS = 9  # noise levels from the schedule's lowest to its highest
 _FEW = 16  # images that other readings are tried on
