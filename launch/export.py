@@ -96,13 +96,13 @@ def export(
         }
         (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         shutil.copyfile(Path(__file__).with_name("portable_pipeline.py"), temporary / "pipeline.py")
-        card = {"run": folder.name, "method": method.name, "weights": weights, "licence": licence(method)}
+        card = {"run": folder.name, "method": method.name, "weights": weights, "licence": method.licence}
         save_weights(temporary / "student.safetensors", student.denoiser.network.state_dict(), card)
         for path in temporary.glob("*/*.safetensors"):
             shutil.copymode(path.with_name("config.json"), path)  # its owner alone could read it
         stored = folder.read_config()
         (temporary / "config.yaml").write_text(OmegaConf.to_yaml(stored))
-        (temporary / "README.md").write_text(readme(student, method, stored, weights, licence(method), records))
+        (temporary / "README.md").write_text(readme(student, method, stored, weights, method.licence, records))
         if (PROJECT_ROOT / "LICENSE").is_file():
             shutil.copyfile(PROJECT_ROOT / "LICENSE", temporary / "LICENSE-code")
         os.replace(temporary, target)
@@ -110,14 +110,6 @@ def export(
         raise OSError(f"cannot write {target}: {error}; free some space there or choose another folder") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def licence(method: Method) -> str:
-    """Of the student's weights: what its teachers allow, or of a student that had none, Apache-2.0."""
-    begun = getattr(method, "sampler", None)  # a teacher's network that was trained on
-    teachers = getattr(method, "teachers", [method.teacher]) if method.teacher else [begun]
-    found = [teacher.licence for teacher in teachers if teacher is not None and (method.teacher or teacher.weights)]
-    return " and ".join(dict.fromkeys(found)) or "Apache-2.0"
 
 
 def plain_unet(network: DiffusersUNet) -> diffusers.UNet2DModel:

@@ -49,7 +49,7 @@ def export(method: Method, records: list[Record], folder: RunFolder) -> None:
             weights[name].numel() for name, _ in method.student.network.named_parameters() if name in weights
         ),
         "teacher": method.teacher.name if method.teacher else None,
-        "licence": method.teacher.licence if method.teacher else "Apache-2.0",
+        "licence": method.licence,
         "metrics": {
             f"{r.metric}/{r.subject}": {"nfe": r.nfe, "mean": r.mean, "std": r.std, "values": r.values} for r in records
         },

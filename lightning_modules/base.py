@@ -94,6 +94,14 @@ class Method(pl.LightningModule):
         return 1
 
     @property
+    def licence(self) -> str:
+        """Of the student's weights: what its teachers allow, or of a student that began without any, Apache-2.0."""
+        begun = getattr(self, "sampler", None)  # a teacher's network that was trained on
+        teachers = getattr(self, "teachers", [self.teacher]) if self.teacher else [begun]
+        found = [teacher.licence for teacher in teachers if teacher is not None and (self.teacher or teacher.weights)]
+        return " and ".join(dict.fromkeys(found)) or "Apache-2.0"
+
+    @property
     def evaluations(self) -> dict[str, float]:
         """Network evaluations that an image of the training costs, on average, by the network: what `plan=true` shows."""
         return {"student": 1.0}

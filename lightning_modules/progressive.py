@@ -159,7 +159,7 @@ class ProgressiveDistillation(DenseTargets):
         super().optimizer_step(*args, **kwargs)
         if self.trainer.global_step + 1 == self.ends[self.round] and self.trainer.is_global_zero:
             card = {"method": self.name, "steps": self.steps, "round": self.round + 1, "seed": self.seed}
-            card |= {"teacher": self.teacher.name, "licence": self.teacher.licence}
+            card |= {"teacher": self.teacher.name, "licence": self.licence}
             folder = Path(self.trainer.default_root_dir)
             save_weights(kept_student(folder, self.steps), self.exported(), card, replace=True)
 
