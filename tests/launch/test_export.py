@@ -13,7 +13,7 @@ from omegaconf import OmegaConf, open_dict
 
 from diffusion.seeds import sample_labels, sample_noise
 from launch.build import build, build_seeded
-from launch.export import check_target, export, licence, portable
+from launch.export import check_target, export, portable
 from launch.folder import RunFolder
 from launch.names import register_resolvers
 from launch.teachers import expand_teachers
@@ -249,6 +249,6 @@ def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
 
 def test_the_licence_is_that_of_all_teachers():
     method, _ = made("flow")
-    assert licence(method) == "Apache-2.0", "trained from random weights"
+    assert method.licence == "Apache-2.0", "trained from random weights"
     method.sampler.weights, method.sampler.licence = "x.safetensors", "CC-BY-NC-SA-4.0"
-    assert licence(method) == "CC-BY-NC-SA-4.0"
+    assert method.licence == "CC-BY-NC-SA-4.0"
