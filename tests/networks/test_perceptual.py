@@ -115,11 +115,11 @@ def test_other_images_are_refused(lpips, shape, named):
 def test_weights_are_found_where_torchvision_keeps_them_and_never_downloaded(weights, tmp_path, monkeypatch, offline):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     usual = tmp_path / "hub/checkpoints/vgg16-397923af.pth"
-    message = rf"no VGG-16 weights at {usual}; download {URL} to {usual}, or say .* by method.lpips_weights$"
+    message = rf"no VGG-16 weights at {usual}; add download=true to fetch {URL}, or say .* by method.lpips_weights$"
     with pytest.raises(FileNotFoundError, match=message) as caught:
         LPIPS()
     assert "\n" not in str(caught.value)
-    with pytest.raises(FileNotFoundError, match=rf"no VGG-16 weights at {tmp_path}/gone.pth; download"):
+    with pytest.raises(FileNotFoundError, match=rf"no VGG-16 weights at {tmp_path}/gone.pth; add download=true"):
         LPIPS(str(tmp_path / "gone.pth"))
     usual.parent.mkdir(parents=True)
     usual.symlink_to(weights)
