@@ -115,8 +115,11 @@ def test_a_process_of_its_own_and_one_that_is_killed():
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="elsewhere the figure is getrusage's")
 def test_peak_memory_is_what_was_held_at_once():
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    more = 100 << 20
-    held = np.ones(more, np.uint8)
-    del held
-    assert resident + more - (1 << 20) < peak_memory() < 1 << 40
+    def seen() -> bool:
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        more = 100 << 20
+        held = np.ones(more, np.uint8)
+        del held
+        return resident + more - (1 << 20) < peak_memory() < 1 << 40
+
+    assert any(seen() for _ in range(5))  # the kernel may drop pages of files at any time
