@@ -230,7 +230,7 @@ def test_of_two_packers_the_second_waits_for_the_first(tmp_path, capfd):
     children.append(FORK.Process(target=pack_toy, args=(tmp_path / "toy", never)))
     children[1].start()
     shown = ""
-    while "waiting" not in shown:
+    while not shown.endswith("waiting\n"):
         shown += capfd.readouterr().out
         assert children[1].is_alive()
     go_on.set()
@@ -250,7 +250,7 @@ def test_who_waits_goes_on_where_the_first_died(tmp_path, noted, capfd):
     second = FORK.Process(target=pack_toy, args=(tmp_path / "toy", Killed()), kwargs={"identity": "a"})
     second.start()
     shown = ""
-    while "waiting" not in shown:
+    while not shown.endswith("waiting\n"):
         shown += capfd.readouterr().out
         assert second.is_alive()
     os.kill(first.pid, signal.SIGKILL)
