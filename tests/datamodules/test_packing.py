@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import json
 import multiprocessing
@@ -213,7 +214,19 @@ def test_an_interrupted_one_keeps_its_work_and_an_error_leaves_nothing(tmp_path,
     assert os.listdir(tmp_path) == ["toy"]
 
 
-def test_of_two_packers_the_second_waits_for_the_first(tmp_path, capfd):
+def pack_toy_aloud(folder, images, said, **changes):
+    """With what it prints in a file: pytest's capture must not be read while another process writes into it."""
+    with open(said, "w") as file, contextlib.redirect_stdout(file):
+        pack_toy(folder, images, **changes)
+
+
+def wait_for_line(said, process):
+    while not (said.exists() and said.read_text().endswith("waiting\n")):
+        assert process.is_alive()
+        time.sleep(0.01)
+
+
+def test_of_two_packers_the_second_waits_for_the_first(tmp_path):
     inside, go_on = FORK.Event(), FORK.Event()
 
     def slow(start):
@@ -227,37 +240,33 @@ def test_of_two_packers_the_second_waits_for_the_first(tmp_path, capfd):
     children = [FORK.Process(target=pack_toy, args=(tmp_path / "toy", slow))]
     children[0].start()
     assert inside.wait(20)
-    children.append(FORK.Process(target=pack_toy, args=(tmp_path / "toy", never)))
+    said = tmp_path / "said"
+    children.append(FORK.Process(target=pack_toy_aloud, args=(tmp_path / "toy", never, said)))
     children[1].start()
-    shown = ""
-    while not shown.endswith("waiting\n"):
-        shown += capfd.readouterr().out
-        assert children[1].is_alive()
+    wait_for_line(said, children[1])
     go_on.set()
     for child in children:
         child.join()
     assert [child.exitcode for child in children] == [0, 0]
-    assert shown == f"{tmp_path / 'toy'}: another process makes it, waiting\n"
-    assert os.listdir(tmp_path) == ["toy"]
+    assert said.read_text() == f"{tmp_path / 'toy'}: another process makes it, waiting\n"
+    assert sorted(os.listdir(tmp_path)) == ["said", "toy"]
     PackedImages(tmp_path / "toy").verify()
 
 
-def test_who_waits_goes_on_where_the_first_died(tmp_path, noted, capfd):
+def test_who_waits_goes_on_where_the_first_died(tmp_path, noted):
     chunks = Killed(30)
     first = FORK.Process(target=pack_toy, args=(tmp_path / "toy", chunks), kwargs={"identity": "a"})
     first.start()
     assert chunks.reached.wait(20)
-    second = FORK.Process(target=pack_toy, args=(tmp_path / "toy", Killed()), kwargs={"identity": "a"})
+    said = tmp_path / "said"
+    second = FORK.Process(target=pack_toy_aloud, args=(tmp_path / "toy", Killed(), said), kwargs={"identity": "a"})
     second.start()
-    shown = ""
-    while not shown.endswith("waiting\n"):
-        shown += capfd.readouterr().out
-        assert second.is_alive()
+    wait_for_line(said, second)
     os.kill(first.pid, signal.SIGKILL)
     first.join()
     second.join()
     assert second.exitcode == 0
-    assert "going on after 30 images" in capfd.readouterr().out
+    assert "going on after 30 images" in said.read_text()
     assert PackedImages(tmp_path / "toy").hash == pack_toy(tmp_path / "once").hash
 
 
