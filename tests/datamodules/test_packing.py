@@ -7,6 +7,7 @@ import pickle
 import shutil
 import signal
 import subprocess
+import time
 from collections import namedtuple
 from pathlib import Path
 
