@@ -23,7 +23,7 @@ lint: install
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-# Every method on every data set with every family of teachers; `make test` runs a third of it.
+# Every method on every data set with every family of teachers; `make test` runs a tenth of it.
 matrix: install
 	OMP_NUM_THREADS=1 $(BIN)/python tests/support_matrix.py
 
