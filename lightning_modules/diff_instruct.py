@@ -123,24 +123,24 @@ class DiffInstruct(Method):
         turn = self.trainer.global_step % (self.fake_updates + 1)
         self.student_updated = self.two_sided or turn == self.fake_updates
         step = self.both_turns if self.two_sided else self.generator_turn if self.student_updated else self.fake_turn
-        loss = self.take(step, batch)
+        self.take(step, batch)
+        loss = self.diagnostics["loss/mismatch"] if step == self.generator_turn else self.guide_loss()
         if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
             self.log_dict(self.diagnostics)  # of both turns: these steps may always meet the same one
         return loss
 
-    def take(self, turn: Callable[..., Tensor], batch: dict[str, Tensor]) -> Tensor:
-        """One turn, part by part; returns the loss of the whole batch."""
+    def take(self, turn: Callable[..., None], batch: dict[str, Tensor]) -> None:
+        """One turn, part by part."""
         for part in self.parts(batch):
             draws = Draws(self.seed, part["position"], self.image_shape)
             labels = draws.labels(self.teacher.num_classes) if self.labels == "uniform" else part.get("label")
-            loss = turn(draws, labels, part)
-        return loss
+            turn(draws, labels, part)
 
     def all_passes(self, batch: dict[str, Tensor]) -> None:
         for turn in (self.both_turns,) if self.two_sided else (self.fake_turn, self.generator_turn):
             self.take(turn, batch)
 
-    def generator_turn(self, draws: Draws, labels: Tensor | None, batch: dict[str, Tensor]) -> Tensor:
+    def generator_turn(self, draws: Draws, labels: Tensor | None, batch: dict[str, Tensor]) -> None:
         images = self.generate(draws.latents, labels)
         with torch.no_grad():
             sigma = draws.sigma(self.generator_sigmas)
@@ -153,9 +153,8 @@ class DiffInstruct(Method):
                 gradient += more
         self.watch(images, gradient, fake, target, sigma)
         self.descend(0, surrogate(images, gradient))
-        return self.diagnostics["loss/mismatch"]
 
-    def fake_turn(self, draws: Draws, labels: Tensor | None, batch: dict[str, Tensor]) -> Tensor:
+    def fake_turn(self, draws: Draws, labels: Tensor | None, batch: dict[str, Tensor]) -> None:
         with torch.no_grad():
             images = self.generate(draws.latents, labels)
         sigma = draws.sigma(self.fake_sigmas)
@@ -165,10 +164,8 @@ class DiffInstruct(Method):
             self.tally(self.diagnostics, "loss/gan_fake", told_apart.detach())
             loss = loss + self.gan.fake * told_apart
         self.descend(1, loss)
-        total = self.diagnostics["loss/fake"]
-        return total + self.gan.fake * self.diagnostics["loss/gan_fake"] if self.gan else total
 
-    def both_turns(self, draws: Draws, labels: Tensor | None, batch: dict[str, Tensor]) -> Tensor:
+    def both_turns(self, draws: Draws, labels: Tensor | None, batch: dict[str, Tensor]) -> None:
         """One backward pass: the generator's gradient holds the fake score fixed, the fake score's the images."""
         images = self.generate(draws.latents, labels)
         sigma = draws.sigma(self.fake_sigmas)
@@ -180,7 +177,6 @@ class DiffInstruct(Method):
         self.watch(images, gradient, fake, target, sigma)
         loss = self.fake_loss(images.detach(), fake, sigma)
         self.descend(None, surrogate(images, gradient) + loss)
-        return self.diagnostics["loss/fake"]
 
     def fake_loss(self, images: Tensor, estimate: Tensor, sigma: Tensor) -> Tensor:
         """Denoising score matching, as a sum over pixels with "edm" and as a mean with "dmd"."""
@@ -188,6 +184,11 @@ class DiffInstruct(Method):
         loss = loss if self.weighting == "edm" else loss / images[0].numel()
         self.tally(self.diagnostics, "loss/fake", loss.detach())
         return loss
+
+    def guide_loss(self) -> Tensor:
+        """What the latest turn of the fake score descended, of the whole batch."""
+        loss = self.diagnostics["loss/fake"]
+        return loss + self.gan.fake * self.diagnostics["loss/gan_fake"] if self.gan else loss
 
     def descend(self, which: int | None, loss: Tensor) -> None:
         """A step of optimiser 0 (generator) or 1 (fake score), or None: of both, which counts as one step."""
