@@ -180,7 +180,7 @@ def measure_one(case: Case, name: str, options: Sequence[str], precision: str) -
 
 def config(case: Case, folder: str, *options: str) -> DictConfig:
     """As `compose_config`, without checkpoints, and with the case's network as both of several teachers."""
-    options = (*options, "callbacks.checkpoints=null", "+trainer.enable_checkpointing=false")
+    options = (*options, "callbacks.checkpoints=null")
     if "method=bezier" in options:
         teacher = compose_config(case, folder, "method=reflow", *_STORED).teacher
         plain = tuple(option for option in case.overrides if not option.startswith("teacher."))

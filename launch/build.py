@@ -6,11 +6,12 @@ from typing import Any
 import pytorch_lightning as pl
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from pytorch_lightning.callbacks import Checkpoint
 
-from callbacks import AtomicCheckpointIO
 from diffusion.teacher import Teacher
 from launch.folder import RunFolder
 from launch.processes import choose_strategy, process_count
+from launch.trainer_options import check_options, translated
 from lightning_modules import Method
 from networks.checks import check_counts
 
@@ -62,6 +63,7 @@ def _check_equal(owner: str, pairs: Iterable[tuple[str, int, int]], data: Any) -
 def build_trainer(config: DictConfig, method: Method, folder: RunFolder) -> pl.Trainer:
     """A Trainer for endless loaders, in the run folder, with its strategy chosen by the number of processes."""
     options = dict(build(config.trainer))
+    check_options(options)
     intervals = ("validate_every_n_steps", "log_every_n_steps")
     check_counts(**{f"trainer.{key}": options[key] for key in intervals})
     validate_every = options.pop("validate_every_n_steps")
@@ -71,11 +73,14 @@ def build_trainer(config: DictConfig, method: Method, folder: RunFolder) -> pl.T
             f"batch_size={config.batch_size} can't be shared by the {processes} processes of trainer.devices"
         )
     options["strategy"] = choose_strategy(options["strategy"], processes)
-    callbacks = [callback for callback in build(config.callbacks).values() if callback is not None]
+    options, own = translated(options, method, folder.path)
+    # Those of the options first: what they switch on for a step is off when the others measure after it.
+    callbacks = own + [callback for callback in build(config.callbacks).values() if callback is not None]
     loggers = [logger for logger in build(config.logger).values() if logger is not None]
     try:
         return pl.Trainer(
             **options,
+            enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
             max_steps=method.total_steps,
             max_epochs=-1,
             val_check_interval=validate_every,
@@ -85,7 +90,6 @@ def build_trainer(config: DictConfig, method: Method, folder: RunFolder) -> pl.T
             default_root_dir=folder.path,
             callbacks=callbacks,
             logger=loggers,
-            plugins=[AtomicCheckpointIO()],
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from hydra.errors import CompactHydraException, HydraException
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
@@ -22,6 +23,9 @@ EXPECTED = (
     OmegaConfBaseException,
 )
 
+
+# What the CPU's allocator, cuBLAS and cuDNN say where torch has no exception of its own.
+_NO_ROOM = ("out of memory", "not enough memory", "can't allocate memory", "_ALLOC_FAILED")
 
 # Seconds in which a child process lets the first one speak, which mostly has met the same error and then ends it.
 GRACE = 3
@@ -54,7 +58,14 @@ def reported(job: str, *, sweep: bool = False) -> Iterator[None]:
 
 def expected(error: Exception) -> bool:
     # wandb's (no key, no network) by name: importing it takes half a second.
-    return isinstance(error, EXPECTED) or type(error).__module__.startswith("wandb.")
+    return isinstance(error, EXPECTED) or out_of_memory(error) or type(error).__module__.startswith("wandb.")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the CPU's allocator, had no room for a tensor."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_ROOM)
+    )
 
 
 def one_line(error: BaseException) -> str:
@@ -63,6 +74,11 @@ def one_line(error: BaseException) -> str:
     while isinstance(error, HydraException) and error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(str(error).partition("full_key: ")[0].split())
+    if out_of_memory(error):
+        text = (
+            f"out of memory ({text.partition('. ')[0]}): lower trainer.micro_batch, or set it to auto, where this is "
+        )
+        text += "training, and evaluation.batch_size where it is sampling"
     if isinstance(error, TypeError) and "argument" not in text:  # a comparison or the like, deep inside
         text = f"an option has the wrong type ({text})"
     if isinstance(error, OSError) and error.filename and str(error.filename) not in text:

@@ -10,6 +10,9 @@ from metrics.files import write_file
 from metrics.records import load_records
 from metrics.tables import table
 
+# Of a run that has begun these may change: they move its results by rounding at most. config.yaml keeps the first values.
+FREE = ("trainer.micro_batch", "trainer.compile", "trainer.channels_last", "trainer.profile")
+
 
 class RunFolder:
     """runs/NAME with config.yaml, checkpoints/, metrics.csv, metrics.json and pictures, and a folder for each stage."""
@@ -60,6 +63,7 @@ class RunFolder:
         if not self.begun():
             return
         changes = differences(OmegaConf.to_container(self.read_config(), resolve=True), config)
+        changes = [change for change in changes if change[0] not in FREE]
         if changes:
             (key, was, now), *others = changes
             more = f" (also changed: {', '.join(name for name, *_ in others)})" if others else ""

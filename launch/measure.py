@@ -12,6 +12,7 @@ from torch import Tensor
 from callbacks import read_checkpoint, student_state
 from diffusion.teacher import Teacher
 from launch.folder import RunFolder
+from launch.precision import allow_tf32
 from lightning_modules import Method
 from metrics.evaluation import check_rows, check_settings, measure, measure_real, needs_real_rows
 from metrics.ranks import from_rank_zero, rank_and_world
@@ -31,6 +32,7 @@ class Evaluation:
     """
 
     def __init__(self, settings: dict[str, Any], data: Any, device: torch.device, cache: str | Path = "data"):
+        allow_tf32(False)
         self.settings = checked(settings)
         self.extractor = self.settings.pop("extractor").to(device)
         self.data, self.device = data, device

@@ -39,6 +39,8 @@ def plan(cfg: DictConfig) -> str:
     count = sum(p.numel() for p in student.parameters())
     processes = process_count(cfg.trainer.devices, cfg.trainer.num_nodes, cfg.trainer.accelerator)
     share = math.ceil(cfg.batch_size / processes)
+    held, mixed = _images_held(cfg.trainer.micro_batch, share), cfg.trainer.precision.endswith("-mixed")
+    kept = held * activations // (2 if mixed else 1)
     averages = len(cfg.callbacks.ema.averages) if cfg.callbacks.get("ema") else 0
     networks = Networks.of(method, averages)
     before, each = _evaluations_before(method, training), method.evaluations
@@ -50,9 +52,10 @@ def plan(cfg: DictConfig) -> str:
         "parameters": [
             f"{count:,} of the student ({type(student).__name__}), {networks.trained} such networks trained"
         ],
-        "memory of each device, an estimate in float32 (bf16-mixed: about half of the activations)": [
+        "memory of each device, an estimate"
+        + (f" in {cfg.trainer.precision}" if mixed else " in float32 (bf16-mixed: about half of the activations)"): [
             f"{readable(_FLOAT * count * networks.held)} for weights, gradients, Adam's moments, averages and frozen networks",
-            f"{readable(share * activations)} for what one evaluation of {share} images keeps for its backward pass",
+            f"{readable(kept)} for what one evaluation of {held} images keeps for its backward pass",
         ],
         "disk": [
             f"{readable(size)} {what}" for what, size in _disk(method, training, _FLOAT * count, networks).items()
@@ -65,6 +68,11 @@ def plan(cfg: DictConfig) -> str:
         ],
     }
     return "\n".join(line for head, body in lines.items() for line in (head, *(f"  {one}" for one in body)))
+
+
+def _images_held(micro_batch: int | str | None, share: int) -> int:
+    """Images of a device's share that are in memory at once; with auto the largest number that may be tried."""
+    return min(share, micro_batch) if isinstance(micro_batch, int) else share
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,8 @@ class BDense:
         widen(self.student.network, branches)
 
     def total(self, losses: Tensor) -> Tensor:
-        self.log_dict({f"loss/branch{k}": loss for k, loss in enumerate(losses.detach(), 1)})
+        for k, loss in enumerate(losses.detach(), 1):
+            self.note(f"loss/branch{k}", loss)
         left = max(0.0, 1 - self.progress / self.fade) if self.fade else 1.0
         end = 1 - left * self.sum_of_auxiliaries if self.normalised else 1.0
         return end * losses[-1] + left * (self.auxiliaries * losses[:-1]).sum()

@@ -1,4 +1,4 @@
-"""What every method shares. A method is a subclass with a `student`, a `training_step` and a `generate`."""
+"""What every method shares. A method is a subclass with a `student`, a `training_loss` and a `generate`."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -13,13 +13,15 @@ from diffusion.denoiser import Denoiser
 from diffusion.seeds import seed_step
 from diffusion.student_sampling import Sampling
 from diffusion.teacher import Teacher
+from lightning_modules.parts import InParts
+from networks.compiling import eager
 
 
-class Method(pl.LightningModule):
+class Method(InParts):
     """A distillation (or training) method.
 
-    Subclasses set `student`, and implement `training_step(batch, batch_idx)` with one optimiser step per batch and
-    `generate(noise, labels)`. Progress is counted in images seen (`nimg`); random numbers of a step come from
+    Subclasses set `student`, and implement `training_loss(batch)` (see `InParts`) and `generate(noise, labels)`; there is one
+    optimiser step per batch. Progress is counted in images seen (`nimg`); random numbers of a step come from
     (seed, rank, step) alone, the learning rate from nimg alone, so a resumed run repeats an uninterrupted one.
 
     name: used in run names and tables. batch_size: global, over all processes. kimg: budget in thousands of images.
@@ -148,13 +150,18 @@ class Method(pl.LightningModule):
         training = self.student.training
         self.student.eval()
         try:
-            return self.generate(noise, labels).float()
+            with eager(self.student.network):  # measured alike, compiled or not
+                return self.generate(noise, labels).float()
         finally:
             self.student.train(training)
 
-    def adam(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    def limit_gradients(self, norm: float) -> None:
+        """Limit the norm of each network's gradient; asked of methods with manual optimisation, where Lightning can't."""
+        raise NotImplementedError(f"{type(self).__name__} optimises by hand and has no limit_gradients")
+
+    def adam(self, parameters: Iterable[nn.Parameter], fused: bool = True) -> torch.optim.Optimizer:
         # Lightning can't clip the gradients of a fused optimiser under mixed precision.
-        options = {"lr": self.lr, "betas": self.betas, "fused": not self.trainer.gradient_clip_val}
+        options = {"lr": self.lr, "betas": self.betas, "fused": fused and not self.trainer.gradient_clip_val}
         if self.weight_decay:
             return torch.optim.AdamW(parameters, weight_decay=self.weight_decay, **options)
         return torch.optim.Adam(parameters, **options)

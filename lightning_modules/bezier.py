@@ -111,18 +111,21 @@ class BezierDistillation(PairedFlow):
         t = self.time(self.prediction_times, batch, draw=1)
         return self.distance(self.predict(bezier.point(control, t), t, batch.get("label")), control[:, -1])
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        control = self.control_points(batch)
+    def drawn(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {**batch, "control": self.control_points(batch)}  # of the whole batch, in which guides may be shuffled
+
+    def training_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        control = batch["control"]
         loss = torch.zeros((), device=control.device)
         if self.weight_of_prediction:
             prediction = self.prediction_loss(control, batch).mean()
-            self.log("loss/prediction", prediction.detach())
+            self.note("loss/prediction", prediction.detach())
             loss = loss + self.weight_of_prediction * prediction
         if self.weight_of_drift:
             drift = self.drift_loss(control, batch).mean()
-            self.log("loss/drift", drift.detach())
+            self.note("loss/drift", drift.detach())
             loss = loss + self.weight_of_drift * drift
-        self.log("loss/student", loss.detach())
+        self.note("loss/student", loss.detach())
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

@@ -41,13 +41,13 @@ class DegradationRecording(Method):
         if self.trainer.strategy.broadcast(self.path.complete()):
             self.trainer.should_stop = True
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def training_loss(self, batch: dict[str, Tensor]) -> Tensor:
         draws = Draws(self.seed, batch["position"], self.image_shape)
         labels = draws.labels(self.teacher.num_classes)
         with torch.no_grad():
             images = one_step(self.teacher.denoiser, draws.latents, self.sigma_init, labels)
         loss = denoising_score_matching(self.student, images, draws.sigma(self.sigmas), draws.noise, labels).mean()
-        self.log("loss/degraded", loss.detach())
+        self.note("loss/degraded", loss.detach())
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

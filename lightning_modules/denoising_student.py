@@ -77,16 +77,19 @@ class DenoisingStudent(DenseTargets):
     def sampling(self) -> Sampling:
         return one_step_sampling(self.student, self.sigmas[0].item())
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def drawn(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         target = batch["states"]
         if self.target_noise:
             target = target + self.target_noise * torch.randn_like(target)
+        return {**batch, "states": target}
+
+    def training_loss(self, batch: dict[str, Tensor]) -> Tensor:
         # In double precision: from the top of a cosine schedule, 2e4, a step to zero would be rounded to 1e-3.
         x, sigma = self.start(batch["noise"].double())
         estimates = self.student.branches(x, sigma, batch.get("label"))
         states = euler_step(x[:, None], estimates, sigma, self.taus[:, None, None, None])
-        loss = self.objective(regression(states, target, self.loss))
-        self.log("loss/student", loss.detach())
+        loss = self.objective(regression(states, batch["states"], self.loss))
+        self.note("loss/student", loss.detach())
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

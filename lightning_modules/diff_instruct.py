@@ -1,5 +1,6 @@
 """Diff-Instruct: distil by the difference of two scores (Luo et al., arXiv 2305.18455), with DMD2's options."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -73,6 +74,7 @@ class DiffInstruct(Method):
         self.fake_updates, self.two_sided = fake_updates, two_sided
         self.fake_lr = self.lr * fake_lr_factor
         self.student_updated = False
+        self.seen: list[tuple[Tensor, ...]] = []  # what `watch` was told of the parts so far
         self.diagnostics: dict[str, Tensor] = {}  # of the latest turn of either kind
 
     @property
@@ -96,7 +98,8 @@ class DiffInstruct(Method):
 
     def configure_optimizers(self) -> Any:
         guide = [self.fake, self.gan] if self.gan else [self.fake]
-        return self.adam(self.student.parameters()), self.adam(nn.ModuleList(guide).parameters())
+        fused = not (self.clip and self.scaler)  # a fused step would undo the loss scale only after the clipping
+        return self.adam(self.student.parameters(), fused), self.adam(nn.ModuleList(guide).parameters(), fused)
 
     def generate(self, noise: Tensor, labels: Tensor | None) -> Tensor:
         return one_step(self.student, noise, self.sigma_init, labels)
@@ -120,14 +123,24 @@ class DiffInstruct(Method):
         turn = self.trainer.global_step % (self.fake_updates + 1)
         self.student_updated = self.two_sided or turn == self.fake_updates
         step = self.both_turns if self.two_sided else self.generator_turn if self.student_updated else self.fake_turn
-        draws = Draws(self.seed, batch["position"], self.image_shape)
-        labels = draws.labels(self.teacher.num_classes) if self.labels == "uniform" else batch.get("label")
-        loss = step(draws, labels, batch)
+        self.take(step, batch)
+        loss = self.diagnostics["loss/mismatch"] if step == self.generator_turn else self.guide_loss()
         if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
             self.log_dict(self.diagnostics)  # of both turns: these steps may always meet the same one
         return loss
 
-    def generator_turn(self, draws: Draws, labels: Tensor | None, batch: dict[str, Tensor]) -> Tensor:
+    def take(self, turn: Callable[..., None], batch: dict[str, Tensor]) -> None:
+        """One turn, part by part."""
+        for part in self.parts(batch):
+            draws = Draws(self.seed, part["position"], self.image_shape)
+            labels = draws.labels(self.teacher.num_classes) if self.labels == "uniform" else part.get("label")
+            turn(draws, labels, part)
+
+    def all_passes(self, batch: dict[str, Tensor]) -> None:
+        for turn in (self.both_turns,) if self.two_sided else (self.fake_turn, self.generator_turn):
+            self.take(turn, batch)
+
+    def generator_turn(self, draws: Draws, labels: Tensor | None, batch: dict[str, Tensor]) -> None:
         images = self.generate(draws.latents, labels)
         with torch.no_grad():
             sigma = draws.sigma(self.generator_sigmas)
@@ -135,25 +148,24 @@ class DiffInstruct(Method):
             fake, target = self.fake(x, sigma, labels), self.target.denoiser(x, sigma, labels)
             gradient = score_gradient(images, fake, target, self.weighting)
             if self.gan:
-                more, self.diagnostics["loss/gan_generator"] = self.gan.image_gradient(self.fake, images, draws, labels)
+                more, told_apart = self.gan.image_gradient(self.fake, images, draws, labels)
+                self.tally(self.diagnostics, "loss/gan_generator", told_apart)
                 gradient += more
         self.watch(images, gradient, fake, target, sigma)
         self.descend(0, surrogate(images, gradient))
-        return self.diagnostics["loss/mismatch"]
 
-    def fake_turn(self, draws: Draws, labels: Tensor | None, batch: dict[str, Tensor]) -> Tensor:
+    def fake_turn(self, draws: Draws, labels: Tensor | None, batch: dict[str, Tensor]) -> None:
         with torch.no_grad():
             images = self.generate(draws.latents, labels)
         sigma = draws.sigma(self.fake_sigmas)
         loss = self.fake_loss(images, self.fake(noised(images, sigma, draws.noise), sigma, labels), sigma)
         if self.gan:
             told_apart = self.gan.classification(self.fake, images, labels, batch["image"], batch.get("label"), draws)
-            self.diagnostics["loss/gan_fake"] = told_apart.detach()
+            self.tally(self.diagnostics, "loss/gan_fake", told_apart.detach())
             loss = loss + self.gan.fake * told_apart
         self.descend(1, loss)
-        return loss.detach()
 
-    def both_turns(self, draws: Draws, labels: Tensor | None, batch: dict[str, Tensor]) -> Tensor:
+    def both_turns(self, draws: Draws, labels: Tensor | None, batch: dict[str, Tensor]) -> None:
         """One backward pass: the generator's gradient holds the fake score fixed, the fake score's the images."""
         images = self.generate(draws.latents, labels)
         sigma = draws.sigma(self.fake_sigmas)
@@ -165,31 +177,70 @@ class DiffInstruct(Method):
         self.watch(images, gradient, fake, target, sigma)
         loss = self.fake_loss(images.detach(), fake, sigma)
         self.descend(None, surrogate(images, gradient) + loss)
-        return loss.detach()
 
     def fake_loss(self, images: Tensor, estimate: Tensor, sigma: Tensor) -> Tensor:
         """Denoising score matching, as a sum over pixels with "edm" and as a mean with "dmd"."""
         loss = weighted_square(self.student, estimate - images, sigma).mean()
         loss = loss if self.weighting == "edm" else loss / images[0].numel()
-        self.diagnostics["loss/fake"] = loss.detach()
+        self.tally(self.diagnostics, "loss/fake", loss.detach())
         return loss
+
+    def guide_loss(self) -> Tensor:
+        """What the latest turn of the fake score descended, of the whole batch."""
+        loss = self.diagnostics["loss/fake"]
+        return loss + self.gan.fake * self.diagnostics["loss/gan_fake"] if self.gan else loss
 
     def descend(self, which: int | None, loss: Tensor) -> None:
         """A step of optimiser 0 (generator) or 1 (fake score), or None: of both, which counts as one step."""
         optimizers = self.optimizers()
         chosen = optimizers if which is None else [optimizers[which]]
-        for optimizer in chosen:
-            optimizer.zero_grad()
-        self.manual_backward(loss)
-        for optimizer in chosen:
-            if self.clip:
-                nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], self.clip)
-            # Lightning counts the steps of its wrappers alone.
-            (optimizer if optimizer is chosen[0] else optimizer.optimizer).step()
+        if self.part.first:
+            for optimizer in chosen:
+                optimizer.zero_grad()
+        if not self.descend_part(loss):
+            return
+        counted, *others = chosen
+        for optimizer in others:  # past Lightning, which counts the steps of its wrappers
+            self.step_uncounted(optimizer.optimizer)
+        counted.step()
+
+    def step_uncounted(self, optimizer: torch.optim.Optimizer) -> None:
+        """As Lightning's step, but for the loss scale's update, which its own step after this one makes for both."""
+        if self.scaler is None:
+            self.on_before_optimizer_step(optimizer)
+            optimizer.step()
+            return
+        if self.clip:
+            self.scaler.unscale_(optimizer)
+        self.on_before_optimizer_step(optimizer)
+        self.scaler.step(optimizer)
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """Of 16-mixed's losses."""
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.clip:
+            nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], self.clip)
+
+    def limit_gradients(self, norm: float) -> None:
+        if self.clip is not None:
+            raise ValueError(
+                f"trainer.gradient_clip_val={norm} and method.clip={self.clip} both limit the norm of each network's gradient; "
+                "set one of them to null"
+            )
+        self.clip = norm
 
     @torch.no_grad()
     def watch(self, images: Tensor, gradient: Tensor, fake: Tensor, target: Tensor, sigma: Tensor) -> None:
-        """Diagnostics of a generator's update; nothing here waits for the device."""
+        """Diagnostics of a generator's update, with its last part; nothing here waits for the device."""
+        self.seen.append((images, gradient, fake, target, sigma))
+        if not self.part.last:
+            return
+        if len(self.seen) > 1:  # of the whole batch: a spread over it is no mean of the parts'
+            images, gradient, fake, target, sigma = (torch.cat(parts) for parts in zip(*self.seen, strict=True))
+        self.seen = []
         fits = [weighted_square(self.student, estimate - images, sigma).mean() for estimate in (fake, target)]
         self.diagnostics |= {
             "loss/mismatch": weighted_square(self.student, target - fake, sigma).mean(),

@@ -43,14 +43,14 @@ class FlowDistillation(PairedFlow):
         super().on_fit_start()
         self.distance.to(self.device)
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def training_loss(self, batch: dict[str, Tensor]) -> Tensor:
         noise, images = batch["noise"], batch["states"][:, -1]
         if self.euler_steps == 1:
             pair = self.predict(noise, self.time(self.times, batch), batch.get("label")), images
         else:
             pair = self.straight(noise, images, self.times, batch)
         loss = self.distance(*pair).mean()
-        self.log("loss/student", loss.detach())
+        self.note("loss/student", loss.detach())
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

@@ -35,13 +35,17 @@ class Pretrain(Method):
         self.student = teacher.student().train()
         self.p_mean, self.p_std, self.augment = p_mean, p_std, augment
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def drawn(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         batch = augmented(batch, self.augment, self.seed)
-        images, labels = batch["image"], (batch.get("label"), batch.get("augment"))
+        images = batch["image"]
         sigma = log_normal_sigmas(len(images), self.p_mean, self.p_std, images.device)
-        noise = images.new_empty(images.shape).normal_()
-        loss = denoising_score_matching(self.student, images, sigma, noise, *labels).mean()
-        self.log("loss/student", loss.detach())
+        return {**batch, "sigma": sigma, "noise": images.new_empty(images.shape).normal_()}
+
+    def training_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        labels = batch.get("label"), batch.get("augment")
+        losses = denoising_score_matching(self.student, batch["image"], batch["sigma"], batch["noise"], *labels)
+        loss = losses.mean()
+        self.note("loss/student", loss.detach())
         return loss
 
     @property

@@ -129,7 +129,7 @@ class ProgressiveDistillation(DenseTargets):
         self.round += 1
         self.table = self.levels().to(self.device)
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def training_loss(self, batch: dict[str, Tensor]) -> Tensor:
         images, labels = batch["image"], batch.get("label")
         draws = Draws(self.seed, batch["position"], images.shape[1:])
         sigmas = self.table[draws.indices(self.steps)]
@@ -139,7 +139,8 @@ class ProgressiveDistillation(DenseTargets):
         estimates = self.student.branches(x, sigmas[:, 0], labels)
         weight = WEIGHTINGS[self.weighting](sigmas[:, :1] ** -2)
         loss = self.objective((weight * (estimates - targets).square().flatten(2).mean(2)).float())
-        self.log_dict({"loss/student": loss.detach(), "progress/steps": float(self.steps)})
+        self.note("loss/student", loss.detach())
+        self.note("progress/steps", float(self.steps))
         return loss
 
     @torch.no_grad()

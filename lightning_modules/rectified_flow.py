@@ -28,12 +28,14 @@ class RectifiedFlow(FlowStudent):
         self.follow(teacher, label_dropout=True)
         self.times, self.loss, self.augment = times, loss, augment
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        batch = augmented(batch, self.augment, self.seed)
+    def drawn(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return augmented(batch, self.augment, self.seed)
+
+    def training_loss(self, batch: dict[str, Tensor]) -> Tensor:
         images = batch["image"]
         noise = position_noise(self.seed, batch["position"], self.image_shape, _NOISE_STREAM)
         loss = regression(*self.straight(noise, images, self.times, batch), self.loss).mean()
-        self.log("loss/student", loss.detach())
+        self.note("loss/student", loss.detach())
         return loss
 
 
@@ -53,9 +55,9 @@ class Reflow(PairedFlow):
         noise, images = batch["noise"], batch["states"][:, -1]
         return regression(*self.straight(noise, images, self.times, batch), self.loss)
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def training_loss(self, batch: dict[str, Tensor]) -> Tensor:
         loss = self.losses(batch).mean()
-        self.log("loss/student", loss.detach())
+        self.note("loss/student", loss.detach())
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

@@ -111,7 +111,8 @@ class SFD(DenseTargets):
             share = self.batch_size // self.trainer.world_size
             self.x = self.x[self.global_rank * share :][:share].to(self.device)
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def drawn(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Where the student's interval begins and what it is compared with; the teacher goes on with the whole batch."""
         step = self.trainer.global_step
         if step == self.departure + self.steps_under_way:
             self.departure, self.steps_under_way, self.x, self.path = step, self.drawn_steps(step), None, None
@@ -119,15 +120,25 @@ class SFD(DenseTargets):
         draws = Draws(self.seed, batch["position"] - interval * self.batch_size, self.image_shape)
         labels = draws.labels(self.teacher.num_classes)
         self.join(draws.latents, labels, interval)
-        target = self.next_states()
-        first = (interval + self.afs) * self.substeps
+        self.ends: list[Tensor] = []
+        found = {"x": self.x, "target": self.next_states()}
+        return found if labels is None else found | {"label": labels}
+
+    def training_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        x = batch["x"]
+        first = (self.trainer.global_step - self.departure + self.afs) * self.substeps
         table = self.tables[self.steps_under_way][first : first + self.substeps + 1]
         sigma, taus = table[0], table[self.stride :: self.stride, None, None, None]
         self.tell(self.steps_under_way)
-        states = euler_step(self.x[:, None], self.student.branches(self.x, sigma, labels), sigma, taus)
-        self.x = states[:, -1].detach()
-        loss = self.objective(regression(states, target, self.loss))
-        self.log("loss/student", loss.detach())
+        states = euler_step(x[:, None], self.student.branches(x, sigma, batch.get("label")), sigma, taus)
+        self.ends.append(states[:, -1].detach())
+        loss = self.objective(regression(states, batch["target"], self.loss))
+        self.note("loss/student", loss.detach())
+        return loss
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.x = torch.cat(self.ends)
         return loss
 
     def drawn_steps(self, step: int) -> int:

@@ -82,7 +82,10 @@ def test_unknown_options_and_keys(folder, options, message):
             "trainer.validate_every_n_steps=0",
             ["trainer.validate_every_n_steps must be an integer of at least 1, got 0"],
         ),
-        ("trainer.precision=12", ["Precision 12 is invalid", "32-true"]),
+        (
+            "trainer.precision=12",
+            ["trainer.precision must be one of 32-true, tf32, bf16-mixed, 16-mixed, got 12"],
+        ),
         ("trainer.accelerator=abacus", ["accelerator='abacus'", "cpu"]),
         ("batch_size=15 trainer.devices=2", ["batch_size=15", "2 processes of trainer.devices"]),
         ("teacher.solver=dpm", ["teacher.solver='dpm' is unknown; choose one of euler, heun"]),
