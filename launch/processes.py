@@ -23,10 +23,11 @@ from omegaconf import read_write
 from pytorch_lightning.strategies import Strategy
 
 from launch.averaging import AveragedGradients, CountedDDP
-from launch.errors import GRACE
 from launch.ranks import started_processes, under_torchrun
 from networks.checks import check_counts
 
+# Seconds until a process that failed must have ended: launch/errors.py lets it wait, and a busy machine takes its time.
+_PATIENCE = 60
 _DDP_ENVIRONMENT = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -123,8 +124,8 @@ def children_ended(*launchers: Any) -> Iterator[None]:
         codes = [child.wait() for child in children]
     except BaseException as error:
         children = children or _released(launchers)
-        collective = isinstance(error, RuntimeError) and bool(children)  # perhaps: then a child ends soon
-        patience = time.monotonic() + GRACE + 5
+        collective = _collective(error) and bool(children)  # then a child has ended, or does so as fast as it can
+        patience = time.monotonic() + _PATIENCE
         while collective and time.monotonic() < patience and not any(child.poll() for child in children):
             time.sleep(0.05)
         codes = [child.poll() for child in children]
@@ -136,6 +137,11 @@ def children_ended(*launchers: Any) -> Iterator[None]:
     if any(codes):
         failed = ", ".join(f"{rank} (exit code {code})" for rank, code in enumerate(codes, start=1) if code)
         raise ChildProcessError(f"another process of this run failed, see its message above: rank {failed}")
+
+
+def _collective(error: BaseException) -> bool:
+    """Whether it may be what a collective says when another process has gone."""
+    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _released(launchers: Sequence[Any]) -> list[subprocess.Popen]:

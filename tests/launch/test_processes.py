@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -169,7 +170,15 @@ def test_a_child_that_failed_alone_is_no_success(launcher):
 def test_a_child_that_failed_is_the_cause_of_a_broken_collective(launcher):
     with pytest.raises(ChildProcessError, match="rank 1"), children_ended(launcher):
         child(launcher, "raise SystemExit(3)").wait()
-        raise RuntimeError("connection closed by peer")
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer")
+
+
+def test_an_error_of_its_own_is_not_waited_with(launcher):
+    begun = time.monotonic()
+    with pytest.raises(RuntimeError, match="out of memory"), children_ended(launcher):
+        child(launcher, "import time; time.sleep(60)")
+        raise RuntimeError("out of memory")
+    assert time.monotonic() - begun < 10
 
 
 def test_one_process_has_no_children():
