@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 
-def in_two_processes(function: Callable[..., None], *args) -> None:
+def in_two_processes(function: Callable[..., None], *args, limit: float = 60) -> None:
     """Runs function(rank, *args) in two processes, in which a Trainer with TWO finds its place."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -19,7 +19,7 @@ def in_two_processes(function: Callable[..., None], *args) -> None:
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(60)
+        process.join(limit)
         process.kill()
     assert [process.exitcode for process in ranks] == [0, 0]
 
