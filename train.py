@@ -24,8 +24,9 @@ def train(cfg: DictConfig, search: bool = False) -> float | None:
     from launch.folder import RunFolder
     from launch.measure import checked
     from launch.plan import plan
-    from launch.processes import is_rank_zero, one_job
+    from launch.processes import one_job
     from launch.quiet import quiet
+    from launch.ranks import is_rank_zero
     from launch.search import check_measured, last_monitored
     from launch.sources import fetch
     from launch.stages import build_stages, fit_stages
@@ -71,11 +72,12 @@ def train(cfg: DictConfig, search: bool = False) -> float | None:
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | None:
     from launch.errors import reported
+    from launch.requeue import requeueing
     from launch.search import searching
 
     hydra_config = HydraConfig.get()
     cfg.folder = os.path.relpath(hydra_config.runtime.output_dir)
-    with reported(cfg.folder, sweep=hydra_config.mode == RunMode.MULTIRUN):
+    with reported(cfg.folder, sweep=hydra_config.mode == RunMode.MULTIRUN), requeueing(cfg.folder):
         return train(cfg, searching(hydra_config))
 
 

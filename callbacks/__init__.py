@@ -8,6 +8,7 @@ from callbacks.ema import EMA, student_state
 from callbacks.generative_metrics import GenerativeMetrics
 from callbacks.non_finite import NonFiniteGuard
 from callbacks.progress import Progress
+from callbacks.requeue import Requeue
 from callbacks.sample_grid import SampleGrid
 from callbacks.score_health import ScoreHealth
 from callbacks.wandb_logger import wandb_logger
@@ -22,6 +23,7 @@ __all__ = [
     "GenerativeMetrics",
     "NonFiniteGuard",
     "Progress",
+    "Requeue",
     "SampleGrid",
     "ScoreHealth",
     "draw_curves",

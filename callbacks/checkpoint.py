@@ -102,7 +102,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
         self.every_n_steps = every_n_steps
         self.best: float | None = None
         self._saved_step = -1
-        self._pending = False
+        self._pending = self._wanted = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved_step = trainer.global_step
@@ -110,8 +110,8 @@ class Checkpoints(pl.callbacks.Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if is_last(trainer) or trainer.global_step % self.every_n_steps == 0:
-            self._pending = True
+        if is_last(trainer) or self._wanted or trainer.global_step % self.every_n_steps == 0:
+            self._pending, self._wanted = True, False
             if not _validation_follows(trainer):
                 self._save_last(trainer)
 
@@ -122,6 +122,10 @@ class Checkpoints(pl.callbacks.Checkpoint):
             self._save_best(trainer, pl_module.monitor)
         if self._pending:
             self._save_last(trainer)
+
+    def save_this_step(self) -> None:
+        """The step whose end other callbacks are being told of: these come before this one."""
+        self._wanted = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._save_last(trainer)

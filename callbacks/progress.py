@@ -15,7 +15,8 @@ class Progress(pl.Callback):
 
     On a terminal: a bar with images/s and the time left. Elsewhere one line every `every_kimg` thousand images or, if that
     is None, every `every_seconds`: step, kimg done and to do, images/s since the line before, loss, time left.
-    Also logs speed/images_per_second, since the row before, with the trainer's other metrics.
+    Also logs speed/images_per_second, since the row before, with the trainer's other metrics; of several processes
+    speed/bytes_reduced too, which each gave to all-reduce per step (`launch/averaging.py`), and says it once.
     """
 
     def __init__(self, every_kimg: float | None = None, every_seconds: float = 10.0) -> None:
@@ -30,6 +31,8 @@ class Progress(pl.Callback):
         steps = trainer.max_steps if trainer.max_steps and trainer.max_steps > 0 else None
         self._total = steps and steps * pl_module.batch_size
         self._start = self._line = self._row = (time.monotonic(), pl_module.nimg)
+        self._sent: int | None = getattr(trainer.strategy, "bytes_reduced", None)
+        self._said = False
         if trainer.is_global_zero and sys.stderr.isatty():
             self._bar = tqdm(
                 total=self._total,
@@ -46,6 +49,7 @@ class Progress(pl.Callback):
         now = (time.monotonic(), pl_module.nimg)
         if trainer.global_step % trainer.log_every_n_steps == 0:
             pl_module.log("speed/images_per_second", _rate(self._row, now), rank_zero_only=True)
+            self._log_traffic(trainer, pl_module, (now[1] - self._row[1]) // pl_module.batch_size)
             self._row = now
         if not trainer.is_global_zero:
             return
@@ -55,6 +59,19 @@ class Progress(pl.Callback):
         if late or due(trainer, pl_module, self.every_kimg):
             self._show(trainer, now)
             self._line = now
+
+    def _log_traffic(self, trainer: pl.Trainer, pl_module: pl.LightningModule, steps: int) -> None:
+        if self._sent is None or not steps:
+            return
+        sent = trainer.strategy.bytes_reduced
+        each, self._sent = (sent - self._sent) / steps, sent
+        pl_module.log("speed/bytes_reduced", each, rank_zero_only=True)
+        if trainer.is_global_zero and not self._said:
+            text = (
+                f"{trainer.world_size} processes | each gives {each / 1e6:.4g} MB of gradients to all-reduce in a step"
+            )
+            tqdm.write(text, file=sys.stderr)
+            self._said = True
 
     def _show(self, trainer: pl.Trainer, now: tuple[float, int]) -> None:
         losses = {k: float(v) for k, v in trainer.callback_metrics.items() if k == "loss" or k.startswith("loss/")}

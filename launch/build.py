@@ -10,7 +10,7 @@ from pytorch_lightning.callbacks import Checkpoint
 
 from diffusion.teacher import Teacher
 from launch.folder import RunFolder
-from launch.processes import choose_strategy, process_count
+from launch.processes import check_present, choose_strategy, process_count
 from launch.trainer_options import check_options, translated
 from lightning_modules import Method
 from networks.checks import check_counts
@@ -68,6 +68,7 @@ def build_trainer(config: DictConfig, method: Method, folder: RunFolder) -> pl.T
     check_counts(**{f"trainer.{key}": options[key] for key in intervals})
     validate_every = options.pop("validate_every_n_steps")
     processes = process_count(options["devices"], options["num_nodes"], options["accelerator"])
+    check_present(options["devices"], options["accelerator"])
     if config.batch_size % processes:
         raise ValueError(
             f"batch_size={config.batch_size} can't be shared by the {processes} processes of trainer.devices"

@@ -13,6 +13,8 @@ from hydra.errors import CompactHydraException, HydraException
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
+from launch.ranks import is_rank_zero
+
 # What bad input and broken files raise here. A programming error (TypeError, KeyError, ...) keeps its traceback.
 EXPECTED = (
     ValueError,
@@ -44,7 +46,7 @@ def reported(job: str, *, sweep: bool = False) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if int(os.environ.get("LOCAL_RANK", 0)):  # also of what a collective says when the first process has gone
+        if not is_rank_zero():  # also of what a collective says when the first process has gone
             time.sleep(GRACE)
         if not expected(error) or os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0"):
             if sweep:  # Hydra shows the error of the first failed job alone, and after the last job

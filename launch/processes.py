@@ -5,18 +5,29 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
+from lightning_fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from omegaconf import read_write
+from pytorch_lightning.strategies import Strategy
 
-from launch.errors import GRACE
+from launch.averaging import AveragedGradients, CountedDDP
+from launch.ranks import started_processes, under_torchrun
 from networks.checks import check_counts
 
+# Seconds until a process that failed must have ended: launch/errors.py lets it wait, and a busy machine takes its time.
+_PATIENCE = 60
 _DDP_ENVIRONMENT = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -36,16 +47,68 @@ def process_count(devices: int | str | Sequence[int], num_nodes: int, accelerato
     return local * num_nodes
 
 
-def choose_strategy(strategy: str, processes: int) -> str:
-    """DDP must look for unused parameters: a step may leave some without gradient (label layers, alternating turns)."""
-    if strategy != "auto":
-        return strategy
-    return "auto" if processes == 1 else "ddp_find_unused_parameters_true"
+def check_present(devices: int | str | Sequence[int], accelerator: str) -> None:
+    """Errors: ValueError for GPUs that this machine has not."""
+    present = torch.cuda.device_count()
+    if accelerator in ("gpu", "cuda") and not present:
+        raise ValueError(f"trainer.accelerator={accelerator}: torch sees no GPU here; use trainer.accelerator=cpu")
+    wanted = process_count(devices, 1, accelerator)
+    if accelerator != "cpu" and present and wanted > present:
+        raise ValueError(
+            f"trainer.devices={devices}: this machine has {present} GPU{'s' * (present > 1)}; use trainer.devices=auto for all"
+        )
 
 
-def is_rank_zero() -> bool:
-    """Also true before the process group exists, in the process that the user started."""
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
+STRATEGIES: dict[str, Callable[..., Strategy]] = {
+    "averaged": AveragedGradients,
+    "ddp": CountedDDP,
+    "ddp_find_unused_parameters_true": partial(CountedDDP, find_unused_parameters=True),
+}
+_NOT_HERE = {  # by the beginning of the name
+    "fsdp": "it cuts one network into pieces, where a method here has several, each with its own optimiser and average",
+    "deepspeed": "it takes a single optimiser, where a method here may have several",
+    **dict.fromkeys(
+        ("ddp_spawn", "ddp_fork", "ddp_notebook"),
+        "what its processes have learned stays in them, and rank 0 is one of them",
+    ),
+}
+
+
+def choose_strategy(strategy: str, processes: int) -> str | Strategy:
+    """What pl.Trainer takes for `trainer.strategy`: for several processes with the way that they find each other.
+
+    auto: "auto" of a single process, `AveragedGradients` of several.
+
+    Errors: ValueError for an unknown name, and where srun or torchrun started another number of processes.
+    """
+    if strategy != "auto" and strategy not in STRATEGIES:
+        reason = next((text for start, text in _NOT_HERE.items() if str(strategy).startswith(start)), None)
+        raise ValueError(
+            f"trainer.strategy={strategy} is {f'not supported: {reason}' if reason else 'unknown'}; choose auto, "
+            + ", ".join(STRATEGIES)
+        )
+    environment = find_each_other(processes)
+    if strategy == "auto" and processes == 1:
+        return "auto"
+    return STRATEGIES["averaged" if strategy == "auto" else strategy](cluster_environment=environment)
+
+
+def find_each_other(processes: int) -> ClusterEnvironment:
+    """Errors: ValueError where srun or torchrun started another number of processes."""
+    started = started_processes()
+    if started and started != processes:
+        starter = "torchrun" if under_torchrun() else "srun"
+        raise ValueError(
+            f"{starter} started {started} processes, but trainer.devices x trainer.num_nodes is {processes}: make them equal"
+        )
+    if started and under_torchrun():
+        return TorchElasticEnvironment()
+    if started:
+        # Where --ntasks alone was given, SLURM says neither of these, and Lightning asks for them.
+        os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(started // int(os.environ.get("SLURM_NNODES", 1))))
+        os.environ.setdefault("SLURM_NODELIST", os.environ.get("SLURM_JOB_NODELIST", "127.0.0.1"))
+        return SLURMEnvironment(auto_requeue=False)  # callbacks/requeue.py does it
+    return LightningEnvironment()
 
 
 @contextmanager
@@ -61,8 +124,8 @@ def children_ended(*launchers: Any) -> Iterator[None]:
         codes = [child.wait() for child in children]
     except BaseException as error:
         children = children or _released(launchers)
-        collective = isinstance(error, RuntimeError) and bool(children)  # perhaps: then a child ends soon
-        patience = time.monotonic() + GRACE + 5
+        collective = _collective(error) and bool(children)  # then a child has ended, or does so as fast as it can
+        patience = time.monotonic() + _PATIENCE
         while collective and time.monotonic() < patience and not any(child.poll() for child in children):
             time.sleep(0.05)
         codes = [child.poll() for child in children]
@@ -74,6 +137,11 @@ def children_ended(*launchers: Any) -> Iterator[None]:
     if any(codes):
         failed = ", ".join(f"{rank} (exit code {code})" for rank, code in enumerate(codes, start=1) if code)
         raise ChildProcessError(f"another process of this run failed, see its message above: rank {failed}")
+
+
+def _collective(error: BaseException) -> bool:
+    """Whether it may be what a collective says when another process has gone."""
+    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _released(launchers: Sequence[Any]) -> list[subprocess.Popen]:

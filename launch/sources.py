@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.processes import is_rank_zero
+from launch.ranks import is_rank_zero
 from networks.download import download
 from networks.weights import find_weights
 

@@ -10,11 +10,11 @@ from omegaconf import DictConfig
 
 from launch.build import build_trainer
 from launch.folder import RunFolder
-from launch.processes import is_rank_zero
+from launch.ranks import is_rank_zero
 from lightning_modules import Method
 from metrics.files import write_file
 
-_CALLBACKS = ("clock", "checkpoints", "guard", "progress")  # nothing of a stage is sampled or averaged
+_CALLBACKS = ("clock", "checkpoints", "guard", "progress", "requeue")  # nothing of a stage is sampled or averaged
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from contextlib import nullcontext
 import pytest
 import pytorch_lightning as pl
 import torch
-from tiny_module import TWO, TinyMethod, in_two_processes, trainer
+from process_tools import in_two_processes
+from tiny_module import TWO, TinyMethod, trainer
 
 from callbacks.checkpoint import Checkpoints, read_checkpoint
 from callbacks.ema import EMA, copies, student_state

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from tiny_module import TWO, TinyMethod, identical, in_two_processes, trainer
+from process_tools import in_two_processes
+from tiny_module import TWO, TinyMethod, identical, trainer
 
 from callbacks.checkpoint import Checkpoints, read_checkpoint
 from callbacks.csv_logger import CSVLogger

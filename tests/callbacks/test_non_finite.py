@@ -3,7 +3,8 @@
 import pytest
 import pytorch_lightning as pl
 import torch
-from tiny_module import TWO, TinyMethod, in_two_processes, trainer
+from process_tools import in_two_processes
+from tiny_module import TWO, TinyMethod, trainer
 
 from callbacks.checkpoint import Checkpoints, read_checkpoint
 from callbacks.non_finite import NonFiniteError, NonFiniteGuard

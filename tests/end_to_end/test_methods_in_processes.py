@@ -1,0 +1,138 @@
+"""Every method in two processes: equal weights on both, different noise, and what one process with the whole batch learns.
+
+One pair of processes goes through all of them, and a third one does the same alone.
+"""
+
+import logging
+import multiprocessing
+import os
+import warnings
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from hydra import initialize_config_dir
+from process_tools import in_two_processes
+from support_matrix import METHODS, ROOT, Case
+
+from datamodules import TrajectoryDataModule
+from launch.build import build, build_seeded, build_trainer
+from launch.folder import RunFolder
+from launch.names import register_resolvers
+from launch.stages import build_stages, fit_stages
+from networks.weights import hash_state
+
+BATCH, STEPS = 8, 6
+FLOWS = ("rectified_flow", "reflow", "flow_distill", "bezier")
+DRAWN_BY_RANK = ("pretrain",)  # its noise comes from (seed, rank, step)
+STRATEGIES = {"diff_instruct": ("averaged", "ddp_find_unused_parameters_true")}
+
+
+def compose(name, strategy, devices):
+    cfg = Case(name, "digits", "flow" if name in FLOWS else "edm").config([])
+    cfg.batch_size, cfg.method.kimg, cfg.method.lr = BATCH, BATCH * STEPS / 1000, 1e-5
+    cfg.trainer.devices, cfg.trainer.strategy = devices, strategy if devices > 1 else "auto"
+    cfg.folder = f"runs/{name}-{strategy}"
+    for teacher in cfg.method.teachers if name == "bezier" else [cfg.method.teacher]:
+        teacher.network.label_dropout = 0  # hidden labels are drawn by each process for itself
+    return cfg
+
+
+def learn(name, strategy, devices):
+    """Trains as train.py does; what the student's network was given in each step, the weights, and the bytes."""
+    cfg = compose(name, strategy, devices)
+    data, method = build(cfg.data), build_seeded(cfg.method, cfg.seed)
+    with mock.patch.dict(TrajectoryDataModule.__init__.__kwdefaults__, shard_size=BATCH // 2):
+        training = method.training_data(data)
+    folder = RunFolder(cfg.folder)
+    stages = build_stages(cfg, method, data, folder)
+    trainer = build_trainer(cfg, method, folder)
+    fit_stages(stages, method, folder)
+    seen = {}
+
+    def see(module, args):
+        seen.setdefault(trainer.global_step, args[0].detach().clone())
+
+    hook = method.student.network.register_forward_pre_hook(see)
+    begun = hash_state(method.student)
+    trainer.fit(method, training)
+    hook.remove()
+    trained = sum(p.numel() for p in method.student.parameters() if p.requires_grad)
+    return {
+        "seen": seen,
+        "hash": hash_state(method),
+        "learned": begun != hash_state(method.student),
+        "state": method.state_dict(),
+        "bytes": getattr(trainer.strategy, "bytes_reduced", 0),
+        "size": 4 * trained * STEPS,
+    }
+
+
+def _work(rank, devices, folder):
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    os.chdir(folder)
+    register_resolvers()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        for name in METHODS:
+            for strategy in STRATEGIES.get(name, ("averaged",)):
+                torch.save(learn(name, strategy, devices), f"{name} {strategy} {rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """(method, strategy) -> what ranks 0 and 1 and one process alone left."""
+    together, alone = (tmp_path_factory.mktemp(name) for name in ("together", "alone"))
+    single = multiprocessing.get_context("fork").Process(target=_work, args=(0, 1, alone))
+    single.start()
+    in_two_processes(_work, 2, together, limit=200)
+    single.join(200)
+    assert single.exitcode == 0
+
+    def read(name: str, strategy: str) -> list[dict]:
+        files = [(together, 0), (together, 1), (alone, 0)]
+        return [torch.load(Path(folder) / f"{name} {strategy} {rank}.pt") for folder, rank in files]
+
+    return read
+
+
+EACH = [(name, strategy) for name in METHODS for strategy in STRATEGIES.get(name, ("averaged",))]
+
+
+@pytest.mark.parametrize(("name", "strategy"), EACH)
+def test_two_processes_learn_what_one_does(learned, name, strategy):
+    """Weights agree to 1e-6, but for the few whose gradient is little more than rounding, which Adam makes steps of."""
+    zero, one, alone = learned(name, strategy)
+    assert zero["learned"]
+    assert zero["hash"] == one["hash"]  # all networks, to the last bit
+    if name in DRAWN_BY_RANK:
+        return
+    theirs = alone["state"]
+    assert zero["state"].keys() == theirs.keys()
+    apart = torch.cat([(zero["state"][key] - value).abs().flatten().float() for key, value in theirs.items()])
+    assert (apart > 1e-6).sum() < len(apart) / 200
+    assert apart.max() <= 2.1e-5 * STEPS
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_process_has_its_share_of_the_samples(learned, name):
+    """What rank 0 and rank 1 train on is different, and side by side what one process trains on."""
+    zero, one, alone = learned(name, "averaged")
+    assert zero["seen"].keys() == one["seen"].keys() == alone["seen"].keys() == set(range(STEPS))
+    for step, ours in zero["seen"].items():
+        theirs = one["seen"][step]
+        assert len(ours) == len(theirs) == BATCH // 2
+        assert not any(torch.equal(a, b) for a in ours for b in theirs)
+        if name not in DRAWN_BY_RANK:
+            torch.testing.assert_close(torch.cat([ours, theirs]), alone["seen"][step], rtol=1e-4, atol=1e-4)
+    first = [row for step in zero["seen"].values() for row in step]
+    assert name.endswith("sfd") or not any(torch.equal(a, b) for a in first[:4] for b in first[4:8])
+
+
+@pytest.mark.parametrize(("name", "strategy"), EACH)
+def test_no_more_is_sent_than_what_a_step_trains(learned, name, strategy):
+    """In methods of turns each is one network's; DDP sends the other's zeros too."""
+    zero, one, alone = learned(name, strategy)
+    assert zero["bytes"] == one["bytes"] == zero["size"] * (2 if strategy.startswith("ddp") else 1)
+    assert alone["bytes"] == 0
