@@ -16,8 +16,8 @@ from launch.names import register_resolvers
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
-def train(cfg: DictConfig, search: bool = False) -> float | None:
-    """The last value of the run's curve, which a search minimises; None where there is no curve, an error with `search`."""
+def train(cfg: DictConfig, hydra_config: DictConfig) -> float | None:
+    """The last value of the run's curve, which a search minimises; None where there is no curve or the run was pruned."""
     # Heavy imports wait until here, so that --help and TAB completion are quick.
     from launch.build import build, build_seeded, build_trainer, check_fit
     from launch.final import finish
@@ -25,6 +25,7 @@ def train(cfg: DictConfig, search: bool = False) -> float | None:
     from launch.measure import checked
     from launch.plan import plan
     from launch.processes import is_rank_zero, one_job
+    from launch.pruning import Pruned, trial, watch
     from launch.quiet import quiet
     from launch.search import check_measured, last_monitored
     from launch.sources import fetch
@@ -32,7 +33,7 @@ def train(cfg: DictConfig, search: bool = False) -> float | None:
     from launch.teachers import expand_teachers
 
     quiet()
-    folder = RunFolder(cfg.folder)
+    folder, search = RunFolder(cfg.folder), trial(hydra_config) is not None
     expand_teachers(cfg)
     config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     for option in ("folder", "download", "plan"):  # a run may be moved, and none of these changes it
@@ -46,6 +47,8 @@ def train(cfg: DictConfig, search: bool = False) -> float | None:
         return last_monitored(folder, search)
     if search:
         check_measured(cfg)
+        if folder.pruned.exists():
+            return None
     if cfg.download:
         fetch(config)
     data = build(cfg.data)
@@ -57,13 +60,19 @@ def train(cfg: DictConfig, search: bool = False) -> float | None:
         data.check_source()
     stages = build_stages(cfg, method, data, folder)
     trainer = build_trainer(cfg, method, folder)
+    if search:
+        watch(trainer, folder, hydra_config)
     with one_job(*(stage.trainer for stage in stages), trainer):
         if is_rank_zero():
             folder.claim(config)
         for logger in trainer.loggers:
             logger.log_hyperparams(config)
         fit_stages(stages, method, folder)
-        trainer.fit(method, training, ckpt_path=folder.resume())
+        try:
+            trainer.fit(method, training, ckpt_path=folder.resume())
+        except Pruned as reason:
+            print(f"{folder.path} {reason}", flush=True)
+            return None
         finish(method, data, evaluation, folder, trainer.strategy.root_device)
     return last_monitored(folder, search)
 
@@ -71,12 +80,13 @@ def train(cfg: DictConfig, search: bool = False) -> float | None:
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | None:
     from launch.errors import reported
-    from launch.search import searching
+    from launch.launchers import placed
 
     hydra_config = HydraConfig.get()
     cfg.folder = os.path.relpath(hydra_config.runtime.output_dir)
-    with reported(cfg.folder, sweep=hydra_config.mode == RunMode.MULTIRUN):
-        return train(cfg, searching(hydra_config))
+    sweep = hydra_config.mode == RunMode.MULTIRUN
+    with reported(cfg.folder, sweep=sweep), placed(cfg.trainer, hydra_config.launcher):
+        return train(cfg, hydra_config)
 
 
 if __name__ == "__main__":
