@@ -1,6 +1,6 @@
 """What runs the jobs of `python train.py -m`: Hydra takes sweepers from this folder alone, and reads it in every process.
 
-So the resolvers of conf/ are known in the workers of a launcher too.
+So the workers of a launcher know the resolvers of conf/ too, and say as little.
 """
 
 from collections.abc import Mapping
@@ -14,8 +14,10 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from launch.names import register_resolvers
+from launch.quiet import quiet
 
 register_resolvers()
+quiet()
 
 
 class _Stillhouse(Sweeper):
