@@ -11,13 +11,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from launch.names import register_resolvers
+from launch.quiet import quiet
 
 # Before torch is loaded: its C++ side warns of what launch/processes.py does on purpose.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
-def train(cfg: DictConfig, search: bool = False) -> float | None:
-    """The last value of the run's curve, which a search minimises; None where there is no curve, an error with `search`."""
+def train(cfg: DictConfig, hydra_config: DictConfig) -> float | None:
+    """The last value of the run's curve, which a search minimises; None where there is no curve or the run was pruned."""
     # Heavy imports wait until here, so that --help and TAB completion are quick.
     from launch.build import build, build_seeded, build_trainer, check_fit
     from launch.final import finish
@@ -25,15 +26,15 @@ def train(cfg: DictConfig, search: bool = False) -> float | None:
     from launch.measure import checked
     from launch.plan import plan
     from launch.processes import one_job
-    from launch.quiet import quiet
+    from launch.pruning import Pruned, trial, watch
     from launch.ranks import is_rank_zero
     from launch.search import check_measured, last_monitored
     from launch.sources import fetch
     from launch.stages import build_stages, fit_stages
     from launch.teachers import expand_teachers
 
-    quiet()
-    folder = RunFolder(cfg.folder)
+    quiet()  # again: Lightning, imported since, has set its own levels
+    folder, search = RunFolder(cfg.folder), trial(hydra_config) is not None
     expand_teachers(cfg)
     config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     for option in ("folder", "download", "plan"):  # a run may be moved, and none of these changes it
@@ -47,6 +48,8 @@ def train(cfg: DictConfig, search: bool = False) -> float | None:
         return last_monitored(folder, search)
     if search:
         check_measured(cfg)
+        if folder.pruned.exists():
+            return None
     if cfg.download:
         fetch(config)
     data = build(cfg.data)
@@ -58,13 +61,19 @@ def train(cfg: DictConfig, search: bool = False) -> float | None:
         data.check_source()
     stages = build_stages(cfg, method, data, folder)
     trainer = build_trainer(cfg, method, folder)
+    if search:
+        watch(trainer, folder, hydra_config)
     with one_job(*(stage.trainer for stage in stages), trainer):
         if is_rank_zero():
             folder.claim(config)
         for logger in trainer.loggers:
             logger.log_hyperparams(config)
         fit_stages(stages, method, folder)
-        trainer.fit(method, training, ckpt_path=folder.resume())
+        try:
+            trainer.fit(method, training, ckpt_path=folder.resume())
+        except Pruned as reason:
+            print(f"{folder.path} {reason}", flush=True)
+            return None
         finish(method, data, evaluation, folder, trainer.strategy.root_device)
     return last_monitored(folder, search)
 
@@ -72,15 +81,21 @@ def train(cfg: DictConfig, search: bool = False) -> float | None:
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | None:
     from launch.errors import reported
+    from launch.launchers import placed
     from launch.requeue import requeueing
-    from launch.search import searching
 
     hydra_config = HydraConfig.get()
     cfg.folder = os.path.relpath(hydra_config.runtime.output_dir)
-    with reported(cfg.folder, sweep=hydra_config.mode == RunMode.MULTIRUN), requeueing(cfg.folder):
-        return train(cfg, searching(hydra_config))
+    sweep = hydra_config.mode == RunMode.MULTIRUN
+    with (
+        reported(cfg.folder, sweep=sweep),
+        placed(cfg.trainer, hydra_config.launcher),
+        requeueing(cfg.folder),
+    ):
+        return train(cfg, hydra_config)
 
 
 if __name__ == "__main__":
     register_resolvers()
+    quiet()
     main()

@@ -25,6 +25,7 @@ class RunFolder:
         self.best = self.checkpoints / "best.ckpt"
         self.metrics = self.path / "metrics.json"
         self.preparation = self.path / "preparation.json"
+        self.pruned = self.path / "pruned.json"
 
     @property
     def name(self) -> str:

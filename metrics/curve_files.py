@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
@@ -50,14 +51,19 @@ def read_curve(
 def _column(path: Path, columns: list[str], metric: str | None, weights: str | None) -> str:
     if metric is not None and not metric.startswith("fid"):
         raise ValueError(f"metric={metric}: convergence is compared by a metric fid..., of which less is better")
-    curves = [c for c in columns if c.startswith("fid") and c.partition("/")[2].startswith(("ema_", "raw"))]
-    curves.sort(key=lambda c: c.endswith("/raw"))  # averages first, else in order
+    curves = curve_columns(columns)
     for column in curves:
         name, copy = column.split("/", 1)
         if metric in (None, name) and weights in (None, copy):
             return column
     asked = f"{metric or 'fid...'}/{weights or 'ema_...'}"
     raise ValueError(f"{path} has no column {asked}; it has {', '.join(curves) or 'no curve of a fid'}")
+
+
+def curve_columns(columns: Iterable[str]) -> list[str]:
+    """Those that hold a curve, averages before the weights as trained, else in order; a run's own curve is the first."""
+    curves = [c for c in columns if c.startswith("fid") and c.partition("/")[2].startswith(("ema_", "raw"))]
+    return sorted(curves, key=lambda c: c.endswith("/raw"))
 
 
 def _preparation(folder: Path) -> Cost:

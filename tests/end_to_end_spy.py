@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +43,19 @@ class Spy(pl.Callback):
         seen = {"pid": os.getpid(), "steps": self.steps, "hash": hash_state(pl_module.student)}
         self.folder.mkdir(exist_ok=True)
         (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps(seen))
+
+
+class Preempted(pl.Callback):
+    """Under submitit: the signal that takes a machine away, to the first process at `at_step`, once in the life of the run."""
+
+    def __init__(self, at_step: int) -> None:
+        self.at_step = at_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        sent = Path(trainer.default_root_dir) / "preempted"
+        due = "SUBMITIT_EXECUTOR" in os.environ and trainer.is_global_zero and trainer.global_step == self.at_step
+        if due and not sent.exists():
+            sent.touch()
+            os.kill(os.getpid(), signal.SIGUSR2)

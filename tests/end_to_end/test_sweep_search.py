@@ -1,66 +1,181 @@
 """python train.py -m sweep=NAME: a search over options, by Optuna."""
 
+import fcntl
 import json
 import math
+import re
 import sys
+from functools import partial
 
 import pytest
-from end_to_end_tools import TINY, copied, read_csv, snapshot, train
+from end_to_end_tools import PRETRAIN, TINY, copied, die, in_call, read_csv, snapshot, train
 from omegaconf import OmegaConf
 
-pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+from launch.study import open_study
 
-SEARCH = ("-m", "sweep=b_dense_branch_weights", *TINY, "callbacks.grid=null", "hydra.sweeper.n_trials=2")
 FOLDER = "runs/b_dense_branch_weights-digits"
+PRUNED = ("hydra.sweeper.pruner=median", "hydra.sweeper.n_startup_trials=1", "hydra.sweeper.pruner_warmup=0")
+SEARCH = ("-m", "sweep=b_dense_branch_weights", *TINY, "callbacks.grid=null", "hydra.sweeper.n_trials=5", *PRUNED)
 TRIED = ("auxiliary", "weights", "fade")
 
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory):
     folder = tmp_path_factory.mktemp("searched")
-    train(folder, *SEARCH).ok()
+    ended = train(folder, *SEARCH).ok()
+    (folder / "said").write_text(ended.out)
     return folder
 
 
+def dies(*_) -> None:
+    die()
+
+
+def trials(folder, at=FOLDER):
+    """What the study holds of each trial but times: parameters, state, value, and all that was reported."""
+    found = open_study(folder / at).get_trials()
+    return [(t.number, t.state.name, t.params, t.value, t.intermediate_values) for t in found]
+
+
+def curve(path):
+    return [float(row["fid_digits_20/raw"]) for row in read_csv(path / "metrics.csv") if row["fid_digits_20/raw"]]
+
+
+def run_of(folder, params):
+    """The run folder of a trial, found by its config."""
+    for path in (folder / FOLDER).glob("run-*"):
+        method = OmegaConf.load(path / "config.yaml").method
+        mine = ["null" if method[key] is None else method[key] for key in TRIED]
+        theirs = [params[f"method.{key}"] for key in TRIED]
+        if mine == [theirs[0], theirs[1], "null" if theirs[2] == "null" else float(theirs[2])]:
+            return path
+    raise AssertionError(params)
+
+
 def test_the_best_is_the_least_of_what_the_runs_curves_end_at(searched):
-    found = {}
-    for path in sorted((searched / FOLDER).glob("run-*")):
+    ended = {}
+    for number, state, params, value, reported in trials(searched):
+        path = run_of(searched, params)
         config = OmegaConf.load(path / "config.yaml")
         assert (config.method.name, config.seed) == ("b_dense_sfd", 100)
-        measured = [row["fid_digits_20/raw"] for row in read_csv(path / "metrics.csv") if row["fid_digits_20/raw"]]
-        assert len(measured) == 3
-        final = json.loads((path / "metrics.json").read_text())
-        value = float(measured[-1])
-        assert all(not math.isclose(value, v) for record in final for v in record["values"])  # of other seeds
-        found[tuple(config.method[key] for key in TRIED)] = value
-    assert len(found) == 2
-    assert len({auxiliary for auxiliary, *_ in found}) == 2
-    results = OmegaConf.load(searched / FOLDER / "optimization_results.yaml")
-    best = tuple(results.best_params[f"method.{key}"] for key in TRIED)
-    assert results.best_value == min(found.values())
-    assert found[tuple(None if value == "null" else value for value in best)] == results.best_value
+        measured = curve(path)
+        assert reported == pytest.approx({80 * (i + 1) if i < 2 else 208: v for i, v in enumerate(measured)})
+        if state == "COMPLETE":
+            final = json.loads((path / "metrics.json").read_text())
+            assert all(not math.isclose(value, v) for record in final for v in record["values"])  # of other seeds
+            assert (len(measured), value) == (3, measured[-1])
+            ended[number] = value
+    best = OmegaConf.load(searched / FOLDER / "best.yaml")
+    assert ended[best.trial] == best.value == min(ended.values())
+    assert (searched / best.run) == run_of(searched, trials(searched)[best.trial][2])
+    said = (searched / "said").read_text()
+    assert f"best: trial {best.trial} with {best.value:.4g}" in said
+    assert f"| {best.value:.4g} |" in (searched / FOLDER / "search.md").read_text()
 
 
-def test_a_longer_search_begins_with_the_runs_that_are_there(searched, tmp_path):
+def test_a_hopeless_run_is_ended(searched):
+    """Worse, at its first measurement, than the median of the complete ones at as many images."""
+    found = trials(searched)
+    pruned = [one for one in found if one[1] == "PRUNED"]
+    assert pruned
+    assert {one[1] for one in found} == {"COMPLETE", "PRUNED"}
+    table = (searched / FOLDER / "search.md").read_text()
+    for number, _, params, _, reported in pruned:
+        path = run_of(searched, params)
+        note = json.loads((path / "pruned.json").read_text())
+        assert (note["trial"], note["nimg"]) == (number, max(reported))
+        assert not (path / "metrics.json").exists()
+        assert (path / "checkpoints/last.ckpt").exists()
+        earlier = sorted(one[4][note["nimg"]] for one in found[:number] if one[1] == "COMPLETE")
+        middle = len(earlier) // 2
+        assert min(reported.values()) > (earlier[middle] + earlier[~middle]) / 2
+        assert re.search(rf"\| {re.escape(path.name)} \| pruned \| {number} \|", table)
+    assert (searched / "said").read_text().count(" pruned after ") == len(pruned)
+
+
+def test_a_killed_search_goes_on_as_if_nothing_had_happened(searched, tmp_path):
+    """In its second run, of which a checkpoint is there."""
+    train(tmp_path, *SEARCH, before=partial(in_call, "callbacks:GenerativeMetrics.evaluate", 5, dies)).killed()
+    assert [state for _, state, *_ in trials(tmp_path)] == ["COMPLETE", "RUNNING"]
+    train(tmp_path, *SEARCH).ok()
+    assert trials(tmp_path) == trials(searched)
+    before = snapshot(tmp_path)
+    again = train(tmp_path, *SEARCH).ok()
+    assert "step" not in again.err
+    after = snapshot(tmp_path)
+    assert {path for path in after if after[path] != before[path]} <= {f"{FOLDER}/{n}" for n in ("best.yaml", "search.md")}
+
+
+def test_a_longer_search_draws_what_is_missing_and_a_pruned_run_can_be_finished_by_hand(searched, tmp_path):
     folder = copied(searched, tmp_path / "longer")
-    before = {path: stamp for path, stamp in snapshot(folder / FOLDER).items() if path.startswith("run-")}
-    ended = train(folder, *SEARCH, "hydra.sweeper.n_trials=3").ok()
-    assert ended.out.count("is complete") == 2
+    number, _, params, *_ = next(one for one in trials(folder) if one[1] == "PRUNED")
+    path = run_of(folder, params)
+    options = [o for o in SEARCH if o != "-m" and not o.startswith("hydra.")]
+    options += [f"{key}={value}" for key, value in params.items()]
+    train(folder, *options, f"hydra.run.dir={path.relative_to(folder)}").ok()
+    assert (path / "metrics.json").exists()
+    assert len(curve(path)) == 3
+    before = {name: stamp for name, stamp in snapshot(folder / FOLDER).items() if name.startswith("run-")}
+    train(folder, *SEARCH, "hydra.sweeper.n_trials=6").ok()
     assert before.items() <= snapshot(folder / FOLDER).items()
-    assert len(list((folder / FOLDER).glob("run-*"))) == 3
-    was, now = (OmegaConf.load(f / FOLDER / "optimization_results.yaml").best_value for f in (searched, folder))
-    assert now <= was
+    found = trials(folder)
+    assert found[:5] == trials(searched)
+    assert len(found) == 6
+    assert all(found[5][2] != one[2] for one in found[:5])
+    assert re.search(rf"\| {path.name} \| complete \| {number} \|", (folder / FOLDER / "search.md").read_text())
+
+
+PLAIN = ("-m", "hydra/sweeper=search", "hydra.sweep.dir=runs/plain", *PRETRAIN, "callbacks.grid=null")
+
+
+def test_a_failed_trial_does_not_stop_the_others_and_is_drawn_anew(tmp_path):
+    fails = (*PLAIN, "method.lr=choice(1e-3,-1)", "hydra.sweeper.n_trials=2", "hydra.sweeper.seed=3")
+    ended = train(tmp_path, *fails)
+    states = [state for _, state, *_ in trials(tmp_path, "runs/plain")]
+    assert sorted(states) == ["COMPLETE", "FAIL"]
+    assert ended.code == 1
+    assert "Traceback" not in ended.err
+    assert len(ended.errors) == 1
+    assert "lr must be a positive number" in ended.errors[0]
+    assert ended.out.count("failed: method: lr must be a positive number, got -1") == 1
+    train(tmp_path, *fails)
+    assert [state for _, state, *_ in trials(tmp_path, "runs/plain")][:2] == states
+    assert len(trials(tmp_path, "runs/plain")) == 3
+    changed = train(tmp_path, *fails, "method.warmup_kimg=0.05")
+    changed.refused("was begun with method.warmup_kimg=0.1, but this command has method.warmup_kimg=0.05")
+    with (tmp_path / "runs/plain/lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        train(tmp_path, *fails).refused("runs/plain: another process runs this search")
+
+
+# -- misuse -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("key", ["logger.csv", "callbacks.metrics"])
 def test_a_search_without_a_curve_is_refused_before_training(tmp_path, key):
-    train(tmp_path, *SEARCH, f"{key}=null").refused(f"with {key}=null there is no curve")
+    ended = train(tmp_path, *SEARCH, f"{key}=null", "hydra.sweeper.n_trials=1")
+    ended.refused(f"with {key}=null there is no curve")
     assert not list(tmp_path.rglob("config.yaml"))
 
 
-def hide_the_plugin() -> None:
-    sys.modules["hydra_plugins.hydra_optuna_sweeper"] = None
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ((), ("needs an option to search over",)),
+        (("method.lr=interval(1,0)",), ("method.lr=interval(1,0)", "low")),
+        (("method.lr=choice(1,2)", "hydra.sweeper.n_trials=0"), ("hydra.sweeper.n_trials", "at least 1")),
+        (("method.lr=choice(1,2)", "hydra.sweeper.pruner=hyper"), ("hydra.sweeper.pruner=hyper", "median")),
+        (("method.lr=choice(1,2)", "plan=true"), ("plan=true is for runs",)),
+    ],
+)
+def test_impossible_searches_are_refused(tmp_path, options, parts):
+    train(tmp_path, *PLAIN, *options).refused(*parts)
+    assert not (tmp_path / "runs").exists()
 
 
-def test_a_missing_plugin_is_named(tmp_path):
-    train(tmp_path, *SEARCH, before=hide_the_plugin).refused_by_hydra("optuna")
+def hide_optuna() -> None:
+    sys.modules["optuna"] = None
+
+
+def test_a_missing_optuna_is_named(tmp_path):
+    train(tmp_path, *SEARCH, before=hide_optuna).refused("needs the package optuna", "pip install -e '.[optuna]'")

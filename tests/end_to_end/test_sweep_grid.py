@@ -1,0 +1,116 @@
+"""python train.py -m: every combination of options, the table at the end, and going on after a kill."""
+
+import sys
+from functools import partial
+
+import pytest
+from end_to_end_tools import PRETRAIN, assert_same_run, die, in_call, read_json, train
+from omegaconf import OmegaConf
+
+from metrics.tables import shown
+
+TINY = tuple(option for option in PRETRAIN if not option.startswith("name="))
+SWEEP = ("-m", *TINY, "callbacks.grid=null", "method.lr=1e-3,-1,2e-3", "seed=0,1")
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("swept")
+    ended = train(folder, *SWEEP)
+    (folder / "said").write_text(ended.out)
+    return folder, ended
+
+
+def dies(*_) -> None:
+    die()
+
+
+def runs(folder):
+    """{(lr, seed): run folder} of the complete ones."""
+    found = {}
+    for path in (folder / "runs").glob("*/metrics.json"):
+        config = OmegaConf.load(path.parent / "config.yaml")
+        found[config.method.lr, config.seed] = path.parent
+    return found
+
+
+def test_failed_jobs_do_not_stop_the_others_and_stand_in_the_table(swept):
+    folder, ended = swept
+    assert ended.code == 1
+    assert "Traceback" not in ended.err
+    assert len(ended.errors) == 2
+    complete = runs(folder)
+    assert sorted(complete) == [(1e-3, 0), (1e-3, 1), (2e-3, 0), (2e-3, 1)]
+    (table,) = (folder / "runs").glob("sweep-*.md")
+    text = table.read_text()
+    assert "method.lr-1e-3-1-2e-3-seed-0-1" in table.name or table.name.count("-") > 5
+    head, _, *rows = [line.strip("| ").split(" | ") for line in text.split("\n\n")[0].splitlines()]
+    assert head == ["run", "state", "method.lr", "seed", "NFE", "fid_digits"]
+    assert [row[1] for row in rows] == ["complete"] * 2 + ["failed"] * 2 + ["complete"] * 2
+    for row in rows:
+        if row[1] == "complete":
+            path = complete[float(row[2]), int(row[3])]
+            student = next(r for r in read_json(path / "metrics.json") if r["subject"] == "student")
+            assert (row[0], row[5]) == (path.name, shown(student["mean"], student["std"]))
+        else:
+            assert row[4:] == ["–", "–"]
+    assert text.count("failed: method: lr must be a positive number, got -1") == 2
+    assert "failed: method: lr must be a positive number, got -1" in ended.out
+    assert f"{table.relative_to(folder)} written" in ended.out
+
+
+def test_seeds_of_equal_options_have_their_mean_and_deviation(swept):
+    folder, _ = swept
+    (table,) = (folder / "runs").glob("sweep-*.md")
+    head, _, *rows = [line.strip("| ").split(" | ") for line in table.read_text().split("\n\n")[1].splitlines()]
+    assert head[0] == "options"
+    assert [row[0] for row in rows] == ["method.lr=0.001", "method.lr=0.002"]
+    for row, lr in zip(rows, (1e-3, 2e-3), strict=True):
+        means = [
+            next(r["mean"] for r in read_json(runs(folder)[lr, seed] / "metrics.json") if r["subject"] == "student")
+            for seed in (0, 1)
+        ]
+        middle = sum(means) / 2
+        assert row[2] == "2"
+        assert row[4] == shown(middle, 2**0.5 * abs(means[0] - middle))
+
+
+def test_a_killed_sweep_goes_on_with_what_is_missing(swept, tmp_path):
+    """Killed in its second job: the first says that it is complete, the second resumes, the others run."""
+    folder, _ = swept
+    train(tmp_path, *SWEEP, before=partial(in_call, "callbacks:GenerativeMetrics.evaluate", 5, dies)).killed()
+    assert list(runs(tmp_path)) == [(1e-3, 0)]
+    assert not list((tmp_path / "runs").glob("sweep-*.md"))
+    before = (runs(tmp_path)[1e-3, 0] / "metrics.json").stat().st_mtime_ns
+    ended = train(tmp_path, *SWEEP)
+    assert ended.code == 1  # of the two that can't be
+    assert ended.out.count(" is complete:") == 1
+    ours, theirs = runs(tmp_path), runs(folder)
+    assert (ours[1e-3, 0] / "metrics.json").stat().st_mtime_ns == before
+    assert ours.keys() == theirs.keys()
+    for key, path in ours.items():
+        assert_same_run(path, theirs[key])
+    (table,), (other,) = ((f / "runs").glob("sweep-*.md") for f in (tmp_path, folder))
+    assert (table.name, table.read_text()) == (other.name, other.read_text())
+
+
+def test_two_jobs_in_one_folder_are_refused(tmp_path):
+    train(tmp_path, "-m", *PRETRAIN, "seed=0,1").refused("two jobs would have the folder", "lack seed", "name=NAME-${seed}")
+    assert not (tmp_path / "runs").exists()
+
+
+def hide(module: str) -> None:
+    sys.modules[module] = None
+
+
+@pytest.mark.parametrize(
+    ("launcher", "module", "extra"),
+    [
+        ("joblib", "hydra_plugins.hydra_joblib_launcher", "joblib"),
+        ("submitit_local", "submitit", "submitit"),
+        ("submitit_slurm", "hydra_plugins.hydra_submitit_launcher", "submitit"),
+    ],
+)
+def test_a_missing_launcher_is_named(tmp_path, launcher, module, extra):
+    ended = train(tmp_path, "-m", f"hydra/launcher={launcher}", "seed=0,1", before=partial(hide, module))
+    ended.refused(f"hydra/launcher={launcher}", f"needs the package {module}", f"pip install -e '.[{extra}]'")
