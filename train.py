@@ -32,6 +32,8 @@ def train(cfg: DictConfig, search: bool = False) -> float | None:
     from launch.teachers import expand_teachers
 
     quiet()
+    if "sweep" in cfg:
+        raise ValueError("sweep=wandb is for W&B: say `wandb sweep conf/sweep/wandb.yaml`, then `wandb agent ...`")
     folder = RunFolder(cfg.folder)
     expand_teachers(cfg)
     config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
@@ -64,7 +66,7 @@ def train(cfg: DictConfig, search: bool = False) -> float | None:
             logger.log_hyperparams(config)
         fit_stages(stages, method, folder)
         trainer.fit(method, training, ckpt_path=folder.resume())
-        finish(method, data, evaluation, folder, trainer.strategy.root_device)
+        finish(method, data, training, evaluation, folder, trainer)
     return last_monitored(folder, search)
 
 

@@ -10,7 +10,7 @@ from callbacks.non_finite import NonFiniteGuard
 from callbacks.progress import Progress
 from callbacks.sample_grid import SampleGrid
 from callbacks.score_health import ScoreHealth
-from callbacks.wandb_logger import wandb_logger
+from callbacks.wandb_logger import WandbRun, wandb_logger
 
 __all__ = [
     "EMA",
@@ -24,6 +24,7 @@ __all__ = [
     "Progress",
     "SampleGrid",
     "ScoreHealth",
+    "WandbRun",
     "draw_curves",
     "read_checkpoint",
     "reference_lines",

@@ -26,7 +26,7 @@ def markdown(comparison: Comparison) -> str:
 def _sections(comparison: Comparison) -> list[Section]:
     copies = ", ".join(dict.fromkeys(curve.weights for curve in comparison.curves))
     smooth = "medians over seeds of curves smoothed by a trailing median of 3"
-    sections = [(f"Convergence of {comparison.metric} ({copies}): {smooth}", _curve_rows(comparison))]
+    sections = [(f"Convergence of {comparison.metric} ({copies}): {smooth}", curve_rows(comparison))]
     if len(comparison.groups) > 1:
         cost = "Cost until two of the last three measurements were at or below a threshold: median over seeds"
         speed = (
@@ -37,7 +37,8 @@ def _sections(comparison: Comparison) -> list[Section]:
     return sections
 
 
-def _curve_rows(comparison: Comparison) -> list[list[str]]:
+def curve_rows(comparison: Comparison) -> list[list[str]]:
+    """Header and body: how good each group got, and when."""
     header = ["group", "seeds", "kimg between", "best", "at update", "final", "spread of last third"]
     body = []
     for label in comparison.groups:

@@ -119,6 +119,7 @@ def from_json(content: dict[str, Any]) -> Comparison:
                 values=tuple(run["values"]),
                 costs=tuple(Cost(*point) for point in zip(*(run[c] for c in CURRENCIES), strict=True)),
                 preparation=Cost(**run["preparation"]),
+                trace=run.get("trace"),
             )
             for run in content["runs"]
         ]
@@ -131,6 +132,7 @@ def _run(curve: Curve, thresholds: dict[float, float]) -> dict[str, Any]:
     crossings = [curve.crossing(value) for value in thresholds.values()]
     return {
         **{key: getattr(curve, key) for key in ("name", "group", "seed", "metric", "weights")},
+        "trace": curve.trace,
         "preparation": asdict(curve.preparation),
         "crossings": [
             {"factor": factor, "cost": asdict(cost) if cost else None}
