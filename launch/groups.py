@@ -79,6 +79,20 @@ def measured_alike(baseline: Essence, other: Essence) -> str | None:
     return next((k for k in keys if baseline.get(k) != other.get(k)), None)
 
 
+def options_that_differ(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """{dotted key: each run's value as text, "absent" where it has none}, without names, and copies such as method.seed."""
+    runs = []
+    for config in configs:
+        own = {}
+        for key, value in _leaves(config):
+            text = value if isinstance(value, str) else json.dumps(value)
+            folder = f"runs/{config.get('name')}"
+            own[key] = "FOLDER" + text[len(folder) :] if text == folder or text.startswith(f"{folder}/") else text
+        runs.append(own)
+    keys = _differing(dict.fromkeys(key for run in runs for key in run if key not in ("name", "folder")), runs)
+    return {key: [run.get(key, "absent") for run in runs] for key in keys}
+
+
 def _leaves(node: Any, key: str = "") -> list[tuple[str, Any]]:
     """Of dicts, and of lists of named configs, which are a leaf of their names too."""
     names = names_in(node)

@@ -44,7 +44,7 @@ def read_curve(
     if not all(map(math.isfinite, values)):
         raise ValueError(f"{path} has a {column} that is not finite; look at the run's samples")
     name, copy = column.split("/", 1)
-    return Curve(folder.resolve().name, group, seed, name, copy, values, costs, _preparation(folder))
+    return Curve(folder.resolve().name, group, seed, name, copy, values, costs, read_preparation(folder))
 
 
 def _column(path: Path, columns: list[str], metric: str | None, weights: str | None) -> str:
@@ -60,7 +60,8 @@ def _column(path: Path, columns: list[str], metric: str | None, weights: str | N
     raise ValueError(f"{path} has no column {asked}; it has {', '.join(curves) or 'no curve of a fid'}")
 
 
-def _preparation(folder: Path) -> Cost:
+def read_preparation(folder: Path) -> Cost:
+    """What a run's preparation.json says; nothing where there was none. ValueError for a damaged one."""
     path = folder / "preparation.json"
     if not path.is_file():
         return Cost()
