@@ -24,6 +24,7 @@ _MEASURED_ON = ("data.", "evaluation.extractor", "evaluation.training.num_sample
 
 # Options that choose how many evaluations a student takes: another number is another place on the same line.
 _STEPS = ("method.steps", "method.end_steps")
+_NAMES = ("name", "folder")
 _WATCHED = ("evaluation.training", "callbacks.metrics", "callbacks.grid")  # how a run's curve is made, not how it ends
 
 Essence = dict[str, str]
@@ -79,18 +80,17 @@ def measured_alike(baseline: Essence, other: Essence) -> str | None:
     return next((k for k in keys if baseline.get(k) != other.get(k)), None)
 
 
-def options_that_differ(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """{dotted key: each run's value as text, "absent" where it has none}, without names, and copies such as method.seed."""
+def options_that_differ(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str | None]]:
+    """{dotted key: each run's value as text, None where it has none}, without names, and copies such as method.seed.
+
+    configs: by the name of the run's folder, which as a part of a path is no difference.
+    """
     runs = []
-    for config in configs:
-        own = {}
-        for key, value in _leaves(config):
-            text = value if isinstance(value, str) else json.dumps(value)
-            folder = f"runs/{config.get('name')}"
-            own[key] = "FOLDER" + text[len(folder) :] if text == folder or text.startswith(f"{folder}/") else text
-        runs.append(own)
-    keys = _differing(dict.fromkeys(key for run in runs for key in run if key not in ("name", "folder")), runs)
-    return {key: [run.get(key, "absent") for run in runs] for key in keys}
+    for name, config in configs.items():
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in _leaves(config)}
+        runs.append({k: "FOLDER" if name in text.split("/") else text for k, text in texts.items() if k not in _NAMES})
+    keys = _differing(dict.fromkeys(key for run in runs for key in run), runs)
+    return {key: [run.get(key) for run in runs] for key in keys}
 
 
 def _leaves(node: Any, key: str = "") -> list[tuple[str, Any]]:

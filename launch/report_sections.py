@@ -168,12 +168,15 @@ def _grid(folder: Path) -> Path | None:
 
 
 def differences(gathered: Gathered) -> list[Block]:
-    found = options_that_differ([run.config for run in gathered.runs])
-    if not found:
-        return []
+    """Options that all runs have, then, folded away, those of some methods alone."""
+    found = options_that_differ({run.name: run.config for run in gathered.runs})
     header = ["option", *(run.name for run in gathered.runs)]
-    rows = [[key, *values] for key, values in found.items()]
-    return [Table([header, *rows], caption="Only options in which runs differ.", words=True)]
+    common = [[key, *values] for key, values in found.items() if None not in values]
+    special = [[key, *(value or "absent" for value in values)] for key, values in found.items() if None in values]
+    blocks: list[Block] = [Table([header, *common], words=True)] if common else []
+    if special:
+        blocks.append(Table([header, *special], words=True, folded=f"{len(special)} options that only some runs have"))
+    return [Text("Only options in which runs differ."), *blocks] if blocks else []
 
 
 def traces(gathered: Gathered) -> list[Block]:

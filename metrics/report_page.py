@@ -22,12 +22,12 @@ dd { margin: 0; overflow-wrap: anywhere; }
 p, li { overflow-wrap: anywhere; max-width: 75rem; }
 .scroll { overflow-x: auto; margin: .5rem 0 1rem; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: #57606a; padding-bottom: .35rem; max-width: 75rem; }
+.caption { color: #57606a; font-size: .88rem; margin: .75rem 0 .25rem; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid #e3e7eb; text-align: right; vertical-align: top; white-space: nowrap; }
 th { border-bottom: 2px solid #aab2bb; font-weight: 600; vertical-align: bottom; }
-th:first-child, td:first-child, .words th, .words td { text-align: left; }
-.words td { white-space: normal; min-width: 7rem; max-width: 22rem; overflow-wrap: anywhere; }
-.words td:first-child { min-width: 11rem; }
+:is(th, td):nth-child(-n + 2), .words :is(th, td) { text-align: left; }
+.words :is(th, td) { white-space: normal; min-width: 8rem; max-width: 16rem; overflow-wrap: anywhere; }
+.words :is(th, td):first-child { min-width: 13rem; }
 td:first-child, th:first-child { position: sticky; left: 0; background: #fff; white-space: normal; min-width: 9rem;
   max-width: 22rem; overflow-wrap: anywhere; }
 tbody tr:hover td { background: #f4f7fa; }
@@ -41,7 +41,7 @@ summary { cursor: pointer; color: #0b5cad; }
 @media (max-width: 640px) {
   body { padding: .8rem; }
   figure.wide img { max-width: none; width: 52rem; }
-  td:first-child, th:first-child { min-width: 6.5rem; max-width: 9rem; }
+  :is(th, td):first-child, .words :is(th, td):first-child { min-width: 6.5rem; max-width: 9rem; }
 }
 @media print {
   body { max-width: none; }
@@ -66,7 +66,7 @@ class Notes:
 
 @dataclass(frozen=True)
 class Table:
-    """rows: header, then body. words: whether cells are texts, which wrap, and not numbers. folded: opens by a click."""
+    """rows: header, then body; the first two columns are words. words: whether all are, and wrap. folded: opens by a click."""
 
     rows: Sequence[Sequence[str]]
     caption: str = ""
@@ -141,9 +141,9 @@ def _table(table: Table) -> str:
     header, *body = table.rows
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     lines = "\n".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in body)
-    caption = f"<caption>{escape(table.caption)}</caption>" if table.caption else ""
+    caption = f'<p class="caption">{escape(table.caption)}</p>' if table.caption else ""
     kind = ' class="words"' if table.words else ""
-    whole = f'<div class="scroll"><table{kind}>{caption}<thead><tr>{head}</tr></thead>\n<tbody>\n{lines}\n</tbody></table></div>'
+    whole = f'{caption}<div class="scroll"><table{kind}><thead><tr>{head}</tr></thead>\n<tbody>\n{lines}\n</tbody></table></div>'
     return f"<details><summary>{escape(table.folded)}</summary>{whole}</details>" if table.folded else whole
 
 
