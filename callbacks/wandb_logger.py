@@ -135,7 +135,7 @@ def wandb_logger(
     """The logger of the run in `folder`, named like it; group None: its name without the seed, so that seeds are one group.
 
     Its id is kept in folder/wandb_id, but that of W&B's own agent (WANDB_RUN_ID) wins. Offline runs lie in folder/wandb and
-    can be sent later by `wandb sync`.
+    can be sent later by `wandb sync`; of a run that was killed they lack what wandb had not written yet, about ten seconds.
 
     Errors: ValueError for options of another kind.
     """
