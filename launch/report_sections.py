@@ -89,7 +89,7 @@ def quality_against_cost(gathered: Gathered) -> list[Block]:
             for record in run.final
             if record.subject == "student" and _alike(record, like)
         ]
-        if not any(cost is not None for run in runs for cost in run.costs.values()):
+        if len(runs) < 2 or not any(cost is not None for run in runs for cost in run.costs.values()):
             continue
         picture = _drawn(partial(draw_cost, metric=like.metric, runs=runs))
         blocks += [
@@ -168,15 +168,17 @@ def _grid(folder: Path) -> Path | None:
 
 
 def differences(gathered: Gathered) -> list[Block]:
-    """Options that all runs have, then, folded away, those of some methods alone."""
+    """Options with several values, then, folded away, those that some runs have and others lack."""
     found = options_that_differ({run.name: run.config for run in gathered.runs})
     header = ["option", *(run.name for run in gathered.runs)]
-    common = [[key, *values] for key, values in found.items() if None not in values]
-    special = [[key, *(value or "absent" for value in values)] for key, values in found.items() if None in values]
-    blocks: list[Block] = [Table([header, *common], words=True)] if common else []
-    if special:
-        blocks.append(Table([header, *special], words=True, folded=f"{len(special)} options that only some runs have"))
-    return [Text("Only options in which runs differ."), *blocks] if blocks else []
+    several, lacking = [], []
+    for key, values in found.items():
+        row = [key, *("–" if value is None else value for value in values)]
+        (several if len(set(values) - {None}) > 1 else lacking).append(row)
+    blocks: list[Block] = [Table([header, *several], words=True)] if several else []
+    if lacking:
+        blocks.append(Table([header, *lacking], words=True, folded=f"{len(lacking)} options that only some runs have"))
+    return [Text("Only options in which runs differ; – where a run has none."), *blocks] if blocks else []
 
 
 def traces(gathered: Gathered) -> list[Block]:

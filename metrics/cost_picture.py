@@ -35,6 +35,11 @@ def draw_cost(path: str | Path, metric: str, runs: Sequence[Priced]) -> Figure:
         costs = [run.costs[cost] for run in runs if run.costs[cost] is not None]
         if max(costs) > _SPAN * min(costs) > 0:
             axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:,.0f}")
+            axes.xaxis.set_minor_formatter(lambda x, _: f"{x:,.0f}" if f"{x:e}"[0] in "25" else "")
+        else:
+            axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.10g}")
+            axes.locator_params(axis="x", nbins=6)
         axes.set_xlabel({"kimg": "kimg of training", "seconds": "seconds of training"}.get(cost, cost))
         axes.grid(alpha=0.25)
     log_scale(panels[0], [run.value for run in runs])

@@ -14,7 +14,7 @@ body { margin: 0 auto; padding: 1.5rem; max-width: 1240px; }
 h1 { font-size: 1.7rem; margin: 0 0 .5rem; }
 h2 { font-size: 1.25rem; margin: 2.5rem 0 .75rem; padding-top: .75rem; border-top: 2px solid #d6dbe1; }
 h3 { font-size: 1.02rem; margin: 1.5rem 0 .4rem; }
-nav a { margin-right: 1rem; white-space: nowrap; }
+nav { display: flex; flex-wrap: wrap; gap: .2rem 1rem; }
 a { color: #0b5cad; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; margin: .5rem 0; }
 dt { color: #57606a; }
@@ -40,7 +40,7 @@ details { margin: .5rem 0 1rem; }
 summary { cursor: pointer; color: #0b5cad; }
 @media (max-width: 640px) {
   body { padding: .8rem; }
-  figure.wide img { max-width: none; width: 52rem; }
+  figure.wide img { max-width: none; width: 40rem; }
   :is(th, td):first-child, .words :is(th, td):first-child { min-width: 6.5rem; max-width: 9rem; }
 }
 @media print {
