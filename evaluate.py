@@ -1,6 +1,7 @@
 """Measure runs or a teacher: samples of fixed seeds -> metrics, a table, JSON and pictures; compare runs' convergence.
 
 python evaluate.py run=runs/NAME; python evaluate.py 'run=[runs/A,runs/B*]'; python evaluate.py teacher=digits
+python evaluate.py 'run=[runs/*]' report=report.html: one page of what the runs' folders hold; nothing is measured.
 With 'steps=[1,2,4,8]' a student or a teacher is measured at several numbers of steps: quality against NFE.
 python evaluate.py 'flows=[digits_rf1,digits_rf2]' data=digits: what errors add up to along a chain of flows.
 """
@@ -162,7 +163,20 @@ def chosen_device(name: str) -> Any:
         raise ValueError(f"device={name} can't be used here ({error}); choose cpu, cuda or auto") from error
 
 
+def report(cfg: DictConfig) -> None:
+    from launch.report import write_report
+
+    odd = [key for key in ("flows", "distilled", "export", "steps", "solver", "checkpoint") if cfg[key] is not None]
+    if cfg.run is None or "name" in (cfg.teacher or {}) or odd or cfg.check:
+        extra = f", without {', '.join(odd)}" if odd else ""
+        raise ValueError(f"a report is made of runs that are measured already: say 'run=[runs/*]' report=...{extra}")
+    patterns = OmegaConf.to_container(cfg.run) if OmegaConf.is_list(cfg.run) else [cfg.run]
+    print(write_report(Path(str(cfg.report)), patterns))
+
+
 def evaluate(cfg: DictConfig) -> None:
+    if cfg.report is not None:
+        return report(cfg)
     from launch import compare, quality
     from launch.sources import fetch
     from metrics.records import load_records, merge_records, save_records

@@ -34,6 +34,8 @@ def train(cfg: DictConfig, hydra_config: DictConfig) -> float | None:
     from launch.teachers import expand_teachers
 
     quiet()  # again: Lightning, imported since, has set its own levels
+    if "sweep" in cfg:
+        raise ValueError("sweep=wandb is for W&B: say `wandb sweep conf/sweep/wandb.yaml`, then `wandb agent ...`")
     folder, search = RunFolder(cfg.folder), trial(hydra_config) is not None
     expand_teachers(cfg)
     config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
@@ -74,7 +76,7 @@ def train(cfg: DictConfig, hydra_config: DictConfig) -> float | None:
         except Pruned as reason:
             print(f"{folder.path} {reason}", flush=True)
             return None
-        finish(method, data, evaluation, folder, trainer.strategy.root_device)
+        finish(method, data, training, evaluation, folder, trainer)
     return last_monitored(folder, search)
 
 

@@ -5,7 +5,6 @@ import platform
 import re
 import resource
 import statistics
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,16 +51,6 @@ def machine() -> dict:
 def slug(machine: dict) -> str:
     """The GPU's name, else the CPU's, as part of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", (machine["gpu"] or machine["cpu"]).lower()).strip("-")
-
-
-def commit() -> str | None:
-    """Hash of the checked-out commit, with -dirty where tracked files differ from it; None without a commit."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return found.stdout.strip() or None
 
 
 def _cpu() -> str:

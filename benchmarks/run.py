@@ -16,7 +16,8 @@ from typing import Any
 
 from benchmarks import branching, features, loader, methods, packing, score, training
 from benchmarks.cases import CIFAR10, DIGITS
-from benchmarks.measuring import ROOT, commit, machine, slug
+from benchmarks.measuring import ROOT, machine, slug
+from launch.trace import revision
 from metrics.files import write_file
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
@@ -151,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = {}
     for name in chosen:
         when = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        results[name] = {"date": when, "commit": commit(), "command": command, "machine": machine(), **PARTS[name]()}
+        results[name] = {"date": when, "commit": revision(), "command": command, "machine": machine(), **PARTS[name]()}
         print(f"\n{table(results[name])}", flush=True)
     if options.record:
         print(f"\n{record(results, RESULTS)} written")

@@ -11,7 +11,7 @@ from callbacks.progress import Progress
 from callbacks.requeue import Requeue
 from callbacks.sample_grid import SampleGrid
 from callbacks.score_health import ScoreHealth
-from callbacks.wandb_logger import wandb_logger
+from callbacks.wandb_logger import WandbRun, wandb_logger
 
 __all__ = [
     "EMA",
@@ -26,6 +26,7 @@ __all__ = [
     "Requeue",
     "SampleGrid",
     "ScoreHealth",
+    "WandbRun",
     "draw_curves",
     "read_checkpoint",
     "reference_lines",

@@ -47,4 +47,4 @@ class SampleGrid(pl.Callback):
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("samples", picture, step, dataformats="HWC")
             elif isinstance(logger, WandbLogger):
-                logger.log_image("samples", [picture], step=step)
+                logger.log_image("samples/student", [picture], step=step)

@@ -1,35 +1,171 @@
-"""Weights & Biases with a run id kept in the run folder, so that a resumed run continues its own curves."""
+"""Weights & Biases: curves over images seen, under a run id that a resumed run keeps."""
 
+import os
+import re
 import secrets
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.loggers.logger import rank_zero_experiment
 from pytorch_lightning.utilities import rank_zero_only
 
+from callbacks.generative_metrics import counted
 from metrics.files import write_file
+from metrics.records import Record
+
+_COLUMNS = ["metric", "subject", "name", "weights", "NFE", "mean", "std", "images/s", "fingerprint"]
+_PICTURES = ("samples", "interpolation", "curves")
 
 
-class _OneRun(WandbLogger):
-    """Ends its run with the training: wandb keeps one run per process, which the next job of a sweep would go on with."""
+class WandbRun(WandbLogger):
+    """Every row has `nimg` (images seen), the x axis of every curve; sections are what stands before a key's slash.
+
+    The run stays open after training, for `log_final`, and is ended by `close`. `batch_size` is the global one; `log_model`:
+    whether `log_final` keeps the student's evaluated weights as an artifact. Nothing else of the weights is ever uploaded.
+    """
+
+    def __init__(self, *, batch_size: int, log_model: bool, **options: Any) -> None:
+        super().__init__(**options)
+        self._wandb_init.pop("anonymous")  # of which wandb warns, whatever its value
+        self.batch_size, self.with_weights = batch_size, log_model
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        if self._experiment is not None:
+            return self._experiment
+        import wandb
+
+        if wandb.run is not None:  # of a sweep's job that failed: wandb would go on with it
+            wandb.run.finish(exit_code=1)
+        run = super().experiment
+        run.define_metric("nimg")
+        run.define_metric("*", step_metric="nimg", step_sync=True, overwrite=True)
+        return run
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Mapping[str, Any]) -> None:
+        """The resolved config. A group that W&B's own sweep chose (method=sfd) keeps that name; its options get another."""
+        chosen = {key: value for key, value in self.experiment.config.items() if not isinstance(value, dict)}
+        super().log_hyperparams(
+            {f"{k}_options" if isinstance(v, dict) and k in chosen else k: v for k, v in params.items()}
+        )
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Lightning numbers a batch from 0; nimg counts the images of that batch too."""
+        if step is None:
+            raise ValueError("W&B: a metric needs the step it belongs to")
+        row = {key: value for key, value in metrics.items() if key != "epoch"}  # our loaders have a single, endless one
+        super().log_metrics(row | {"nimg": (step + 1) * self.batch_size}, step)
+
+    @rank_zero_only
+    def log_final(
+        self, records: Sequence[Record], folder: Path, step: int, convergence: list[list[str]] | None
+    ) -> None:
+        """Values, tables (convergence: header and body) and the pictures of a complete run's folder, with its student."""
+        import wandb
+
+        row: dict[str, Any] = {"final/metrics": wandb.Table(columns=_COLUMNS, data=[_cells(r) for r in records])}
+        if convergence:
+            header, *body = convergence
+            row["final/convergence"] = wandb.Table(columns=header, data=body)
+        row |= {
+            f"final/{name}": wandb.Image(str(folder / f"{name}.png"))
+            for name in _PICTURES
+            if (folder / f"{name}.png").is_file()
+        }
+        self.log_metrics(row, step)
+        self.experiment.summary.update({final_name(record): record.mean for record in records})
+        if self.with_weights:
+            self._log_student(folder)
+
+    def _log_student(self, folder: Path) -> None:
+        import wandb
+
+        from networks.weights import read_card
+
+        path = folder / "student.safetensors"
+        # The id keeps apart runs of one name in other folders, and long names that begin alike.
+        name = f"{re.sub(r'[^A-Za-z0-9_.-]', '-', folder.resolve().name)[:100]}-{self.version}"
+        artifact = wandb.Artifact(name, type="model", metadata=read_card(path))
+        # The file itself, not a copy elsewhere: so an offline run's folder is all that has to be kept.
+        artifact.add_file(str(path.resolve()), path.name, policy="immutable", skip_cache=True)
+        self.experiment.log_artifact(artifact, aliases=["latest"])
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        super().finalize(status)
+        """Training ended: by success, then the final evaluation follows, or not."""
+        if status != "success":
+            self.close(failed=True)
+
+    @rank_zero_only
+    def close(self, failed: bool = False) -> None:
+        """wandb knows one run per process, which the next job of a sweep would otherwise go on with."""
         if self._experiment is not None:
-            self._experiment.finish(exit_code=0 if status == "success" else 1)
+            self._experiment.finish(exit_code=int(failed))
+            self._experiment = None
 
 
-def wandb_logger(folder: str, project: str, offline: bool = False, **options: Any) -> WandbLogger:
-    """A WandbLogger for the run in `folder`; further options go to `wandb.init`.
+def final_name(record: Record) -> str:
+    """fid_digits_2k/student@1: metric with its number of samples, subject, and NFE (none of real images)."""
+    metric = counted(record.metric, record.fingerprint["num_samples"])
+    return f"{metric}/{record.subject}" + (f"@{record.nfe}" if record.nfe else "")
 
-    Offline runs lie in folder/wandb and can be sent later by `wandb sync`. The teacher and checkpoints are never uploaded.
+
+def _cells(record: Record) -> list[Any]:
+    how = (record.fingerprint.get("weights"), record.nfe, record.mean, record.std, record.images_per_second)
+    return [record.metric, record.subject, record.name, *how, record.comparable_id]
+
+
+def wandb_logger(
+    folder: str,
+    project: str,
+    batch_size: int,
+    *,
+    entity: str | None = None,
+    group: str | None = None,
+    tags: Sequence[str] = (),
+    notes: str | None = None,
+    log_model: bool = False,
+    offline: bool = False,
+) -> WandbRun:
+    """The logger of the run in `folder`, named like it; group None: its name without the seed, so that seeds are one group.
+
+    Its id is kept in folder/wandb_id, but that of W&B's own agent (WANDB_RUN_ID) wins. Offline runs lie in folder/wandb and
+    can be sent later by `wandb sync`; of a run that was killed they lack what wandb had not written yet, about ten seconds.
+
+    Errors: ValueError for options of another kind.
     """
-    path = Path(folder) / "wandb_id"
-    if not path.exists():
-        write_file(path, secrets.token_hex(4).encode())
+    for option, value in (("project", project), ("entity", entity), ("group", group), ("notes", notes)):
+        if not (value is None and option != "project") and (not isinstance(value, str) or not value.strip()):
+            raise ValueError(f"logger.wandb.{option} must be a text, got {value!r}")
+    for option, value in (("log_model", log_model), ("offline", offline)):
+        if not isinstance(value, bool):
+            raise ValueError(f"logger.wandb.{option} must be true or false, got {value!r}")
+    if not isinstance(tags, Sequence) or isinstance(tags, str) or not all(tag and isinstance(tag, str) for tag in tags):
+        raise ValueError(f"logger.wandb.tags must be a list of words, such as [paper,table2], got {tags!r}")
     name = Path(folder).name
-    identifier = path.read_text().strip()
-    return _OneRun(
-        project=project, name=name, id=identifier, save_dir=folder, offline=offline, resume="allow", **options
+    return WandbRun(
+        batch_size=batch_size,
+        log_model=log_model,
+        project=project,
+        entity=entity,
+        name=name,
+        group=group or re.sub(r"-seed\d+(?=-|$)", "", name),
+        tags=list(dict.fromkeys(tags)),
+        notes=notes,
+        id=_identifier(Path(folder) / "wandb_id"),
+        save_dir=folder,
+        offline=offline,
     )
+
+
+def _identifier(path: Path) -> str:
+    known = path.read_text().strip() if path.exists() else ""
+    identifier = os.environ.get("WANDB_RUN_ID") or known or secrets.token_hex(4)
+    if identifier != known:
+        write_file(path, identifier.encode())
+    return identifier

@@ -2,18 +2,21 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
 from launch.folder import RunFolder
 from launch.groups import Essence, essence, labels, measured_alike, other_differences
+from launch.trace import student_trace
 from metrics.convergence import Comparison
 from metrics.convergence_picture import draw_convergence
 from metrics.convergence_tables import text
 from metrics.curve import Curve
 from metrics.curve_files import read_curve, to_json
 from metrics.files import write_file
+from metrics.records import load_records
 
 
 def compare_runs(paths: Sequence[Path], *, metric: str | None = None, weights: str | None = None) -> Comparison:
@@ -33,6 +36,7 @@ def compare_runs(paths: Sequence[Path], *, metric: str | None = None, weights: s
             seed = int(config.get("seed", 0))
             _check(path, essences[0], own, curves.get((group, seed)))
             curve = read_curve(path, group, seed, metric=metric, weights=weights)
+            curve = replace(curve, trace=student_trace(load_records(RunFolder(path).metrics)))
         except (ValueError, OSError) as error:
             left_out.append(f"{path} left out of the comparison: {error}")
             continue

@@ -5,46 +5,76 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
+import pytorch_lightning as pl
 
-from callbacks import draw_curves, reference_lines
+from callbacks import WandbRun, draw_curves, reference_lines
+from launch.compare import compare_runs
 from launch.folder import RunFolder
 from launch.measure import Evaluation, load_student, samplers
+from launch.plan import evaluations_before
 from lightning_modules import Method
+from metrics.convergence_tables import curve_rows
 from metrics.ranks import rank_and_world
 from metrics.records import Record, save_records
 from metrics.tables import table
 from networks.weights import save_weights
 
 
-def finish(method: Method, data: Any, settings: dict[str, Any], folder: RunFolder, device: torch.device) -> None:
+def finish(
+    method: Method, data: Any, training: Any, settings: dict[str, Any], folder: RunFolder, trainer: pl.Trainer
+) -> None:
     """Measure the trained student beside its teacher and real images, and leave the results in the run folder.
 
-    All ranks sample; rank zero writes. metrics.json comes last: its presence means that the run is complete.
+    training: what it was trained on. All ranks sample; rank zero writes. metrics.json comes after all that makes a run
+    complete.
     """
-    weights = load_student(method, folder)
-    method.to(device)
-    evaluation = Evaluation(settings, data, device)
-    records = evaluation.run(method, folder, weights)
-    evaluation.pictures(folder.path, samplers(method, folder))
-    if rank_and_world()[0] == 0:
-        export(method, records, folder)
-        save_records(folder.metrics, records)
-        if (folder.path / "metrics.csv").exists():  # a choice of conf/logger
-            draw_curves(folder.path / "metrics.csv", folder.path / "curves.png", reference_lines(folder.metrics))
-        print(f"\n{folder.path}\n\n{table(records)}", flush=True)
+    boards = [logger for logger in trainer.loggers if isinstance(logger, WandbRun)]
+    try:
+        weights = load_student(method, folder)
+        device = trainer.strategy.root_device
+        method.to(device)
+        evaluation = Evaluation(settings, data, device)
+        records = evaluation.run(method, folder, weights)
+        evaluation.pictures(folder.path, samplers(method, folder))
+        if rank_and_world()[0] == 0:
+            export(method, training, records, folder)
+            save_records(folder.metrics, records)
+            if (folder.path / "metrics.csv").exists():  # a choice of conf/logger
+                draw_curves(folder.path / "metrics.csv", folder.path / "curves.png", reference_lines(folder.metrics))
+            print(f"\n{folder.path}\n\n{table(records)}", flush=True)
+        for board in boards:
+            board.log_final(records, folder.path, method.total_steps - 1, own_convergence(folder))
+    except BaseException:
+        for board in boards:
+            board.close(failed=True)
+        raise
+    for board in boards:
+        board.close()
 
 
-def export(method: Method, records: list[Record], folder: RunFolder) -> None:
-    """student.safetensors and its card: the evaluated weights, readable as any teacher's."""
+def own_convergence(folder: RunFolder) -> list[list[str]] | None:
+    """The run's row of a comparison, under its header; None for a run without a curve."""
+    try:
+        return curve_rows(compare_runs([folder.path]))
+    except (ValueError, OSError):
+        return None
+
+
+def export(method: Method, training: Any, records: list[Record], folder: RunFolder) -> None:
+    """student.safetensors and its card: the evaluated weights, readable as any teacher's.
+
+    The card's network_evaluations are those of the whole training, with all that had to be there before its first step.
+    """
     weights = method.exported()
+    images = method.total_steps * method.batch_size
     card = {
         "run": folder.name,
         "method": method.name,
         "command": command(),
         "seed": method.seed,
         "steps": method.total_steps,
-        "kimg": method.total_steps * method.batch_size / 1000,
+        "kimg": images / 1000,
+        "network_evaluations": evaluations_before(method, training) + images * sum(method.evaluations.values()),
         "parameters": sum(
             weights[name].numel() for name, _ in method.student.network.named_parameters() if name in weights
         ),

@@ -92,6 +92,7 @@ class FlowMeasurement:
         options = {"batch_size": self.sampling["batch_size"], "device": self.evaluation.device}
         euler = copy.copy(flow)  # the same network and noise levels
         euler.solver, euler.solver_options = "euler", {}
+        simulated = self.evaluation.teacher(flow)
         return Flow(
             name=flow.name,
             solver=flow.solver_name,
@@ -100,8 +101,9 @@ class FlowMeasurement:
             end_drift=estimate(squares(own, self.ends[0])) if k else None,
             straightness=straightness(flow, self.seeds, self.path_steps, label=f"{flow.name}, straightness", **options),
             w2=wasserstein(own[: self.matched], self.real),
-            simulated=scores(self.evaluation.teacher(flow)),
+            simulated=scores(simulated),
             euler={count: scores(self.evaluation.teacher(euler, count)) for count in steps},
+            trace=simulated[0].trace,
         )
 
     def _distilled(self, run: Run) -> tuple[dict[str, str], dict[str, Any], list[str]]:
@@ -115,6 +117,7 @@ class FlowMeasurement:
             regression = estimate(squares(own, self.ends[k]))
             if how(target) != how(self.flows[k]):
                 notes.append(f"{run.folder.path} was trained on samples of {how(target)}, not {how(self.flows[k])}")
+        records = self.evaluation.student(method, run.folder, run.weights)
         value = {
             "flow": k + 1,
             "name": run.folder.name,
@@ -123,7 +126,8 @@ class FlowMeasurement:
             "weights": run.weights,
             "regression": regression,
             "w2": wasserstein(own[: self.matched], self.real),
-            "scores": scores(self.evaluation.student(method, run.folder.name, run.weights)),
+            "scores": scores(records),
+            "trace": records[0].trace,
         }
         return self._essence(run, k), value, notes
 

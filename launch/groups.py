@@ -24,6 +24,7 @@ _MEASURED_ON = ("data.", "evaluation.extractor", "evaluation.training.num_sample
 
 # Options that choose how many evaluations a student takes: another number is another place on the same line.
 _STEPS = ("method.steps", "method.end_steps")
+_NAMES = ("name", "folder")
 _WATCHED = ("evaluation.training", "callbacks.metrics", "callbacks.grid")  # how a run's curve is made, not how it ends
 
 Essence = dict[str, str]
@@ -77,6 +78,19 @@ def measured_alike(baseline: Essence, other: Essence) -> str | None:
     """None, or the first option by which two runs' curves are measured on other data or by other features."""
     keys = dict.fromkeys(key for one in (baseline, other) for key in one if key.startswith(_MEASURED_ON))
     return next((k for k in keys if baseline.get(k) != other.get(k)), None)
+
+
+def options_that_differ(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str | None]]:
+    """{dotted key: each run's value as text, None where it has none}, without names, and copies such as method.seed.
+
+    configs: by the name of the run's folder, which as a part of a path is no difference.
+    """
+    runs = []
+    for name, config in configs.items():
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in _leaves(config)}
+        runs.append({k: "FOLDER" if name in text.split("/") else text for k, text in texts.items() if k not in _NAMES})
+    keys = _differing(dict.fromkeys(key for run in runs for key in run), runs)
+    return {key: [run.get(key) for run in runs] for key in keys}
 
 
 def _leaves(node: Any, key: str = "") -> list[tuple[str, Any]]:

@@ -13,6 +13,7 @@ from callbacks import read_checkpoint, student_state
 from diffusion.teacher import Teacher
 from launch.folder import RunFolder
 from launch.precision import allow_tf32
+from launch.trace import traced
 from lightning_modules import Method
 from metrics.evaluation import check_rows, check_settings, measure, measure_real, needs_real_rows
 from metrics.ranks import from_rank_zero, rank_and_world
@@ -20,6 +21,7 @@ from metrics.records import Record, load_records, save_records
 from metrics.reference import Reference, published_reference, reference_statistics
 from metrics.sample_pictures import draw_final, shape_of
 from metrics.sampling import Sampler
+from networks.weights import hash_state
 
 SETTINGS = {"extractor", "metrics", "num_samples", "blocks", "batch_size", "reference"}
 
@@ -70,18 +72,18 @@ class Evaluation:
         The student's weights are in place already; `weights` is their name (an average's, or "raw"). counts: numbers of
         steps to measure the student at, one after the other (none: the method's own).
         """
-        students = [] if counts else self.student(method, folder.name, weights)
+        students = [] if counts else self.student(method, folder, weights)
         for count in counts:
             weights = choose_steps(method, folder, count, weights)
-            students += self.student(method, folder.name, weights)
+            students += self.student(method, folder, weights)
         teacher = self.teacher(method.teacher) if method.teacher else []
         return teacher + students + self.real()
 
-    def student(self, method: Method, name: str, weights: str) -> list[Record]:
+    def student(self, method: Method, folder: RunFolder, weights: str) -> list[Record]:
         """Records of a method's student as it samples now."""
-        return measure(
+        records = measure(
             method.sample,
-            name=name,
+            name=folder.name,
             subject="student",
             nfe=method.nfe,
             shape=self.shape,
@@ -89,11 +91,13 @@ class Evaluation:
             teacher=method.teacher.name if method.teacher else None,
             **self._common(self.data.num_classes),
         )
+        return traced(records, folder.config, hash_state(method.exported()))
 
     def teacher(self, teacher: Teacher, steps: int | None = None) -> list[Record]:
         """Records of a teacher; kept on disk by all that they depend on, since a sweep asks for the same ones again."""
         teacher.to(self.device)
-        path = self._teacher_cache(teacher, steps)
+        key = self._teacher_key(teacher, steps)
+        path = self.cache / "measured" / f"{teacher.name}-{key[:16]}.json"
         stored = from_rank_zero(lambda: load_records(path) if path.exists() else None)
         if stored is not None:
             return stored
@@ -107,10 +111,12 @@ class Evaluation:
             solver=teacher.solver_name,
             **self._common(teacher.num_classes),
         )
+        records = traced(records, key, teacher.hash)
         from_rank_zero(lambda: save_records(path, records))
         return records
 
-    def _teacher_cache(self, teacher: Teacher, steps: int | None) -> Path:
+    def _teacher_key(self, teacher: Teacher, steps: int | None) -> str:
+        """A hash of all that the measurement depends on."""
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
         key = {
             "teacher": teacher.hash,
@@ -122,14 +128,14 @@ class Evaluation:
             "device": device,
             **self.settings,
         }
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        return self.cache / "measured" / f"{teacher.name}-{digest}.json"
+        return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
     def real(self) -> list[Record]:
         """The floor: real images against all real images; none where there are only their statistics."""
         if not self.has_images:
             return []
-        return measure_real(self.data.reference(), name=self.data.name, **self._common(self.data.num_classes))
+        records = measure_real(self.data.reference(), name=self.data.name, **self._common(self.data.num_classes))
+        return traced(records, None, None)
 
     def pictures(self, folder: Path, samplers: dict[str, Sampler]) -> None:
         """samples.png and interpolation.png in `folder`, of samplers {title: function of (noise, labels)}."""

@@ -43,7 +43,7 @@ def plan(cfg: DictConfig) -> str:
     kept = held * activations // (2 if mixed else 1)
     averages = len(cfg.callbacks.ema.averages) if cfg.callbacks.get("ema") else 0
     networks = Networks.of(method, averages)
-    before, each = _evaluations_before(method, training), method.evaluations
+    before, each = evaluations_before(method, training), method.evaluations
     kimg = method.total_steps * cfg.batch_size / 1000
     lines = {
         f"{cfg.folder}: {method.total_steps:,} steps of {cfg.batch_size} images ({share} on each of {processes} devices), "
@@ -117,7 +117,7 @@ def _disk(method: Method, training: Any, size: int, networks: Networks) -> dict[
     return found
 
 
-def _evaluations_before(method: Method, training: Any) -> float:
+def evaluations_before(method: Method, training: Any) -> float:
     """Network evaluations of the method's stages and of the samples that it stores."""
     stages = method.stages().values()
     count = sum(stage.total_steps * stage.batch_size * sum(stage.evaluations.values()) for stage in stages)

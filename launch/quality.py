@@ -42,7 +42,15 @@ def compare_quality(paths: Sequence[Path], *, like: Record | None = None, weight
         notes += _unlike(path, "student" if path in groups else "teacher", (*final, *again), like)
         for record in _chosen(final, again, like, weights) if path in groups else ():
             group, seed = groups[path]
-            value = Value(RunFolder(path).name, group, seed, record.nfe, record.mean, record.fingerprint.get("weights"))
+            value = Value(
+                RunFolder(path).name,
+                group,
+                seed,
+                record.nfe,
+                record.mean,
+                record.fingerprint.get("weights"),
+                record.trace,
+            )
             twin = values.setdefault((group, seed, record.nfe), value)
             if twin is not value:
                 notes.append(f"{path} at {record.nfe} NFE left out: {twin.name} has its configuration, seed and NFE")
@@ -52,7 +60,7 @@ def compare_quality(paths: Sequence[Path], *, like: Record | None = None, weight
     comparable = [record for record in everything if _alike(record, like)]
     for record in comparable:
         if record.subject == "teacher":
-            value = Value(record.name, teacher_label(record), None, record.nfe, record.mean, None)
+            value = Value(record.name, teacher_label(record), None, record.nfe, record.mean, None, record.trace)
             twin = values.setdefault((value.group, None, value.nfe), value)
             if twin.mean != value.mean:
                 notes.append(

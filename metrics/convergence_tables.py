@@ -11,22 +11,23 @@ Section = tuple[str, list[list[str]]]
 
 def text(comparison: Comparison) -> str:
     """Aligned plain text: tables under one line each, then notes."""
-    parts = ["\n".join([heading, *aligned(rows)]) for heading, rows in _sections(comparison)]
-    return "\n\n".join([*parts, *(f"note: {note}" for note in _notes(comparison))])
+    parts = ["\n".join([heading, *aligned(rows)]) for heading, rows in sections(comparison)]
+    return "\n\n".join([*parts, *(f"note: {note}" for note in notes(comparison))])
 
 
 def markdown(comparison: Comparison) -> str:
     """The same for a README, the costs behind the speed-ups folded away."""
-    curves, *more = ["\n".join([heading, "", *piped(rows)]) for heading, rows in _sections(comparison)]
+    curves, *more = ["\n".join([heading, "", *piped(rows)]) for heading, rows in sections(comparison)]
     folded = [f"<details><summary>Costs</summary>\n\n{cost}\n\n</details>" for cost in more[:1]]
-    notes = "\n".join(f"- {note}" for note in _notes(comparison))
-    return "\n\n".join([curves, *more[1:], *folded, *([notes] if notes else [])])
+    listed = "\n".join(f"- {note}" for note in notes(comparison))
+    return "\n\n".join([curves, *more[1:], *folded, *([listed] if listed else [])])
 
 
-def _sections(comparison: Comparison) -> list[Section]:
+def sections(comparison: Comparison) -> list[Section]:
+    """(heading, header and body) of each table: who got how good; at what cost; how many times faster than the baseline."""
     copies = ", ".join(dict.fromkeys(curve.weights for curve in comparison.curves))
     smooth = "medians over seeds of curves smoothed by a trailing median of 3"
-    sections = [(f"Convergence of {comparison.metric} ({copies}): {smooth}", _curve_rows(comparison))]
+    sections = [(f"Convergence of {comparison.metric} ({copies}): {smooth}", curve_rows(comparison))]
     if len(comparison.groups) > 1:
         cost = "Cost until two of the last three measurements were at or below a threshold: median over seeds"
         speed = (
@@ -37,7 +38,8 @@ def _sections(comparison: Comparison) -> list[Section]:
     return sections
 
 
-def _curve_rows(comparison: Comparison) -> list[list[str]]:
+def curve_rows(comparison: Comparison) -> list[list[str]]:
+    """Header and body: how good each group got, and when."""
     header = ["group", "seeds", "kimg between", "best", "at update", "final", "spread of last third"]
     body = []
     for label in comparison.groups:
@@ -92,9 +94,9 @@ def speed(speed_up: SpeedUp) -> str:
     return f"{_times(speed_up.median)}x{spread}"
 
 
-def _notes(comparison: Comparison) -> list[str]:
+def notes(comparison: Comparison) -> list[str]:
     """The comparison's own, and where its measurements were too far apart or its seeds too few to pair."""
-    notes = list(comparison.notes)
+    found = list(comparison.notes)
     shared = {curve.seed for curve in comparison.groups[comparison.baseline]}
     for label, curves in comparison.groups.items():
         # Crossed at the second measurement, the first that can tell.
@@ -105,15 +107,15 @@ def _notes(comparison: Comparison) -> list[str]:
             and any(cost == run.costs[1] for cost, run in zip(comparison.crossings(label, factor), curves, strict=True))
         ]
         if early:
-            notes.append(
+            found.append(
                 f"{label} was at {', '.join(early)} by its first two measurements and may have been earlier: "
                 "lower evaluation.training.every_kimg to see"
             )
         seeds = {curve.seed for curve in curves}
         if seeds != shared:
             alone = ", ".join(map(str, sorted(seeds ^ shared)))
-            notes.append(f"{label} and {comparison.baseline} do not share the seeds {alone}, which make no pair")
-    return notes
+            found.append(f"{label} and {comparison.baseline} do not share the seeds {alone}, which make no pair")
+    return found
 
 
 def _variants(comparison: Comparison, *labels: str) -> tuple[bool, ...]:

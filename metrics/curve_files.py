@@ -45,7 +45,7 @@ def read_curve(
     if not all(map(math.isfinite, values)):
         raise ValueError(f"{path} has a {column} that is not finite; look at the run's samples")
     name, copy = column.split("/", 1)
-    return Curve(folder.resolve().name, group, seed, name, copy, values, costs, _preparation(folder))
+    return Curve(folder.resolve().name, group, seed, name, copy, values, costs, read_preparation(folder))
 
 
 def _column(path: Path, columns: list[str], metric: str | None, weights: str | None) -> str:
@@ -66,7 +66,8 @@ def curve_columns(columns: Iterable[str]) -> list[str]:
     return sorted(curves, key=lambda c: c.endswith("/raw"))
 
 
-def _preparation(folder: Path) -> Cost:
+def read_preparation(folder: Path) -> Cost:
+    """What a run's preparation.json says; nothing where there was none. ValueError for a damaged one."""
     path = folder / "preparation.json"
     if not path.is_file():
         return Cost()
@@ -125,6 +126,7 @@ def from_json(content: dict[str, Any]) -> Comparison:
                 values=tuple(run["values"]),
                 costs=tuple(Cost(*point) for point in zip(*(run[c] for c in CURRENCIES), strict=True)),
                 preparation=Cost(**run["preparation"]),
+                trace=run.get("trace"),
             )
             for run in content["runs"]
         ]
@@ -137,6 +139,7 @@ def _run(curve: Curve, thresholds: dict[float, float]) -> dict[str, Any]:
     crossings = [curve.crossing(value) for value in thresholds.values()]
     return {
         **{key: getattr(curve, key) for key in ("name", "group", "seed", "metric", "weights")},
+        "trace": curve.trace,
         "preparation": asdict(curve.preparation),
         "crossings": [
             {"factor": factor, "cost": asdict(cost) if cost else None}

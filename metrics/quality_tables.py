@@ -6,18 +6,18 @@ from metrics.tables import aligned, fingerprint_line, piped, shown
 
 def text(quality: Quality) -> str:
     """Aligned plain text under one line, then the fingerprint and notes."""
-    lines = [_heading(quality), *aligned(_rows(quality)), fingerprint_line(quality.fingerprint)]
+    lines = [quality_heading(quality), *aligned(quality_rows(quality)), fingerprint_line(quality.fingerprint)]
     return "\n\n".join(["\n".join(lines), *(f"note: {note}" for note in quality.notes)])
 
 
 def markdown(quality: Quality) -> str:
     """The same for a README."""
-    parts = [_heading(quality), "\n".join(piped(_rows(quality))), fingerprint_line(quality.fingerprint)]
+    parts = [quality_heading(quality), "\n".join(piped(quality_rows(quality))), fingerprint_line(quality.fingerprint)]
     notes = "\n".join(f"- {note}" for note in quality.notes)
     return "\n\n".join([*parts, *([notes] if notes else [])])
 
 
-def _heading(quality: Quality) -> str:
+def quality_heading(quality: Quality) -> str:
     copies = ", ".join(dict.fromkeys(value.weights for value in quality.values if value.weights))
     spread = any(point.std is not None for line in quality.lines for point in line.points)
     mean = "mean ± standard deviation over training seeds" if spread else "one training seed each"
@@ -25,7 +25,7 @@ def _heading(quality: Quality) -> str:
     return f"{quality.metric} against NFE ({copies}): {mean}{floor}"
 
 
-def _rows(quality: Quality) -> list[list[str]]:
+def quality_rows(quality: Quality) -> list[list[str]]:
     """Nothing is marked as best: with a few seeds that would say more than the numbers do."""
     body = []
     for line in quality.lines:

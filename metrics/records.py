@@ -22,6 +22,8 @@ class Record:
     fingerprint: what has to be alike before two values may stand side by side, plus "weights", which may differ.
     steps, solver: how it was sampled, where that is a choice. teacher: the name of a student's teacher.
     shift: by how much a fast extractor moves the Frechet distance of the same images, None for an exact one.
+    trace: where it comes from: {"revision": of git, "config": SHA-256 of the run's config.yaml (a teacher: of all that the
+    measurement depends on), "weights": hash of the measured weights}; None in files from before there were traces.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Record:
     solver: str | None = None
     teacher: str | None = None
     shift: float | None = None
+    trace: dict[str, str | None] | None = None
 
     def __post_init__(self):
         if self.subject not in SUBJECTS:

@@ -9,12 +9,12 @@ from metrics.records import SUBJECTS, Record, comparable_id
 
 def table(records: Iterable[Record]) -> str:
     """Aligned plain text: one table per fingerprint, each under a line that names it and what sets it apart."""
-    return "\n\n".join("\n".join([heading, *aligned(rows)]) for heading, rows in _tables(list(records)))
+    return "\n\n".join("\n".join([heading, *aligned(_rows(group))]) for heading, group in by_fingerprint(records))
 
 
 def markdown(records: Iterable[Record]) -> str:
     """The same tables for a README."""
-    return "\n\n".join("\n".join([*piped(rows), "", heading]) for heading, rows in _tables(list(records)))
+    return "\n\n".join("\n".join([*piped(_rows(group)), "", heading]) for heading, group in by_fingerprint(records))
 
 
 def aligned(rows: list[list[str]]) -> list[str]:
@@ -34,14 +34,15 @@ def piped(rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (header, rule, *body)]
 
 
-def _tables(records: list[Record]) -> list[tuple[str, list[list[str]]]]:
+def by_fingerprint(records: Iterable[Record]) -> list[tuple[str, list[Record]]]:
+    """Records that may share a table, under a line that names their fingerprint and what sets it apart."""
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(record.comparable_id, []).append(record)
     prints = [group[0].comparable for group in groups.values()]
     keys = dict.fromkeys(key for p in prints for key in p)
     differing = [key for key in keys if len({repr(p.get(key)) for p in prints}) > 1]
-    return [(fingerprint_line(group[0].comparable, differing), _rows(group)) for group in groups.values()]
+    return [(fingerprint_line(group[0].comparable, differing), group) for group in groups.values()]
 
 
 def fingerprint_line(comparable: dict[str, Any], differing: Sequence[str] = ()) -> str:
@@ -75,7 +76,7 @@ def _rows(records: list[Record]) -> list[list[str]]:
     for row in order:
         r = next(iter(row.values()))
         values = [shown(row[metric].mean, row[metric].std) if metric in row else "–" for metric in metrics]
-        body.append([r.name, _subject(r), str(r.nfe), *values, _rate(r), _speed_up(r, records)])
+        body.append([r.name, subject(r), str(r.nfe), *values, rate(r), _speed_up(r, records)])
     return [["name", "subject", "NFE", *metrics, "images/s", "speed-up"], *body]
 
 
@@ -83,7 +84,8 @@ def _rank(record: Record) -> tuple:
     return SUBJECTS.index(record.subject), -record.nfe if record.subject == "teacher" else 0
 
 
-def _subject(record: Record) -> str:
+def subject(record: Record) -> str:
+    """student (ema_0.999), teacher (heun, 10 steps), real."""
     notes = [record.fingerprint.get("weights") if record.subject == "student" else None, record.solver]
     notes.append(f"{record.steps} steps" if record.steps and record.steps > 1 else None)
     how = ", ".join(note for note in notes if note)
@@ -97,7 +99,8 @@ def shown(mean: float, std: float | None) -> str:
     return f"{mean:.{decimals}f} ± {std:.{decimals}f}"
 
 
-def _rate(record: Record) -> str:
+def rate(record: Record) -> str:
+    """Images per second."""
     rate = record.images_per_second
     return "–" if rate is None else f"{rate:,.{0 if rate >= 100 else 1}f}"
 

@@ -13,12 +13,13 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measuring import ROOT, commit, machine
+from benchmarks.measuring import ROOT, machine
 from benchmarks.run import table
 from launch.compare import compare_runs, draw, dumped
 from launch.flows import load_chain
 from launch.quality import compare_quality
 from launch.quality import draw as draw_quality
+from launch.trace import revision
 from metrics.convergence_tables import markdown as comparison_markdown
 from metrics.curve_files import from_json, to_json
 from metrics.files import write_file
@@ -73,7 +74,7 @@ def origin() -> dict[str, Any]:
     here = machine()
     return {
         "date": date.today().isoformat(),
-        "commit": commit(),
+        "commit": revision(),
         "machine": f"{here['cpu']}, {here['cores']} cores, {here['gpu'] or 'no GPU'}, torch {here['torch']}",
     }
 
@@ -109,7 +110,26 @@ def _pictured(path: Path, content: dict[str, Any], against: str, rows: str) -> s
 
 
 def _source(path: Path, content: dict[str, Any]) -> str:
-    return f"From `results/{path.name}`: commit {content['commit'][:7]}, {content['date']}, {content['machine']}."
+    source = f"From `results/{path.name}`: commit {content['commit'][:7]}, {content['date']}, {content['machine']}"
+    entries = traced_entries(content)
+    known = sum(entry["trace"] is not None for entry in entries)
+    told = f"{known} of {len(entries)} values have a trace" if known else "older than traces"
+    return f"{source}; {told}."
+
+
+def traced_entries(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """All that was measured in a results file: records, curves, values or flows, each with its "trace" (`Record.trace`).
+
+    The trace is null where it was measured before there were any.
+    """
+    flows = content.get("flows", {"flows": [], "distilled": []})
+    return [
+        *content.get("records", []),
+        *content.get("comparison", {"runs": []})["runs"],
+        *content.get("quality", {"values": []})["values"],
+        *flows["flows"],
+        *flows["distilled"],
+    ]
 
 
 def updated(text: str) -> str:

@@ -27,6 +27,7 @@ from networks import save_weights
 
 CONF = Path(__file__).parent.parent / "conf"
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml") if "local" not in path.parts)
+FILES.remove(Path("sweep/wandb.yaml"))  # W&B's, not Hydra's
 PRIMARY = ("config", "evaluate")
 # Data sets whose teachers' weights are downloads: (parameters, network evaluations of a sample).
 PUBLISHED = {"cifar10": (55_733_891, 35), "ffhq64": (61_805_571, 79), "imagenet64": (295_899_267, 511)}

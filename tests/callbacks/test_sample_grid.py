@@ -72,7 +72,7 @@ def test_loggers_get_the_picture(tmp_path):
         (key, image.shape, step, dataformats)
     )
     fit(tmp_path, 5, EMA(), SampleGrid(1, rows=2, columns=3), logger=[wandb, board])
-    assert wandb.shown == [("samples", (64, 96, 3), step) for step in (1, 3, 4)]
+    assert wandb.shown == [("samples/student", (64, 96, 3), step) for step in (1, 3, 4)]
     assert shown == [("samples", (64, 96, 3), step, "HWC") for step in (1, 3, 4)]
 
 

@@ -4,10 +4,8 @@ import json
 import math
 import os
 import re
-import struct
 import subprocess
 import sys
-from functools import partial
 
 import pytest
 import torch
@@ -19,8 +17,6 @@ from end_to_end_tools import (
     STUDENT,
     assert_identical,
     copied,
-    die,
-    in_call,
     leaves,
     read_checkpoint,
     read_csv,
@@ -32,6 +28,7 @@ from end_to_end_tools import (
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
+from wandb_tools import history
 
 # -- asking -----------------------------------------------------------------------------------------------------------
 
@@ -203,63 +200,3 @@ def test_a_failing_job_does_not_stop_the_others(finished, tmp_path):
     assert folders(tmp_path) == ["run-method.loss-l2", "run-method.loss-l9"]
     assert (tmp_path / "runs/run-method.loss-l2/metrics.json").exists()
     assert not list((tmp_path / "runs/run-method.loss-l9").iterdir())
-
-
-# -- loggers ----------------------------------------------------------------------------------------------------------
-
-
-def offline_records(folder):
-    """The records of an offline run's file: LevelDB's log format, after 7 bytes of wandb's own.
-
-    Blocks of 32 KiB hold chunks, each behind checksum, length and kind: 1 a whole record, 2, 3, 4 its beginning, middle, end.
-    """
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    (path,) = folder.glob("run-*.wandb")
-    data, place, parts = path.read_bytes(), 7, b""
-    while place + 7 <= len(data):
-        if 32768 - place % 32768 < 7:  # too little for another header: padding
-            place += 32768 - place % 32768
-        length, kind = struct.unpack_from("<4xHB", data, place)
-        parts += data[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):
-            record = Record()
-            record.ParseFromString(parts)
-            parts = b""
-            yield record
-
-
-def history(folder):
-    items = [r.history.item for r in offline_records(folder) if r.WhichOneof("record_type") == "history"]
-    rows = [{i.key or "/".join(i.nested_key): i.value_json for i in item} for item in items]
-    return {row["trainer/global_step"]: row for row in rows if "loss/student" in row}
-
-
-def killed(original, *args, **kwargs):
-    die()
-
-
-def test_wandb_offline_holds_config_and_history_and_a_resumed_run_keeps_its_id(finished, tmp_path):
-    with_data(finished, tmp_path)
-    options = (*STUDENT, "logger=wandb_offline")
-    step = "lightning_modules:DenoisingStudent.training_step"
-    train(tmp_path, *options, before=partial(in_call, step, 8, killed)).killed()
-    folder = tmp_path / RUN
-    identity = (folder / "wandb_id").read_text()
-    train(tmp_path, *options).ok()
-    assert (folder / "wandb_id").read_text() == identity
-    first, second = sorted((folder / "wandb").glob("offline-run-*"), key=lambda path: path.stat().st_mtime)
-    assert first.name.endswith(f"-{identity}")
-    assert second.name.endswith(f"-{identity}")
-    assert sorted(map(int, history(second))) == list(range(6, 13))  # counted from 0, from the checkpoint at step 6
-    config = {
-        update.key or "/".join(update.nested_key): update.value_json
-        for record in offline_records(second)
-        if record.WhichOneof("record_type") in ("run", "config")
-        for update in (record.run.config.update if record.HasField("run") else record.config.update)
-    }
-    assert "DenoisingStudent" in config["method"]
-    losses = [float(row["loss/student"]) for row in read_csv(folder / "metrics.csv")]
-    assert [float(row["loss/student"]) for row in history(second).values()] == pytest.approx(losses[6:])
-    assert list((folder / "tensorboard").glob("events*"))

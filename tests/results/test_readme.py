@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from convergence_tools import curve, decay, write_run
@@ -16,7 +17,8 @@ from metrics.flow_tables import markdown as flows_markdown
 from metrics.quality import from_json as quality_from_json
 from metrics.quality import to_json as quality_to_json
 from metrics.quality_tables import markdown as quality_markdown
-from results.readme import ROOT, main, section, updated
+from metrics.records import save_records
+from results.readme import ROOT, main, section, traced_entries, updated
 
 README = (ROOT / "README.md").read_text()
 
@@ -34,6 +36,39 @@ def test_results_say_where_they_come_from():
         assert set(content) == {"date", "commit", "machine", "runs", "records"}
         for entry in content["records"]:
             assert len(entry["values"]) >= 3, f"{path.name}: {entry['name']} has fewer than three values"
+
+
+def test_every_value_has_its_trace_or_says_that_there_is_none():
+    """And what a trace says has the form of a revision and of hashes."""
+    found = [
+        entry for path in (ROOT / "results").glob("*.json") for entry in traced_entries(json.loads(path.read_text()))
+    ]
+    assert len(found) > 100
+    for entry in found:
+        if entry["trace"] is not None:
+            assert set(entry["trace"]) == {"revision", "config", "weights"}
+            assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", entry["trace"]["revision"])
+            hashes = (entry["trace"]["config"], entry["trace"]["weights"])
+            assert hashes == (None, None) if entry.get("subject") == "real" else all(len(text) == 64 for text in hashes)
+
+
+def test_traces_reach_the_tables(tmp_path):
+    """From a run's metrics.json into results and what the README says of them."""
+    trace = {"revision": "a" * 40, "config": "b" * 64, "weights": "c" * 64}
+    records = [replace(record, trace=trace) for record in students({1: 0.5})]
+    run = write_measured(tmp_path / "run", [*records, REAL])
+    for command in ("record", "quality"):
+        target = tmp_path / f"{command}.json"
+        main([command, str(target), str(run)])
+        content = json.loads(target.read_text())
+        assert [entry["trace"] for entry in traced_entries(content)][0] == trace
+        assert section(target).endswith(f"; 1 of {len(traced_entries(content))} values have a trace.")
+    curved = write_run(tmp_path / "base", curve("base", decay(0.3)))
+    save_records(curved / "metrics.json", records)
+    main(["compare", str(tmp_path / "compare.json"), str(curved)])
+    content = json.loads((tmp_path / "compare.json").read_text())
+    assert content["comparison"]["runs"][0]["trace"] == trace
+    assert from_json(content["comparison"]).curves[0].trace == trace
 
 
 def test_comparisons_say_where_they_come_from_and_agree_with_their_curves():

@@ -1,0 +1,50 @@
+"""logger=csv alone, and the page that evaluate.py makes of stored runs."""
+
+import json
+
+from end_to_end_tools import RUN, STUDENT, copied, run, snapshot, train
+from page_tools import Page
+
+
+def test_csv_alone_is_enough_for_pictures_curves_and_a_report(finished, tmp_path):
+    folder = copied(finished, tmp_path)
+    options = [option for option in STUDENT if option != "name=run"]
+    train(folder, *options, "name=plain", "seed=1", "logger=csv").ok()
+    plain = folder / "runs/plain"
+    assert not (plain / "tensorboard").exists()
+    assert not (plain / "wandb").exists()
+    for name in ("metrics.csv", "curves.png", "samples.png", "interpolation.png"):
+        assert (plain / name).is_file()
+    assert list((plain / "samples").glob("*.png"))
+    before = snapshot(folder / "runs")
+    ended = run(folder, "evaluate.py", "run=[runs/*]", "report=pages/report.html").ok()
+    assert ended.out.strip() == "pages/report.html written: 2 runs"
+    assert snapshot(folder / "runs") == before  # nothing is measured
+    page = Page((folder / "pages/report.html").read_text())
+    assert page.foreign == []
+    assert len(page.headings["h2"]) == 7
+    values = [
+        record["mean"]
+        for path in (folder / RUN, plain)
+        for record in json.loads((path / "metrics.json").read_text())
+        if record["subject"] == "student"
+    ]
+    (row,) = (row for table in page.tables[:1] for row in table if row[0] == "denoising_student")
+    assert row[2] == "0, 1"
+    assert float(row[4].split()[0]) == round(sum(values) / 2, len(row[4].split()[0].partition(".")[2]))
+    (costs,) = (table for table in page.tables if table[0][-1] == "network evaluations")
+    assert costs[1][3:] == ["0.208", costs[1][4], "448"]  # 13 steps of 16 images, and 80 pairs of 3 evaluations
+    (curves,) = (table for table in page.tables if table[0][-1] == "spread of last third")
+    assert curves[1][:2] == ["denoising_student", "0, 1"]
+    (trace,) = (table for table in page.tables if table[0][0] == "run")
+    assert {len(cell) for row in trace[1:] for cell in row[2:]} == {64}
+
+
+def test_misuse(finished, tmp_path):
+    run(finished, "evaluate.py", "run=runs/none*", f"report={tmp_path}/r.html").refused("run=runs/none* names no run")
+    run(finished, "evaluate.py", "run=runs/run", "report=true").refused("report=True is a web page; name it like")
+    ended = run(finished, "evaluate.py", "run=runs/run", f"report={tmp_path}/r.html", "steps=[1,2]")
+    ended.refused("a report is made of runs that are measured already", "without steps")
+    ended = run(finished, "evaluate.py", "teacher=digits", f"report={tmp_path}/r.html")
+    ended.refused("a report is made of runs that are measured already: say 'run=[runs/*]' report=...")
+    assert not list(tmp_path.glob("*.html"))
