@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, MutableMapping
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -89,7 +90,7 @@ class InParts(pl.LightningModule):
         """The whole batch's loss, whose gradient is that of the last part: the others' lie in the parameters already."""
         loss, before = None, 0
         for part in self.parts(batch):
-            if self.part.first and not self.part.last:
+            if self.part.first and not self.part.last and not self.rehearsing:
                 self.optimizers(use_pl_optimizer=False).zero_grad()
                 self._gradients_begun = True  # Lightning would clear them before the last part's
             loss = self.training_loss(part)
@@ -113,6 +114,11 @@ class InParts(pl.LightningModule):
 
     def _backward_alone(self, loss: Tensor) -> None:
         """Without the exchange between processes, which the last part's pass does for all."""
+        if self.rehearsing:  # nor may DDP learn which weights have a gradient, as it does from hooks of theirs
+            weights = [p for p in self.parameters() if p.requires_grad]
+            found = zip(weights, torch.autograd.grad(loss, weights, allow_unused=True), strict=True)
+            self.rehearsed |= {weight: gradient for weight, gradient in found if gradient is not None}
+            return
         strategy = self.trainer.strategy
         with getattr(strategy, "block_backward_sync", nullcontext)(), torch.autocast(self.device.type, enabled=False):
             strategy.backward(loss, None)
@@ -129,8 +135,8 @@ class InParts(pl.LightningModule):
 
         Torch's global random numbers go on, which `seed_step` sets before each step.
         """
-        before = {key: dict(value) if type(value) is dict else value for key, value in self._state().items()}
-        self.rehearsing = True
+        before = {key: copy(value) if type(value) in (dict, list) else value for key, value in self._state().items()}
+        self.rehearsing, self.rehearsed = True, {}
         try:
             self.all_passes(batch)
         finally:
@@ -138,8 +144,6 @@ class InParts(pl.LightningModule):
                 delattr(self, key)
             vars(self).update(before)
             self._gradients_begun = False
-            for parameter in self.parameters():
-                parameter.grad = None
 
     def all_passes(self, batch: dict[str, Tensor]) -> None:
         self._backward_alone(self.batch_loss(self.drawn(batch)))

@@ -1,11 +1,13 @@
 """Any method of conf/method trained for two steps on the digits with a shrunken network, watched from outside."""
 
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 from unittest import mock
 
 import pytorch_lightning as pl
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 from support_matrix import METHODS, ROOT, Case
 from torch import Tensor
@@ -44,11 +46,16 @@ class Run:
     logged: list[dict[str, float]]
 
 
-def config(name: str, changes: dict[str, Any]) -> DictConfig:
-    """name: one of METHODS. changes: values by dotted key."""
+@cache
+def composed(name: str) -> DictConfig:
     register_resolvers()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = Case(name, "digits", "edm").config([])
+        return Case(name, "digits", "edm").config([])
+
+
+def config(name: str, changes: dict[str, Any]) -> DictConfig:
+    """name: one of METHODS. changes: values by dotted key."""
+    cfg = deepcopy(composed(name))
     small = {"batch_size": BATCH, "method.kimg": BATCH * STEPS / 1000, "trainer.log_every_n_steps": 1}
     with open_dict(cfg):
         for teacher in cfg.method.teachers if "teachers" in cfg.method else [cfg.teacher]:
@@ -58,8 +65,8 @@ def config(name: str, changes: dict[str, Any]) -> DictConfig:
     return cfg
 
 
-def train(name: str, changes: dict[str, Any] | None = None, *callbacks: pl.Callback) -> Run:
-    """Train in the current folder, as train.py does; `callbacks` come after all others."""
+def train(name: str, changes: dict[str, Any] | None = None, *callbacks: pl.Callback, resume: str | None = None) -> Run:
+    """Train in the current folder, as train.py does; `callbacks` come after all others; resume: a checkpoint."""
     cfg = config(name, changes or {})
     data, method = build(cfg.data), build_seeded(cfg.method, cfg.seed)
     with mock.patch.dict(TrajectoryDataModule.__init__.__kwdefaults__, shard_size=4):  # a shard is sampled whole
@@ -70,5 +77,5 @@ def train(name: str, changes: dict[str, Any] | None = None, *callbacks: pl.Callb
     fit_stages(stages, method, folder)
     watch = Watch()
     trainer.callbacks += [watch, *callbacks]
-    trainer.fit(method, training)
+    trainer.fit(method, training, ckpt_path=resume)
     return Run(method, trainer, watch.gradients, watch.logged)
