@@ -2,8 +2,8 @@
 
 python -m benchmarks.run [--only PART] [--record]
 
-Parts: digits, cifar10, loader, packing, features, score, branching, methods; and methods_imagenet64, which runs only when it is
-named, since it takes an hour and 24 GB of memory.
+Parts: digits, cifar10, loader, packing, features, score, branching, scaling, methods; and methods_imagenet64, which runs only
+when it is named, since it takes an hour and 24 GB of memory.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from benchmarks import branching, features, loader, methods, packing, score, training
+from benchmarks import branching, features, loader, methods, packing, scaling, score, training
 from benchmarks.cases import CIFAR10, DIGITS
 from benchmarks.measuring import ROOT, machine, slug
 from launch.trace import revision
@@ -28,6 +28,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "features": features.measure,
     "score": score.measure,
     "branching": branching.measure,
+    "scaling": scaling.measure,
     "methods": lambda: methods.measure(methods.CIFAR10),
     "methods_imagenet64": lambda: methods.measure(methods.IMAGENET64),
 }
@@ -72,6 +73,13 @@ _ROWS = (
     ("training step, one branch", "plain_step_seconds", ".4g", "s"),
     ("training step, all branches", "branched_step_seconds", ".4g", "s"),
     ("added to the step", "branched_step_over_plain", "+.2%", ""),
+    ("step, one process", "single_step_seconds", ".4g", "s"),
+    ("two, averaged, same batch", "strong_step_seconds", ".4g", "s"),
+    ("two, DDP, same batch", "strong_ddp_step_seconds", ".4g", "s"),
+    ("two, averaged, twice the batch", "weak_step_seconds", ".4g", "s"),
+    ("images/s of two over one, averaged", "strong_over_single", ".3g", "times"),
+    ("the same by DDP", "strong_ddp_over_single", ".3g", "times"),
+    ("the same, twice the batch", "weak_over_single", ".3g", "times"),
     ("inference, one branch", "plain_inference_seconds", ".4g", "s"),
     ("inference, end point of all", "branched_inference_seconds", ".4g", "s"),
     ("added to inference", "branched_inference_over_plain", "+.2%", ""),
@@ -100,6 +108,9 @@ def table(result: dict[str, Any]) -> str:
             f"  The branches add {result['added_parameters']:,} parameters. Floating point operations, counted: "
             f"{step} to a step, {inference} to inference."
         )
+    if "bytes_per_step" in result:
+        each = "; ".join(f"{name}: {count / 1e6:.4g} MB" for name, count in result["bytes_per_step"].items())
+        lines.append(f"  Gradients that a process gives to all-reduce in a step, trainer.strategy={each}.")
     if "bf16_difference" in result:
         lines.append(f"  bfloat16 changes features by {result['bf16_difference']:.1%} of their spread.")
     for turn, networks in result.get("evaluations", {}).items():

@@ -14,6 +14,7 @@ from end_to_end_tools import (
     PRETRAIN,
     ROOT,
     RUN,
+    assert_identical,
     assert_same_run,
     in_call,
     read_csv,
@@ -25,6 +26,7 @@ from end_to_end_tools import (
 
 OPTIONS = (*PRETRAIN, "callbacks.checkpoints.every_n_steps=100", "callbacks.requeue.every_n_steps=2")
 STEP = "lightning_modules:Pretrain.training_step"
+BEFORE = "callbacks.generative_metrics:reference_statistics"
 JOB = {"SLURM_JOB_ID": "4711"}
 
 
@@ -82,13 +84,14 @@ def test_a_run_is_requeued_and_goes_on_exactly(alone, tmp_path, scontrol):
 
 def test_without_slurm_a_sweep_ends_and_says_how_it_goes_on(alone, tmp_path):
     with_data(alone, tmp_path)
-    sweep = ("-m", *OPTIONS, "seed=0,1")
+    sweep = ("-m", *(option for option in OPTIONS if option != "name=run"), "seed=0,1")
     ended = train(tmp_path, *sweep, before=partial(in_call, STEP, 3, signalled)).ok()
     assert ended.out.count("stopped by SIGUSR1, saved after step 3; the same command goes on") == 1
     assert "#1" not in ended.out  # the second job wasn't begun
-    assert len(list((tmp_path / "runs").iterdir())) == 1
-    train(tmp_path, *OPTIONS, "seed=0").ok()
-    assert_same_run(tmp_path / RUN, alone / RUN)
+    (first,) = (tmp_path / "runs").glob("*/checkpoints")
+    train(tmp_path, *sweep).ok()
+    assert len(list((tmp_path / "runs").glob("*/metrics.json"))) == 2
+    assert_identical(timeless(first / "last.ckpt"), timeless(alone / RUN / "checkpoints/last.ckpt"))
 
 
 def test_a_job_that_cannot_be_requeued_is_said_so(alone, tmp_path, monkeypatch):
@@ -126,8 +129,9 @@ def nothing():
 def test_srun_starts_the_processes_and_a_signal_to_one_of_them_is_enough(alone, tmp_path, scontrol):
     """One folder, as of one process; the notice is seen at the next step at which ranks ask each other."""
     with_data(alone, tmp_path)
-    by_lightning = with_data(alone, tmp_path / "by_lightning")
-    train(by_lightning, *OPTIONS, "trainer.devices=2").ok()
+    left_alone = with_data(alone, tmp_path / "left_alone")
+    for end in ranks(left_alone, *OPTIONS, start_rank=lambda rank: nothing):
+        end.ok()
     ended = ranks(tmp_path, *OPTIONS, start_rank=lambda rank: partial(in_call, STEP, 5, signalled) if rank else nothing)
     assert [end.code for end in ended] == [0, 0]
     assert ended[0].out.count("saved after step 6; SLURM job 4711 is requeued and goes on") == 1
@@ -136,15 +140,15 @@ def test_srun_starts_the_processes_and_a_signal_to_one_of_them_is_enough(alone, 
     assert timeless(tmp_path / RUN / "checkpoints/last.ckpt")["global_step"] == 6
     for end in ranks(tmp_path, *OPTIONS, start_rank=lambda rank: nothing):
         end.ok()
-    assert_same_run(tmp_path / RUN, by_lightning / RUN)
+    assert_same_run(tmp_path / RUN, left_alone / RUN)
     assert len(read_csv(tmp_path / RUN / "metrics.csv")) == 13
 
 
 def test_the_processes_of_a_signalled_run_end(alone, tmp_path):
-    """The signal goes to the process that the user started, while the teacher's samples are made or in evaluation."""
+    """The signal goes to the one that the user started, before the first step; the other is ended."""
     with_data(alone, tmp_path)
     options = (*OPTIONS, "trainer.devices=2")
-    ended = train(tmp_path, *options, before=partial(in_call, "launch.final:load_student", 1, signalled)).ok()
+    ended = train(tmp_path, *options, before=partial(in_call, BEFORE, 1, signalled)).ok()
     assert "all that was done is kept; the same command goes on" in ended.out
     assert not [line for line in ended.err.splitlines() if "error" in line.lower()]
 
