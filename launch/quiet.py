@@ -9,7 +9,6 @@ _BY_DESIGN = (
     r"find_unused_parameters=True was specified",  # some methods need it, launch/processes.py
     r".*does not have many workers",  # memory maps are slower with workers
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-    r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema",  # ours replaces the defaults of that name
 )
 
 

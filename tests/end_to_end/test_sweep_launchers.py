@@ -20,7 +20,8 @@ def test_jobs_at_once_share_what_they_need_and_do_what_one_after_the_other_does(
     """
     at_once, in_turn = tmp_path / "at_once", tmp_path / "in_turn"
     sweep = ("-m", *TINY, *SHORT)
-    ended = train(at_once, *sweep, "method.lr=1e-3,2e-3", "trainer.devices=1,2", "hydra/launcher=joblib")
+    # A forked process waits for joblib's workers for ever.
+    ended = train(at_once, *sweep, "method.lr=1e-3,2e-3", "trainer.devices=1,2", "hydra/launcher=joblib", fresh=True)
     assert ended.code == 1
     assert "Traceback" not in ended.err
     assert "Warning" not in ended.err

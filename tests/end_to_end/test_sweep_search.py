@@ -103,7 +103,9 @@ def test_a_killed_search_goes_on_as_if_nothing_had_happened(searched, tmp_path):
     again = train(tmp_path, *SEARCH).ok()
     assert "step" not in again.err
     after = snapshot(tmp_path)
-    assert {path for path in after if after[path] != before[path]} <= {f"{FOLDER}/{n}" for n in ("best.yaml", "search.md")}
+    assert {path for path in after if after[path] != before[path]} <= {
+        f"{FOLDER}/{n}" for n in ("best.yaml", "search.md")
+    }
 
 
 def test_a_longer_search_draws_what_is_missing_and_a_pruned_run_can_be_finished_by_hand(searched, tmp_path):
