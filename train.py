@@ -11,7 +11,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from launch.names import register_resolvers
-from launch.quiet import quiet
 
 # Before torch is loaded: its C++ side warns of what launch/processes.py does on purpose.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -27,13 +26,14 @@ def train(cfg: DictConfig, hydra_config: DictConfig) -> float | None:
     from launch.plan import plan
     from launch.processes import one_job
     from launch.pruning import Pruned, trial, watch
+    from launch.quiet import quiet
     from launch.ranks import is_rank_zero
     from launch.search import check_measured, last_monitored
     from launch.sources import fetch
     from launch.stages import build_stages, fit_stages
     from launch.teachers import expand_teachers
 
-    quiet()  # again: Lightning, imported since, has set its own levels
+    quiet()
     if "sweep" in cfg:
         raise ValueError("sweep=wandb is for W&B: say `wandb sweep conf/sweep/wandb.yaml`, then `wandb agent ...`")
     folder, search = RunFolder(cfg.folder), trial(hydra_config) is not None
@@ -99,5 +99,4 @@ def main(cfg: DictConfig) -> float | None:
 
 if __name__ == "__main__":
     register_resolvers()
-    quiet()
     main()

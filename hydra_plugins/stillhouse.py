@@ -1,7 +1,4 @@
-"""What runs the jobs of `python train.py -m`: Hydra takes sweepers from this folder alone, and reads it in every process.
-
-So the workers of a launcher know the resolvers of conf/ too, and say as little.
-"""
+"""What runs the jobs of `python train.py -m`: Hydra takes sweepers from this folder alone."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,12 +9,6 @@ from hydra.core.override_parser.types import Override
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
-
-from launch.names import register_resolvers
-from launch.quiet import quiet
-
-register_resolvers()
-quiet()
 
 
 class _Stillhouse(Sweeper):

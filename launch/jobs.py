@@ -40,7 +40,7 @@ class Jobs:
     """Makes and launches them. Errors: ValueError for a launcher that is not installed."""
 
     def __init__(self, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        check_launcher(config.hydra.launcher)
+        check_launcher(config.hydra.launcher, config.hydra.runtime.choices["hydra/launcher"])
         self.hydra_context, self.config = hydra_context, config
         self.folder = Path(config.hydra.sweep.dir)
         self._launcher = Plugins.instance().instantiate_launcher(

@@ -22,13 +22,13 @@ def check_extra(module: str, extra: str, option: str) -> None:
         raise ValueError(f"{option} needs the package {module}: pip install -e '.[{extra}]'")
 
 
-def check_launcher(launcher: DictConfig) -> None:
-    """Errors: ValueError for a launcher (hydra.launcher) whose packages are missing."""
+def check_launcher(launcher: DictConfig, name: str) -> None:
+    """Errors: ValueError for a launcher (hydra.launcher, chosen by `name`) whose packages are missing."""
     plugin = _plugin(launcher)
     if plugin in _EXTRAS:
         extra = _EXTRAS[plugin]
         for module in (extra, f"hydra_plugins.{plugin}"):
-            check_extra(module, extra, f"hydra/launcher={extra}")
+            check_extra(module, extra, f"hydra/launcher={name}")
 
 
 @contextmanager

@@ -62,7 +62,9 @@ def watch(trainer: pl.Trainer, run: RunFolder, hydra_config: DictConfig) -> None
     sweeper = hydra_config.sweeper
     settings = Settings(**{key: sweeper[key] for key in Settings.__dataclass_fields__})
     pruning = Pruning(run, Path(hydra_config.sweep.dir), sweeper.trial, settings)
-    last = next(i for i, c in enumerate([*trainer.callbacks, None]) if c is None or isinstance(c, pl.callbacks.Checkpoint))
+    last = next(
+        i for i, c in enumerate([*trainer.callbacks, None]) if c is None or isinstance(c, pl.callbacks.Checkpoint)
+    )
     trainer.callbacks.insert(last, pruning)
 
 

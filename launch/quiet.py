@@ -10,7 +10,6 @@ _BY_DESIGN = (
     r"The `srun` command is available",  # one process may well run beside SLURM
     r".*does not have many workers",  # memory maps are slower with workers
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-    r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema",  # ours replaces the defaults of that name
 )
 
 

@@ -59,7 +59,9 @@ def report(jobs: Sequence[Job], path: Path, *closing: str) -> None:
     notes += [f"{job.folder.path} failed: {job.error}" for job in jobs if job.error]
     notes += closing
     write_file(path, "\n\n".join([*("\n".join(piped(table)) for table in tables), *notes, ""]).encode())
-    print("\n" + "\n\n".join(["\n".join(aligned(table)) for table in tables] + ["\n".join([*notes, f"{path} written"])]))
+    print(
+        "\n" + "\n\n".join(["\n".join(aligned(table)) for table in tables] + ["\n".join([*notes, f"{path} written"])])
+    )
     sys.stdout.flush()
 
 

@@ -380,11 +380,10 @@ def test_a_sweep_of_curves_has_a_folder_for_each():
 
 
 def test_a_search_of_branch_weights_is_of_b_dense_and_takes_its_recipe():
-    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     found = choices("sweep=b_dense_branch_weights", "data=cifar10")
     assert (found["method"], found["method/host"], found["recipe"]) == ("b_dense", "sfd", "b_dense_sfd_cifar10")
-    assert found["hydra/sweeper"] == "optuna"
-    assert choices("data=cifar10", "method=b_dense")["hydra/sweeper"] == "basic"
+    assert found["hydra/sweeper"] == "search"
+    assert choices("data=cifar10", "method=b_dense")["hydra/sweeper"] == "grid"
     cfg = compose("config", ["sweep=b_dense_branch_weights", "data=cifar10"])
     assert (cfg.seed, cfg.method.lr, cfg.method.steps) == (100, 5e-5, 2)  # the recipe's; held out from results' seeds
     cfg = compose("config", ["sweep=b_dense_branch_weights", "method/host=progressive", "seed=101"])

@@ -95,7 +95,9 @@ def test_a_killed_sweep_goes_on_with_what_is_missing(swept, tmp_path):
 
 
 def test_two_jobs_in_one_folder_are_refused(tmp_path):
-    train(tmp_path, "-m", *PRETRAIN, "seed=0,1").refused("two jobs would have the folder", "lack seed", "name=NAME-${seed}")
+    train(tmp_path, "-m", *PRETRAIN, "seed=0,1").refused(
+        "two jobs would have the folder", "lack seed", "name=NAME-${seed}"
+    )
     assert not (tmp_path / "runs").exists()
 
 

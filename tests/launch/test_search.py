@@ -1,11 +1,11 @@
-"""What a search minimises."""
+"""What a search minimises, and what it refuses before a trial trains."""
 
 import pytest
-from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from launch.folder import RunFolder
-from launch.search import check_measured, last_monitored, searching
+from launch.pruning import trial
+from launch.search import check_measured, last_monitored
 
 HEAD = "step,nimg,progress/student_updates,speed/training_seconds,loss/student,fid_digits_20/raw\n"
 
@@ -26,15 +26,10 @@ def test_a_run_without_a_curve_has_none_and_fails_in_a_search_alone(tmp_path, co
 
 
 @pytest.mark.parametrize(
-    ("mode", "sweeper", "expected"),
-    [
-        (RunMode.RUN, "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper", False),
-        (RunMode.MULTIRUN, "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper", True),
-        (RunMode.MULTIRUN, "hydra._internal.core_plugins.basic_sweeper.BasicSweeper", False),
-    ],
+    ("sweeper", "expected"), [({"params": None}, None), ({"trial": None}, None), ({"trial": 3}, 3)]
 )
-def test_a_plain_sweep_is_no_search(mode, sweeper, expected):
-    assert searching(OmegaConf.create({"mode": mode, "sweeper": {"_target_": sweeper}})) is expected
+def test_a_job_knows_its_trial(sweeper, expected):
+    assert trial(OmegaConf.create({"sweeper": sweeper})) == expected
 
 
 @pytest.mark.parametrize("missing", ["logger.csv", "callbacks.metrics", "logger", "callbacks"])
