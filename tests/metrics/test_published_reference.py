@@ -10,6 +10,7 @@ from PIL import Image
 
 from diffusion.seeds import sample_labels, sample_noise
 from launch.flows import FlowMeasurement
+from launch.folder import RunFolder
 from launch.measure import Evaluation, checked
 from metrics.distances import frechet_distance
 from metrics.images import to_uint8
@@ -43,8 +44,8 @@ def settings(file, **changes):
 
 def test_a_run_is_measured_and_drawn_without_images(file, tmp_path):
     evaluation = Evaluation(settings(file), NoImages(), CPU, tmp_path)
-    method = SimpleNamespace(sample=sampler, nfe=1, teacher=None)
-    (record,) = evaluation.run(method, SimpleNamespace(name="run"), "raw")
+    method = SimpleNamespace(sample=sampler, nfe=1, teacher=None, exported=dict)
+    (record,) = evaluation.run(method, RunFolder(tmp_path / "run"), "raw")
     assert (record.subject, record.metric) == ("student", "fid_stub")
     assert record.fingerprint["reference"] == sha256(file.read_bytes()).hexdigest()
     seeds = torch.arange(30)

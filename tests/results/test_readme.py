@@ -61,7 +61,7 @@ def test_traces_reach_the_tables(tmp_path):
         target = tmp_path / f"{command}.json"
         main([command, str(target), str(run)])
         content = json.loads(target.read_text())
-        assert [entry["trace"] for entry in traced_entries(content)][0] == trace
+        assert traced_entries(content)[0]["trace"] == trace
         assert section(target).endswith(f"; 1 of {len(traced_entries(content))} values have a trace.")
     curved = write_run(tmp_path / "base", curve("base", decay(0.3)))
     save_records(curved / "metrics.json", records)
