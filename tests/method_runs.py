@@ -1,4 +1,4 @@
-"""Any method of conf/method trained for two steps, on the digits unless told otherwise, with a shrunken network, watched from outside."""
+"""Any method of conf/method trained for two steps on small data with a shrunken network, watched from outside."""
 
 from copy import deepcopy
 from dataclasses import dataclass, field
