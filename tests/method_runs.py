@@ -1,4 +1,4 @@
-"""Any method of conf/method trained for two steps on the digits with a shrunken network, watched from outside."""
+"""Any method of conf/method trained for two steps on small data with a shrunken network, watched from outside."""
 
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -47,15 +47,15 @@ class Run:
 
 
 @cache
-def composed(name: str) -> DictConfig:
+def composed(name: str, data: str) -> DictConfig:
     register_resolvers()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return Case(name, "digits", "edm").config([])
+        return Case(name, data, "edm").config([])
 
 
-def config(name: str, changes: dict[str, Any]) -> DictConfig:
+def config(name: str, changes: dict[str, Any], data: str = "digits") -> DictConfig:
     """name: one of METHODS. changes: values by dotted key."""
-    cfg = deepcopy(composed(name))
+    cfg = deepcopy(composed(name, data))
     small = {"batch_size": BATCH, "method.kimg": BATCH * STEPS / 1000, "trainer.log_every_n_steps": 1}
     with open_dict(cfg):
         for teacher in cfg.method.teachers if "teachers" in cfg.method else [cfg.teacher]:
@@ -65,14 +65,20 @@ def config(name: str, changes: dict[str, Any]) -> DictConfig:
     return cfg
 
 
-def train(name: str, changes: dict[str, Any] | None = None, *callbacks: pl.Callback, resume: str | None = None) -> Run:
+def train(
+    name: str,
+    changes: dict[str, Any] | None = None,
+    *callbacks: pl.Callback,
+    data: str = "digits",
+    resume: str | None = None,
+) -> Run:
     """Train in the current folder, as train.py does; `callbacks` come after all others; resume: a checkpoint."""
-    cfg = config(name, changes or {})
-    data, method = build(cfg.data), build_seeded(cfg.method, cfg.seed)
+    cfg = config(name, changes or {}, data)
+    images, method = build(cfg.data), build_seeded(cfg.method, cfg.seed)
     with mock.patch.dict(TrajectoryDataModule.__init__.__kwdefaults__, shard_size=4):  # a shard is sampled whole
-        training = method.training_data(data)
+        training = method.training_data(images)
     folder = RunFolder(cfg.folder)
-    stages = build_stages(cfg, method, data, folder)
+    stages = build_stages(cfg, method, images, folder)
     trainer = build_trainer(cfg, method, folder)
     fit_stages(stages, method, folder)
     watch = Watch()

@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_module import identical, in_two_processes
 from method_runs import BATCH, train
+from tiny_module import identical, in_two_processes
 
 from launch.errors import expected, one_line, out_of_memory
 from lightning_modules.parts import InParts
@@ -81,7 +81,9 @@ def test_what_a_checkpoint_remembers_is_tried_first(tmp_path, monkeypatch, room)
 def test_a_single_image_that_does_not_fit_ends_the_run(tmp_path, monkeypatch, room):
     monkeypatch.chdir(tmp_path)
     failures = room(0)
-    with pytest.raises(ValueError, match=r"micro_batch=auto: the memory does not hold the passes of a single image; take"):
+    with pytest.raises(
+        ValueError, match=r"micro_batch=auto: the memory does not hold the passes of a single image; take"
+    ):
         train("pretrain", AUTO)
     assert failures == [5, 2, 1, 1]  # in the first part of one, two, three and five
 
@@ -101,7 +103,9 @@ def test_other_errors_are_not_taken_for_it(tmp_path, monkeypatch, room):
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. Of"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+        ),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )

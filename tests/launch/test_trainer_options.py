@@ -56,7 +56,10 @@ def test_others_reach_lightning(option):
         ({"profile": "vtune"}, r"trainer.profile must be one of simple, advanced, torch, got 'vtune'"),
         ({"gradient_clip_val": 0}, r"trainer.gradient_clip_val must be a positive number, or null for no limit, got 0"),
         ({"gradient_clip_algorithm": "value"}, r"trainer.gradient_clip_algorithm needs trainer.gradient_clip_val"),
-        ({"precision": "bf16-true"}, r"trainer.precision must be one of 32-true, tf32, bf16-mixed, 16-mixed, got 'bf16-true'"),
+        (
+            {"precision": "bf16-true"},
+            r"trainer.precision must be one of 32-true, tf32, bf16-mixed, 16-mixed, got 'bf16-true'",
+        ),
     ],
 )
 def test_misuse(options, message):
@@ -87,7 +90,9 @@ def test_gradients_are_clipped_whatever_the_method(name, tmp_path, monkeypatch):
 def test_one_limit_is_enough():
     cfg = config("diff_instruct", {"method.clip": 2.0, "trainer.gradient_clip_val": 1.0})
     method = build_seeded(cfg.method, cfg.seed)
-    with pytest.raises(ValueError, match=r"trainer.gradient_clip_val=1.0 and method.clip=2.0 both limit .* one of them to null"):
+    with pytest.raises(
+        ValueError, match=r"trainer.gradient_clip_val=1.0 and method.clip=2.0 both limit .* one of them to null"
+    ):
         build_trainer(cfg, method, RunFolder(cfg.folder))
     with pytest.raises(ValueError, match=r"gradient_clip_algorithm: .* limits norms of gradients alone"):
         trainer("diff_instruct", gradient_clip_val=1.0, gradient_clip_algorithm="value")
@@ -122,7 +127,9 @@ def test_what_moves_a_run_by_rounding_alone_may_change_on_the_way(tmp_path):
     changed = {key.removeprefix("trainer."): 4 for key in FREE}
     folder.check({"trainer": {"precision": "32-true"} | changed})
     assert folder.read_config() == begun
-    with pytest.raises(ValueError, match=r"started with trainer.precision='32-true', but .*'bf16-mixed'; choose another name"):
+    with pytest.raises(
+        ValueError, match=r"started with trainer.precision='32-true', but .*'bf16-mixed'; choose another name"
+    ):
         folder.check({"trainer": {"precision": "bf16-mixed"} | changed})
 
 

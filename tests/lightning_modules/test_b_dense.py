@@ -350,16 +350,16 @@ def test_a_checkpoint_with_another_number_of_branches_is_refused(rounds, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("host", "options", "nfe", "factor"),
+    ("host", "options", "nfe", "factor", "precision"),
     [
-        ("sfd", {"branches": 4, "kimg": 40, "lr": 5e-3, "batch_size": 128}, 2, 5),
-        ("progressive", {"branches": 2, "factor": 2}, 1, 8),
-        ("progressive", {"branches": 4, "factor": 4}, 1, 8),
-        ("student", {"branches": 2, "kimg": 40, "lr": 3e-3, "batch_size": 128, "pairs": 2048}, 1, 8),
+        ("sfd", {"branches": 4, "kimg": 40, "lr": 5e-3, "batch_size": 128}, 2, 5, "32-true"),
+        ("progressive", {"branches": 2, "factor": 2}, 1, 8, "32-true"),
+        ("progressive", {"branches": 4, "factor": 4}, 1, 8, "bf16-mixed"),
+        ("student", {"branches": 2, "kimg": 40, "lr": 3e-3, "batch_size": 128, "pairs": 2048}, 1, 8, "bf16-mixed"),
     ],
-    ids=["sfd", "halving", "quartering", "student"],
+    ids=["sfd", "halving", "quartering in bf16-mixed", "student in bf16-mixed"],
 )
-def test_it_beats_the_teacher_at_its_number_of_steps(tmp_path, host, options, nfe, factor):
+def test_it_beats_the_teacher_at_its_number_of_steps(tmp_path, host, options, nfe, factor, precision):
     """In energy distance to the mixture; the teacher takes Euler steps over the student's own levels."""
     if host == "progressive":
         options = {"kimg": 128, "lr": 1e-2, "batch_size": 256, "long_rounds": 0, "clip": False} | options
@@ -370,7 +370,8 @@ def test_it_beats_the_teacher_at_its_number_of_steps(tmp_path, host, options, nf
         undistilled = module.sample(noise)
     else:
         *_, undistilled = euler(module.teacher.denoiser, 80 * noise.double(), module.teacher.sigmas(nfe))
-    trained(module, tmp_path, gradient_clip_val=1.0 if host == "progressive" else None)
+    clip = 1.0 if host == "progressive" else None
+    trained(module, tmp_path, gradient_clip_val=clip, precision=precision)
     assert module.nfe == nfe
     before, after = energy_distance(undistilled, real), energy_distance(module.sample(noise), real)
     assert before > 0.1

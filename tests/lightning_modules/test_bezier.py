@@ -111,19 +111,19 @@ def held_out_error(module):
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "precision"),
     [
-        {"order": 2},
-        {"order": 3, "slot": ["endpoint", "trajectory"]},
-        {"order": 2, "drift": 0.3},
-        {"order": 2, "weights": [[1, 0], [0.5, 0.5]], "final_weights": [[1, 0], [0, 1]]},
+        ({"order": 2}, "32-true"),
+        ({"order": 3, "slot": ["endpoint", "trajectory"]}, "32-true"),
+        ({"order": 2, "drift": 0.3}, "bf16-mixed"),
+        ({"order": 2, "weights": [[1, 0], [0.5, 0.5]], "final_weights": [[1, 0], [0, 1]]}, "32-true"),
     ],
-    ids=["quadratic", "cubic", "joint", "schedule"],
+    ids=["quadratic", "cubic", "joint in bf16-mixed", "schedule"],
 )
-def test_it_learns_the_last_teachers_map_in_one_step(tmp_path, options):
+def test_it_learns_the_last_teachers_map_in_one_step(tmp_path, options, precision):
     module = method(tmp_path, kimg=60, **options)
     before = held_out_error(module)
-    fit(module, None)
+    fit(module, None, precision=precision)
     assert module.nfe == 1
     assert held_out_error(module) < 0.2 * before
 

@@ -27,12 +27,12 @@ def held_out_error(module):
     return (module.sample(noise) - module.teacher.sample(noise)).square().flatten(1).sum(1).mean().item()
 
 
-@pytest.mark.parametrize("loss", ["l1", "l2"])
-def test_it_learns_the_exact_teachers_map(tmp_path, loss):
+@pytest.mark.parametrize(("loss", "precision"), [("l1", "32-true"), ("l2", "32-true"), ("l1", "bf16-mixed")])
+def test_it_learns_the_exact_teachers_map(tmp_path, loss, precision):
     """The untrained student returns the data mean; trained, under a tenth of that error is left on unseen noise."""
     module = method(tmp_path, loss=loss)
     before = held_out_error(module)
-    trainer = fit(module, None)
+    trainer = fit(module, None, precision=precision)
     assert trainer.global_step == module.total_steps == 313
     assert held_out_error(module) < 0.1 * before
 

@@ -119,21 +119,21 @@ def test_the_fake_scores_loss_is_denoising_score_matching_of_generated_images():
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "precision"),
     [
-        {},
-        {"two_sided": True, "kimg": 76.8},
-        {"weighting": "dmd", "sigma_init": 80.0, "fake_updates": 2, "fake_lr_factor": 2},
+        ({}, "32-true"),
+        ({"two_sided": True, "kimg": 76.8}, "bf16-mixed"),
+        ({"weighting": "dmd", "sigma_init": 80.0, "fake_updates": 2, "fake_lr_factor": 2}, "32-true"),
     ],
-    ids=["alternating", "two-sided", "dmd from 80"],
+    ids=["alternating", "two-sided in bf16-mixed", "dmd from 80"],
 )
-def test_it_learns_the_mixture(options):
+def test_it_learns_the_mixture(options, precision):
     """Of the energy distance to the mixture that the untrained generator has, under a tenth is left."""
     module = method(**({"kimg": 102.4} | options))
     real = Mixture().sample(2000, torch.Generator().manual_seed(1))
     noise = sample_noise(torch.arange(2000), (2, 1, 1))
     before = energy_distance(module.sample(noise), real)
-    fit(module, None)
+    fit(module, None, precision=precision)
     after = energy_distance(module.sample(noise), real)
     assert before > 0.2
     assert after < 0.1 * before

@@ -201,13 +201,14 @@ def test_switching_by_convergence(recorded, monkeypatch):
     assert switched == [30, 70]  # 1 - 0.6 (1 - 0.8^6) = 0.56 at 20; afterwards the mismatch rises again
 
 
-def test_it_learns_the_mixture(recorded):
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_it_learns_the_mixture(recorded, precision):
     """Backtracked, under a tenth of the untrained generator's energy distance is left."""
     module = method(recorded, kimg=76.8, interval=30)
     real = Mixture().sample(2000, torch.Generator().manual_seed(1))
     noise = sample_noise(torch.arange(2000), (2, 1, 1))
     before = energy_distance(module.sample(noise), real)
-    fit(module, None)
+    fit(module, None, precision=precision)
     assert module.node == 3
     assert energy_distance(module.sample(noise), real) < 0.1 * before
 

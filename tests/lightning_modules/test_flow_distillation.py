@@ -22,11 +22,13 @@ def held_out_error(module):
     return error.square().flatten(1).sum(1).mean().item()
 
 
-@pytest.mark.parametrize("loss", ["l2", "l1", "huber"])
-def test_one_step_learns_the_flows_map(tmp_path, loss):
+@pytest.mark.parametrize(
+    ("loss", "precision"), [("l2", "32-true"), ("l1", "32-true"), ("huber", "32-true"), ("l2", "bf16-mixed")]
+)
+def test_one_step_learns_the_flows_map(tmp_path, loss, precision):
     module = distillation(tmp_path, loss=loss)
     before = held_out_error(module)
-    fit(module, None)
+    fit(module, None, precision=precision)
     assert held_out_error(module) < 0.15 * before
 
 

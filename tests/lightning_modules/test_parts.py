@@ -1,10 +1,10 @@
 """A batch in parts: the gradient, the logged values and the random numbers of the whole batch, whatever the method."""
 
 import pytest
-import pytorch_lightning as pl
 import torch
+from method_runs import METHODS, STEPS, train
+
 from lightning_modules.parts import WHOLE
-from method_runs import BATCH, METHODS, STEPS, train
 
 CASES = {name: (name, {}) for name in METHODS} | {
     "two-sided": ("diff_instruct", {"method.two_sided": True}),

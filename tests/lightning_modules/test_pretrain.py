@@ -58,7 +58,8 @@ def module(**options):
     return Pretrain(teacher, name="pretrain", batch_size=256, seed=0, **options)
 
 
-def test_it_learns_the_exact_denoiser_and_samples_the_mixture():
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_it_learns_the_exact_denoiser_and_samples_the_mixture(precision):
     method = module()
     x0 = Mixture().sample(2000, torch.Generator().manual_seed(5)).float()
     noise = sample_noise(torch.arange(2000), (2, 1, 1))
@@ -72,7 +73,7 @@ def test_it_learns_the_exact_denoiser_and_samples_the_mixture():
         return max(worst)
 
     before = error()
-    fit(method, MixtureImages(256))
+    fit(method, MixtureImages(256), precision=precision)
     after = error()
     assert before > 0.05
     assert after < 0.01  # of the data's variance

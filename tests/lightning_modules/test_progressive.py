@@ -399,12 +399,13 @@ def test_an_untrained_student_samples_as_its_teacher_does_and_may_clip(family):
 # -- learning ---------------------------------------------------------------------------------------------------------
 
 
-def test_all_students_beat_the_teacher_at_their_number_of_steps(tmp_path):
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_all_students_beat_the_teacher_at_their_number_of_steps(tmp_path, precision):
     """In energy distance to the mixture; the teacher takes Euler steps over the student's own levels."""
     module = method(kimg=128, lr=1e-2, batch_size=256, long_rounds=0, clip=False)
     noise = sample_noise(torch.arange(2000), (2, 1, 1))
     real = Mixture().sample(2000, torch.Generator().manual_seed(1))
-    fit(module, MixtureData(256), default_root_dir=tmp_path, gradient_clip_val=1.0)
+    fit(module, MixtureData(256), default_root_dir=tmp_path, gradient_clip_val=1.0, precision=precision)
     for steps, factor in ((4, 4), (2, 6), (1, 10)):
         module.choose_steps(steps, tmp_path)
         grid = torch.cat([module.levels()[:, 0], torch.zeros(1)])

@@ -44,26 +44,28 @@ def straightness(module):
     return torch.stack([(whole - v).square().sum((1, 2, 3)).mean() for v in drifts]).mean().item()
 
 
-def test_it_learns_the_mixture_from_data():
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_it_learns_the_mixture_from_data(precision):
     """From a velocity of zero, whose samples are the noise itself, to near the floor of two real samples."""
     real = [Mixture().sample(1024, torch.Generator().manual_seed(seed)) for seed in (1, 2)]
     module = rectified_flow(kimg=100)
     before = energy_distance(module.sample(latents()), real[0])
-    fit(module, MixtureData(128))
+    fit(module, MixtureData(128), precision=precision)
     after = energy_distance(module.sample(latents()), real[0])
     assert energy_distance(*real) < 0.005
     assert before > 0.1
     assert after < 0.1 * before
 
 
-def test_reflow_straightens_and_keeps_the_ends(tmp_path):
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_reflow_straightens_and_keeps_the_ends(tmp_path, precision):
     """2-RF of the exact 1-RF: a third of the curvature is left, and one Euler step comes nearer to the data."""
     module = reflow(tmp_path, kimg=80)
     first = straightness(module)
     real = Mixture().sample(1024, torch.Generator().manual_seed(1))
     module.euler_steps = 1
     one_step = energy_distance(module.sample(latents()), real)
-    fit(module, None)
+    fit(module, None, precision=precision)
     assert straightness(module) < first / 3
     assert energy_distance(module.sample(latents()), real) < one_step / 4
     module.euler_steps = None

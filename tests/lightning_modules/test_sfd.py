@@ -224,14 +224,14 @@ def test_a_sample_takes_an_evaluation_a_step_and_ends_at_sigma_min(steps, afs):
 # -- learning ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps", [1, 2])
-def test_it_beats_euler_steps_on_its_own_levels(steps):
+@pytest.mark.parametrize(("steps", "precision"), [(1, "32-true"), (2, "bf16-mixed")])
+def test_it_beats_euler_steps_on_its_own_levels(steps, precision):
     """The untrained student, of as many evaluations; in energy distance to the mixture."""
     module = method(steps=steps, kimg=40, lr=5e-3, batch_size=128)
     noise = sample_noise(torch.arange(2000), (2, 1, 1))
     real = Mixture().sample(2000, torch.Generator().manual_seed(1))
     before = energy_distance(module.sample(noise), real)
-    fit(module, None)
+    fit(module, None, precision=precision)
     after = energy_distance(module.sample(noise), real)
     assert before > 0.1
     assert after < before / 5
