@@ -80,12 +80,6 @@ class Requeue(pl.Callback):
         self.every_n_steps = every_n_steps
         self._ends = False
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if not any(isinstance(callback, Checkpoints) for callback in trainer.callbacks):
-            raise ValueError(
-                "callbacks.requeue saves by callbacks.checkpoints: put that back, or set callbacks.requeue=null"
-            )
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         NOTICE.training = True
 
@@ -97,14 +91,16 @@ class Requeue(pl.Callback):
         elif trainer.global_step % self.every_n_steps == 0:
             (self._ends,) = trainer.strategy.on_any_rank([NOTICE.given])
         if self._ends:
-            next(callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)).save_this_step()
+            for checkpoints in _checkpoints(trainer):
+                checkpoints.save_this_step()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._ends:  # a validation that was due has been made, and the checkpoint written
             signal.alarm(0)
-            raise Requeued(f"saved after step {trainer.global_step}")
+            kept = "saved" if _checkpoints(trainer) else "without callbacks.checkpoints nothing is saved,"
+            raise Requeued(f"{kept} after step {trainer.global_step}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.world_size > 1:
@@ -116,3 +112,7 @@ class Requeue(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         NOTICE.end_if_given()
+
+
+def _checkpoints(trainer: pl.Trainer) -> list[Checkpoints]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)]
