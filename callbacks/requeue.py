@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 
 from callbacks.checkpoint import Checkpoints
 
-PATIENCE = 60  # seconds that a step, or what is measured after it, may still take; then an older checkpoint has to do
+PATIENCE = 90  # seconds until a checkpoint must be written, of the 120 that examples/slurm.sh gives; else an older one has to do
 
 
 class Requeued(BaseException):
@@ -19,8 +19,9 @@ class Requeued(BaseException):
 class Notice:
     """Whether this process was given notice by SIGUSR1, and what it may do at once.
 
-    In training the process waits for the end of the step, for PATIENCE at most. Elsewhere (teacher's samples, final
-    evaluation) all that is worth keeping is on disk, and whoever `decides`, rank zero, ends at once; the others follow.
+    In training the process waits for the end of the step (of several ranks: the next at which they ask each other), but no
+    longer than PATIENCE. Elsewhere (teacher's samples, final evaluation) all that is worth keeping is on disk, and whoever
+    `decides`, rank zero, ends at once; the others follow.
     """
 
     def __init__(self) -> None:
