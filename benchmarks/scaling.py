@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -15,6 +15,7 @@ from benchmarks.measuring import clock, summary
 from datamodules import DataFree
 from launch.quiet import quiet
 
+CASE = replace(DIGITS, warmup=10, window=10, rounds=5)
 _LIMIT = 600  # seconds for the steps behind one figure
 
 
@@ -48,7 +49,7 @@ class Watch(pl.Callback):
             self.sent = getattr(trainer.strategy, "bytes_reduced", 0) - self.sent
 
 
-def measure(case: Case = DIGITS, *overrides: str) -> dict[str, Any]:
+def measure(case: Case = CASE, *overrides: str) -> dict[str, Any]:
     """Diff-Instruct, whose two networks learn in turns: each setting in turn, in processes of its own.
 
     strong: two processes share the single one's batch. weak: each of two has a batch of that size.

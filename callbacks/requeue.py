@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 
 from callbacks.checkpoint import Checkpoints
 
-PATIENCE = 60  # seconds that a step, or what is measured after it, may still take; then an older checkpoint has to do
+PATIENCE = 90  # seconds until a checkpoint must be written, of the 120 that examples/slurm.sh gives; else an older one has to do
 
 
 class Requeued(BaseException):
@@ -19,8 +19,9 @@ class Requeued(BaseException):
 class Notice:
     """Whether this process was given notice by SIGUSR1, and what it may do at once.
 
-    In training the process waits for the end of the step, for PATIENCE at most. Elsewhere (teacher's samples, final
-    evaluation) all that is worth keeping is on disk, and whoever `decides`, rank zero, ends at once; the others follow.
+    In training the process waits for the end of the step (of several ranks: the next at which they ask each other), but no
+    longer than PATIENCE. Elsewhere (teacher's samples, final evaluation) all that is worth keeping is on disk, and whoever
+    `decides`, rank zero, ends at once; the others follow.
     """
 
     def __init__(self) -> None:
@@ -80,12 +81,6 @@ class Requeue(pl.Callback):
         self.every_n_steps = every_n_steps
         self._ends = False
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if not any(isinstance(callback, Checkpoints) for callback in trainer.callbacks):
-            raise ValueError(
-                "callbacks.requeue saves by callbacks.checkpoints: put that back, or set callbacks.requeue=null"
-            )
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         NOTICE.training = True
 
@@ -97,14 +92,16 @@ class Requeue(pl.Callback):
         elif trainer.global_step % self.every_n_steps == 0:
             (self._ends,) = trainer.strategy.on_any_rank([NOTICE.given])
         if self._ends:
-            next(callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)).save_this_step()
+            for checkpoints in _checkpoints(trainer):
+                checkpoints.save_this_step()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._ends:  # a validation that was due has been made, and the checkpoint written
             signal.alarm(0)
-            raise Requeued(f"saved after step {trainer.global_step}")
+            kept = "saved" if _checkpoints(trainer) else "without callbacks.checkpoints nothing is saved,"
+            raise Requeued(f"{kept} after step {trainer.global_step}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.world_size > 1:
@@ -116,3 +113,7 @@ class Requeue(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         NOTICE.end_if_given()
+
+
+def _checkpoints(trainer: pl.Trainer) -> list[Checkpoints]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)]

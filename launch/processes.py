@@ -13,6 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from lightning_fabric.plugins.environments import (
     ClusterEnvironment,
     LightningEnvironment,
@@ -162,11 +163,17 @@ def one_job(*trainers: pl.Trainer) -> Iterator[None]:
 
     Lightning starts a child by repeating the command line, which under --multirun would be the whole sweep.
 
-    Errors: ChildProcessError where another process failed after this one was done.
+    Errors: ChildProcessError where another process failed after this one was done; ValueError for a sweep under torchrun.
     """
     hydra = HydraConfig.get()
+    sweep = hydra.mode == RunMode.MULTIRUN
+    if sweep and under_torchrun():  # whose store still has the addresses of the job before
+        raise ValueError("torchrun can't run a sweep: start it with python, and trainer.devices=N for N processes")
     argv = sys.argv
     environment = {key: os.environ.get(key) for key in _DDP_ENVIRONMENT}
+    if sweep and started_processes() and (port := os.environ.get("MASTER_PORT")):
+        # Whoever is done with a job first must not meet the others where they still are.
+        os.environ["MASTER_PORT"] = str(int(port) + hydra.job.num)
     with read_write(HydraConfig.instance().cfg.hydra):
         HydraConfig.instance().cfg.hydra.run.dir = hydra.runtime.output_dir
     folders = [f"--config-dir={s.path}" for s in hydra.runtime.config_sources if s.provider == "command-line"]

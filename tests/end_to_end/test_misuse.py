@@ -88,6 +88,9 @@ def test_unknown_options_and_keys(folder, options, message):
         ),
         ("trainer.accelerator=abacus", ["accelerator='abacus'", "cpu"]),
         ("batch_size=15 trainer.devices=2", ["batch_size=15", "2 processes of trainer.devices"]),
+        ("trainer.strategy=dpp", ["trainer.strategy=dpp is unknown; choose auto, averaged, ddp, ddp_find_unused"]),
+        ("trainer.strategy=fsdp", ["trainer.strategy=fsdp is not supported: it cuts one network into pieces"]),
+        ("callbacks.requeue.every_n_steps=0", ["Requeue: every_n_steps must be an integer of at least 1, got 0"]),
         ("teacher.solver=dpm", ["teacher.solver='dpm' is unknown; choose one of euler, heun"]),
         # values that do not fit together, which would show only after training
         ("teacher.network.num_classes=3", ["num_classes=3", "digits 10"]),

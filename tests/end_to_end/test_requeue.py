@@ -144,6 +144,14 @@ def test_srun_starts_the_processes_and_a_signal_to_one_of_them_is_enough(alone, 
     assert len(read_csv(tmp_path / RUN / "metrics.csv")) == 13
 
 
+def test_srun_starts_a_sweep_job_after_job(alone, tmp_path):
+    with_data(alone, tmp_path)
+    options = [option for option in OPTIONS if not option.startswith(("name=", "method.kimg="))]
+    for end in ranks(tmp_path, "-m", *options, "method.kimg=0.05", "seed=0,1", start_rank=lambda rank: nothing):
+        end.ok()
+    assert len(list((tmp_path / "runs").glob("*/metrics.json"))) == 2
+
+
 def test_the_processes_of_a_signalled_run_end(alone, tmp_path):
     """The signal goes to the one that the user started, before the first step; the other is ended."""
     with_data(alone, tmp_path)

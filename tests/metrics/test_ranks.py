@@ -58,6 +58,13 @@ def child(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     results = outcome(folder)
+    sampled = []
+
+    def counted(noise, labels):
+        sampled.append(len(noise))
+        return sampler(noise, labels)
+
+    features(counted, Stub(), torch.arange(13), **SAMPLING)
     running = RunningGaussian(8)
     running.update(Stub()(Packed().images[share(40)]))
     merged = running.merged()
@@ -67,6 +74,7 @@ def child(rank, folder):
         "refusal": message_of(from_rank_zero, refusal),
         "value": from_rank_zero(lambda: f"of rank {rank}"),
         "seconds": features(slow_to_sample, Stub(), torch.arange(13), **SAMPLING)[1],
+        "sampled": sum(sampled),
         "mine": len(gather_rows(torch.ones(7 if rank else 6, 2), 13)),
     }
     torch.save(results, folder / f"rank{rank}.pt")
@@ -89,6 +97,10 @@ def test_two_processes_give_what_one_gives(ranks, tmp_path):
         torch.testing.assert_close(results["cov"], alone["cov"], rtol=1e-10, atol=1e-10)
         for name in ("fid", "floor"):
             assert torch.tensor(results[name]).numpy() == pytest.approx(torch.tensor(alone[name]).numpy(), rel=1e-6)
+
+
+def test_each_rank_samples_its_share_alone(ranks):
+    assert [results["sampled"] for results in ranks] == [6, 7]
 
 
 def test_merging_counts_every_row_once(ranks):
