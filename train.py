@@ -4,6 +4,7 @@ python train.py method=denoising_student data=digits seed=0
 """
 
 import os
+from contextlib import nullcontext
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -65,9 +66,10 @@ def train(cfg: DictConfig, hydra_config: DictConfig) -> float | None:
     trainer = build_trainer(cfg, method, folder)
     if search:
         watch(trainer, folder, hydra_config)
-    with one_job(*(stage.trainer for stage in stages), trainer):
-        if is_rank_zero():
-            folder.claim(config)
+    with (
+        one_job(*(stage.trainer for stage in stages), trainer),
+        folder.held(config) if is_rank_zero() else nullcontext(),
+    ):
         for logger in trainer.loggers:
             logger.log_hyperparams(config)
         fit_stages(stages, method, folder)

@@ -1,7 +1,10 @@
 """A degradation path on disk: the denoisers that a teacher passes on its way to the law of an untrained generator."""
 
+import fcntl
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +67,9 @@ class DegradationPath:
 
         Errors: OSError where the disk refuses, FloatingPointError for weights that are no numbers.
         """
-        if not self.file(step).exists():
+        with self._locked():
+            if self.file(step).exists():
+                return
             if not all(value.isfinite().all() for value in network.state_dict().values()):
                 raise FloatingPointError(
                     f"the degradation path diverged before its step {step}: lower method.degradation.lr"
@@ -72,6 +77,15 @@ class DegradationPath:
             cost = {"steps": step, "images": images, "seconds": seconds}
             card = {"teacher_name": self.teacher.name, **self.identity, "cost": cost, "licence": self.teacher.licence}
             save_weights(self.file(step), network.state_dict(), card)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Jobs at once may record one path: the weights of one must not meet the card of another."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("w") as lock:
+            with suppress(OSError):  # a disk without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def load(self, step: int, network: nn.Module) -> None:
         """Put node `step` into `network`.

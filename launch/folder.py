@@ -1,5 +1,9 @@
 """A run's folder: its config is written once, and everything after must agree with it."""
 
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +81,32 @@ class RunFolder:
         """Write the config of a run that has not begun; that of one that has begun is never touched."""
         if not self.begun():
             write_file(self.config, OmegaConf.to_yaml(OmegaConf.create(config)).encode())
+
+    @contextmanager
+    def held(self, config: dict[str, Any]) -> Iterator[None]:
+        """`claim` it, and keep other processes out: a second job of a sweep, or the same command twice.
+
+        Errors: ValueError where another process trains this run.
+        """
+        if self.config.exists():
+            os.close(self._lock())  # before a run that has not begun is claimed anew
+        self.claim(config)
+        lock = self._lock()
+        try:
+            yield
+        finally:
+            os.close(lock)
+
+    def _lock(self) -> int:
+        lock = os.open(self.config, os.O_RDWR)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise ValueError("another process trains this run: wait for it, or choose another name=...") from None
+        except OSError:  # a disk without locks
+            pass
+        return lock
 
 
 def differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:

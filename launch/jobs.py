@@ -60,7 +60,7 @@ class Jobs:
         except Exception as error:  # of the launcher: a worker that died takes its answer with it
             for job in jobs:
                 if not job.folder.complete():
-                    job.error = one_line(error) or type(error).__name__
+                    job.error = f"its launcher stopped: {type(error).__name__}: {one_line(error)}"
             return
         for job, returned in zip(jobs, returns, strict=True):
             _note(job, returned)

@@ -90,7 +90,7 @@ def _take_gpu(jobs: int) -> None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",")[:count] if visible else [str(index) for index in range(count)]
     for name in names:
-        path = Path(tempfile.gettempdir()) / f"stillhouse-{os.getuid()}-gpu-{name}.lock"
+        path = Path(tempfile.gettempdir()) / f"stillhouse-{os.getuid()}-gpu-{name.replace('/', '-')}.lock"
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -177,7 +177,7 @@ def one_job(*trainers: pl.Trainer) -> Iterator[None]:
     with read_write(HydraConfig.instance().cfg.hydra):
         HydraConfig.instance().cfg.hydra.run.dir = hydra.runtime.output_dir
     folders = [f"--config-dir={s.path}" for s in hydra.runtime.config_sources if s.provider == "command-line"]
-    shared = ("hydra.searchpath=", "hydra.sweeper.trial=")  # a trial is given up by all of its processes
+    shared = ("hydra.searchpath=", "hydra/sweeper=", "hydra.sweeper.trial=")  # all processes of a trial give it up
     search = [override for override in hydra.overrides.hydra if override.startswith(shared)]
     sys.argv = [argv[0], f"--config-name={hydra.job.config_name}", *folders, *hydra.overrides.task, *search]
     try:

@@ -184,7 +184,7 @@ def test_a_sweep_in_two_processes_is_not_repeated_by_the_second(finished, tmp_pa
     ended = sweep(tmp_path, "seed=0,1", "trainer.devices=2").ok()
     names = [f"denoising_student-digits-seed{seed}-trainer.devices-2" for seed in (0, 1)]
     assert folders(tmp_path) == names
-    assert ended.out.count("fingerprint") == 2
+    assert ended.out.count("fingerprint") == 3  # each run's, and the table's
     for seed, folder in enumerate(tmp_path / "runs" / name for name in names):
         assert [int(row["step"]) for row in read_csv(folder / "metrics.csv")] == list(range(1, 14))
         assert len(list((folder / "tensorboard").glob("events*"))) == 1

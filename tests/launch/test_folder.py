@@ -80,3 +80,15 @@ def test_differences_reach_into_nested_configs():
     old = {"a": {"b": 1, "c": {"d": 2}}, "e": [1, 2]}
     new = {"a": {"b": 1, "c": {"d": 3}}, "e": [1, 2], "f": None, "g": {"h": 1}}
     assert differences(old, new) == [("a.c.d", 2, 3), ("g", None, {"h": 1})]
+
+
+def test_one_process_at_a_time_trains_a_run(tmp_path):
+    for folder in (RunFolder(tmp_path / "new"), begun(tmp_path / "begun")):
+        with folder.held(CONFIG):
+            kept = folder.config.read_bytes()
+            for config in (CONFIG, CONFIG | {"seed": 7}):
+                with pytest.raises(ValueError, match="another process trains this run"), folder.held(config):
+                    pass
+            assert folder.config.read_bytes() == kept
+        with folder.held(CONFIG):
+            pass

@@ -32,7 +32,7 @@ def test_hydras_grammar_becomes_optunas_distributions():
         "d": IntDistribution(1, 8, log=True),
         "e": IntDistribution(2, 8, step=2),
         "f": FloatDistribution(0.0, 0.75, step=0.25),
-        "+g": CategoricalDistribution(("0.5", "'a b'", "True")),
+        "+g": CategoricalDistribution(("0.5", r"a\ b", "True")),
         "h": CategoricalDistribution(("null", "2")),
     }
 
