@@ -1,4 +1,5 @@
 import pytest
+import wandb_tools
 from quality_tools import REAL, students, teachers
 
 from callbacks import wandb_logger
@@ -65,3 +66,24 @@ def test_misuse(tmp_path, options, message):
 def test_a_metric_needs_its_step(tmp_path):
     with pytest.raises(ValueError, match="a metric needs the step it belongs to"):
         made(tmp_path).log_metrics({"loss": 1.0})
+
+
+def test_a_run_that_was_left_open_is_ended_before_the_next_one(tmp_path, monkeypatch):
+    """wandb would log the next job of a sweep into it."""
+    for name in ("WANDB_RUN_ID", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    failed, following = (made(tmp_path / name, offline=True) for name in ("a", "b"))
+    failed.log_metrics({"loss/student": 2.0, "epoch": 0}, step=0)
+    following.log_metrics({"loss/student": 1.0}, step=1)
+    assert following.experiment.id == following.version != failed.version
+    following.close()
+    for name, code, row in (("a", 1, {"loss/student": 2.0, "nimg": 16}), ("b", 0, {"loss/student": 1.0, "nimg": 32})):
+        (segment,) = (tmp_path / name / "wandb").glob("offline-run-*")
+        (logged,) = wandb_tools.rows(segment)
+        assert {key: logged.get(key) for key in (*row, "epoch")} == row | {"epoch": None}
+        (ended,) = wandb_tools.of_kind(segment, "exit")
+        assert ended.exit_code == code
