@@ -123,24 +123,24 @@ class DiffInstruct(Method):
         turn = self.trainer.global_step % (self.fake_updates + 1)
         self.student_updated = self.two_sided or turn == self.fake_updates
         step = self.both_turns if self.two_sided else self.generator_turn if self.student_updated else self.fake_turn
-        self.take(step, batch)
-        loss = self.diagnostics["loss/mismatch"] if step == self.generator_turn else self.guide_loss()
+        loss = self.take(step, batch)
         if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
             self.log_dict(self.diagnostics)  # of both turns: these steps may always meet the same one
         return loss
 
-    def take(self, turn: Callable[..., None], batch: dict[str, Tensor]) -> None:
-        """One turn, part by part."""
+    def take(self, turn: Callable[..., Tensor], batch: dict[str, Tensor]) -> Tensor:
+        """One turn, part by part; returns the loss of the whole batch, to which each part adds its own."""
         for part in self.parts(batch):
             draws = Draws(self.seed, part["position"], self.image_shape)
             labels = draws.labels(self.teacher.num_classes) if self.labels == "uniform" else part.get("label")
-            turn(draws, labels, part)
+            loss = turn(draws, labels, part)
+        return loss
 
     def all_passes(self, batch: dict[str, Tensor]) -> None:
         for turn in (self.both_turns,) if self.two_sided else (self.fake_turn, self.generator_turn):
             self.take(turn, batch)
 
-    def generator_turn(self, draws: Draws, labels: Tensor | None, batch: dict[str, Tensor]) -> None:
+    def generator_turn(self, draws: Draws, labels: Tensor | None, batch: dict[str, Tensor]) -> Tensor:
         images = self.generate(draws.latents, labels)
         with torch.no_grad():
             sigma = draws.sigma(self.generator_sigmas)
@@ -153,8 +153,9 @@ class DiffInstruct(Method):
                 gradient += more
         self.watch(images, gradient, fake, target, sigma)
         self.descend(0, surrogate(images, gradient))
+        return self.diagnostics["loss/mismatch"]
 
-    def fake_turn(self, draws: Draws, labels: Tensor | None, batch: dict[str, Tensor]) -> None:
+    def fake_turn(self, draws: Draws, labels: Tensor | None, batch: dict[str, Tensor]) -> Tensor:
         with torch.no_grad():
             images = self.generate(draws.latents, labels)
         sigma = draws.sigma(self.fake_sigmas)
@@ -164,8 +165,9 @@ class DiffInstruct(Method):
             self.tally(self.diagnostics, "loss/gan_fake", told_apart.detach())
             loss = loss + self.gan.fake * told_apart
         self.descend(1, loss)
+        return self.guide_loss()
 
-    def both_turns(self, draws: Draws, labels: Tensor | None, batch: dict[str, Tensor]) -> None:
+    def both_turns(self, draws: Draws, labels: Tensor | None, batch: dict[str, Tensor]) -> Tensor:
         """One backward pass: the generator's gradient holds the fake score fixed, the fake score's the images."""
         images = self.generate(draws.latents, labels)
         sigma = draws.sigma(self.fake_sigmas)
@@ -177,6 +179,7 @@ class DiffInstruct(Method):
         self.watch(images, gradient, fake, target, sigma)
         loss = self.fake_loss(images.detach(), fake, sigma)
         self.descend(None, surrogate(images, gradient) + loss)
+        return self.guide_loss()
 
     def fake_loss(self, images: Tensor, estimate: Tensor, sigma: Tensor) -> Tensor:
         """Denoising score matching, as a sum over pixels with "edm" and as a mean with "dmd"."""
@@ -235,6 +238,7 @@ class DiffInstruct(Method):
     @torch.no_grad()
     def watch(self, images: Tensor, gradient: Tensor, fake: Tensor, target: Tensor, sigma: Tensor) -> None:
         """Diagnostics of a generator's update, with its last part; nothing here waits for the device."""
+        self.tally(self.diagnostics, "loss/mismatch", weighted_square(self.student, target - fake, sigma).mean())
         self.seen.append((images, gradient, fake, target, sigma))
         if not self.part.last:
             return
@@ -243,7 +247,6 @@ class DiffInstruct(Method):
         self.seen = []
         fits = [weighted_square(self.student, estimate - images, sigma).mean() for estimate in (fake, target)]
         self.diagnostics |= {
-            "loss/mismatch": weighted_square(self.student, target - fake, sigma).mean(),
             # By how much the fake score fits the generator's images better than the target does, of the target's loss.
             "score/lead": 1 - fits[0] / fits[1],
             "score/image_gradient": gradient.flatten(1).norm(dim=1).mean(),
