@@ -13,12 +13,12 @@ from diffusion.losses import SCORE_WEIGHTINGS, noised, score_gradient, weighted_
 from diffusion.noise_levels import NoiseLevels
 from diffusion.student_sampling import Sampling
 from diffusion.teacher import Teacher
-from lightning_modules.base import Method
 from lightning_modules.diffused_gan import DiffusedGAN
+from lightning_modules.turns import InTurns
 from networks.checks import check_choice, check_counts
 
 
-class DiffInstruct(Method):
+class DiffInstruct(InTurns):
     """A one-step generator G(z) = D_student(sigma_init z, sigma_init), pulled to the teacher's law by
 
         E_{z, sigma, e}  w(sigma) [s_fake(x_sigma) - s_target(x_sigma)] dG(z),   x_sigma = G(z) + sigma e,
@@ -193,53 +193,11 @@ class DiffInstruct(Method):
         loss = self.diagnostics["loss/fake"]
         return loss + self.gan.fake * self.diagnostics["loss/gan_fake"] if self.gan else loss
 
-    def descend(self, which: int | None, loss: Tensor) -> None:
-        """A step of optimiser 0 (generator) or 1 (fake score), or None: of both, which counts as one step."""
-        optimizers = self.optimizers()
-        chosen = optimizers if which is None else [optimizers[which]]
-        if self.part.first:
-            for optimizer in chosen:
-                optimizer.zero_grad()
-        if not self.descend_part(loss):
-            return
-        counted, *others = chosen
-        for optimizer in others:  # past Lightning, which counts the steps of its wrappers
-            self.step_uncounted(optimizer.optimizer)
-        counted.step()
-
-    def step_uncounted(self, optimizer: torch.optim.Optimizer) -> None:
-        """As Lightning's step, but for the loss scale's update, which its own step after this one makes for both."""
-        if self.scaler is None:
-            self.on_before_optimizer_step(optimizer)
-            optimizer.step()
-            return
-        if self.clip:
-            self.scaler.unscale_(optimizer)
-        self.on_before_optimizer_step(optimizer)
-        self.scaler.step(optimizer)
-
-    @property
-    def scaler(self) -> torch.amp.GradScaler | None:
-        """Of 16-mixed's losses."""
-        return getattr(self.trainer.precision_plugin, "scaler", None)
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.clip:
-            nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], self.clip)
-
-    def limit_gradients(self, norm: float) -> None:
-        if self.clip is not None:
-            raise ValueError(
-                f"trainer.gradient_clip_val={norm} and method.clip={self.clip} both limit the norm of each network's gradient; "
-                "set one of them to null"
-            )
-        self.clip = norm
-
     @torch.no_grad()
     def watch(self, images: Tensor, gradient: Tensor, fake: Tensor, target: Tensor, sigma: Tensor) -> None:
         """Diagnostics of a generator's update, with its last part; nothing here waits for the device."""
         self.tally(self.diagnostics, "loss/mismatch", weighted_square(self.student, target - fake, sigma).mean())
-        self.seen.append((images, gradient, fake, target, sigma))
+        self.seen.append((images.detach(), gradient, fake, target, sigma))
         if not self.part.last:
             return
         if len(self.seen) > 1:  # of the whole batch: a spread over it is no mean of the parts'
