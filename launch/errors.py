@@ -52,7 +52,8 @@ def reported(job: str, *, sweep: bool = False) -> Iterator[None]:
             if sweep:  # Hydra shows the error of the first failed job alone, and after the last job
                 traceback.print_exc()
             raise
-        print(f"error: {job}: {one_line(error)}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"error: {job}: {one_line(error)}\n")  # at once: several jobs may speak
+        sys.stderr.flush()
         if sweep:
             raise JobFailed(one_line(error)) from None
         sys.exit(1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from method_runs import train
-from tiny_module import in_two_processes
+from process_tools import in_two_processes
 
 from callbacks.network_form import align, denoisers
 from networks.compiling import compile_network, eager

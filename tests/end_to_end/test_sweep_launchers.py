@@ -25,7 +25,7 @@ def test_jobs_at_once_share_what_they_need_and_do_what_one_after_the_other_does(
     assert ended.code == 1
     assert "Traceback" not in ended.err
     assert "Warning" not in ended.err
-    assert len(ended.errors) == 2
+    assert len(ended.errors) == 2, ended.err
     assert all("trainer.devices=2 under hydra/launcher=joblib" in line for line in ended.errors)
     assert ended.out.count(" failed: trainer.devices=2 under hydra/launcher=joblib") == 2
     train(in_turn, *sweep, "method.lr=1e-3,2e-3", "trainer.devices=1").ok()

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from method_runs import BATCH, train
-from tiny_module import identical, in_two_processes
+from process_tools import in_two_processes
+from tiny_module import identical
 
 from launch.errors import expected, one_line, out_of_memory
 from lightning_modules.parts import InParts
