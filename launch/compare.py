@@ -50,8 +50,7 @@ def compare_runs(paths: Sequence[Path], *, metric: str | None = None, weights: s
 
 def _check(path: Path, first: Essence, own: Essence, twin: Curve | None) -> None:
     """Errors: ValueError for a run whose curve should not stand beside those of the first one's group."""
-    if not RunFolder(path).complete():
-        raise ValueError("it is not complete; the command that started it resumes it")
+    RunFolder(path).check_complete()
     if key := measured_alike(first, own):
         raise ValueError(f"its {key} is {own.get(key)}, but the first run's is {first.get(key)}")
     if twin is not None:

@@ -42,8 +42,8 @@ def finish(
             if (folder.path / "metrics.csv").exists():  # a choice of conf/logger
                 draw_curves(folder.path / "metrics.csv", folder.path / "curves.png", reference_lines(folder.metrics))
             print(f"\n{folder.path}\n\n{table(records)}", flush=True)
-        for board in boards:
-            board.log_final(records, folder.path, method.total_steps - 1, own_convergence(folder))
+            for board in boards:
+                board.log_final(records, folder.path, method.total_steps - 1, own_convergence(folder))
     except BaseException:
         for board in boards:
             board.close(failed=True)

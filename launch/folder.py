@@ -1,6 +1,5 @@
 """A run's folder: its config is written once, and everything after must agree with it."""
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +8,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from launch.locks import take
 from launch.names import names_in
 from metrics.files import write_file
-from metrics.records import load_records
+from metrics.records import Record, load_records
 from metrics.tables import table
 
 # Of a run that has begun these may change: they move its results by rounding at most. config.yaml keeps the first values.
@@ -46,6 +46,17 @@ class RunFolder:
     def resume(self) -> Path | None:
         """The checkpoint that training goes on from, None at the beginning."""
         return self.last if self.last.exists() else None
+
+    def check_complete(self) -> None:
+        """Errors: ValueError for a run that is not."""
+        if not self.complete():
+            raise ValueError("it is not complete; the command that started it resumes it")
+
+    def records(self) -> tuple[list[Record], list[Record]]:
+        """(of the final evaluation; those that evaluate.py made later). Errors: ValueError, also for damaged ones."""
+        self.check_complete()
+        again = self.path / "evaluation" / "metrics.json"
+        return load_records(self.metrics), load_records(again) if again.is_file() else []
 
     def report(self) -> str:
         """The table of the final evaluation."""
@@ -98,14 +109,9 @@ class RunFolder:
             os.close(lock)
 
     def _lock(self) -> int:
-        lock = os.open(self.config, os.O_RDWR)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            raise ValueError("another process trains this run: wait for it, or choose another name=...") from None
-        except OSError:  # a disk without locks
-            pass
+        lock = take(self.config, needed=False)
+        if lock is None:
+            raise ValueError("another process trains this run: wait for it, or choose another name=...")
         return lock
 
 

@@ -84,7 +84,4 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Record], list[Record]]:
     """(config, final records, later ones). Errors: ValueError for a run that is not complete or is damaged."""
     folder = RunFolder(path)
     config = OmegaConf.to_container(folder.read_config(), resolve=True)
-    if not folder.complete():
-        raise ValueError("it is not complete; the command that started it resumes it")
-    again = folder.path / "evaluation" / "metrics.json"
-    return config, load_records(folder.metrics), load_records(again) if again.is_file() else []
+    return config, *folder.records()

@@ -1,6 +1,5 @@
 """What Hydra's launchers (hydra/launcher=NAME) need of a job: extras, a GPU of its own, children that find train.py."""
 
-import fcntl
 import importlib.util
 import os
 import sys
@@ -10,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from omegaconf import DictConfig
+
+from launch.locks import take
 
 _EXTRAS = {"hydra_joblib_launcher": "joblib", "hydra_submitit_launcher": "submitit"}
 _TRAIN = Path(__file__).resolve().parent.parent / "train.py"
@@ -91,15 +92,10 @@ def _take_gpu(jobs: int) -> None:
     names = visible.split(",")[:count] if visible else [str(index) for index in range(count)]
     for name in names:
         path = Path(tempfile.gettempdir()) / f"stillhouse-{os.getuid()}-gpu-{name.replace('/', '-')}.lock"
-        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            continue
-        _gpu = lock
-        os.environ["CUDA_VISIBLE_DEVICES"] = name  # before anything of this process has touched CUDA
-        return
+        _gpu = take(path)
+        if _gpu is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = name  # before anything of this process has touched CUDA
+            return
     raise ValueError(
         f"hydra.launcher.n_jobs={jobs}, but the {count} GPUs here are taken by other workers; give n_jobs={count} at most"
     )

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import torch.distributed as dist
 
 from callbacks import Clock
 from launch.errors import out_of_memory
@@ -46,7 +45,7 @@ class FindMicroBatch(pl.Callback):
             )
 
     def _largest(self, trainer: pl.Trainer, pl_module: Method, batch: Any, size: int) -> int:
-        while not all_processes(self._fits(trainer, pl_module, batch, size), trainer.strategy.root_device):
+        while not trainer.strategy.reduce_boolean_decision(self._fits(trainer, pl_module, batch, size)):
             if size == 1:
                 raise ValueError(
                     "trainer.micro_batch=auto: the memory does not hold the passes of a single image; take a smaller network, "
@@ -83,12 +82,3 @@ class FindMicroBatch(pl.Callback):
 def _fresh(trainer: pl.Trainer) -> list[torch.Tensor]:
     """The weights whose moments are still to be allocated."""
     return [p for o in trainer.optimizers for group in o.param_groups for p in group["params"] if not o.state.get(p)]
-
-
-def all_processes(fits: bool, device: torch.device) -> bool:
-    """Whether it is so on every process."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return fits
-    flag = torch.tensor(int(fits), device=device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-    return bool(flag.item())

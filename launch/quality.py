@@ -57,7 +57,7 @@ def compare_quality(paths: Sequence[Path], *, like: Record | None = None, weight
     if not values:
         raise ValueError("\n".join([f"no student's {like.metric} with one fingerprint", *notes]))
     everything = [record for final, again in measured.values() for record in (*final, *again)]
-    comparable = [record for record in everything if _alike(record, like)]
+    comparable = [record for record in everything if record.kind == like.kind]
     for record in comparable:
         if record.subject == "teacher":
             value = Value(record.name, teacher_label(record), None, record.nfe, record.mean, None, record.trace)
@@ -81,10 +81,7 @@ def _stored(path: Path) -> tuple[list[Record], list[Record]]:
         if not folder.metrics.is_file():
             raise FileNotFoundError(f"{path} holds neither a run nor a measured teacher; give folders that do")
         return load_records(folder.metrics), []
-    if not folder.complete():
-        raise ValueError("it is not complete; the command that started it resumes it")
-    again = folder.path / "evaluation" / "metrics.json"
-    return load_records(folder.metrics), load_records(again) if again.is_file() else []
+    return folder.records()
 
 
 def _groups(paths: Iterable[Path]) -> dict[Path, tuple[str, int]]:
@@ -100,16 +97,12 @@ def _student(record: Record) -> bool:
     return record.subject == "student"
 
 
-def _alike(record: Record, like: Record) -> bool:
-    return (record.metric, record.comparable_id) == (like.metric, like.comparable_id)
-
-
 def _chosen(final: list[Record], again: list[Record], like: Record, weights: str | None) -> list[Record]:
     """One record of a run's student per NFE, ascending: of `weights`, else of those that its final evaluation took."""
     # By weights, not by `Record.identity`: that has the folder's name, and folders are renamed.
     found: dict[int, dict[str | None, Record]] = {}
     for record in filter(_student, (*final, *again)):
-        if _alike(record, like):
+        if record.kind == like.kind:
             found.setdefault(record.nfe, {})[record.fingerprint.get("weights")] = record
     chosen = []
     for nfe, kinds in sorted(found.items()):
@@ -124,7 +117,7 @@ def _unlike(path: Path, subject: str, records: Iterable[Record], like: Record) -
     own = [record for record in records if record.subject == subject and record.metric == like.metric]
     if not own:
         return [f"{path} left out: no {like.metric} of a {subject}"]
-    present = {(record.solver, record.nfe) for record in own if _alike(record, like)}
+    present = {(record.solver, record.nfe) for record in own if record.kind == like.kind}
     apart: dict[str, list[int]] = {}
     for record in own:
         if (record.solver, record.nfe) not in present:
@@ -166,5 +159,5 @@ def draw_measured(path: Path, records: Sequence[Record]) -> None:
     like = next(filter(_student, records), records[0])
     lines = measured_lines(records, like)
     if any(len(line.points) > 1 for line in lines):
-        floor = next((r.mean for r in records if r.subject == "real" and _alike(r, like)), None)
+        floor = next((r.mean for r in records if r.subject == "real" and r.kind == like.kind), None)
         draw_quality(path, like.metric, lines, floor=floor, spread="blocks of evaluation seeds")

@@ -65,8 +65,8 @@ def quality_against_nfe(gathered: Gathered) -> list[Block]:
     """For the first metric of each fingerprint that students were measured by."""
     blocks: list[Block] = []
     for like in _first_students(gathered):
-        paths = [run.path for run in gathered.runs if any(_alike(record, like) for record in run.records)]
-        paths += [p for p, records in gathered.teachers.items() if any(_alike(record, like) for record in records)]
+        paths = [run.path for run in gathered.runs if any(record.kind == like.kind for record in run.records)]
+        paths += [p for p, records in gathered.teachers.items() if any(record.kind == like.kind for record in records)]
         compared = quality.compare_quality(paths, like=like)
         heading = quality_heading(compared)
         picture = _drawn(partial(quality.draw, quality=compared))
@@ -87,7 +87,7 @@ def quality_against_cost(gathered: Gathered) -> list[Block]:
             Priced(f"{run.label}, {record.nfe} NFE", run.seed, record.mean, costs[run.path])
             for run in gathered.runs
             for record in run.final
-            if record.subject == "student" and _alike(record, like)
+            if record.subject == "student" and record.kind == like.kind
         ]
         if len(runs) < 2 or not any(cost is not None for run in runs for cost in run.costs.values()):
             continue
@@ -197,10 +197,6 @@ def _first_students(gathered: Gathered) -> list[Record]:
             if record.subject == "student":
                 found.setdefault(record.comparable_id, record)
     return list(found.values())
-
-
-def _alike(record: Record, like: Record) -> bool:
-    return (record.metric, record.comparable_id) == (like.metric, like.comparable_id)
 
 
 def _drawn(draw: Callable[[Path], Any]) -> bytes:

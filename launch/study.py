@@ -1,6 +1,5 @@
 """A search's study in Optuna: SQLite in the search's folder, seen by the search and by each of its jobs."""
 
-import fcntl
 import os
 import warnings
 from collections.abc import Iterable, Iterator
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
+from launch.locks import take
 from networks.checks import check_counts
 
 if TYPE_CHECKING:
@@ -136,14 +136,10 @@ def settled(study: "optuna.Study", identity: dict[str, Any]) -> None:
 def alone(folder: Path) -> Iterator[None]:
     """Hold the folder's lock. Errors: ValueError where another process has it."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    lock = take(folder / "lock")
+    if lock is None:
+        raise ValueError(f"{folder}: another process runs this search; wait for it, or choose another hydra.sweep.dir")
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{folder}: another process runs this search; wait for it, or choose another hydra.sweep.dir"
-            ) from None
         yield
     finally:
         os.close(lock)

@@ -10,7 +10,7 @@ from launch.jobs import Job, Jobs
 from launch.names import run_name
 from metrics.files import write_file
 from metrics.records import Record, load_records
-from metrics.tables import aligned, fingerprint_line, piped, shown
+from metrics.tables import aligned, by_fingerprint, piped, shown
 
 NO_MATTER = re.compile(r"(plan|download)=|\+*hydra[./]")  # options that leave a sweep's jobs what they are
 
@@ -53,9 +53,7 @@ def report(jobs: Sequence[Job], path: Path, *closing: str) -> None:
     """Print the tables of the jobs and what failed, then the lines of `closing`; in markdown they are kept in `path`."""
     measured = {id(job): record for job in jobs if (record := _measured(job))}
     tables = [table for table in (_rows(jobs, measured), _over_seeds(jobs, measured)) if len(table) > 1]
-    prints = {record.comparable_id: record.comparable for record in measured.values()}
-    differing = [key for key in _keys(prints) if len({repr(one.get(key)) for one in prints.values()}) > 1]
-    notes = [fingerprint_line(one, differing) for one in prints.values()]
+    notes = [line for line, _ in by_fingerprint(measured.values())]
     notes += [f"{job.folder.path} failed: {job.error}" for job in jobs if job.error]
     notes += closing
     write_file(path, "\n\n".join([*("\n".join(piped(table)) for table in tables), *notes, ""]).encode())
@@ -72,13 +70,9 @@ def _measured(job: Job) -> Record | None:
     return next((record for record in load_records(job.folder.metrics) if record.subject == "student"), None)
 
 
-def _keys(prints: dict[str, dict]) -> list[str]:
-    return list(dict.fromkeys(key for one in prints.values() for key in one))
-
-
 def _columns(measured: dict[int, Record]) -> dict[tuple[str, str], str]:
     """{(metric, fingerprint): title}: unlike fingerprints never share a column."""
-    kinds = dict.fromkeys((record.metric, record.comparable_id) for record in measured.values())
+    kinds = dict.fromkeys(record.kind for record in measured.values())
     several = len(kinds) > len({metric for metric, _ in kinds})
     return {(metric, one): f"{metric} ({one})" if several else metric for metric, one in kinds}
 
@@ -92,13 +86,9 @@ def _rows(jobs: Sequence[Job], measured: dict[int, Record]) -> list[list[str]]:
         cells = [job.folder.name, job.state, *(job.options.get(key, "–") for key in swept)]
         if searched:
             cells.append("–" if job.value is None else f"{job.value:.4g}")
-        values = [shown(record.mean, record.std) if record and _kind(record) == kind else "–" for kind in columns]
+        values = [shown(record.mean, record.std) if record and record.kind == kind else "–" for kind in columns]
         rows.append([*cells, str(record.nfe) if record else "–", *values])
     return rows
-
-
-def _kind(record: Record) -> tuple[str, str]:
-    return record.metric, record.comparable_id
 
 
 def _over_seeds(jobs: Sequence[Job], measured: dict[int, Record]) -> list[list[str]]:
@@ -108,7 +98,7 @@ def _over_seeds(jobs: Sequence[Job], measured: dict[int, Record]) -> list[list[s
         record = measured.get(id(job))
         if record and "seed" in job.options:
             others = tuple(f"{key}={value}" for key, value in job.options.items() if key != "seed")
-            groups.setdefault((others, _kind(record), record.nfe), []).append(record)
+            groups.setdefault((others, record.kind, record.nfe), []).append(record)
     columns = _columns(measured)
     rows = [["options", "", "seeds", "NFE", *columns.values()]]
     for (others, own, nfe), records in groups.items():

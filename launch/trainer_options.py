@@ -78,7 +78,7 @@ def check_options(options: dict[str, Any]) -> None:
 
 
 def translated(options: dict[str, Any], method: Method, folder: Path) -> tuple[dict[str, Any], list[pl.Callback]]:
-    """Lightning's options for those of `conf/trainer`, and callbacks that make up for the rest, in front of and behind others'.
+    """Lightning's options for those of `conf/trainer`, and callbacks that make up for the rest, which come before all others.
 
     The method is told what it does itself. options: as `check_options` wants them. Errors: ValueError for what the device or the
     method lacks.

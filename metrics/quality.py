@@ -100,7 +100,7 @@ def measured_lines(records: Iterable[Record], like: Record) -> tuple[Line, ...]:
     """
     lines: dict[str, dict[int, Record]] = {}
     for record in records:
-        if record.subject != "real" and (record.metric, record.comparable_id) == (like.metric, like.comparable_id):
+        if record.subject != "real" and record.kind == like.kind:
             label = "student" if record.subject == "student" else teacher_label(record)
             lines.setdefault(label, {})[record.nfe] = record
     return tuple(

@@ -56,6 +56,11 @@ class Record:
         return comparable_id(self.comparable)
 
     @property
+    def kind(self) -> tuple[str, str]:
+        """(metric, `comparable_id`): values of one kind may stand beside each other."""
+        return self.metric, self.comparable_id
+
+    @property
     def identity(self) -> tuple:
         """What a new measurement has to share with an old one to take its place."""
         how = json.dumps(self.fingerprint, sort_keys=True)

@@ -22,8 +22,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 from published_files import PUBLISHED
 
+from callbacks.network_form import denoisers
 from datamodules import TrajectoryDataModule
-from diffusion.denoiser import Denoiser
 from launch.build import build, build_seeded, build_trainer, check_fit
 from launch.folder import RunFolder
 from launch.names import register_resolvers
@@ -144,11 +144,7 @@ class Counter:
 
     def __init__(self, method: Method):
         self.count, self.active = 0, False
-        teachers = [
-            t for t in (getattr(method, "teachers", None) or [method.teacher, getattr(method, "target", None)]) if t
-        ]
-        found = [m for m in method.modules() if isinstance(m, Denoiser)] + [t.denoiser for t in teachers]
-        for network in {id(denoiser.network): denoiser.network for denoiser in found}.values():
+        for network in {denoiser.network for denoiser in denoisers(method)}:
             network.register_forward_hook(self._hook)
         step = method.training_step
 
