@@ -85,14 +85,14 @@ def train(cfg: DictConfig, hydra_config: DictConfig) -> float | None:
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | None:
     from launch.errors import reported
-    from launch.launchers import placed
+    from launch.launchers import at_once, placed
     from launch.requeue import requeueing
 
     hydra_config = HydraConfig.get()
     cfg.folder = os.path.relpath(hydra_config.runtime.output_dir)
     sweep = hydra_config.mode == RunMode.MULTIRUN
     with (
-        reported(cfg.folder, sweep=sweep),
+        reported(cfg.folder, sweep=sweep, shared=at_once(hydra_config.launcher)),
         placed(cfg.trainer, hydra_config.launcher),
         requeueing(cfg.folder),
     ):

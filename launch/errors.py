@@ -38,10 +38,11 @@ class JobFailed(CompactHydraException):
 
 
 @contextmanager
-def reported(job: str, *, sweep: bool = False) -> Iterator[None]:
+def reported(job: str, *, sweep: bool = False, shared: bool = False) -> Iterator[None]:
     """Report expected errors in one line naming `job`; exit, or in a sweep let the other jobs go on.
 
-    Other errors keep their traceback, and with HYDRA_FULL_ERROR=1 so do these.
+    Other errors keep their traceback, and with HYDRA_FULL_ERROR=1 so do these. shared: whether other jobs write to the same
+    stream at once, where one's progress bar may be under way: then the line begins a new one.
     """
     try:
         yield
@@ -52,7 +53,8 @@ def reported(job: str, *, sweep: bool = False) -> Iterator[None]:
             if sweep:  # Hydra shows the error of the first failed job alone, and after the last job
                 traceback.print_exc()
             raise
-        sys.stderr.write(f"error: {job}: {one_line(error)}\n")  # at once: several jobs may speak
+        # In one write: several jobs may speak.
+        sys.stderr.write("\n" * shared + f"error: {job}: {one_line(error)}\n")
         sys.stderr.flush()
         if sweep:
             raise JobFailed(one_line(error)) from None

@@ -44,7 +44,7 @@ def placed(trainer: DictConfig, launcher: DictConfig) -> Iterator[None]:
     if plugin not in _EXTRAS:
         yield
         return
-    if plugin == "hydra_joblib_launcher":
+    if at_once(launcher):
         _check_one_device(trainer)
         if trainer.accelerator != "cpu":
             _take_gpu(launcher.n_jobs)
@@ -59,6 +59,11 @@ def placed(trainer: DictConfig, launcher: DictConfig) -> Iterator[None]:
         main.__spec__, sys.argv = specification, argv
         if name is not None:
             os.environ["SLURM_JOB_NAME"] = name
+
+
+def at_once(launcher: DictConfig) -> bool:
+    """Whether several jobs run at once and write to one terminal: joblib's."""
+    return _plugin(launcher) == "hydra_joblib_launcher"
 
 
 def _plugin(launcher: DictConfig) -> str:

@@ -1,4 +1,5 @@
 import re
+import sys
 
 import pytest
 from hydra.utils import instantiate
@@ -24,6 +25,13 @@ def test_a_sweep_goes_on_after_the_message(capsys):
     with pytest.raises(JobFailed, match="no file"), reported("runs/b", sweep=True):
         raise FileNotFoundError("no file")
     assert capsys.readouterr().err == "error: runs/b: no file\n"
+
+
+def test_beside_other_jobs_the_message_begins_a_line_of_its_own(capsys):
+    print("another job's bar", end="", file=sys.stderr)
+    with pytest.raises(JobFailed), reported("runs/b", sweep=True, shared=True):
+        raise FileNotFoundError("no file")
+    assert capsys.readouterr().err.splitlines() == ["another job's bar", "error: runs/b: no file"]
 
 
 def test_errors_of_lightnings_and_wandbs_own_kinds_are_expected(capsys):
