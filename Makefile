@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint matrix bench
+.PHONY: install demo test test-all lint matrix bench
 
 install: $(VENV)/.installed
 
@@ -21,6 +21,9 @@ lint: install
 
 # Two files of tests at a time, each in a process with one thread: two with two threads each crawl on two cores.
 test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-all: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Every method on every data set with every family of teachers; `make test` runs a tenth of it.
