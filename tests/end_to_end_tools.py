@@ -130,27 +130,38 @@ def start(
     To import torch and Lightning takes longer than a tiny run. So the process is forked from one that has done only that,
     and runs the script as its `__main__`, after `before`, which may break things. `fresh`: a new interpreter.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    number = len(list(folder.glob("*.out")))
-    out, err = folder / f"{number}.out", folder / f"{number}.err"
-    out.touch()
-    err.touch()
+    out, err = new_outputs(folder)
     if fresh:
         command = [sys.executable, str(ROOT / script), *arguments]
         with out.open("w") as stdout, err.open("w") as stderr:
             process = subprocess.Popen(command, cwd=folder, env=os.environ | ENVIRONMENT, stdout=stdout, stderr=stderr)
         return Started(process, out, err)
+    return Started(forked(_run, (folder, script, arguments, out, err, before)), out, err)
+
+
+def new_outputs(folder: Path) -> tuple[Path, Path]:
+    """Empty files in `folder`, made where it is not there, for what a command says on stdout and on stderr."""
+    folder.mkdir(parents=True, exist_ok=True)
+    number = len(list(folder.glob("*.out")))
+    out, err = folder / f"{number}.out", folder / f"{number}.err"
+    out.touch()
+    err.touch()
+    return out, err
+
+
+def forked(function: Callable[..., None], arguments: tuple[Any, ...]) -> multiprocessing.Process:
+    """A process that calls function(*arguments), started from one that has done the imports."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     saved = dict(os.environ)
     os.environ.update(ENVIRONMENT)  # inherited by the process to fork from, which the first call starts
     try:
-        process = context.Process(target=_run, args=(folder, script, arguments, out, err, before))
+        process = context.Process(target=function, args=arguments)
         process.start()
     finally:
         os.environ.clear()
         os.environ.update(saved)
-    return Started(process, out, err)
+    return process
 
 
 def run(folder: Path, script: str, *arguments: str, **options: Any) -> Ended:
@@ -162,18 +173,23 @@ def train(folder: Path, *arguments: str, **options: Any) -> Ended:
 
 
 def _run(folder: Path, script: str, arguments: tuple[str, ...], out: Path, err: Path, before) -> None:
-    os.chdir(folder)
-    for path, descriptor in ((out, 1), (err, 2)):
-        handle = os.open(path, os.O_WRONLY | os.O_APPEND)
-        os.dup2(handle, descriptor)
-        os.close(handle)
-    sys.argv = [str(ROOT / script), *arguments]
+    become(folder, script, arguments, out, err)
     if before is not None:
         before()
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # which a forked process leaves out
+
+
+def become(folder: Path, script: str, arguments: tuple[str, ...], out: Path, err: Path) -> None:
+    """Let this process be the one that runs the script in `folder`, its output in `out` and `err`."""
+    os.chdir(folder)
+    for path, descriptor in ((out, 1), (err, 2)):
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND)
+        os.dup2(handle, descriptor)
+        os.close(handle)
+    sys.argv = [str(ROOT / script), *arguments]
 
 
 def find(target: str) -> tuple[Any, str]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from end_to_end_tools import ROOT, RUN, copied, read_checkpoint, read_json, run, snapshot, with_data
+from misuse_tools import attempt
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
@@ -142,7 +143,7 @@ def test_the_pretrained_teacher_is_what_its_card_says(finished, tmp_path):
 )
 def test_misuse(folder, options, message):
     before = snapshot(folder)
-    evaluate(folder, *options.split()).refused("error: evaluate: ", *message)
+    attempt(folder, "evaluate.py", *options.split()).refused("error: evaluate: ", *message)
     assert snapshot(folder) == before
 
 

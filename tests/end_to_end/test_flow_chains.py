@@ -6,6 +6,7 @@ import shutil
 import pytest
 from end_to_end_tools import STUDENT, TINY, copied, run, snapshot, train
 from matplotlib.image import imread
+from misuse_tools import attempt
 
 SMALL = ("num_samples=20", "blocks=2", "flow_samples=24", "path_steps=3", "device=cpu")
 CHAIN = "flows=[runs/rf1,runs/rf2]"
@@ -88,7 +89,7 @@ def test_a_flow_beside_itself(folder, tmp_path):
 )
 def test_misuse(folder, options, message):
     before = snapshot(folder)
-    evaluate(folder, *options.split()).refused("error: evaluate: ", *message)
+    attempt(folder, "evaluate.py", *options.split()).refused("error: evaluate: ", *message)
     assert snapshot(folder) == before
 
 

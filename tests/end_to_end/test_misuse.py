@@ -22,6 +22,7 @@ from end_to_end_tools import (
     train,
     with_data,
 )
+from misuse_tools import attempt
 from safetensors.torch import load_file, save_file
 
 STEP = "lightning_modules:DenoisingStudent.training_step"
@@ -47,7 +48,7 @@ def folder(finished, tmp_path_factory):
 )
 def test_unknown_options_and_keys(folder, options, message):
     before = snapshot(folder)
-    train(folder, *STUDENT, *options.split()).refused_by_hydra(*message)
+    attempt(folder, "train.py", *STUDENT, *options.split()).refused_by_hydra(*message)
     assert snapshot(folder) == before
 
 
@@ -106,7 +107,7 @@ def test_wrong_options(folder, options, message):
     """Under a new name, so that it is not the changed config that is refused."""
     before = snapshot(folder)
     named = [option for option in STUDENT if not option.startswith("name=")]
-    train(folder, *named, "name=new", *options.split()).refused("error: runs/new: ", *message)
+    attempt(folder, "train.py", *named, "name=new", *options.split()).refused("error: runs/new: ", *message)
     assert snapshot(folder) == before
     shutil.rmtree(folder / "runs" / "new", ignore_errors=True)
 

@@ -6,6 +6,7 @@ import shutil
 import pytest
 from end_to_end_tools import RUN, read_json, run, snapshot, with_data
 from matplotlib.image import imread
+from misuse_tools import attempt
 from omegaconf import OmegaConf
 
 SETTINGS = ("device=cpu", "num_samples=20", "blocks=2")
@@ -92,5 +93,5 @@ def test_a_teacher_at_several_numbers_is_drawn(folder):
 )
 def test_what_can_not_be_measured_is_refused_before_anything_is(folder, options, message):
     before = snapshot(folder)
-    run(folder, "evaluate.py", *options.split(), *SETTINGS).refused("error: evaluate: ", *message)
+    attempt(folder, "evaluate.py", *options.split(), *SETTINGS).refused("error: evaluate: ", *message)
     assert snapshot(folder) == before

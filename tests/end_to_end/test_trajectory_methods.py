@@ -22,6 +22,7 @@ from end_to_end_tools import (
     with_data,
 )
 from matplotlib.image import imread
+from misuse_tools import attempt
 from safetensors.torch import load_file
 
 from networks import SongUNet, save_weights
@@ -260,7 +261,7 @@ def test_quality_against_the_number_of_steps(finished, name, counts):
 )
 def test_other_numbers_of_steps_are_refused(finished, name, steps, message):
     before = snapshot(finished)
-    run(finished, "evaluate.py", f"run=runs/{name}", f"steps={steps}", "device=cpu").refused(*message)
+    attempt(finished, "evaluate.py", f"run=runs/{name}", f"steps={steps}", "device=cpu").refused(*message)
     assert snapshot(finished) == before
 
 
@@ -339,7 +340,7 @@ def test_debugging_in_bfloat16(finished, options, tmp_path, host):
 )
 def test_misuse(finished, options, name, changes, message):
     before = snapshot(finished)
-    train(finished, *options[name], "name=new", changes).refused("error: runs/new: ", *message)
+    attempt(finished, "train.py", *options[name], "name=new", changes).refused("error: runs/new: ", *message)
     assert before.items() <= snapshot(finished).items()
     assert not list((finished / "runs/new").rglob("*.ckpt"))
     shutil.rmtree(finished / "runs/new", ignore_errors=True)
