@@ -46,9 +46,10 @@ def reference_lines(path: str | Path) -> dict[str, dict[str, float]]:
     """From a metrics.json: the means of the teacher and of real images, {metric and number of samples: {label: mean}}."""
     lines: dict[str, dict[str, float]] = {}
     for record in load_records(path) if Path(path).exists() else []:
-        if record.subject in ("teacher", "real"):
+        count = record.fingerprint.get("num_samples")
+        if record.subject in ("teacher", "real") and isinstance(count, int):
             label = f"teacher ({record.nfe} NFE)" if record.subject == "teacher" else "real"
-            metric = counted(record.metric, record.fingerprint["num_samples"])
+            metric = counted(record.metric, count)
             lines.setdefault(metric, {})[label] = record.mean
     return lines
 

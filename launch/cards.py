@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from diffusion.student_sampling import Sampling
 from lightning_modules import Method
 from metrics.records import Record
-from metrics.tables import markdown
+from metrics.tables import markdown, piped
 from networks.diffusers_unet import DiffusersUNet
 
 _USE = """\
@@ -71,9 +71,7 @@ def readme(
             "",
             _licence_note(licence),
             "",
-            "| | |",
-            "| --- | --- |",
-            *(f"| {key} | {value} |" for key, value in facts),
+            *piped([["", ""], *map(list, facts)]),
             "",
             "## Use",
             "",

@@ -63,7 +63,9 @@ class SFD(DenseTargets):
             raise ValueError("method.steps must be a number of steps, or a list of some")
         for count in choices:
             check_counts(**{"method.steps": count})
-        self.choices = sorted(set(choices))
+        if len(set(choices)) < len(choices):
+            raise ValueError(f"method.steps={list(choices)} names a number twice; each is drawn as often as the others")
+        self.choices = sorted(choices)
         check_counts(**{"method.substeps": substeps})
         check_choice("method.loss", loss, REGRESSIONS)
         self.solver, self.solver_options = solver, dict(solver_options or {})

@@ -2,14 +2,17 @@
 
 import hashlib
 import json
+import math
+import types
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from metrics.files import write_file
 
 SUBJECTS = ("teacher", "student", "real")
+TRAINING = ("step", "reached", "total")
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,8 @@ class Record:
     shift: by how much a fast extractor moves the Frechet distance of the same images, None for an exact one.
     trace: where it comes from: {"revision": of git, "config": SHA-256 of the run's config.yaml (a teacher: of all that the
     measurement depends on), "weights": hash of the measured weights}; None in files from before there were traces.
+    training: of a run's student, {"step": optimiser steps behind the measured weights, "reached": those behind the run when
+    they were measured, "total": those that it was to take}; None in older files, and for students that are kept on the way.
     """
 
     name: str
@@ -40,10 +45,18 @@ class Record:
     teacher: str | None = None
     shift: float | None = None
     trace: dict[str, str | None] | None = None
+    training: dict[str, int] | None = None
 
     def __post_init__(self):
         if self.subject not in SUBJECTS:
             raise ValueError(f"subject must be one of {', '.join(SUBJECTS)}, got {self.subject!r}")
+        if self.training is not None and set(self.training) != set(TRAINING):
+            raise ValueError(f"training must have {', '.join(TRAINING)}, got {', '.join(self.training)}")
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether training was to go on after this measurement; one that does not say is taken as final."""
+        return self.training is not None and self.training["reached"] < self.training["total"]
 
     @property
     def comparable(self) -> dict[str, Any]:
@@ -85,18 +98,43 @@ def save_records(path: str | Path, records: Iterable[Record]) -> None:
 
 
 def load_records(path: str | Path) -> list[Record]:
-    """The list in `path`; ValueError, naming the file, for damaged JSON or entries that are no records."""
+    """The list in `path`, one record at least; ValueError, naming the file, for damaged JSON or entries that are no records."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no metrics at {path}; measure the run with `python evaluate.py run=...`")
-    known = {f.name for f in fields(Record)}
     try:
         entries = json.loads(path.read_bytes())
-        for entry in entries:
-            if unknown := set(entry) - known:
-                raise ValueError(f"unknown entries {', '.join(sorted(unknown))}")
-        return [Record(**entry) for entry in entries]
-    except (ValueError, TypeError) as error:
+        if not isinstance(entries, list) or not entries:
+            raise ValueError("it is empty" if entries in ([], {}) else f"it holds a {type(entries).__name__}")
+        return [_record(entry) for entry in entries]
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path} is damaged or no list of metrics ({error}); move it away and measure again"
         ) from error
+
+
+def _record(entry: Any) -> Record:
+    """Errors: ValueError for what is none, naming the first entry that is missing, unknown or of another type."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"a record is a dict, not {entry!r:.50}")
+    kinds = get_type_hints(Record)
+    if unknown := sorted(set(entry) - set(kinds)):
+        raise ValueError(f"unknown entries {', '.join(unknown)}")
+    for key, value in entry.items():
+        if not _fits(value, kinds[key]):
+            raise ValueError(f"{key} is {value!r:.50}")
+    return Record(**entry)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value from JSON is of an annotation's kind: plain types, lists, dicts of text, and unions of these."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is types.UnionType:
+        return any(_fits(value, part) for part in parts)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(one, parts[0]) for one in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(one, parts[1]) for one in value.values())
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return kind is Any or (type(value) is kind if kind is int else isinstance(value, kind))

@@ -28,8 +28,8 @@ def aligned(rows: list[list[str]]) -> list[str]:
 
 
 def piped(rows: list[list[str]]) -> list[str]:
-    """The same in markdown."""
-    header, *body = rows
+    """The same in markdown, where a | or the end of a line inside a cell would begin another one."""
+    header, *body = ([" ".join(cell.replace("|", r"\|").splitlines()) for cell in row] for row in rows)
     rule = ["---", "---", *["---:"] * (len(header) - 2)]
     return [f"| {' | '.join(cells)} |" for cells in (header, rule, *body)]
 
@@ -85,9 +85,11 @@ def _rank(record: Record) -> tuple:
 
 
 def subject(record: Record) -> str:
-    """student (ema_0.999), teacher (heun, 10 steps), real."""
+    """student (ema_0.999), student (raw, after 6 of 13 training steps), teacher (heun, 10 steps), real."""
     notes = [record.fingerprint.get("weights") if record.subject == "student" else None, record.solver]
     notes.append(f"{record.steps} steps" if record.steps and record.steps > 1 else None)
+    if record.unfinished:
+        notes.append(f"after {record.training['step']} of {record.training['total']} training steps")
     how = ", ".join(note for note in notes if note)
     return f"{record.subject} ({how})" if how else record.subject
 

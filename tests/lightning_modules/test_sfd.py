@@ -378,6 +378,7 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path, teacher, steps, st
     [
         ({"steps": 0}, "method.steps must be an integer of at least 1, got 0"),
         ({"steps": []}, "method.steps must be a number of steps, or a list of some"),
+        ({"steps": [2, 1, 2]}, "method.steps=[2, 1, 2] names a number twice"),
         ({"steps": [1, 0]}, "method.steps must be an integer of at least 1, got 0"),
         ({"steps": 2.5}, "method.steps must be an integer of at least 1, got 2.5"),
         ({"steps": None}, "method.steps must be an integer of at least 1, got None"),

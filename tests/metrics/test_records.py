@@ -1,5 +1,5 @@
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -41,15 +41,51 @@ def test_only_the_choice_of_weights_is_left_out_of_what_must_be_alike():
         assert one.comparable_id != record(fingerprint=one.fingerprint | change).comparable_id
 
 
+def changed(**changes):
+    return json.dumps([asdict(record()) | changes])
+
+
 @pytest.mark.parametrize(
-    "content", ["[{", "", "[1]", "{}x", '["ab"]', '[{"name": "a"}]', "null", '[{"name": "a", "mood": 1}]']
+    ("content", "reason"),
+    [
+        ("[{", "Expecting"),
+        ("", "Expecting value"),
+        ("{}x", "Extra data"),
+        ("[" * 100_000, "recursion"),
+        ("[]", "it is empty"),
+        ("{}", "it is empty"),
+        ("null", "it holds a NoneType"),
+        ("[1]", "a record is a dict, not 1"),
+        ('["ab"]', "a record is a dict, not 'ab'"),
+        ('[{"name": "a"}]', "missing 7 required positional arguments: 'metric'"),
+        ('[{"name": "a", "mood": 1}]', "unknown entries mood"),
+        (changed(mean="0.3"), "mean is '0.3'"),
+        (changed(mean=float("nan")), "mean is nan"),
+        (changed(mean=True), "mean is True"),
+        (changed(nfe=1.5), "nfe is 1.5"),
+        (changed(values=None), "values is None"),
+        (changed(values=["1"]), r"values is \['1'\]"),
+        (changed(fingerprint=["digits"]), r"fingerprint is \['digits'\]"),
+        (changed(trace="abc"), "trace is 'abc'"),
+        (changed(training={"step": 3}), "training must have step, reached, total"),
+        (changed(training={"step": "3", "reached": 3, "total": 3}), "training is {'step': '3'"),
+    ],
 )
-def test_damaged_files_are_refused_by_name_and_left_alone(tmp_path, content):
+def test_damaged_files_are_refused_by_name_and_left_alone(tmp_path, content, reason):
     path = tmp_path / "metrics.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"metrics\.json is damaged or no list of metrics"):
+    with pytest.raises(ValueError, match=rf"metrics\.json is damaged or no list of metrics \(.*{reason}"):
         load_records(path)
     assert path.read_text() == content
+
+
+def test_a_record_says_whether_training_went_on_after_it(tmp_path):
+    half = record(training={"step": 4, "reached": 6, "total": 13})
+    whole = record(training={"step": 4, "reached": 13, "total": 13})
+    assert [r.unfinished for r in (half, whole, record())] == [True, False, False]
+    save_records(tmp_path / "metrics.json", [half])
+    assert load_records(tmp_path / "metrics.json") == [half]
+    assert merge_records([half], [whole]) == [whole]
 
 
 def test_missing_file_and_unknown_subject_are_refused(tmp_path):

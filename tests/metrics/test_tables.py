@@ -1,7 +1,7 @@
 from dataclasses import replace
 
 from metrics.records import Record
-from metrics.tables import markdown, table
+from metrics.tables import markdown, piped, table
 
 FINGERPRINT = {"extractor": "digits", "reference": "ab" * 32, "num_samples": 100, "precision": "32-true"}
 STUDENT = Record(
@@ -68,3 +68,13 @@ def test_markdown_holds_the_same_cells():
     assert text[1] == "| --- | --- | ---: | ---: | ---: | ---: |"
     assert text[3] == "| ds | student (ema) | 1 | 5.51 ± 0.12 | 3,500 | 35.0x |"
     assert STUDENT.comparable_id in text[5]
+
+
+def test_a_cell_cannot_end_its_row_or_column():
+    assert piped([["a|b", "c"], ["x\ny", "|"]]) == [r"| a\|b | c |", "| --- | --- |", r"| x y | \| |"]
+
+
+def test_an_unfinished_training_is_marked():
+    half = replace(STUDENT, training={"step": 4, "reached": 6, "total": 13})
+    assert "student (ema, after 4 of 13 training steps)" in table([half])
+    assert "student (ema) " in table([replace(half, training={"step": 4, "reached": 13, "total": 13})])

@@ -1,5 +1,6 @@
 import json
 import re
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -154,3 +155,22 @@ def test_files_that_the_readme_names_exist():
     own = {"conf/local/default.yaml", "lightning_modules/my_method.py", "conf/method/my_method.yaml"}
     assert len(named - own) > 5
     assert not {name for name in named - own if "NAME" not in name and not (ROOT / name).exists()}
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the git clone")
+def test_what_the_readmes_commands_leave_is_ignored_by_git():
+    """Also by `ruff check .`, which passes over what git ignores."""
+    commands = [line for line in README.splitlines() if re.match(r"python (evaluate|train)\.py", line)]
+    named = {path for line in commands for path in re.findall(r"(?:report|export|hydra\.sweep\.dir)=([\w./-]+)", line)}
+    assert {"report.html", "exports/NAME", "runs/lr"} <= named
+    left = [
+        *named,
+        "runs/NAME",
+        "runs/sweep-seed.md",
+        "data/digits",
+        "weights/vgg16.pth",
+        "wandb/run",
+        "conf/local/default.yaml",
+    ]
+    ignored = subprocess.run(["git", "check-ignore", *left], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert set(ignored.stdout.split()) == set(left)
