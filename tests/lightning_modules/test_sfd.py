@@ -241,7 +241,7 @@ def test_it_beats_euler_steps_on_its_own_levels(steps, precision):
 
 
 def test_the_number_of_steps_is_drawn_evenly_from_seed_and_place_alone():
-    module = method(unet(), steps=[3, 1, 2, 2])
+    module = method(unet(), steps=[3, 1, 2])
     assert module.choices == [1, 2, 3]
     drawn = [module.drawn_steps(step) for step in range(1500)]  # outside of any trainer: no rank is known here
     shares = torch.bincount(torch.tensor(drawn))[1:] / 1500
@@ -378,7 +378,7 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path, teacher, steps, st
     [
         ({"steps": 0}, "method.steps must be an integer of at least 1, got 0"),
         ({"steps": []}, "method.steps must be a number of steps, or a list of some"),
-        ({"steps": [2, 1, 2]}, "method.steps=[2, 1, 2] names a number twice"),
+        ({"steps": [2, 1, 2]}, r"method.steps=\[2, 1, 2\] names a number twice"),
         ({"steps": [1, 0]}, "method.steps must be an integer of at least 1, got 0"),
         ({"steps": 2.5}, "method.steps must be an integer of at least 1, got 2.5"),
         ({"steps": None}, "method.steps must be an integer of at least 1, got None"),
