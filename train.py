@@ -23,7 +23,7 @@ def train(cfg: DictConfig, hydra_config: DictConfig) -> float | None:
     from launch.build import build, build_seeded, build_trainer, check_fit
     from launch.final import finish
     from launch.folder import RunFolder
-    from launch.measure import checked
+    from launch.measure import checked, needs_images
     from launch.plan import plan
     from launch.processes import one_job
     from launch.pruning import Pruned, trial, watch
@@ -60,7 +60,7 @@ def train(cfg: DictConfig, hydra_config: DictConfig) -> float | None:
     # Whatever is wrong shows now, before anything is written, and not after training.
     check_fit(method, data)
     training, evaluation = method.training_data(data), checked(build(cfg.evaluation))
-    if training is data or evaluation["reference"] is None:
+    if training is data or needs_images(evaluation):
         data.check_source()
     stages = build_stages(cfg, method, data, folder)
     trainer = build_trainer(cfg, method, folder)

@@ -13,7 +13,9 @@ from callbacks.schedule import check_every_kimg, due
 from diffusion.seeds import MONITOR_SEEDS
 from metrics.evaluation import METRICS, check_rows, check_settings, measure, needs_real_rows
 from metrics.extractors import FeatureExtractor
+from metrics.labels import DISTRIBUTIONS, check_shares, sampled_counts
 from metrics.reference import Reference, published_reference, reference_statistics
+from networks.checks import check_choice
 
 
 class GenerativeMetrics(pl.Callback):
@@ -26,7 +28,7 @@ class GenerativeMetrics(pl.Callback):
     how fast methods converge. `ema_names`: averages by name, "raw" for the trained weights; None: the first average.
     Sampling is in float32, shared by all processes, and leaves random state and modes as they were. The real images are
     those of `pl_module.data`; their statistics are kept in `cache_folder` (None: computed in every run). `reference`: published
-    statistics in their place, as evaluation.reference.
+    statistics in their place, as evaluation.reference; `labels`: the distribution of classes, as evaluation.labels.
 
     Must come after EMA among the trainer's callbacks.
     """
@@ -41,6 +43,7 @@ class GenerativeMetrics(pl.Callback):
         batch_size: int = 500,
         cache_folder: str | None = "data/statistics",
         reference: Mapping[str, Any] | None = None,
+        labels: str = "uniform",
     ) -> None:
         if num_samples < 10 or batch_size < 1:
             raise ValueError(
@@ -55,11 +58,14 @@ class GenerativeMetrics(pl.Callback):
         self.every_kimg = check_every_kimg("GenerativeMetrics", every_kimg)
         self.num_samples, self.extractor, self.metrics = num_samples, extractor, list(metrics)
         self.ema_names, self.batch_size, self.cache_folder = ema_names, batch_size, cache_folder
-        self.published = reference
+        check_choice("GenerativeMetrics: labels", labels, DISTRIBUTIONS)
+        self.published, self.labels = reference, labels
+        self._class_counts: tuple[int, ...] | None = None
         self._reference: Reference | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         copies(trainer, self, self.ema_names)
+        self._class_counts = sampled_counts(self.labels, pl_module.data)
         if self.published is not None:
             self._reference = published_reference(self.published, self.extractor)
             return
@@ -71,6 +77,7 @@ class GenerativeMetrics(pl.Callback):
             keep_features=needs_real_rows(self.metrics),
             device=pl_module.device,
         )
+        check_shares(self.labels, pl_module.data)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -106,6 +113,7 @@ class GenerativeMetrics(pl.Callback):
                         device=pl_module.device,
                         metrics=self.metrics,
                         weights=name,
+                        class_counts=self._class_counts,
                         first_seed=MONITOR_SEEDS,
                         progress=False,
                     )

@@ -94,11 +94,19 @@ def _normals(words: Sequence[Tensor], size: int) -> Tensor:
     return normals.flatten(1)[:, :size].float()
 
 
-def sample_labels(seeds: Tensor, num_classes: int) -> Tensor | None:
-    """Uniform class labels (B,), int64 in [0, num_classes), one per seed; None where there are no classes."""
+def sample_labels(seeds: Tensor, num_classes: int, class_counts: Sequence[int] | None = None) -> Tensor | None:
+    """Class labels (B,), int64 in [0, num_classes), one per seed; None where there are no classes.
+
+    Each is the class of one of sum(class_counts) images of so many classes that follow each other, all equally likely; with
+    equal counts, or None, labels are uniform.
+    """
     if not num_classes:
         return None
-    return (_words(seeds, 1, _LABEL_STREAM)[0][:, 0] * num_classes) >> 32
+    word = _words(seeds, 1, _LABEL_STREAM)[0][:, 0]
+    if class_counts is None:
+        return (word * num_classes) >> 32
+    ends = torch.tensor(class_counts, device=seeds.device).cumsum(0)
+    return torch.searchsorted(ends, (word * ends[-1]) >> 32, right=True)
 
 
 def sample_uniforms(seeds: Tensor) -> Tensor:

@@ -57,6 +57,7 @@ class FlowMeasurement:
             "num_classes": evaluation.data.num_classes,
             "batch_size": evaluation.settings["batch_size"],
             "device": evaluation.device,
+            "class_counts": evaluation.class_counts,
         }
         self.seeds = torch.arange(samples)
         self.ends: list[Tensor] = []
@@ -89,7 +90,7 @@ class FlowMeasurement:
 
     def _flow(self, k: int, steps: Sequence[int]) -> Flow:
         flow, own = self.flows[k], self.ends[k]
-        options = {"batch_size": self.sampling["batch_size"], "device": self.evaluation.device}
+        options = {key: self.sampling[key] for key in ("batch_size", "device", "class_counts")}
         euler = copy.copy(flow)  # the same network and noise levels
         euler.solver, euler.solver_options = "euler", {}
         simulated = self.evaluation.teacher(flow)

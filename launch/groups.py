@@ -20,7 +20,7 @@ _NO_MATTER = (
     "data.batch_size",  # a copy
     "method.store",
 )
-_MEASURED_ON = ("data.", "evaluation.extractor", "evaluation.training.num_samples")
+_MEASURED_ON = ("data.", "evaluation.extractor", "evaluation.labels", "evaluation.training.num_samples")
 
 # Options that choose how many evaluations a student takes: another number is another place on the same line.
 _STEPS = ("method.steps", "method.end_steps")

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,16 @@ from launch.precision import allow_tf32
 from launch.trace import traced
 from lightning_modules import Method
 from metrics.evaluation import check_rows, check_settings, measure, measure_real, needs_real_rows
+from metrics.labels import DISTRIBUTIONS, check_shares, sampled_counts
 from metrics.ranks import from_rank_zero, rank_and_world
 from metrics.records import Record, load_records, save_records
 from metrics.reference import Reference, published_reference, reference_statistics
 from metrics.sample_pictures import draw_final, shape_of
 from metrics.sampling import Sampler
+from networks.checks import check_choice
 from networks.weights import hash_state
 
-SETTINGS = {"extractor", "metrics", "num_samples", "blocks", "batch_size", "reference"}
+SETTINGS = {"extractor", "metrics", "num_samples", "blocks", "batch_size", "reference", "labels"}
 
 
 class Evaluation:
@@ -39,8 +41,9 @@ class Evaluation:
         self.extractor = self.settings.pop("extractor").to(device)
         self.data, self.device = data, device
         self.cache = Path(cache)
-        published = self.settings.pop("reference")
+        published, labels = self.settings.pop("reference"), self.settings.pop("labels")
         self.has_images = published is None
+        self.class_counts = sampled_counts(labels, data)
         self.reference: Reference
         if published is not None:
             self.reference = published_reference(published, self.extractor).to(device)
@@ -52,6 +55,7 @@ class Evaluation:
             keep_features=needs_real_rows(self.settings["metrics"]),
             device=device,
         )
+        check_shares(labels, data)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -62,6 +66,7 @@ class Evaluation:
             "reference": self.reference,
             "extractor": self.extractor,
             "num_classes": num_classes,
+            "class_counts": self.class_counts if num_classes else None,
             "device": self.device,
             **self.settings,
         }
@@ -128,6 +133,8 @@ class Evaluation:
             "device": device,
             **self.settings,
         }
+        if teacher.num_classes and self.class_counts:
+            key["class_counts"] = self.class_counts
         return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
     def real(self) -> list[Record]:
@@ -143,14 +150,22 @@ class Evaluation:
             draw_final(folder, samplers, self.data, self.device, with_real=self.has_images)
 
 
+def needs_images(settings: Mapping[str, Any]) -> bool:
+    """Whether a measurement looks at the data's images or labels: published statistics do in their place, but for labels."""
+    return not settings.get("reference") or settings.get("labels") == "data"
+
+
 def checked(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a final evaluation, without those of measurements on the way; ValueError for impossible ones."""
-    final = {"reference": None} | {key: value for key, value in settings.items() if key != "training"}
+    final = {"reference": None, "labels": "uniform"} | {
+        key: value for key, value in settings.items() if key != "training"
+    }
     if odd := SETTINGS.symmetric_difference(final):
         raise ValueError(
             f"evaluation needs {', '.join(sorted(SETTINGS))}; unknown or missing: {', '.join(sorted(odd))}"
         )
-    check_settings(**{key: value for key, value in final.items() if key not in ("extractor", "reference")})
+    check_settings(**{key: value for key, value in final.items() if key not in ("extractor", "reference", "labels")})
+    check_choice("evaluation.labels", final["labels"], DISTRIBUTIONS)
     if final["reference"] is not None:
         check_rows(final["metrics"])
         published_reference(final["reference"], final["extractor"])

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # as torch.export does
 from datamodules import TrajectoryDataModule
 from datamodules.storage import readable
 from diffusion.denoiser import Denoiser
+from launch import measure
 from launch.build import build, check_fit
 from launch.processes import process_count
 from launch.sources import Source, exists, sources
@@ -138,7 +139,7 @@ def missing(cfg: DictConfig, config: dict[str, Any], data: Any, needs_images: bo
             places = [str(node.weights), *([source.file] if source else [])]
             lines.append(f"teacher {node.name}: no {' or '.join(places)}; train one, or put the file there")
     for look in (
-        *([data.check_source] if needs_images or not cfg.evaluation.get("reference") else []),
+        *([data.check_source] if needs_images or measure.needs_images(cfg.evaluation) else []),
         lambda: build(cfg.evaluation),
     ):
         try:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion.seeds import sample_labels
 from metrics.distances import (
     frechet_distance,
     gaussian_kernel_distance,
@@ -17,6 +16,7 @@ from metrics.distances import (
 )
 from metrics.extractors import FeatureExtractor
 from metrics.images import UINT8_RULE
+from metrics.labels import described, real_draws
 from metrics.ranks import rank_and_world
 from metrics.records import Record
 from metrics.reference import PackedImages, Reference, real_features
@@ -51,18 +51,21 @@ def measure(
     steps: int | None = None,
     solver: str | None = None,
     teacher: str | None = None,
+    class_counts: Sequence[int] | None = None,
     first_seed: int = 0,
     progress: bool = True,
 ) -> list[Record]:
     """One record per metric (of METRICS), each with one value per block and their mean and spread.
 
-    Block b samples num_samples seeds from first_seed + b * num_samples on. weights: "ema" or "raw" for a student, None for a
+    Block b samples num_samples seeds from first_seed + b * num_samples on; num_classes and class_counts say with which labels,
+    as in `sample_labels`. weights: "ema" or "raw" for a student, None for a
     teacher; precision: that of sampling, metrics run in float32 and above. Both are noted, not applied: the caller swaps
     weights and sets autocast. images_per_second is the median over blocks, so that compilation in the first is no matter.
     """
     _check(metrics, reference, extractor, num_samples, blocks, batch_size)
     reference = reference.to(device)
-    sampling = {"shape": shape, "num_classes": num_classes, "batch_size": batch_size, "device": device}
+    labels = {"num_classes": num_classes, "class_counts": class_counts}
+    sampling = {"shape": shape, **labels, "batch_size": batch_size, "device": device}
     show_shift(sample, extractor, reference, first_seed + torch.arange(min(num_samples, SHIFT_SAMPLES)), sampling, name)
     values: list[dict[str, float]] = []
     rates = []
@@ -77,7 +80,7 @@ def measure(
         )
         values.append(_scores(rows, reference, extractor, metrics))
         rates.append(num_samples / seconds)
-    fingerprint = _fingerprint(extractor, reference, num_samples, blocks, num_classes, weights, precision, first_seed)
+    fingerprint = _fingerprint(extractor, reference, num_samples, blocks, labels, weights, precision, first_seed)
     how = {"steps": steps, "solver": solver, "teacher": teacher}
     return _records(values, extractor, fingerprint, name, subject, nfe, statistics.median(rates), how)
 
@@ -95,26 +98,28 @@ def measure_real(
     device: torch.device | str,
     metrics: Sequence[str] = ("fid",),
     precision: str = "32-true",
+    class_counts: Sequence[int] | None = None,
+    first_seed: int = 0,
     progress: bool = True,
 ) -> list[Record]:
     """The floor: what exact draws from the data set, with replacement, score at this number of samples.
 
-    Draw i depends on seed i alone, blocks are those of `measure`. Where w2 or mmd is measured, the draws are from the real
-    images that those do not compare with: a set is at distance zero from itself. Give the same num_classes and precision
-    as there: the records then carry the same fingerprint and share the table.
+    Draw i depends on seed i alone, blocks are those of `measure`, and so is the distribution of classes (see `real_draws`).
+    Where w2 or mmd is measured, the draws are from the real images that those do not compare with: a set is at distance zero
+    from itself. Give the same num_classes, class_counts and precision as there: the records then carry the same fingerprint and
+    share the table.
     """
     _check(metrics, reference, extractor, num_samples, blocks, batch_size)
     reference = reference.to(device)
-    seeds = torch.arange(blocks * num_samples)
-    if _NEED_AS_MANY_ROWS.intersection(metrics):
-        others = choose_real(len(packed), num_samples)[1]
-        draws = others[sample_labels(seeds, len(others))].numpy()
-    else:
-        draws = sample_labels(seeds, len(packed)).numpy()
+    seeds = first_seed + torch.arange(blocks * num_samples)
+    disjoint = _NEED_AS_MANY_ROWS.intersection(metrics)
+    among = choose_real(len(packed), num_samples)[1] if disjoint else torch.arange(len(packed))
+    labels = {"num_classes": num_classes, "class_counts": class_counts}
+    draws = real_draws(seeds, packed.labels, among, **labels).numpy()
     label = f"{name} real" if progress else None
     rows = real_features(packed, extractor, batch_size, device, indices=draws, label=label)
     values = [_scores(part, reference, extractor, metrics) for part in rows.split(num_samples)]
-    fingerprint = _fingerprint(extractor, reference, num_samples, blocks, num_classes, None, precision)
+    fingerprint = _fingerprint(extractor, reference, num_samples, blocks, labels, None, precision, first_seed)
     return _records(values, extractor, fingerprint, name, "real", 0, None, {})
 
 
@@ -250,10 +255,10 @@ def _fingerprint(
     reference: Reference,
     num_samples: int,
     blocks: int,
-    num_classes: int,
+    labels: dict[str, Any],
     weights: str | None,
     precision: str,
-    first_seed: int = 0,
+    first_seed: int,
 ) -> dict[str, object]:
     return {
         "extractor": extractor.name,
@@ -261,7 +266,7 @@ def _fingerprint(
         "reference": reference.hash,
         "num_samples": num_samples,
         "seeds": [first_seed, first_seed + blocks * num_samples - 1],
-        "labels": f"uniform over {num_classes} by seed" if num_classes else "none",
+        "labels": described(**labels),
         "uint8": UINT8_RULE,
         "precision": precision,
         "weights": weights,

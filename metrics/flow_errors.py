@@ -50,12 +50,13 @@ def ends(
     num_classes: int,
     batch_size: int,
     device: torch.device | str,
+    class_counts: Sequence[int] | None = None,
 ) -> Tensor:
     """What `sample(noise, labels)` makes of the seeds (N,), int64: (N, C, H, W), float32, on the CPU.
 
     Errors: ValueError where images contain NaN or infinity.
     """
-    batches = inputs(seeds.to(device), shape, num_classes, batch_size)
+    batches = inputs(seeds.to(device), shape, num_classes, batch_size, class_counts)
     images = torch.cat([sample(*batch).float().cpu() for batch in batches])
     if not images.isfinite().all():
         raise ValueError("samples contain NaN or infinity: the sampler has diverged")
@@ -102,13 +103,14 @@ def straightness(
     *,
     batch_size: int,
     device: torch.device | str,
+    class_counts: Sequence[int] | None = None,
     label: str | None = None,
 ) -> Estimate:
     """S over the noise and labels of the seeds (N,), int64. label: names a progress bar."""
     shape = (teacher.channels, teacher.resolution, teacher.resolution)
     values = []
     with progress_bar(len(seeds), label) as bar:
-        for noise, labels in inputs(seeds.to(device), shape, teacher.num_classes, batch_size):
+        for noise, labels in inputs(seeds.to(device), shape, teacher.num_classes, batch_size, class_counts):
             values.append(bend(teacher, noise, labels, steps))
             bar.update(len(noise))
     return estimate(torch.cat(values))

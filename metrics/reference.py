@@ -19,6 +19,7 @@ class PackedImages(Protocol):
     """What is needed of a packed data set (datamodules.packing)."""
 
     hash: str
+    labels: np.ndarray | None
 
     def __len__(self) -> int: ...
 

@@ -23,13 +23,15 @@ def features(
     num_classes: int,
     batch_size: int,
     device: torch.device | str,
+    class_counts: Sequence[int] | None = None,
     label: str | None = None,
 ) -> tuple[Tensor, float]:
     """Features (n, D), in the order of `seeds` (n,) int64, of the images that `sample(noise, labels)` makes of them.
 
     Each rank works on a contiguous part and all get the whole, so that batch size and process count change no value
     beyond float rounding. Also returns the seconds spent in `sample` alone, of the slowest rank: by CUDA events, without
-    waiting for the device between batches, and by the clock on a CPU. `label` names a progress bar.
+    waiting for the device between batches, and by the clock on a CPU. `class_counts`: as in `sample_labels`. `label` names a
+    progress bar.
 
     Raises ValueError, on every rank, where samples contain NaN or infinity.
     """
@@ -39,7 +41,7 @@ def features(
     clock = _CudaClock() if device.type == "cuda" else _Clock()
     rows = [torch.zeros(0, extractor.dim, device=device)]
     with torch.no_grad(), progress_bar(len(mine), label) as bar:
-        for noise, labels in inputs(mine, shape, num_classes, batch_size):
+        for noise, labels in inputs(mine, shape, num_classes, batch_size, class_counts):
             with clock:
                 images = sample(noise, labels)
             finite = images.isfinite().flatten(1).all(dim=1, keepdim=True)
@@ -55,11 +57,15 @@ def features(
 
 
 def inputs(
-    seeds: Tensor, shape: Sequence[int], num_classes: int, batch_size: int
+    seeds: Tensor,
+    shape: Sequence[int],
+    num_classes: int,
+    batch_size: int,
+    class_counts: Sequence[int] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Noise (b, *shape) and labels (b,) of the seeds (n,), int64, in batches on their device."""
     for part in seeds.split(batch_size) if len(seeds) else ():
-        yield sample_noise(part, shape), sample_labels(part, num_classes)
+        yield sample_noise(part, shape), sample_labels(part, num_classes, class_counts)
 
 
 class _Clock:

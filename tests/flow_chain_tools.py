@@ -58,6 +58,7 @@ class PlanarData:
     """Points of the mixture as a data set of bytes."""
 
     name, channels, resolution, num_classes, hash = "planar", 2, 1, 0, "b" * 64
+    labels = None
 
     def __init__(self, count: int = 200):
         points = Mixture().sample(count, torch.Generator().manual_seed(3))

@@ -1,5 +1,6 @@
 """Small stand-ins for tests of metrics: an extractor, a packed data set, a sampler."""
 
+import numpy as np
 import torch
 
 from diffusion.seeds import sample_noise
@@ -34,6 +35,7 @@ class Packed:
     hash = "a" * 64
 
     def __init__(self, count=40):
+        self.labels = np.arange(count) % 3
         noise = sample_noise(torch.arange(count) + 1000, SHAPE)
         self.images = (noise * 50 + 120).clamp(0, 255).to(torch.uint8)
 

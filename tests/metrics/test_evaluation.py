@@ -1,10 +1,11 @@
 import statistics
 
+import numpy as np
 import pytest
 import torch
 from metric_stubs import SHAPE, Packed, Stub, sampler, stub_reference
 
-from diffusion.seeds import sample_labels, sample_noise
+from diffusion.seeds import sample_labels, sample_noise, sample_uniforms
 from metrics.distances import (
     frechet_distance,
     gaussian_kernel_distance,
@@ -155,7 +156,9 @@ def test_real_floor_draws_with_replacement_and_shares_the_table():
     assert (records[0].subject, records[0].nfe, records[0].images_per_second) == ("real", 0, None)
     assert records[0].comparable == student[0].comparable
     assert table([*records, *student]).count("fingerprint") == 1
-    draws = sample_labels(torch.arange(90), 40)
+    seeds, real_classes = torch.arange(90), Packed().labels  # 14, 13 and 13 images: each draw has the class of its seed
+    places = [np.flatnonzero(real_classes == label) for label in sample_labels(seeds, 3)]
+    draws = torch.tensor([place[int(u * len(place))] for place, u in zip(places, sample_uniforms(seeds), strict=True)])
     assert len(draws[:30].unique()) < 30
     gaussian = RunningGaussian(8).update(Stub()(Packed().images[draws[60:]]))
     expected = frechet_distance(gaussian.mean, gaussian.cov, stub_reference().mu, stub_reference().cov)

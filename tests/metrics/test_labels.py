@@ -1,0 +1,127 @@
+"""Samples and the row of real images have classes by one distribution, and a perfect sampler scores like real images."""
+
+import numpy as np
+import pytest
+import torch
+from metric_stubs import SHAPE, Packed, Stub
+from scipy import stats
+
+from diffusion.seeds import sample_labels
+from metrics.evaluation import measure, measure_real
+from metrics.images import from_uint8
+from metrics.labels import check_shares, counts_of, real_draws, sampled_counts
+from metrics.reference import reference_statistics
+
+SEEDS = torch.arange(6000)
+
+
+class Imbalanced(Packed):
+    """900 dark and 100 light images, as packed data and as a datamodule."""
+
+    name, num_classes = "dark_and_light", 2
+
+    def __init__(self):
+        super().__init__(1000)
+        self.labels = (np.arange(1000) % 10 == 0).astype(np.int64)
+        self.images = self.images // 2 + torch.from_numpy(100 * self.labels)[:, None, None, None].to(torch.uint8)
+
+    def reference(self):
+        return self
+
+    def perfect(self, noise, labels):
+        """A real image of the class, chosen by the noise."""
+        chosen = []
+        for number, label in zip(torch.special.ndtr(noise[:, 0, 0, 0].double()), labels, strict=True):
+            own = np.flatnonzero(self.labels == label.item())
+            chosen.append(own[int(number * len(own))])
+        return from_uint8(self.images[chosen])
+
+
+def test_with_balanced_classes_both_distributions_are_the_same_to_the_last_bit():
+    labels = np.arange(60) % 3
+    assert torch.equal(sample_labels(SEEDS, 3, (20, 20, 20)), sample_labels(SEEDS, 3))
+    for counts in (None, (20, 20, 20)):
+        assert torch.equal(real_draws(SEEDS, labels, torch.arange(60), 3, counts), sample_labels(SEEDS, 60))
+
+
+def test_labels_have_the_shares_of_the_data():
+    counts = counts_of(np.repeat([0, 1, 2, 3], [7, 0, 2, 1]), 4)
+    drawn = torch.bincount(sample_labels(SEEDS, 4, counts), minlength=4)
+    assert drawn[1] == 0
+    assert stats.chisquare(drawn[[0, 2, 3]].numpy(), np.array([0.7, 0.2, 0.1]) * len(SEEDS)).pvalue > 0.01
+
+
+def test_real_images_are_drawn_by_the_distribution_of_the_samples():
+    data = Imbalanced()
+    by_class = real_draws(SEEDS, data.labels, torch.arange(1000), 2, None)
+    assert np.array_equal(data.labels[by_class], sample_labels(SEEDS, 2))
+    for number in range(2):  # within a class all are equally likely
+        drawn = np.bincount(by_class[data.labels[by_class] == number], minlength=1000)[data.labels == number]
+        assert stats.chisquare(drawn).pvalue > 0.01
+    as_data = real_draws(SEEDS, data.labels, torch.arange(1000), 2, (900, 100))
+    assert stats.binomtest(int(data.labels[as_data].sum()), len(SEEDS), 0.1).pvalue > 0.01
+    few = torch.arange(0, 1000, 7)
+    assert set(real_draws(SEEDS, data.labels, few, 2, None).tolist()) == set(few.tolist())
+
+
+@pytest.fixture(scope="module")
+def values():
+    """{distribution: (of a perfect conditional sampler, of real images)}, each the Frechet distances of four blocks."""
+    data, extractor = Imbalanced(), Stub()
+    reference = reference_statistics(data, extractor)
+    found = {}
+    for distribution in ("uniform", "data"):
+        common = {
+            "reference": reference,
+            "extractor": extractor,
+            "num_samples": 1000,
+            "blocks": 4,
+            "num_classes": 2,
+            "class_counts": sampled_counts(distribution, data),
+            "batch_size": 1000,
+            "device": "cpu",
+            "progress": False,
+        }
+        sampled = measure(data.perfect, name="a", subject="student", nfe=1, shape=SHAPE, **common)
+        real = measure_real(data, name="b", **common)
+        assert sampled[0].comparable == real[0].comparable
+        found[distribution] = np.array(sampled[0].values), np.array(real[0].values), real[0].fingerprint["labels"]
+    return found
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "data"])
+def test_a_perfect_conditional_sampler_scores_like_real_images(values, distribution):
+    sampled, real, _ = values[distribution]
+    spread = np.hypot(sampled.std(ddof=1), real.std(ddof=1))
+    assert abs(sampled.mean() - real.mean()) < 2 * spread
+    # Labels drawn uniformly beside real images as the data has them:
+    mismatched = abs(values["uniform"][0].mean() - values["data"][1].mean())
+    assert mismatched > 10 * spread
+
+
+def test_the_fingerprint_names_the_distribution(values):
+    assert values["uniform"][2] == "uniform over 2 by seed"
+    assert values["data"][2].startswith("shares of the data's 2 classes by seed, ")
+
+
+def test_other_shares_than_the_datas_are_said_in_one_line(capsys):
+    check_shares("uniform", Imbalanced())
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "shared equally by 2 classes, which have 10% to 90% of the images" in line
+    assert "evaluation.labels=data" in line
+    balanced = Imbalanced()
+    balanced.labels = np.arange(1000) % 2
+    for distribution, data in (("data", Imbalanced()), ("uniform", balanced)):
+        check_shares(distribution, data)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_class_without_images_is_refused():
+    data = Imbalanced()
+    data.num_classes = 3
+    with pytest.raises(ValueError, match=r"class 2 of 3 has no real image among 1,000.*or set evaluation.labels=data"):
+        check_shares("uniform", data)
+    with pytest.raises(ValueError, match="class 1 of 2 has no real image among 9"):
+        real_draws(SEEDS, data.labels, torch.arange(1, 10), 2, None)
+    with pytest.raises(ValueError, match="evaluation.labels must be one of uniform, data, got 'law'"):
+        sampled_counts("law", data)
