@@ -1,6 +1,5 @@
 """curves.png: how the losses and the generative metrics went, drawn from metrics.csv."""
 
-import csv
 import io
 import math
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from callbacks.ema import RAW
 from callbacks.generative_metrics import GenerativeMetrics, counted
 from callbacks.schedule import due, is_last
+from metrics.curve_files import read_rows
 from metrics.files import write_file
 from metrics.records import load_records
 
@@ -62,8 +62,7 @@ def draw_curves(
     Losses are the columns loss, loss/... and heldout/...; a generative metric has one column per averaged copy, such as
     fid_digits_1k/ema_0.999 and fid_digits_1k/raw. `reference_lines`: {metric: {label: value}}, drawn in the metric's panel.
     """
-    with Path(csv_path).open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(Path(csv_path))
     curves = {
         key: [(float(r["nimg"]) / 1000, float(r[key])) for r in rows if r[key]] for key in (rows[0] if rows else ())
     }

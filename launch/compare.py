@@ -2,10 +2,9 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-
-from omegaconf import OmegaConf
 
 from launch.folder import RunFolder
 from launch.groups import Essence, essence, labels, measured_alike, other_differences
@@ -15,8 +14,7 @@ from metrics.convergence_picture import draw_convergence
 from metrics.convergence_tables import text
 from metrics.curve import Curve
 from metrics.curve_files import read_curve, to_json
-from metrics.files import write_file
-from metrics.records import load_records
+from metrics.files import inside, write_file
 
 
 def compare_runs(paths: Sequence[Path], *, metric: str | None = None, weights: str | None = None) -> Comparison:
@@ -26,17 +24,17 @@ def compare_runs(paths: Sequence[Path], *, metric: str | None = None, weights: s
 
     Errors: ValueError where no run, or none of the baseline, has a curve.
     """
-    configs = [OmegaConf.to_container(RunFolder(path).read_config(), resolve=True) for path in paths]
+    configs = [RunFolder(path).plain_config() for path in paths]
     essences = [essence(config) for config in configs]
     groups = labels(essences)
     curves: dict[tuple[str, int], Curve] = {}
     left_out: list[str] = []
     for path, config, own, group in zip(paths, configs, essences, groups, strict=True):
         try:
-            seed = int(config.get("seed", 0))
+            seed = config.get("seed", 0)
             _check(path, essences[0], own, curves.get((group, seed)))
             curve = read_curve(path, group, seed, metric=metric, weights=weights)
-            curve = replace(curve, trace=student_trace(load_records(RunFolder(path).metrics)))
+            curve = replace(curve, trace=student_trace(RunFolder(path).final_records()))
         except (ValueError, OSError) as error:
             left_out.append(f"{path} left out of the comparison: {error}")
             continue
@@ -84,7 +82,8 @@ def draw(path: Path, comparison: Comparison, paths: Sequence[Path]) -> None:
 
     lines: dict[str, float] = {}
     for folder in reversed(paths):
-        lines |= reference_lines(folder / "metrics.json").get(comparison.metric, {})
+        with suppress(ValueError, OSError):  # of a run that is left out
+            lines |= reference_lines(inside(folder, "metrics.json")).get(comparison.metric, {})
     draw_convergence(path, comparison, {k: v for k, v in lines.items() if k.startswith("teacher")})
 
 

@@ -1,6 +1,8 @@
 """A run's folder: its config is written once, and everything after must agree with it."""
 
+import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from launch.locks import take
 from launch.names import names_in
-from metrics.files import write_file
+from metrics.files import inside, write_file
 from metrics.records import Record, load_records
 from metrics.tables import table
 
@@ -52,33 +54,58 @@ class RunFolder:
         if not self.complete():
             raise ValueError("it is not complete; the command that started it resumes it")
 
-    def records(self) -> tuple[list[Record], list[Record]]:
-        """(of the final evaluation; those that evaluate.py made later). Errors: ValueError, also for damaged ones."""
+    def final_records(self) -> list[Record]:
+        """Of the final evaluation. Errors: ValueError for a run that is not complete, and for damaged ones."""
         self.check_complete()
-        again = self.path / "evaluation" / "metrics.json"
-        return load_records(self.metrics), load_records(again) if again.is_file() else []
+        return load_records(inside(self.path, self.metrics.name))
+
+    def later_records(self) -> tuple[list[Record], list[str]]:
+        """(those that evaluate.py made of the final weights; lines on others that are left out, made while training went on).
+
+        Errors: ValueError for damaged ones.
+        """
+        path = inside(self.path, "evaluation/metrics.json")
+        found = load_records(path) if path.is_file() else []
+        unfinished = {f"{r.training['step']} of {r.training['total']}": None for r in found if r.unfinished}
+        lines = [f"{path.relative_to(self.path)} has values after {at} training steps, left out" for at in unfinished]
+        return [record for record in found if not record.unfinished], lines
 
     def report(self) -> str:
         """The table of the final evaluation."""
-        return table(load_records(self.metrics))
+        return table(self.final_records())
 
     def read_config(self) -> DictConfig:
-        """Errors: FileNotFoundError where the folder holds no run, ValueError for an unreadable config."""
+        """Its plain values, as train.py wrote them.
+
+        Errors: FileNotFoundError where the folder holds no run; ValueError for a config that can't be read or is none of a
+        run, and for one with interpolations: those of a stranger could show this machine's environment.
+        """
         if not self.config.is_file():
             raise FileNotFoundError(f"{self.path} holds no run (no config.yaml); give a folder that train.py made")
+        inside(self.path, self.config.name)
         try:
             config = OmegaConf.load(self.config)
+            plain = OmegaConf.to_container(config)
+            found = re.search(r"\$\{[^}]*\}?", json.dumps(plain))
         except Exception as error:
             raise ValueError(f"{self.config} can't be read ({type(error).__name__}); restore or remove it") from error
-        if not isinstance(config, DictConfig):
-            raise ValueError(f"{self.config} is not the config of a run; restore or remove it")
+        if found:
+            raise ValueError(
+                f"{self.config} holds {found[0]}, which is not resolved: the config of a run has plain values; put one there"
+            )
+        if odd := _odd(plain):
+            raise ValueError(f"{self.config} is not the config of a run ({odd}); restore or remove it")
         return config
+
+    def plain_config(self) -> dict[str, Any]:
+        """The same in plain containers."""
+        return OmegaConf.to_container(self.read_config())
 
     def check(self, config: dict[str, Any]) -> None:
         """Errors: ValueError where a run with another config is here, showing the first difference with both values."""
         if not self.begun():
             return
-        changes = differences(OmegaConf.to_container(self.read_config(), resolve=True), config)
+        changes = differences(self.plain_config(), config)
         changes = [change for change in changes if change[0] not in FREE]
         if changes:
             (key, was, now), *others = changes
@@ -113,6 +140,19 @@ class RunFolder:
         if lock is None:
             raise ValueError("another process trains this run: wait for it, or choose another name=...")
         return lock
+
+
+def _odd(config: Any) -> str:
+    """What a run's config would not hold; nothing where all is well. Of the parts only the method must be there."""
+    if not isinstance(config, dict) or not config:
+        return "it is empty" if config in ({}, []) else "it is a list"
+    if not isinstance(config.get("method"), dict):
+        return "it names no method"
+    parts = [key for key in ("data", "evaluation", "trainer", "teacher") if not isinstance(config.get(key) or {}, dict)]
+    seed = config.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        return f"seed is {seed!r}"
+    return f"{parts[0]} is {config[parts[0]]!r:.50}" if parts else ""
 
 
 def differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:

@@ -6,18 +6,21 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from launch.folder import RunFolder
 from launch.groups import essence, labels, trained_alike
+from metrics.cost import read_costs
+from metrics.files import inside
 from metrics.records import Record, load_records, merge_records
+
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
 class Measured:
     """A complete run. label: of the runs that differ from it by their seed or number of steps alone.
 
-    final: the records of its final evaluation; records: with those that evaluate.py made of it later.
+    final: the records of its final evaluation; records: with those that evaluate.py made later, of the final weights.
+    costs: see `read_costs`. samples: the PNG of its final ones, else of the last ones on the way.
     """
 
     path: Path
@@ -26,6 +29,8 @@ class Measured:
     label: str
     final: list[Record]
     records: list[Record]
+    costs: dict[str, float | None]
+    samples: bytes | None
 
     @property
     def name(self) -> str:
@@ -61,18 +66,15 @@ def gather(patterns: Sequence[str]) -> Gathered:
     for path in paths:
         try:
             if RunFolder(path).config.is_file():
-                stored.append((path, *_read(path)))
+                stored.append(_read(path, left_out))
             else:
-                teachers[path] = load_records(path / "metrics.json")
+                teachers[path] = load_records(inside(path, "metrics.json"))
         except (ValueError, OSError) as error:
             left_out.append(f"{path}: {' '.join(str(error).split())}")
     if not stored:
         raise ValueError("\n".join(["no complete run for a report", *left_out]))
-    groups = labels([trained_alike(essence(config)) for _, config, _, _ in stored])
-    runs = [
-        Measured(path, config, int(config.get("seed", 0)), group, final, merge_records(final, again))
-        for (path, config, final, again), group in zip(stored, groups, strict=True)
-    ]
+    groups = labels([trained_alike(essence(found["config"])) for found in stored])
+    runs = [Measured(label=group, **found) for found, group in zip(stored, groups, strict=True)]
     return Gathered(runs, teachers, left_out)
 
 
@@ -80,8 +82,34 @@ def _holds(path: Path) -> bool:
     return (path / "config.yaml").is_file() or (path / "metrics.json").is_file()
 
 
-def _read(path: Path) -> tuple[dict[str, Any], list[Record], list[Record]]:
-    """(config, final records, later ones). Errors: ValueError for a run that is not complete or is damaged."""
+def _read(path: Path, left_out: list[str]) -> dict[str, Any]:
+    """All of `Measured` but the label; records of half-trained weights are left out, with a line.
+
+    Errors: ValueError for a run that is not complete, or has a damaged file, which it names.
+    """
     folder = RunFolder(path)
-    config = OmegaConf.to_container(folder.read_config(), resolve=True)
-    return config, *folder.records()
+    config, final = folder.plain_config(), folder.final_records()
+    again, unfinished = folder.later_records()
+    left_out += [f"{path}: {line}" for line in unfinished]
+    return {
+        "path": path,
+        "config": config,
+        "seed": config.get("seed", 0),
+        "final": final,
+        "records": merge_records(final, again),
+        "costs": read_costs(path),
+        "samples": _samples(path),
+    }
+
+
+def _samples(folder: Path) -> bytes | None:
+    path = inside(folder, "samples.png")
+    if not path.is_file():
+        found = max((folder / "samples").glob("*.png"), default=None)  # names are numbers of the same length
+        if found is None:
+            return None
+        path = inside(folder, str(found.relative_to(folder)))
+    content = path.read_bytes()
+    if not content.startswith(_PNG):
+        raise ValueError(f"{path} is no PNG picture; restore or remove it")
+    return content

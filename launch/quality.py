@@ -3,12 +3,10 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from launch.compare import dumped
 from launch.folder import RunFolder
 from launch.groups import essence, labels, trained_alike
-from metrics.files import write_file
+from metrics.files import inside, write_file
 from metrics.quality import Quality, Value, measured_lines, teacher_label, to_json
 from metrics.quality_picture import draw_quality
 from metrics.quality_tables import text
@@ -29,7 +27,7 @@ def compare_quality(paths: Sequence[Path], *, like: Record | None = None, weight
     measured: dict[Path, tuple[list[Record], list[Record]]] = {}
     for path in paths:
         try:
-            measured[path] = _stored(path)
+            measured[path] = _stored(path, notes)
         except ValueError as error:
             notes.append(f"{path} left out: {error}")
     like = like or next((r for final, again in measured.values() for r in (*final, *again) if _student(r)), None)
@@ -71,8 +69,8 @@ def compare_quality(paths: Sequence[Path], *, like: Record | None = None, weight
     return Quality(like.metric, like.comparable, tuple(values.values()), floor, tuple(dict.fromkeys(notes)))
 
 
-def _stored(path: Path) -> tuple[list[Record], list[Record]]:
-    """(records of a run's final evaluation, or of a teacher; those that evaluate.py made of a run).
+def _stored(path: Path, notes: list[str]) -> tuple[list[Record], list[Record]]:
+    """(records of a run's final evaluation, or of a teacher; those that evaluate.py made of a run's final weights).
 
     Errors: ValueError for a run that is not complete or for damaged records.
     """
@@ -80,16 +78,18 @@ def _stored(path: Path) -> tuple[list[Record], list[Record]]:
     if not folder.config.is_file():
         if not folder.metrics.is_file():
             raise FileNotFoundError(f"{path} holds neither a run nor a measured teacher; give folders that do")
-        return load_records(folder.metrics), []
-    return folder.records()
+        return load_records(inside(path, folder.metrics.name)), []
+    final, (again, unfinished) = folder.final_records(), folder.later_records()
+    notes += [f"{path}: {line}" for line in unfinished]
+    return final, again
 
 
 def _groups(paths: Iterable[Path]) -> dict[Path, tuple[str, int]]:
     """The runs' labels and seeds."""
     runs = [path for path in dict.fromkeys(paths) if RunFolder(path).config.is_file()]
-    configs = [OmegaConf.to_container(RunFolder(path).read_config(), resolve=True) for path in runs]
+    configs = [RunFolder(path).plain_config() for path in runs]
     groups = labels([trained_alike(essence(config)) for config in configs])
-    seeds = [int(config.get("seed", 0)) for config in configs]
+    seeds = [config.get("seed", 0) for config in configs]
     return dict(zip(runs, zip(groups, seeds, strict=True), strict=True))
 
 

@@ -11,7 +11,7 @@ from launch.gather import Gathered
 from launch.groups import essence, measured_alike, options_that_differ
 from metrics.convergence_tables import notes as convergence_notes
 from metrics.convergence_tables import sections as convergence_sections
-from metrics.cost import Priced, cost_rows, read_costs
+from metrics.cost import Priced, cost_rows
 from metrics.cost_picture import draw_cost
 from metrics.quality_tables import quality_heading, quality_rows
 from metrics.records import Record
@@ -81,10 +81,9 @@ def quality_against_nfe(gathered: Gathered) -> list[Block]:
 
 def quality_against_cost(gathered: Gathered) -> list[Block]:
     blocks: list[Block] = []
-    costs = {run.path: read_costs(run.path) for run in gathered.runs}
     for like in _first_students(gathered):
         runs = [
-            Priced(f"{run.label}, {record.nfe} NFE", run.seed, record.mean, costs[run.path])
+            Priced(f"{run.label}, {record.nfe} NFE", run.seed, record.mean, run.costs)
             for run in gathered.runs
             for record in run.final
             if record.subject == "student" and record.kind == like.kind
@@ -146,12 +145,12 @@ def samples(gathered: Gathered) -> list[Block]:
     """The final grid of each group's first seed at each number of evaluations: the same noise in all of one data set."""
     shown: dict[str, dict[tuple, Picture]] = {}
     for run in sorted(gathered.runs, key=lambda run: run.seed):
-        path, data = _grid(run.path), str(run.config.get("data", {}).get("name", "data"))
-        if path is None:
+        data = str((run.config.get("data") or {}).get("name", "data"))
+        if run.samples is None:
             continue
         student = run.student
         how = f"{student.nfe} NFE, {student.metric} {student.mean:.4g}" if student else "not measured"
-        picture = Picture(path.read_bytes(), f"Final samples of {run.name}", f"{run.label}: {how} ({run.name})")
+        picture = Picture(run.samples, f"Final samples of {run.name}", f"{run.label}: {how} ({run.name})")
         shown.setdefault(data, {}).setdefault((run.label, student and student.nfe), picture)
     blocks: list[Block] = [
         Text("Rows share their noise in all pictures of one data set; one seed of each group is shown.")
@@ -159,12 +158,6 @@ def samples(gathered: Gathered) -> list[Block]:
     for data, pictures in shown.items():
         blocks += [Heading(data), Gallery(list(pictures.values()))]
     return blocks if shown else []
-
-
-def _grid(folder: Path) -> Path | None:
-    if (folder / "samples.png").is_file():
-        return folder / "samples.png"
-    return max((folder / "samples").glob("*.png"), default=None)  # names are numbers of the same length
 
 
 def differences(gathered: Gathered) -> list[Block]:
@@ -182,10 +175,12 @@ def differences(gathered: Gathered) -> list[Block]:
 
 
 def traces(gathered: Gathered) -> list[Block]:
-    rows = [["run", "git revision", "config.yaml (SHA-256)", "student's weights (hash)"]]
+    rows = [["run", "git revision", "config.yaml (SHA-256)", "student's weights (hash)", "of training step"]]
     for run in gathered.runs:
         trace: dict[str, Any] = (run.student and run.student.trace) or {}
-        rows.append([run.name, *(trace.get(key) or "unknown" for key in ("revision", "config", "weights"))])
+        training = run.student and run.student.training
+        step = f"{training['step']} of {training['total']}" if training else "unknown"
+        rows.append([run.name, *(trace.get(key) or "unknown" for key in ("revision", "config", "weights")), step])
     return [Table(rows, caption="As the final evaluation found them.", words=True)]
 
 

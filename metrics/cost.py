@@ -1,13 +1,12 @@
 """What a run's training cost, beside how good it became."""
 
-import csv
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from metrics.curve_files import SECONDS, read_preparation
+from metrics.curve_files import SECONDS, read_numbers, read_preparation, read_rows
+from metrics.files import inside
 
 COSTS = ("kimg", "seconds", "network evaluations")
 
@@ -25,11 +24,12 @@ class Priced:
 def read_costs(folder: Path) -> dict[str, float | None]:
     """Thousands of images and seconds of training, with those of a preparation, and all network evaluations.
 
-    Errors: ValueError for a damaged preparation.json.
+    Errors: ValueError, naming the file, for a damaged one.
     """
-    card = _card(folder / "student.json")
+    path = inside(folder, "student.json")
+    card = read_numbers(path, "kimg", "network_evaluations") if path.is_file() else {}
     preparation = read_preparation(folder)
-    kimg, seconds = card.get("kimg"), _seconds(folder / "metrics.csv")
+    kimg, seconds = card.get("kimg"), _seconds(inside(folder, "metrics.csv"))
     return {
         "kimg": None if kimg is None else kimg + preparation.images / 1000,
         "seconds": None if seconds is None else seconds + preparation.seconds,
@@ -62,17 +62,10 @@ def _mean(costs: Sequence[float | None]) -> str:
     return f"{mean:.4g}" if mean < 1000 else f"{mean:,.0f}"
 
 
-def _card(path: Path) -> dict:
-    try:
-        card = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}  # a cost that is not known, no reason to leave a measured run out
-    return card if isinstance(card, dict) else {}
-
-
 def _seconds(path: Path) -> float | None:
-    if not path.is_file():
-        return None
-    with path.open(newline="") as file:
-        found = [row[SECONDS] for row in csv.DictReader(file) if row.get(SECONDS)]
-    return float(found[-1]) if found else None
+    """Of a metrics.csv."""
+    found = [row[SECONDS] for row in read_rows(path) if row.get(SECONDS)] if path.is_file() else []
+    try:
+        return float(found[-1]) if found else None
+    except ValueError as error:
+        raise ValueError(f"{path} has {SECONDS} {found[-1]!r:.50}; restore or remove it") from error

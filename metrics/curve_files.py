@@ -10,6 +10,7 @@ from typing import Any
 
 from metrics.convergence import Comparison
 from metrics.curve import CURRENCIES, Cost, Curve
+from metrics.files import inside
 
 UPDATES, SECONDS = "progress/student_updates", "speed/training_seconds"
 
@@ -25,17 +26,16 @@ def read_curve(
     Errors: FileNotFoundError without metrics.csv; ValueError, naming the file, for what can't be compared.
     """
     folder = Path(folder)
-    path = folder / "metrics.csv"
+    path = inside(folder, "metrics.csv")
     if not path.is_file():
         raise FileNotFoundError(f"no {path}; only runs with logger.csv have curves")
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(path)
     column = _column(path, list(rows[0]) if rows else [], metric, weights)
     measured = [row for row in rows if row[column]]
     try:
         values = tuple(float(row[column]) for row in measured)
         costs = tuple(Cost(int(float(r[UPDATES])), int(r["nimg"]), float(r[SECONDS])) for r in measured)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path} lacks nimg, {UPDATES} or {SECONDS} beside {column}; train that run again") from error
     if len(values) < 2:
         raise ValueError(
@@ -46,6 +46,22 @@ def read_curve(
         raise ValueError(f"{path} has a {column} that is not finite; look at the run's samples")
     name, copy = column.split("/", 1)
     return Curve(folder.resolve().name, group, seed, name, copy, values, costs, read_preparation(folder))
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Of a metrics.csv; ValueError, naming it, for one that is no table, has no `nimg`, or holds what a broken disk leaves."""
+    try:
+        text = path.read_text()
+        if "\0" in text:
+            raise ValueError("it holds zero bytes")
+        rows = list(csv.DictReader(text.splitlines()))
+        if rows and "nimg" not in rows[0]:
+            raise ValueError("it has no column nimg")
+    except (ValueError, csv.Error) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); restore it, or remove it, which costs the run its curves"
+        ) from error
+    return rows
 
 
 def _column(path: Path, columns: list[str], metric: str | None, weights: str | None) -> str:
@@ -68,14 +84,27 @@ def curve_columns(columns: Iterable[str]) -> list[str]:
 
 def read_preparation(folder: Path) -> Cost:
     """What a run's preparation.json says; nothing where there was none. ValueError for a damaged one."""
-    path = folder / "preparation.json"
+    path = inside(folder, "preparation.json")
     if not path.is_file():
         return Cost()
+    stored = read_numbers(path, "steps", "images", "seconds")
+    if None in stored.values():
+        raise ValueError(f"{path} is damaged or lacks steps, images or seconds; train that run again")
+    return Cost(int(stored["steps"]), int(stored["images"]), float(stored["seconds"]))
+
+
+def read_numbers(path: Path, *keys: str) -> dict[str, float | None]:
+    """Those entries of a JSON file, None where one is missing. ValueError, naming the file, for what is damaged or no number."""
     try:
-        stored = json.loads(path.read_bytes())
-        return Cost(int(stored["steps"]), int(stored["images"]), float(stored["seconds"]))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is damaged or lacks steps, images or seconds; train that run again") from error
+        content = json.loads(path.read_bytes())
+        found = {key: content.get(key) for key in keys} if isinstance(content, dict) else {"it": "no dict"}
+        for key, value in found.items():
+            number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+            if value is not None and not number:
+                raise ValueError(f"{key} is {value!r:.50}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}); restore or remove it") from error
+    return found
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:

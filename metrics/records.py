@@ -50,6 +50,9 @@ class Record:
     def __post_init__(self):
         if self.subject not in SUBJECTS:
             raise ValueError(f"subject must be one of {', '.join(SUBJECTS)}, got {self.subject!r}")
+        for key in ("nfe", "std"):
+            if (getattr(self, key) or 0) < 0:
+                raise ValueError(f"{key} must not be negative, got {getattr(self, key)}")
         if self.training is not None and set(self.training) != set(TRAINING):
             raise ValueError(f"training must have {', '.join(TRAINING)}, got {', '.join(self.training)}")
 

@@ -47,7 +47,7 @@ def test_a_folder_without_checkpoint_may_be_used_again(tmp_path):
     folder.check(CONFIG)
     folder.claim(CONFIG)
     folder.check({"seed": 1})
-    folder.claim({"seed": 1})
+    folder.claim(CONFIG | {"seed": 1})
     assert folder.read_config().seed == 1
 
 
@@ -58,14 +58,41 @@ def test_checkpoints_without_config_are_not_taken_over(tmp_path):
         folder.check(CONFIG)
 
 
-@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2"])
-def test_a_damaged_config_is_named(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a: [1", r"can't be read \(ParserError\)"),
+        ("method: {a: !!binary aGk=}", r"can't be read \(TypeError\)"),
+        ("- 1\n- 2", r"is not the config of a run \(it is a list\)"),
+        ("", r"is not the config of a run \(it is empty\)"),
+        ("name: x", r"is not the config of a run \(it names no method\)"),
+        ("method: sfd", r"is not the config of a run \(it names no method\)"),
+        ("method: {a: 1}\nseed: one", r"is not the config of a run \(seed is 'one'\)"),
+        ("method: {a: 1}\ndata: [1]", r"is not the config of a run \(data is \[1\]\)"),
+    ],
+)
+def test_a_damaged_config_is_named(tmp_path, text, reason):
     folder = begun(tmp_path)
     folder.config.write_text(text)
-    with pytest.raises(
-        ValueError, match=r"config.yaml (can't be read|is not the config of a run).*; restore or remove it"
-    ):
+    with pytest.raises(ValueError, match=rf"run/config.yaml {reason}; restore or remove it"):
         folder.check(CONFIG)
+
+
+def test_a_config_is_read_without_its_interpolations_and_not_through_links(tmp_path, monkeypatch):
+    """Both would let a foreign run show what this machine keeps for itself."""
+    monkeypatch.setenv("SECRET", "hunter2")
+    folder = begun(tmp_path)
+    folder.config.write_text("method: {name: sfd, note: '${oc.env:SECRET}'}\n")
+    with pytest.raises(ValueError, match=r"config.yaml holds \$\{oc.env:SECRET\}, which is not resolved"):
+        folder.read_config()
+    folder.config.rename(tmp_path / "config.yaml")
+    folder.config.symlink_to("../config.yaml")
+    with pytest.raises(ValueError, match=r"config.yaml is a link that leads out of .*run, which is not followed"):
+        folder.read_config()
+    save_records(tmp_path / "metrics.json", [Record("run", "fid_digits", "student", 1, 2.5, 0.1, [2.4], 100.0)])
+    folder.metrics.symlink_to("../metrics.json")
+    with pytest.raises(ValueError, match=r"metrics.json is a link that leads out of .*run, which is not followed"):
+        folder.final_records()
 
 
 def test_a_run_is_complete_with_its_metrics(tmp_path):

@@ -1,4 +1,6 @@
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from convergence_tools import curve, decay, write_run
@@ -118,9 +120,74 @@ def test_differences_name_options_once_and_paths_not_at_all(page):
 
 def test_every_run_says_where_it_comes_from_and_what_is_missing_why(page, folder):
     (table,) = (table for table in page.tables if table[0][0] == "run")
-    assert table[2] == ["sfd-seed0-steps1", *TRACE.values()]
+    assert table[2] == ["sfd-seed0-steps1", *TRACE.values(), "unknown"]
     assert f"{folder}/runs/late-seed5-steps1: it is not complete; the command that started it resumes it" in page.text
     assert f"{folder}/runs/bad-seed6-steps1/metrics.json is damaged" in page.text
+
+
+def record_with(**changes):
+    def change(path):
+        stored = json.loads(path.read_text())
+        path.write_text(json.dumps([stored[0] | changes, *stored[1:]]))
+
+    return change
+
+
+def text(content):
+    return lambda path: path.write_text(content)
+
+
+def linked(path):
+    path.unlink()
+    path.symlink_to(path.parents[2] / "secret")
+
+
+DAMAGE = {
+    "config.yaml": (text("method: {name: sfd}\nseed: x"), "is not the config of a run (seed is 'x')"),
+    "./config.yaml": (text("method: {name: '${oc.env:HOME}'}"), "holds ${oc.env:HOME}, which is not resolved"),
+    "metrics.json": (record_with(mean="0.1"), "is damaged or no list of metrics (mean is '0.1')"),
+    "./metrics.json": (record_with(std=-0.1), "is damaged or no list of metrics (std must not be negative, got -0.1)"),
+    "../x/metrics.json": (text("{}"), "is damaged or no list of metrics (it is empty)"),
+    "evaluation/metrics.json": (text('[{"name": []}]'), "is damaged or no list of metrics (name is [])"),
+    "student.json": (text('{"kimg": "48"}'), "is damaged (kimg is '48')"),
+    "preparation.json": (text('{"steps": [], "images": 1, "seconds": 1}'), "is damaged (steps is [])"),
+    "metrics.csv": (text("a,b\n1,\0"), "is damaged (it holds zero bytes)"),
+    "samples.png": (linked, "is a link that leads out of"),
+    "./samples.png": (text("<svg/>"), "is no PNG picture"),
+}
+
+
+def test_a_run_with_a_damaged_file_is_left_out_by_name_and_the_others_are_reported(tmp_path):
+    (tmp_path / "secret").write_bytes(b"\x89PNG\r\n\x1a\nthe key to the cellar")
+    good = run(tmp_path / "runs", 0, 0.3)
+    lines = []
+    for number, (name, (damage, message)) in enumerate(DAMAGE.items()):
+        path = tmp_path / "runs" / f"damaged{number}"
+        run(tmp_path / "runs", 1, 0.4).rename(path)
+        file = path / Path(name).name if name.startswith(".") else path / name
+        file.parent.mkdir(exist_ok=True)
+        damage(file)
+        lines.append(f"{file} {message}")
+    said = write_report(tmp_path / "report.html", [f"{tmp_path}/runs/*"])
+    assert said.endswith(f"report.html written: 1 runs, {len(DAMAGE)} left out")
+    page = Page((tmp_path / "report.html").read_text())
+    assert not [line for line in lines if line not in page.text]
+    assert good.name in page.text
+    assert not [png for _, png in page.pictures if b"cellar" in png]
+
+
+def test_what_was_measured_while_training_went_on_is_no_result(tmp_path):
+    """evaluate.py kept it in the run's folder, in the place of the final value of the same fingerprint."""
+    path = run(tmp_path / "runs", 0, 0.3)
+    half = [replace(r, training={"step": 4, "reached": 6, "total": 13}) for r in students({1: 0.9}, name=path.name)]
+    final = [replace(r, training={"step": 4, "reached": 13, "total": 13}) for r in students({1: 0.31}, name=path.name)]
+    for records, shown in ((half, "0.300 ± 0.020"), (final, "0.310 ± 0.020")):
+        save_records(path / "evaluation/metrics.json", records)
+        write_report(tmp_path / "report.html", [str(path)])
+        page = Page((tmp_path / "report.html").read_text())
+        assert [row[4] for row in page.tables[0] if row[0] == "sfd"] == [shown]
+        left_out = f"{path}: evaluation/metrics.json has values after 4 of 13 training steps, left out"
+        assert (left_out in page.text) is (records is half)
 
 
 def test_a_report_is_replaced_but_nothing_else_is(tmp_path):
@@ -147,7 +214,7 @@ def test_misuse(tmp_path):
             check_target(wrong)
     with pytest.raises(FileNotFoundError, match=r"run=nothing/\* names no run"):
         write_report(tmp_path / "r.html", ["nothing/*"])
-    OmegaConf.save({"name": "x"}, tmp_path / "config.yaml")
+    OmegaConf.save({"method": {"name": "x"}}, tmp_path / "config.yaml")
     with pytest.raises(ValueError, match=r"(?s)no complete run for a report.*it is not complete"):
         write_report(tmp_path / "r.html", [str(tmp_path)])
     assert not (tmp_path / "r.html").exists()

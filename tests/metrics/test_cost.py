@@ -14,11 +14,51 @@ def test_a_preparation_costs_too(tmp_path):
     (run / "student.json").write_text(json.dumps({"kimg": 6.4, "network_evaluations": 9440.0}))
     assert read_costs(run) == {"kimg": 8.4, "seconds": 207.5, "network evaluations": 9440.0}
     (run / "metrics.csv").unlink()
-    (run / "student.json").write_text("{")
+    (run / "student.json").unlink()
     assert set(read_costs(run).values()) == {None}
-    (run / "preparation.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"preparation.json is damaged or lacks steps, images or seconds"):
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("student.json", "{", r"student.json is damaged \(Expecting"),
+        ("student.json", "[]", r"student.json is damaged \(it is 'no dict'\)"),
+        ("student.json", '{"kimg": "48"}', "student.json is damaged \\(kimg is '48'"),
+        ("student.json", '{"network_evaluations": NaN}', "student.json is damaged .network_evaluations is nan"),
+        ("preparation.json", "{}", "preparation.json is damaged or lacks steps, images or seconds"),
+        (
+            "preparation.json",
+            '{"steps": 1, "images": true, "seconds": 1}',
+            "preparation.json is damaged .images is True",
+        ),
+        (
+            "preparation.json",
+            '{"steps": Infinity, "images": 1, "seconds": 1}',
+            "preparation.json is damaged .steps is inf",
+        ),
+        ("metrics.csv", "step,nimg\n1,\0\n", "metrics.csv is damaged .it holds zero bytes"),
+        ("metrics.csv", "step,loss\n1,2\n", "metrics.csv is damaged .it has no column nimg"),
+        ("metrics.csv", "nimg,speed/training_seconds\n1,soon\n", "metrics.csv has speed/training_seconds 'soon'"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_costs(tmp_path)
+
+
+def test_a_link_out_of_the_run_is_not_followed(tmp_path):
+    (tmp_path / "secret.json").write_text('{"kimg": 1}')
+    run = tmp_path / "run"
+    (run / "kept").mkdir(parents=True)
+    (run / "student.json").symlink_to("../secret.json")
+    with pytest.raises(ValueError, match="student.json is a link that leads out of .*run, which is not followed"):
         read_costs(run)
+    (run / "student.json").unlink()
+    (run / "kept/student.json").write_text('{"kimg": 1}')
+    (run / "student.json").symlink_to("kept/student.json")
+    (tmp_path / "linked").symlink_to("run")  # the run itself may lie elsewhere
+    assert read_costs(tmp_path / "linked")["kimg"] == 1
 
 
 def priced(label, seed, value, seconds):
