@@ -5,7 +5,7 @@ states the four coefficients of one family in that coordinate (EDM, arXiv 2206.0
 follow from the definitions of their targets).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,10 @@ class Preconditioning(nn.Module):
         """The form in which a one-step student reads the network at the highest noise level."""
         return self
 
+    def options(self) -> dict[str, Any]:
+        """The constructor's arguments, by which another one of this class becomes equal to this one."""
+        return {}
+
 
 class EDM(Preconditioning):
     """EDM's own: unit-variance inputs and targets for data of standard deviation `sigma_data`."""
@@ -72,6 +76,9 @@ class EDM(Preconditioning):
     def prior_std(self, sigma: Tensor) -> Tensor:
         return sigma
 
+    def options(self) -> dict[str, Any]:
+        return {"sigma_data": self.sigma_data}
+
 
 class VariancePreserving(Preconditioning):
     """Networks whose variable is z = x / sqrt(1 + sigma^2), as in DDPM: a^2 + s^2 = 1."""
@@ -88,6 +95,7 @@ class Epsilon(VariancePreserving):
 
     def __init__(self, timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02):
         super().__init__()
+        self.betas = (beta_start, beta_end)
         log_sigmas = ddpm_sigmas(timesteps, beta_start, beta_end).log()
         self.register_buffer("log_sigmas", log_sigmas, persistent=False)
 
@@ -105,6 +113,9 @@ class Epsilon(VariancePreserving):
 
     def one_step(self) -> Preconditioning:
         return ResidualEpsilon(len(self.log_sigmas))
+
+    def options(self) -> dict[str, Any]:
+        return {"timesteps": len(self.log_sigmas), "beta_start": self.betas[0], "beta_end": self.betas[1]}
 
 
 class VP(VariancePreserving):
@@ -136,6 +147,9 @@ class VP(VariancePreserving):
     def one_step(self) -> Preconditioning:
         return ResidualEpsilon(self.timesteps)
 
+    def options(self) -> dict[str, Any]:
+        return {"beta_d": self.beta_d, "beta_min": self.beta_min, "timesteps": self.timesteps}
+
 
 class VE(Preconditioning):
     """Score SDE's networks that see x itself and predict -e; their noise label is ln(sigma / 2) (EDM, table 1)."""
@@ -163,6 +177,9 @@ class ResidualEpsilon(VariancePreserving):
     def forward(self, sigma: Tensor) -> Coefficients:
         a = self.scale(sigma)
         return Coefficients(a, -torch.ones_like(sigma), a, torch.full_like(sigma, self.timesteps - 1))
+
+    def options(self) -> dict[str, Any]:
+        return {"timesteps": self.timesteps}
 
 
 class Cosine(VariancePreserving):

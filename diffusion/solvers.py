@@ -41,7 +41,10 @@ def _direction(denoiser: DenoiserFunction, x: Tensor, sigma: float, labels: Tens
 
 
 def euler(denoiser: DenoiserFunction, x: Tensor, sigmas: Tensor, labels: Tensor | None = None) -> Iterator[Tensor]:
-    """First order, one evaluation a step. In this coordinate it is DDIM, and rectified flow's own Euler step."""
+    """First order, one evaluation a step. In this coordinate it is DDIM and, between the same two times, a flow's Euler step.
+
+    On `flow_uniform` n steps cover [0.001, 1], where rectified flow's released code begins there too and goes by 1 / n.
+    """
     levels = sigmas.tolist()
     for sigma, following in pairwise(levels):
         x = euler_step(x, denoiser(x, x.new_full((), sigma), labels), sigma, following)

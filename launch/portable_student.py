@@ -12,7 +12,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from diffusion.denoiser import Denoiser
-from diffusion.preconditioning import EDM, VE, VP, X0, Epsilon, V, Velocity
+from diffusion.preconditioning import EDM, VE, VP, X0, Epsilon, ResidualEpsilon, V, Velocity
 from diffusion.seeds import sample_labels, sample_noise
 from diffusion.student_sampling import Sampling
 from networks.dhariwal_unet import DhariwalUNet
@@ -21,14 +21,14 @@ from networks.mlp import MLP
 from networks.song_unet import SongUNet
 
 NETWORKS = {cls.__name__: cls for cls in (SongUNet, DhariwalUNet, DiffusersUNet, MLP)}
-PRECONDITIONINGS = {cls.__name__: cls for cls in (EDM, VP, VE, Epsilon, V, X0, Velocity)}
+PRECONDITIONINGS = {cls.__name__: cls for cls in (EDM, VP, VE, Epsilon, ResidualEpsilon, V, X0, Velocity)}
 
 
 class Student(ModelMixin, ConfigMixin):
     """A denoiser and the way in which it makes images of noise; the network sees float32.
 
-    network, preconditioning: {"name": of a class in NETWORKS or PRECONDITIONINGS, and its options}. one_step: whether the
-    network is read in the form of one-step students. sampling: the fields of `Sampling`. num_classes: 0 without labels.
+    network, preconditioning: {"name": of a class in NETWORKS or PRECONDITIONINGS, and its options}. sampling: the fields of
+    `Sampling`. num_classes: 0 without labels.
     """
 
     @register_to_config
@@ -36,13 +36,11 @@ class Student(ModelMixin, ConfigMixin):
         self,
         network: dict[str, Any],
         preconditioning: dict[str, Any],
-        one_step: bool,
         sampling: dict[str, Any],
         num_classes: int,
     ):
         super().__init__()
-        read = _made(PRECONDITIONINGS, preconditioning)
-        self.denoiser = Denoiser(_made(NETWORKS, network), read.one_step() if one_step else read)
+        self.denoiser = Denoiser(_made(NETWORKS, network), _made(PRECONDITIONINGS, preconditioning))
         self.path = Sampling(**sampling)
         self.num_classes = num_classes
 

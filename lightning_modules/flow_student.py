@@ -53,7 +53,9 @@ class FlowStudent(Method):
     def generate(self, noise: Tensor, labels: Tensor | None) -> Tensor:
         if self.euler_steps is None:
             return self.sampler.sample(noise, labels, denoiser=self.student)
-        state = noise  # from which one step leads to X_0 + v(X_0, 0)
+        # The noise is the state at `start`, so that one step leads to X_0 + (1 - start) v(X_0, start). The released code of
+        # rectified flow goes by 1 / steps from there on, 1e-3 of the way too far.
+        state = noise
         sigmas = flow_uniform(self.euler_steps, self.start)
         for state in euler(self.student, noise.double() / self.start, sigmas, labels):  # noqa: B007
             pass
