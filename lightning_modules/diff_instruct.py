@@ -15,6 +15,7 @@ from diffusion.student_sampling import Sampling
 from diffusion.teacher import Teacher
 from lightning_modules.diffused_gan import DiffusedGAN
 from lightning_modules.turns import InTurns
+from metrics.ranks import averaged, gather_rows, rank_and_world
 from networks.checks import check_choice, check_counts
 
 
@@ -78,15 +79,19 @@ class DiffInstruct(InTurns):
         self.diagnostics: dict[str, Tensor] = {}  # of the latest turn of either kind
 
     @property
+    def turns(self) -> int:
+        """Steps from one update of the generator to the next."""
+        return 1 if self.two_sided else self.fake_updates + 1
+
+    @property
     def student_updates(self) -> int:
-        return self.trainer.global_step // (1 if self.two_sided else self.fake_updates + 1)
+        return self.trainer.global_step // self.turns
 
     @property
     def evaluations(self) -> dict[str, float]:
-        turns = 1 if self.two_sided else self.fake_updates + 1
-        counts = {"student": 1.0, "fake score": 1.0, "teacher": 1 / turns}
+        counts = {"student": 1.0, "fake score": 1.0, "teacher": 1 / self.turns}
         # The encoder alone: of a generated and a real image in a turn of the fake score, of a generated one in the generator's.
-        return counts | ({"fake score's encoder": (2 * self.fake_updates + 1) / turns} if self.gan else {})
+        return counts | ({"fake score's encoder": (2 * self.fake_updates + 1) / self.turns} if self.gan else {})
 
     @property
     def peak_lrs(self) -> list[float]:
@@ -112,7 +117,7 @@ class DiffInstruct(InTurns):
         self.diagnostics = {key: value.to(self.device) for key, value in self.diagnostics.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["diagnostics"] = {key: value.cpu() for key, value in self.diagnostics.items()}
+        checkpoint["diagnostics"] = {key: value.cpu() for key, value in averaged(self.diagnostics, self.device).items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.diagnostics = dict(checkpoint["diagnostics"])
@@ -120,12 +125,12 @@ class DiffInstruct(InTurns):
     # -- the two turns ---------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        turn = self.trainer.global_step % (self.fake_updates + 1)
-        self.student_updated = self.two_sided or turn == self.fake_updates
+        self.student_updated = (self.trainer.global_step + 1) % self.turns == 0
         step = self.both_turns if self.two_sided else self.generator_turn if self.student_updated else self.fake_turn
         loss = self.take(step, batch)
         if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
-            self.log_dict(self.diagnostics)  # of both turns: these steps may always meet the same one
+            # Of both turns: these steps may always meet the same one.
+            self.log_means(self.diagnostics, self.trainer.global_step)
         return loss
 
     def take(self, turn: Callable[..., Tensor], batch: dict[str, Tensor]) -> Tensor:
@@ -203,6 +208,10 @@ class DiffInstruct(InTurns):
         if len(self.seen) > 1:  # of the whole batch: a spread over it is no mean of the parts'
             images, gradient, fake, target, sigma = (torch.cat(parts) for parts in zip(*self.seen, strict=True))
         self.seen = []
+        world = rank_and_world()[1]
+        if world > 1 and self.row_follows() and not self.rehearsing:
+            shares = (images, gradient, fake, target, sigma)
+            images, gradient, fake, target, sigma = (gather_rows(x, world * len(x)) for x in shares)
         fits = [weighted_square(self.student, estimate - images, sigma).mean() for estimate in (fake, target)]
         self.diagnostics |= {
             # By how much the fake score fits the generator's images better than the target does, of the target's loss.
@@ -212,6 +221,10 @@ class DiffInstruct(InTurns):
             "generator/std": images.std(0).mean(),  # over the batch, so that a collapse shows
             "generator/saturation": (images.abs() > 1).float().mean(),
         }
+
+    def row_follows(self) -> bool:
+        """Whether the diagnostics of the generator's update under way are written, with this step or before the next update."""
+        return -(self.trainer.global_step + 1) % self.trainer.log_every_n_steps < self.turns
 
 
 def surrogate(images: Tensor, gradient: Tensor) -> Tensor:

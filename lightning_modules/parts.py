@@ -1,7 +1,7 @@
 """A step's batch in parts that the device's memory holds: a backward pass each, and the gradient of the whole batch."""
 
 import math
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass
@@ -11,6 +11,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
+
+from metrics.ranks import averaged, rank_and_world
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,18 @@ class InParts(pl.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         self.notes.clear()
         loss = self.batch_loss(self.drawn(batch))
-        for name, value in self.notes.items():
-            self.log(name, value)
+        self.log_means(self.notes, self.trainer.global_step + 1)
         return loss
+
+    # -- of several processes --------------------------------------------------------------------------------------
+
+    def log_means(self, means: Mapping[str, Tensor | float], step: int) -> None:
+        """Log means over the batch, given those over this process's share; `step`: the optimiser's, this one counted.
+
+        Of several processes only at the steps whose values are written: to average them takes a collective.
+        """
+        if rank_and_world()[1] == 1 or step % self.trainer.log_every_n_steps == 0:
+            self.log_dict(averaged(means, self.device))
 
     # -- the parts -------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Work spread over the processes of torch.distributed, in an order that does not depend on their number."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -34,6 +34,16 @@ def gather_rows(rows: Tensor, total: int) -> Tensor:
     parts = [torch.empty_like(padded) for _ in range(world)]
     dist.all_gather(parts, padded)
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def averaged(values: Mapping[str, Tensor | float], device: torch.device | str) -> dict[str, Tensor | float]:
+    """Scalars by name, each its mean over all ranks (float32), which must ask for the same ones in the same order."""
+    _, world = rank_and_world()
+    if world == 1 or not values:
+        return dict(values)
+    found = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in values.values()])
+    dist.all_reduce(found)
+    return dict(zip(values, (found / world).unbind(), strict=True))
 
 
 def slowest(seconds: float, device: torch.device | str) -> float:

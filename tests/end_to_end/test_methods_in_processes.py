@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
+from end_to_end_tools import read_csv
 from hydra import initialize_config_dir
 from process_tools import in_two_processes
 from safetensors.torch import load_file
@@ -34,7 +35,7 @@ def compose(name, strategy, devices):
     cfg = Case(name, "digits", "flow" if name in FLOWS else "edm").config([])
     cfg.batch_size, cfg.method.kimg, cfg.method.lr = BATCH, BATCH * STEPS / 1000, 1e-5
     cfg.trainer.devices, cfg.trainer.strategy = devices, strategy if devices > 1 else "auto"
-    cfg.folder = f"runs/{name}-{strategy}"
+    cfg.folder, cfg.trainer.log_every_n_steps = f"runs/{name}-{strategy}", 2
     for teacher in cfg.method.teachers if name == "bezier" else [cfg.method.teacher]:
         teacher.network.label_dropout = 0  # hidden labels are drawn by each process for itself
     return cfg
@@ -115,6 +116,18 @@ def test_two_processes_learn_what_one_does(learned, name, strategy):
     apart = torch.cat([(zero["state"][key] - value).abs().flatten().float() for key, value in theirs.items()])
     assert (apart > 1e-6).sum() < len(apart) / 200
     assert apart.max() <= 2.1e-5 * STEPS
+
+
+@pytest.mark.parametrize(("name", "strategy"), [each for each in EACH if each[0] not in DRAWN_BY_RANK])
+def test_two_processes_log_what_one_does(learned, name, strategy):
+    """Losses and diagnostics are those of the whole batch, in the weights' agreement."""
+    together, alone = (read_csv(folder / f"runs/{name}-{strategy}/metrics.csv") for folder in learned.folders)
+    assert [row["step"] for row in together] == ["2", "4"]
+    assert any(key.startswith("loss/") for key in together[0])
+    for ours, theirs in zip(together, alone, strict=True):
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert float(ours[key]) == pytest.approx(float(value), rel=1e-4, abs=1e-6), key
 
 
 @pytest.mark.parametrize("name", METHODS)

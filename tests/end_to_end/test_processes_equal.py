@@ -56,7 +56,7 @@ def test_they_learn_the_same(one, two):
     rows, expected = (read_csv(f / RUN / "metrics.csv") for f in (folder, one))
     assert [row["step"] for row in rows] == [row["step"] for row in expected]
     for row, other in zip(rows, expected, strict=True):
-        for key in ("heldout/loss", "fid_digits_20/ema_500kimg"):
+        for key in ("loss/student", "heldout/loss", "fid_digits_20/ema_500kimg"):
             assert bool(row[key]) == bool(other[key])
             if row[key]:
                 assert float(row[key]) == pytest.approx(float(other[key]), rel=1e-5)
