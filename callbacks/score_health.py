@@ -1,5 +1,6 @@
 """Warns when a score distillation goes wrong in one of the two ways that its losses do not show."""
 
+import math
 from typing import Any
 
 import pytorch_lightning as pl
@@ -31,6 +32,8 @@ class ScoreHealth(pl.Callback):
         if trainer.global_step % trainer.log_every_n_steps or "score/lead" not in seen:
             return
         lead, spread = float(seen["score/lead"]), float(seen["generator/std"])
+        if not math.isfinite(lead) or not math.isfinite(spread):  # of a step that a loss scale skipped
+            return
         self._lead += _FRESH * (lead - self._lead)
         self._widest = max(self._widest, spread)
         self._looks += 1

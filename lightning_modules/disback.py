@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import math
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from diffusion.degradation import DegradationPath, node_steps
 from lightning_modules.base import Method
 from lightning_modules.degradation import DegradationRecording
 from lightning_modules.diff_instruct import DiffInstruct
+from metrics.ranks import averaged
 from networks.checks import check_choice, check_counts
 
 SWITCHES = ("interval", "converged")
@@ -130,20 +132,27 @@ class Backtracking:
         """Whether the next target is due, after a generator update with this mismatch, a scalar on the device."""
         updates = self.student_updates - self.since
         if self.switch == "converged":
-            self.mismatch = mismatch.clone() if self.mismatch is None else self.mismatch.lerp(mismatch, _FRESH)
+            before = mismatch if self.mismatch is None else self.mismatch
+            # Of a step that a loss scale skips the mismatch may be infinite: it does not enter.
+            known = torch.where(before.isfinite(), before, mismatch)
+            mean = before.lerp(mismatch, _FRESH)
+            self.mismatch = torch.where(mean.isfinite(), mean, known)
             if updates % _CHECK_EVERY == 0:
                 total = self.mismatch.clone()
                 if dist.is_available() and dist.is_initialized():
                     dist.all_reduce(total)  # all ranks must switch together; a sum serves a ratio as well as a mean
+                found = total.item()
                 if self.first_mismatch is None:
-                    self.first_mismatch = total.item()
-                elif total.item() <= self.tolerance * self.first_mismatch:
+                    self.first_mismatch = found if math.isfinite(found) else None
+                elif found <= self.tolerance * self.first_mismatch:
                     return True
         return updates >= self.interval
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        mismatch = None if self.mismatch is None else self.mismatch.cpu()
+        mismatch = None
+        if self.mismatch is not None:  # each rank goes on with the mean, whose sum over them is the same
+            mismatch = averaged({"mismatch": self.mismatch}, self.device)["mismatch"].cpu()
         state = {"node": self.node, "since": self.since, "mismatch": mismatch, "first_mismatch": self.first_mismatch}
         checkpoint["backtracking"] = state
 

@@ -4,6 +4,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from process_tools import in_two_processes
+from pytorch_lightning.plugins import MixedPrecision
 from tiny_module import TWO, TinyMethod, trainer
 
 from callbacks.checkpoint import Checkpoints, read_checkpoint
@@ -68,6 +69,71 @@ def test_a_good_run_is_left_alone_and_not_synchronised(tmp_path, monkeypatch):
     fit(tmp_path / "large", 4, NonFiniteGuard(1), module=Large())  # the sum is over the steps since the last look
     fit(tmp_path / "b", 9, NonFiniteGuard(4), Checkpoints(3))
     assert read_checkpoint(tmp_path / "b/checkpoints/last.ckpt")["global_step"] == 9
+
+
+# -- under a loss scale -----------------------------------------------------------------------------------------------
+
+
+class Overflowing(TinyMethod):
+    """Multiplies the loss of the steps `bad` by infinity; of two processes on the rank `where` alone."""
+
+    def __init__(self, bad, where=0):
+        super().__init__()
+        self.bad, self.where = set(bad), where
+
+    def training_step(self, batch, batch_idx):
+        bad = self.trainer.global_step in self.bad and self.global_rank == self.where
+        return super().training_step(batch, batch_idx) * (float("inf") if bad else 1.0)
+
+
+def fit_scaled(folder, steps, module, *callbacks, **options):
+    """In bfloat16, which a CPU has, with the loss scale of 16-mixed on a GPU."""
+    plugin = MixedPrecision("bf16-mixed", "cpu")
+    plugin.scaler = torch.amp.GradScaler("cpu")
+    made = trainer(folder, steps, callbacks, plugins=[plugin], **options)
+    last = folder / "checkpoints/last.ckpt"
+    made.fit(module, ckpt_path=last if last.exists() else None)
+    return made
+
+
+def test_a_step_that_the_loss_scale_skips_is_counted_and_training_goes_on(tmp_path):
+    for steps, skipped in ((6, 1), (9, 3)):  # the second time resumed from step 6
+        made = fit_scaled(tmp_path, steps, Overflowing({2, 6, 7}), NonFiniteGuard(2), Checkpoints(3))
+        assert made.global_step == steps
+        assert made.callback_metrics["loss_scale/skipped_steps"] == skipped
+        assert made.callback_metrics["loss_scale/scale"] == 2.0 ** (16 - skipped)
+    state = read_checkpoint(tmp_path / "checkpoints/last.ckpt")["state_dict"]
+    assert all(torch.isfinite(value).all() for value in state.values())
+
+
+def test_steps_that_overflow_without_end_stop_the_run(tmp_path):
+    with pytest.raises(
+        NonFiniteError,
+        match=r"overflow in every step: by step 40 the loss scale of 16-mixed has fallen to 6e-08, and 40 steps were "
+        r"skipped. No checkpoint had been written yet. Try a lower method.lr or trainer.precision=32-true or bf16-mixed",
+    ):
+        fit_scaled(tmp_path, 60, Overflowing(range(60)), NonFiniteGuard(40))
+
+
+def test_an_infinite_loss_that_the_scale_does_not_skip_stops_the_run(tmp_path):
+    with pytest.raises(NonFiniteError, match="the loss became NaN within steps 1 to 5"):
+        fit_scaled(tmp_path, 9, NotInTheGradient(), NonFiniteGuard(5))
+
+
+class NotInTheGradient(TinyMethod):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss + float("nan") if self.trainer.global_step == 3 else loss
+
+
+def _skip_on_both(rank, folder):
+    made = fit_scaled(folder, 6, Overflowing({2}, where=1), NonFiniteGuard(2), Checkpoints(3), **TWO)
+    assert made.callback_metrics["loss_scale/skipped_steps"] == 1
+    assert made.global_step == 6
+
+
+def test_a_step_that_overflows_on_one_process_is_skipped_on_all(tmp_path):
+    in_two_processes(_skip_on_both, tmp_path)
 
 
 def _diverge_rank(rank, folder):

@@ -187,14 +187,18 @@ def test_no_nodes_is_diff_instruct_bit_for_bit(tmp_path):
             assert torch.equal(x["exp_avg_sq"], y["exp_avg_sq"])
 
 
-def test_switching_by_convergence(recorded, monkeypatch):
-    """The next target when the mean mismatch, which falls to 0.4 from update 15 on, is found halved; at the latest after 40."""
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_switching_by_convergence(recorded, monkeypatch, bad):
+    """The next target when the mean mismatch, which falls to 0.4 from update 15 on, is found halved; at the latest after 40.
+
+    Those of steps that a loss scale skipped (the first one, and one on the way) do not enter.
+    """
     module = method(recorded, switch="converged", tolerance=0.5, interval=40)
     updates = 0
     monkeypatch.setattr(type(module), "student_updates", property(lambda self: updates))
     switched = []
     for updates in range(1, 100):
-        falling = 1.0 if updates < 15 or updates > 50 else 0.4
+        falling = bad if updates in (1, 21) else 1.0 if updates < 15 or updates > 50 else 0.4
         if module.node < module.nodes and module.due(torch.tensor(falling)):
             module.node, module.since, module.mismatch, module.first_mismatch = module.node + 1, updates, None, None
             switched.append(updates)
