@@ -42,10 +42,10 @@ def train(cfg: DictConfig, hydra_config: DictConfig) -> float | None:
     config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     for option in ("folder", "download", "plan"):  # a run may be moved, and none of these changes it
         del config[option]
+    folder.check(config)
     if cfg.plan:
         print(plan(cfg))
         return None
-    folder.check(config)
     if folder.complete():
         print(f"{folder.path} is complete:\n\n{folder.report()}\n\nChoose another name=... or seed=... to train again.")
         return last_monitored(folder, search)

@@ -60,21 +60,28 @@ def _check_equal(owner: str, pairs: Iterable[tuple[str, int, int]], data: Any) -
             )
 
 
-def build_trainer(config: DictConfig, method: Method, folder: RunFolder) -> pl.Trainer:
-    """A Trainer for endless loaders, in the run folder, with its strategy chosen by the number of processes."""
+def build_trainer(config: DictConfig, method: Method, folder: RunFolder, here: bool = True) -> pl.Trainer:
+    """A Trainer for endless loaders, in the run folder, with its strategy chosen by the number of processes.
+
+    here: whether the run is for this machine, and is refused where that lacks something; else the Trainer can't train.
+    """
     options = dict(build(config.trainer))
     check_options(options)
     intervals = ("validate_every_n_steps", "log_every_n_steps")
     check_counts(**{f"trainer.{key}": options[key] for key in intervals})
     validate_every = options.pop("validate_every_n_steps")
     processes = process_count(options["devices"], options["num_nodes"], options["accelerator"])
-    check_present(options["devices"], options["accelerator"])
+    if here:
+        check_present(options["devices"], options["accelerator"])
     if config.batch_size % processes:
         raise ValueError(
             f"batch_size={config.batch_size} can't be shared by the {processes} processes of trainer.devices"
         )
     options["strategy"] = choose_strategy(options["strategy"], processes)
-    options, own = translated(options, method, folder.path)
+    options, own = translated(options, method, folder.path, here)
+    if not here:
+        accelerator = "cpu" if options["accelerator"] in ("gpu", "cuda") else options["accelerator"]
+        options |= {"accelerator": accelerator, "devices": 1, "num_nodes": 1, "strategy": "auto"}
     # Those of the options first: what they switch on for a step is off when the others measure after it.
     callbacks = own + [callback for callback in build(config.callbacks).values() if callback is not None]
     loggers = [logger for logger in build(config.logger).values() if logger is not None]

@@ -2,6 +2,9 @@
 
 import copy
 import math
+import tempfile
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,23 +18,32 @@ from datamodules import TrajectoryDataModule
 from datamodules.storage import readable
 from diffusion.denoiser import Denoiser
 from launch import measure
-from launch.build import build, check_fit
+from launch.build import build, build_seeded, build_trainer, check_fit
+from launch.folder import RunFolder
 from launch.processes import process_count
 from launch.sources import Source, exists, sources
+from launch.stages import build_stages
 from lightning_modules import Method
 from lightning_modules.disback import Backtracking
 from lightning_modules.progressive import ProgressiveDistillation
+from networks.weights import load_weights
 
 _MOMENTS = 2  # of each weight, Adam's
 _FLOAT = 4  # bytes
 
 
 def plan(cfg: DictConfig) -> str:
-    """Lines of text for a composed config, whose teachers are expanded."""
+    """Lines of text for a composed config, whose teachers are expanded.
+
+    The run's own objects are built, with networks that have no memory, so that what the run would refuse is refused here:
+    all but what this machine lacks, since the run may be for another one. Errors: those of the run.
+    """
     config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    data, method = build(cfg.data), build(_stand_in(cfg.method))
+    data, method = build(cfg.data), build_weightless(cfg.method, cfg.seed)
     check_fit(method, data)
     training = method.training_data(data)
+    without_evaluation = _told(lambda: measure.checked(build(cfg.evaluation)))
+    _try_trainers(cfg, method, data, measurable=without_evaluation is None)
     with FakeTensorMode():
         student = build(
             _teachers(cfg.method)[-1].network
@@ -49,7 +61,7 @@ def plan(cfg: DictConfig) -> str:
     lines = {
         f"{cfg.folder}: {method.total_steps:,} steps of {cfg.batch_size} images ({share} on each of {processes} devices), "
         f"{kimg:,.6g} kimg": [],
-        "missing": missing(cfg, config, data, training is data) or ["nothing"],
+        "missing": missing(cfg, config, data, training is data, without_evaluation) or ["nothing"],
         "parameters": [
             f"{count:,} of the student ({type(student).__name__}), {networks.trained} such networks trained"
         ],
@@ -127,8 +139,13 @@ def evaluations_before(method: Method, training: Any) -> float:
     return count
 
 
-def missing(cfg: DictConfig, config: dict[str, Any], data: Any, needs_images: bool) -> list[str]:
-    """What has to be there before the run can start, each with the way to get it."""
+def missing(
+    cfg: DictConfig, config: dict[str, Any], data: Any, needs_images: bool, without_evaluation: str | None
+) -> list[str]:
+    """What has to be there before the run can start, each with the way to get it.
+
+    without_evaluation: what the evaluation says of a file that it lacks, if it does.
+    """
     needed = {source.file: source for source in sources(config) if source.missing}
     lines = [_how(source) for source in needed.values()]
     for node in _teachers(cfg.method):
@@ -138,19 +155,39 @@ def missing(cfg: DictConfig, config: dict[str, Any], data: Any, needs_images: bo
         if not (source and exists(Path(source.file))):
             places = [str(node.weights), *([source.file] if source else [])]
             lines.append(f"teacher {node.name}: no {' or '.join(places)}; train one, or put the file there")
-    for look in (
-        *([data.check_source] if needs_images or measure.needs_images(cfg.evaluation) else []),
-        lambda: build(cfg.evaluation),
-    ):
-        try:
-            look()
-        except Exception as error:
-            cause = error.__cause__ if isinstance(error.__cause__, FileNotFoundError) else error
-            if not isinstance(cause, FileNotFoundError):
-                raise
-            if not any(source.url in str(cause) for source in needed.values()):
-                lines.append(str(cause))
-    return lines
+    without_images = _told(data.check_source) if needs_images or measure.needs_images(cfg.evaluation) else None
+    absent = [text for text in (without_images, without_evaluation) if text is not None]
+    return lines + [text for text in absent if not any(source.url in text for source in needed.values())]
+
+
+def _told(build_or_check: Callable[[], object]) -> str | None:
+    """What it says of a file that is not there; None where it finds all. Errors: its others."""
+    try:
+        build_or_check()
+    except Exception as error:
+        if (absent := _absent(error)) is None:
+            raise
+        return str(absent)
+    return None
+
+
+def _absent(error: BaseException) -> FileNotFoundError | None:
+    """The error of a file that is not there, which Hydra may have wrapped."""
+    return next((one for one in (error, error.__cause__) if isinstance(one, FileNotFoundError)), None)
+
+
+def _try_trainers(cfg: DictConfig, method: Method, data: Any, measurable: bool) -> None:
+    """Build what trains the run and its stages, callbacks and loggers among it, as far as that needs no file that is missing.
+
+    Errors: those of a run, but for what this machine lacks.
+    """
+    with tempfile.TemporaryDirectory() as scratch:  # some loggers write at once
+        cfg = copy.deepcopy(cfg)
+        cfg.folder = scratch
+        if not measurable:
+            cfg.evaluation.update(extractor={"_target_": "metrics.extractors.Digits"}, reference=None)
+        build_stages(cfg, method, data, RunFolder(scratch), here=False)
+        build_trainer(cfg, method, RunFolder(scratch), here=False)
 
 
 def _how(source: Source) -> str:
@@ -161,18 +198,36 @@ def _teachers(method: DictConfig) -> list[DictConfig]:
     return list(method.teachers) if "teachers" in method else [method.teacher]
 
 
-def _stand_in(method: DictConfig) -> DictConfig:
-    """The method's config with tiny networks without weights: what it is made of can be counted at once."""
+def build_weightless(config: DictConfig, seed: int) -> Method:
+    """The method, whose networks have shapes alone. Errors: those of the method, but not for files that are missing."""
+    config = weightless(config)
+    try:
+        return build_seeded(config, seed)
+    except Exception as error:
+        if _absent(error) is None or "lpips" not in str(config.get("loss")):
+            raise
+        config.loss = (
+            "l2"  # what LPIPS is for was checked before its weights were looked for, and `missing` tells of them
+        )
+        return build_seeded(config, seed)
+
+
+def weightless(method: DictConfig) -> DictConfig:
+    """The method's config with the networks of its teachers built on the meta device: shapes without memory.
+
+    Weights that are there are checked against the network, and not kept; those that are not are `missing`'s to tell.
+    """
     method = copy.deepcopy(method)
     OmegaConf.resolve(method)
+    method._set_flag("allow_objects", True)
     for teacher in _teachers(method):
-        network = teacher.network
-        kept = {key: network.get(key, 0) for key in ("resolution", "in_channels", "out_channels", "num_classes")}
-        options = {"model_channels": 4, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
-        teacher.network = {"_target_": "networks.SongUNet", **kept, **options}
+        with torch.device("meta"):
+            network = build(teacher.network)
+        if teacher.get("weights") and exists(Path(teacher.weights)):
+            with warnings.catch_warnings(action="ignore"):  # torch, of weights that have nowhere to go
+                load_weights(teacher.weights, network, teacher.get("sha256"))
+        teacher.network = network
         teacher.weights = teacher.sha256 = None
-    if "lpips" in str(method.get("loss")):
-        method.loss = "l2"
     return method
 
 

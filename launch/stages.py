@@ -25,8 +25,11 @@ class Stage:
     folder: RunFolder
 
 
-def build_stages(config: DictConfig, method: Method, data: Any, folder: RunFolder) -> list[Stage]:
-    """The method's stages, each with a trainer of the run's kind that keeps its files in runs/NAME/STAGE."""
+def build_stages(config: DictConfig, method: Method, data: Any, folder: RunFolder, here: bool = True) -> list[Stage]:
+    """The method's stages, each with a trainer of the run's kind that keeps its files in runs/NAME/STAGE.
+
+    here: as of `build_trainer`.
+    """
     stages = []
     for name, module in method.stages().items():
         part = RunFolder(folder.path / name)
@@ -34,7 +37,7 @@ def build_stages(config: DictConfig, method: Method, data: Any, folder: RunFolde
         cfg.folder, cfg.batch_size = str(part.path), module.batch_size
         cfg.callbacks = {key: value for key, value in cfg.callbacks.items() if key in _CALLBACKS}
         cfg.logger = {key: value for key, value in cfg.logger.items() if key == "csv"}
-        trainer = build_trainer(cfg, module, part)
+        trainer = build_trainer(cfg, module, part, here)
         stages.append(Stage(module, module.training_data(data), trainer, part))
     return stages
 

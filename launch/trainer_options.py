@@ -8,10 +8,10 @@ import pytorch_lightning as pl
 from callbacks import AtomicCheckpointIO
 from callbacks.network_form import NetworkForm
 from launch.micro_batch import FindMicroBatch
-from launch.precision import TensorFloat32, allow_tf32, check_precision, device_kind, precision_plugin
+from launch.precision import PRECISIONS, TensorFloat32, allow_tf32, check_precision, device_kind, precision_plugin
 from launch.profiling import profiler
 from lightning_modules import Method
-from networks.checks import check_counts
+from networks.checks import check_choice, check_counts
 from networks.compiling import check_compile
 
 _ENDLESS = "the data are endless and have no epochs; method.kimg is the budget, in thousands of images"
@@ -77,16 +77,20 @@ def check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"trainer.channels_last must be true or false, got {options['channels_last']!r}")
 
 
-def translated(options: dict[str, Any], method: Method, folder: Path) -> tuple[dict[str, Any], list[pl.Callback]]:
+def translated(
+    options: dict[str, Any], method: Method, folder: Path, here: bool = True
+) -> tuple[dict[str, Any], list[pl.Callback]]:
     """Lightning's options for those of `conf/trainer`, and callbacks that make up for the rest, which come before all others.
 
-    The method is told what it does itself. options: as `check_options` wants them. Errors: ValueError for what the device or the
-    method lacks.
+    The method is told what it does itself. options: as `check_options` wants them. here: whether this machine must be able to
+    do it. Errors: ValueError for what the device or the method lacks.
     """
     options = dict(options)
     device, capability = device_kind(options["accelerator"])
     precision = options.pop("precision")
-    check_precision(precision, device, capability)
+    check_choice("trainer.precision", precision, PRECISIONS)
+    if here:
+        check_precision(precision, device, capability)
     allow_tf32(False)  # but in training steps that ask for it
     plugin = precision_plugin(precision, device, method)
     micro_batch = options.pop("micro_batch")

@@ -120,14 +120,17 @@ def places(path: str | Path) -> list[Path]:
 def hash_state(state: nn.Module | Mapping[str, Tensor]) -> str:
     """SHA-256 (64 hex digits) over sorted names, shapes and values as little-endian float32.
 
-    The same for the same weights on any device, in any order and memory format, and in any dtype that holds them.
+    The same for the same weights on any device, in any order and memory format, and in any dtype that holds them. Tensors
+    without memory (the meta device's) count by name and shape alone.
     """
     if isinstance(state, nn.Module):
         state = state.state_dict()
     digest = hashlib.sha256()
     for name in sorted(state):
+        digest.update(f"{name}{tuple(state[name].shape)}".encode())
+        if state[name].is_meta:
+            continue
         value = state[name].detach().to("cpu", torch.float32).contiguous()
-        digest.update(f"{name}{tuple(value.shape)}".encode())
         digest.update(value.numpy().astype("<f4", copy=False).data)
     return digest.hexdigest()
 

@@ -27,6 +27,7 @@ from datamodules import TrajectoryDataModule
 from launch.build import build, build_seeded, build_trainer, check_fit
 from launch.folder import RunFolder
 from launch.names import register_resolvers
+from launch.plan import plan
 from launch.stages import build_stages, fit_stages
 from launch.teachers import expand_teachers
 from lightning_modules import Method
@@ -158,6 +159,11 @@ class Counter:
 
     def _hook(self, network, inputs, output) -> None:
         self.count += len(inputs[0]) if self.active else 0
+
+
+def planned(case: Case, data_options: list[str]) -> str:
+    """What plan=true says of the case. Errors: those of plan, which must be none."""
+    return plan(case.config(data_options))
 
 
 def run(case: Case, data_options: list[str]) -> None:

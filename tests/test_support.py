@@ -5,7 +5,8 @@ import logging
 
 import pytest
 from hydra import initialize_config_dir
-from support_matrix import FAMILIES, METHODS, ROOT, TRAINED, Case, cases, covering, published, run
+from published_files import PUBLISHED
+from support_matrix import FAMILIES, METHODS, ROOT, TRAINED, Case, cases, covering, planned, published, run
 
 from launch.names import register_resolvers
 
@@ -21,9 +22,25 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize(
     "case", covering(), ids=lambda case: f"{case.data}-{case.method.replace(' ', '_')}-{case.family}"
 )
-def test_it_trains_samples_and_costs_what_it_says(case, folder):
+def test_it_is_planned_trains_samples_and_costs_what_it_says(case, folder):
     with published(case.data, folder / case.data) as options:
+        assert "of the student" in planned(case, options)
         run(case, options)
+
+
+@pytest.mark.slow  # half a second a case
+@pytest.mark.parametrize("data", PUBLISHED)
+def test_every_case_is_planned(data, folder):
+    """All train, as the recorded matrix says, so plan may refuse none."""
+    refused = {}
+    with published(data, folder / data) as options:
+        for case in cases():
+            if case.data == data:
+                try:
+                    planned(case, options)
+                except Exception as error:
+                    refused[case] = str(error)
+    assert not refused
 
 
 def test_every_family_meets_every_method_and_every_data_set():

@@ -1,5 +1,6 @@
 """plan=true: numbers against what a real network keeps, and nothing started."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import nn
 
+from launch.errors import EXPECTED
 from launch.names import register_resolvers
 from launch.plan import plan
 from launch.teachers import expand_teachers
@@ -81,3 +83,57 @@ def test_every_kind_of_method_can_be_planned(method):
         assert "vgg16-397923af.pth; add download=true to fetch https://" in text
     if method == "progressive":
         assert "students of 13 rounds" in text
+
+
+AUGMENTED = ["method=pretrain", "method.augment=0.15", "data.flip=false", "teacher.network.augment_dim=9"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["method=pretrain", "data=cifar10"],  # whose recipe augments
+        ["method=pretrain", "data=ffhq64"],
+        [*AUGMENTED, "data=imagenet64"],
+        [*AUGMENTED, "data=image_folder", "data.path=mine"],
+        ["method=disback", "recipe=disback_imagenet64_gan", "data=imagenet64"],
+        ["trainer.devices=8", "trainer.num_nodes=2", "trainer.accelerator=gpu", "trainer.precision=16-mixed"],
+    ],
+    ids=lambda options: "-".join(options[:2]),
+)
+def test_what_would_run_is_planned(options, tmp_path):
+    """Also for a machine with other devices than this one."""
+    assert "per kimg" in planned(*options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        # what the network alone can tell
+        (["method=pretrain", "method.augment=0.15"], "augment_dim=9"),
+        (["teacher.network.model_channels=0"], "model_channels"),
+        (["method=flow_distill", "method.loss=lpips"], "at least 32x32"),
+        (["method=flow_distill", "data=cifar10", "method.loss=lpips", "method.lpips_resize=8"], "lpips_resize"),
+        # what a trainer, its callbacks and the evaluation can tell
+        (["trainer.validate_every_n_steps=0"], "validate_every_n_steps"),
+        (["batch_size=15", "trainer.devices=2"], "batch_size=15"),
+        (["trainer.accelerator=abacus"], "abacus"),
+        (["method=disback", "callbacks.checkpoints.every_n_steps=0"], "every_n_steps"),
+        (["data=cifar10", "callbacks.metrics.num_samples=1"], "num_samples=1"),
+        (["evaluation.metrics=[fib]"], "metrics fib are unknown"),
+        (["method=diff_instruct", "data=imagenet64", "trainer.precision=16-mixed",
+          "recipe=disback_imagenet64_gan", "method=disback"], "method.gan"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_what_the_run_would_refuse_is_refused(options, message):
+    with pytest.raises(EXPECTED, match=re.escape(message)):
+        planned(*options)
+
+
+def test_weights_that_are_there_are_checked(tmp_path):
+    (tmp_path / "small.safetensors").write_bytes(b"cut short")
+    with pytest.raises(OSError, match="damaged, cut short"):
+        planned("teacher.weights=small.safetensors")
+    with pytest.raises(ValueError, match="does not fit this SongUNet"):
+        planned("teacher.network.model_channels=8")
