@@ -22,7 +22,7 @@ from metrics.records import load_records
 class Curves(pl.Callback):
     """Draws <run folder>/curves.png after each evaluation of GenerativeMetrics and at the end of training.
 
-    Reference lines come from <run folder>/metrics.json if it is there.
+    Reference lines come from <run folder>/monitoring.json if it is there.
     """
 
     def on_train_batch_end(
@@ -39,11 +39,14 @@ class Curves(pl.Callback):
     def _draw(self, trainer: pl.Trainer) -> None:
         folder = Path(trainer.default_root_dir)
         if (folder / "metrics.csv").exists():
-            draw_curves(folder / "metrics.csv", folder / "curves.png", reference_lines(folder / "metrics.json"))
+            draw_curves(folder / "metrics.csv", folder / "curves.png", reference_lines(folder / "monitoring.json"))
 
 
 def reference_lines(path: str | Path) -> dict[str, dict[str, float]]:
-    """From a metrics.json: the means of the teacher and of real images, {metric and number of samples: {label: mean}}."""
+    """From a run's monitoring.json: the teacher and real images, {metric and number of samples: {label: value}}.
+
+    Like the curve they are of the monitoring seeds, one block of them: of other seeds they would not say what it comes near.
+    """
     lines: dict[str, dict[str, float]] = {}
     for record in load_records(path) if Path(path).exists() else []:
         count = record.fingerprint.get("num_samples")

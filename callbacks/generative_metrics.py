@@ -63,6 +63,18 @@ class GenerativeMetrics(pl.Callback):
         self._class_counts: tuple[int, ...] | None = None
         self._reference: Reference | None = None
 
+    def settings(self) -> dict[str, Any]:
+        """Those of an evaluation (conf/evaluation) by which others are measured as the student is here."""
+        return {
+            "extractor": self.extractor,
+            "metrics": self.metrics,
+            "num_samples": self.num_samples,
+            "blocks": 1,
+            "batch_size": self.batch_size,
+            "reference": self.published,
+            "labels": self.labels,
+        }
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         copies(trainer, self, self.ema_names)
         self._class_counts = sampled_counts(self.labels, pl_module.data)

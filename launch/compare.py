@@ -77,13 +77,13 @@ def report(paths: Sequence[Path], folder: Path, *, weights: str | None = None) -
 
 
 def draw(path: Path, comparison: Comparison, paths: Sequence[Path]) -> None:
-    """The picture, with the teacher's final value where it was measured with as many samples."""
+    """The picture, with the teacher's value on the seeds of the curves."""
     from callbacks.curves import reference_lines  # which imports Lightning
 
     lines: dict[str, float] = {}
     for folder in reversed(paths):
         with suppress(ValueError, OSError):  # of a run that is left out
-            lines |= reference_lines(inside(folder, "metrics.json")).get(comparison.metric, {})
+            lines |= reference_lines(inside(folder, "monitoring.json")).get(comparison.metric, {})
     draw_convergence(path, comparison, {k: v for k, v in lines.items() if k.startswith("teacher")})
 
 

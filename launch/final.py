@@ -2,12 +2,15 @@
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 
-from callbacks import WandbRun, draw_curves, reference_lines
+from callbacks import GenerativeMetrics, WandbRun, draw_curves, reference_lines
+from diffusion.seeds import MONITOR_SEEDS
 from launch.compare import compare_runs
 from launch.folder import RunFolder
 from launch.measure import Evaluation, load_student, samplers
@@ -35,12 +38,15 @@ def finish(
         method.to(device)
         evaluation = Evaluation(settings, data, device)
         records = evaluation.run(method, folder, weights)
+        lines = curve_lines(method, data, device, trainer.callbacks)
         evaluation.pictures(folder.path, samplers(method, folder))
         if rank_and_world()[0] == 0:
             export(method, training, records, folder)
+            if lines:
+                save_records(folder.monitoring, lines)
             save_records(folder.metrics, records)
             if (folder.path / "metrics.csv").exists():  # a choice of conf/logger
-                draw_curves(folder.path / "metrics.csv", folder.path / "curves.png", reference_lines(folder.metrics))
+                draw_curves(folder.path / "metrics.csv", folder.path / "curves.png", reference_lines(folder.monitoring))
             print(f"\n{folder.path}\n\n{table(records)}", flush=True)
             for board in boards:
                 board.log_final(records, folder.path, method.total_steps - 1, own_convergence(folder))
@@ -50,6 +56,17 @@ def finish(
         raise
     for board in boards:
         board.close()
+
+
+def curve_lines(method: Method, data: Any, device: torch.device, callbacks: Sequence[pl.Callback]) -> list[Record]:
+    """What the run's curve is to be compared with: its teacher and real images, measured as GenerativeMetrics does."""
+    records = []
+    for monitor in callbacks:
+        if isinstance(monitor, GenerativeMetrics):
+            evaluation = Evaluation(monitor.settings(), data, device, first_seed=MONITOR_SEEDS)
+            records += evaluation.teacher(method.teacher) if method.teacher else []
+            records += evaluation.real()
+    return records
 
 
 def own_convergence(folder: RunFolder) -> list[list[str]] | None:

@@ -30,6 +30,7 @@ class RunFolder:
         self.last = self.checkpoints / "last.ckpt"
         self.best = self.checkpoints / "best.ckpt"
         self.metrics = self.path / "metrics.json"
+        self.monitoring = self.path / "monitoring.json"
         self.preparation = self.path / "preparation.json"
         self.pruned = self.path / "pruned.json"
 

@@ -32,14 +32,21 @@ class Evaluation:
     """The settings of one evaluation (conf/evaluation) with the data set's reference: what all subjects share.
 
     With published statistics (evaluation.reference) the data's images are never asked for: no floor is measured, and no picture
-    shows them.
+    shows them. Blocks of seeds begin at `first_seed`.
     """
 
-    def __init__(self, settings: dict[str, Any], data: Any, device: torch.device, cache: str | Path = "data"):
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        data: Any,
+        device: torch.device,
+        cache: str | Path = "data",
+        first_seed: int = 0,
+    ):
         allow_tf32(False)
         self.settings = checked(settings)
         self.extractor = self.settings.pop("extractor").to(device)
-        self.data, self.device = data, device
+        self.data, self.device, self.first_seed = data, device, first_seed
         self.cache = Path(cache)
         published, labels = self.settings.pop("reference"), self.settings.pop("labels")
         self.has_images = published is None
@@ -55,7 +62,8 @@ class Evaluation:
             keep_features=needs_real_rows(self.settings["metrics"]),
             device=device,
         )
-        check_shares(labels, data)
+        if not first_seed:  # on the way GenerativeMetrics has said it
+            check_shares(labels, data)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -68,6 +76,7 @@ class Evaluation:
             "num_classes": num_classes,
             "class_counts": self.class_counts if num_classes else None,
             "device": self.device,
+            "first_seed": self.first_seed,
             **self.settings,
         }
 
@@ -135,6 +144,8 @@ class Evaluation:
         }
         if teacher.num_classes and self.class_counts:
             key["class_counts"] = self.class_counts
+        if self.first_seed:
+            key["first_seed"] = self.first_seed
         return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
     def real(self) -> list[Record]:

@@ -61,7 +61,10 @@ def _ratio(baseline: float | None, own: float | None) -> float:
 
 @dataclass(frozen=True)
 class Summary:
-    """A group in numbers, each the median over its seeds: see Curve. every: images between two measurements."""
+    """A group in numbers, each the median over its seeds: see Curve. every: images between two measurements.
+
+    best, final: both of the smoothed curve. spread: of measurements as they are.
+    """
 
     group: str
     seeds: tuple[int, ...]
@@ -149,4 +152,4 @@ class Comparison:
 
 def _numbers(curve: Curve) -> tuple[float, ...]:
     best, cost = curve.best
-    return best, cost.updates, curve.values[-1], curve.spread
+    return best, cost.updates, curve.smoothed[-1], curve.spread

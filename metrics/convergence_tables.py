@@ -26,7 +26,9 @@ def markdown(comparison: Comparison) -> str:
 def sections(comparison: Comparison) -> list[Section]:
     """(heading, header and body) of each table: who got how good; at what cost; how many times faster than the baseline."""
     copies = ", ".join(dict.fromkeys(curve.weights for curve in comparison.curves))
-    smooth = "medians over seeds of curves smoothed by a trailing median of 3"
+    smooth = (
+        "medians over seeds; best and final of curves smoothed by a trailing median of 3, spread of their measurements"
+    )
     sections = [(f"Convergence of {comparison.metric} ({copies}): {smooth}", curve_rows(comparison))]
     if len(comparison.groups) > 1:
         cost = "Cost until two of the last three measurements were at or below a threshold: median over seeds"

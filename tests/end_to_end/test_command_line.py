@@ -30,6 +30,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from wandb_tools import history
 
+from callbacks import reference_lines
+from diffusion.seeds import MONITOR_SEEDS
+
 # -- asking -----------------------------------------------------------------------------------------------------------
 
 
@@ -106,6 +109,20 @@ def test_a_run_leaves_what_the_issue_promises(finished):
     assert all(math.isfinite(float(row["loss/student"])) for row in rows)
     assert [row["step"] for row in rows if row["heldout/loss"]] == ["4", "8", "12"]
     assert [row["step"] for row in rows if row["fid_digits_20/ema_500kimg"]] == ["5", "10", "13"]
+
+
+def test_the_lines_of_a_curve_are_measured_as_the_curve(finished):
+    """Teacher and real images on the same seeds, as many and in one block; nothing of the final blocks, which score otherwise."""
+    lines = reference_lines(finished / RUN / "monitoring.json")
+    assert lines.keys() == {"fid_digits_20"}  # the column of the curve
+    assert lines["fid_digits_20"].keys() == {"teacher (3 NFE)", "real"}
+    final = {record["subject"]: record for record in read_json(finished / RUN / "metrics.json")}
+    for record in read_json(finished / RUN / "monitoring.json"):
+        assert record["fingerprint"] == final[record["subject"]]["fingerprint"] | {
+            "seeds": [MONITOR_SEEDS, MONITOR_SEEDS + 19]
+        }
+        assert len(record["values"]) == 1
+        assert record["mean"] != pytest.approx(final[record["subject"]]["mean"], rel=1e-3)
 
 
 def test_the_checkpoint_is_the_student_alone(finished):

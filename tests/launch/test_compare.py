@@ -148,7 +148,7 @@ def test_the_first_run_named_is_of_the_baseline(runs):
 def test_the_report_is_printed_and_written(runs, tmp_path):
     teacher = {"metric": "fid_digits", "subject": "teacher", "nfe": 19, "mean": 0.1, "std": None, "values": [0.1]}
     record = Record("digits", **teacher, images_per_second=None, fingerprint={"num_samples": 2000})
-    save_records(runs[4] / "metrics.json", [record])
+    save_records(runs[4] / "monitoring.json", [record])
     printed = report(runs, tmp_path / "out")
     assert "13.1x (13.1 .. 13.1)" in printed
     assert printed.endswith(f"{tmp_path}/out/convergence.json and convergence.png written")
