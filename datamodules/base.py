@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytorch_lightning as pl
@@ -88,6 +88,10 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     def check_source(self) -> None:
         """Errors: FileNotFoundError where the images are neither packed nor there to be packed."""
 
+    def class_table(self) -> str | None:
+        """One line on which class is which, where the source says so by the names of its folders."""
+        return None
+
     def prepare_data(self) -> None:
         if not self.folder.exists():
             self.convert(self.folder)
@@ -100,18 +104,22 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         if self._packed is None:
             self.prepare_data()
             packed = self.packed_type(self.folder)
-            for key, option, expected in (
-                ("resolution", "resolution", self.resolution),
-                ("channels", "channels", self.channels),
-                ("classes", "num_classes", self.classes),
-            ):
-                if packed.meta[key] != expected:
-                    raise ValueError(
-                        f"{option}={expected}, but {self.folder} was packed with {packed.meta[key]}; "
-                        f"correct the option or set another name or root"
-                    )
+            self.check_sizes(packed.meta)
             self._packed = packed
         return self._packed
+
+    def check_sizes(self, meta: dict[str, Any]) -> None:
+        """Errors: ValueError where meta.json's sizes are others than the options'."""
+        for key, option, expected in (
+            ("resolution", "resolution", self.resolution),
+            ("channels", "channels", self.channels),
+            ("classes", "num_classes", self.classes),
+        ):
+            if meta[key] != expected:
+                raise ValueError(
+                    f"{option}={expected}, but {self.folder} was packed with {meta[key]}; "
+                    f"correct the option or set another name or root"
+                )
 
     def train_dataloader(self) -> BatchLoader:
         packed = self.reference()

@@ -1,22 +1,21 @@
 """CelebA, aligned and cropped: the faces of its training partition, cut as the code of DDIM does."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from datamodules.files import Files
-from datamodules.packing import PackedImages
-from datamodules.sources import PixelDataModule, Source, identity_of, picture_source
+from datamodules.sources import PictureDataModule, PixelDataModule, Source, picture_source
 
 _SIZE = (178, 218)
 _BOX = (25, 57, 153, 185)  # 128x128 around x = 89, y = 121
 _IMAGES, _PARTITION, _ATTRIBUTES = "img_align_celeba", "list_eval_partition.txt", "list_attr_celeba.txt"
 
 
-class CelebA(PixelDataModule):
+class CelebA(PictureDataModule, PixelDataModule):
     """162,770 faces, in the order of their names; `attribute` (of list_attr_celeba.txt) is class 1 where it is +1.
 
     `path`: img_align_celeba or img_align_celeba.zip with list_eval_partition.txt beside it, or the folder of these. The
@@ -34,9 +33,22 @@ class CelebA(PixelDataModule):
             )
         self.attribute = attribute
 
+    @property
+    def options(self) -> dict[str, Any]:
+        return {**super().options, "attribute": self.attribute}
+
+    @property
+    def places(self) -> list[Path]:
+        lists = (_PARTITION, _ATTRIBUTES) if self.attribute else (_PARTITION,)
+        return [self._images, *(self._images.parent / name for name in lists)]
+
+    @property
+    def _images(self) -> Path:
+        return next((p for p in (self.path / _IMAGES, self.path / f"{_IMAGES}.zip") if p.exists()), self.path)
+
     def source(self) -> Source:
-        images = next((p for p in (self.path / _IMAGES, self.path / f"{_IMAGES}.zip") if p.exists()), self.path)
-        partition = {name: values == ["0"] for name, values in _rows(images.parent / _PARTITION)}
+        images = self._images
+        partition = {name: values == ["0"] for name, values in _by_name(images.parent / _PARTITION).items()}
         files = Files(images, only=lambda name: partition.get(PurePosixPath(name).name, False))
         names = [PurePosixPath(name).name for name in files.names]
         missing = sorted({name for name, training in partition.items() if training}.difference(names))
@@ -45,19 +57,21 @@ class CelebA(PixelDataModule):
                 f"{images} lacks {len(missing):,} training images of {_PARTITION}, {missing[0]} the first; get it again"
             )
         labels = self._labels(images.parent / _ATTRIBUTES, names) if self.attribute else None
-        source = picture_source(self.name, files, self._cut, "128x128 around (89, 121), Pillow's bilinear", labels)
+        preprocessing = "128x128 around (89, 121), Pillow's bilinear"
+        source = picture_source(self.name, files, self.rules, self._cut, preprocessing, labels)
         kind = f"{source.description}, class 1: {self.attribute}" if self.attribute else source.description
-        return replace(source, description=kind, identity=identity_of(source.identity, self.attribute))
+        return replace(source, description=kind)
 
     def _labels(self, path: Path, names: list[str]) -> np.ndarray:
-        rows = _rows(path)
-        next(rows)  # the number of images
-        first, others = next(rows)
-        attributes = [first, *others]
+        rows = _by_name(path)
+        heads = list(rows.items())[:2]  # the number of images, the attributes
+        if len(heads) < 2:
+            raise OSError(f"{path} is cut short; get it again")
+        attributes = [heads[1][0], *heads[1][1]]
         if self.attribute not in attributes:
             raise ValueError(f"data.attribute={self.attribute} is not in {path}; choose among {', '.join(attributes)}")
         column = attributes.index(self.attribute)
-        values = {name: row[column] for name, row in rows if len(row) == len(attributes)}
+        values = {name: row[column] for name, row in rows.items() if len(row) == len(attributes)}
         absent = next((name for name in names if values.get(name) not in ("1", "-1")), None)
         if absent is not None:
             raise OSError(f"{path} gives {absent} no value of {self.attribute}; get it again")
@@ -71,19 +85,16 @@ class CelebA(PixelDataModule):
             )
         return image.crop(_BOX).resize((self.resolution, self.resolution), Image.Resampling.BILINEAR)
 
-    def reference(self) -> PackedImages:
-        packed = super().reference()
-        if self.attribute and not packed.meta["source"].endswith(f": {self.attribute}"):
-            raise ValueError(
-                f"data.attribute={self.attribute}, but {self.folder} was packed with another; set another data.name"
-            )
-        return packed
 
-
-def _rows(path: Path) -> Iterator[tuple[str, list[str]]]:
+def _by_name(path: Path) -> dict[str, list[str]]:
+    """The words of each line behind its first one. Errors: ValueError for two lines that differ about one name."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; get it from CelebA's page and put it beside the images")
-    with open(path) as file:
-        for line in file:
-            if words := line.split():
-                yield words[0], words[1:]
+    rows: dict[str, list[str]] = {}
+    for line in path.read_text().splitlines():
+        if words := line.split():
+            name, *values = words
+            if rows.setdefault(name, values) != values:
+                first, second = " ".join(rows[name]), " ".join(values)
+                raise ValueError(f"{path} gives {name} both {first} and {second}; get it again")
+    return rows

@@ -5,6 +5,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
@@ -12,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 
 from datamodules.edm_zip import edm_source
-from datamodules.sources import PixelDataModule, Source
+from datamodules.sources import PixelDataModule, Source, classes_hash
 from datamodules.storage import hash_range
 from datamodules.unpickling import unpickle
 
@@ -59,6 +60,10 @@ class CIFAR10(PixelDataModule):
             description=f"{self.path.name}, data_batch_1 to data_batch_5",
             preprocessing="none",
             identity=None,
+            hashes={
+                "classes": lambda: classes_hash(labels if self.classes else None),
+                "images": lambda: sha256(images.tobytes()).hexdigest(),
+            },
         )
 
 

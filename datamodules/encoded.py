@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from datamodules.packing import FORMAT, MARGIN, check_indices, check_meta, read_meta, way_out
 from datamodules.partial import claimed, grow
-from datamodules.pictures import CENTRE_CROP, THREADS, Decoder, centre_crop, decode, to_rgb
+from datamodules.pictures import CENTRE_CROP, THREADS, Decoder, Rules, centre_crop, decode
 from datamodules.storage import check_npy, folder_size, hash_range, require_space, write_json, write_npy
 
 
@@ -29,19 +28,21 @@ def pack_encoded(
     resolution: int,
     *,
     meta: dict[str, Any],
+    rules: Rules,
     identity: str,
+    provenance: Callable[[], dict[str, Any]] = dict,
 ) -> "EncodedImages":
     """Write the `count` pictures that `contents` gives from a number on, as (name, content), of about `size` bytes in all.
 
     As `packing.pack`; each picture is decoded once, so that a damaged one shows now. `meta` says no preprocessing: what is
-    fetched is always the middle square at `resolution`.
+    fetched is always the middle square at `resolution`, decoded by `rules`.
 
     Errors: OSError for damaged pictures or a disk that is too small, ValueError for another number of them.
     """
     folder = Path(folder)
     meta = {**meta, "preprocessing": CENTRE_CROP}
     check_meta(meta)
-    decoder = Decoder(lambda image, where: centre_crop(image, resolution))
+    decoder = Decoder(lambda image, where: centre_crop(image, resolution), rules)
 
     def blocks(start: int) -> Iterator[tuple[int, dict[str, bytes]]]:
         done = start
@@ -57,13 +58,15 @@ def pack_encoded(
     with claimed(folder) as unfinished:
         if unfinished is not None:
             require_space(folder, size + 16 * count + MARGIN - folder_size(unfinished))
-            announced = json.dumps((identity, resolution, count, meta))
+            announced = json.dumps((identity, resolution, count, meta, rules.options))
             digests = grow(unfinished, {"images.bin": b"", "lengths.bin": b""}, announced, blocks)
             lengths = np.fromfile(unfinished / "lengths.bin", "<i8")
             offsets = np.concatenate([np.zeros(1, "<i8"), np.cumsum(lengths)])
             digests["offsets.npy"] = write_npy(unfinished / "offsets.npy", (count + 1,), offsets.dtype, [offsets])
             (unfinished / "lengths.bin").unlink()
             shown = (digests["images.bin"], digests["offsets.npy"], meta["preprocessing"], resolution)
+            if rules.changes:
+                shown = (*shown, rules.changes)
             hashes = {
                 "sha256": sha256(json.dumps(shown).encode()).hexdigest(),
                 "images_sha256": digests["images.bin"],
@@ -71,7 +74,8 @@ def pack_encoded(
                 "labels_sha256": None,
             }
             sizes = {"count": count, "channels": 3, "resolution": resolution}
-            write_json(unfinished / "meta.json", {"format": FORMAT, **meta, **sizes, **hashes})
+            content = {"format": FORMAT, **meta, "rules": rules.options, **provenance(), **sizes, **hashes}
+            write_json(unfinished / "meta.json", content)
             os.rename(unfinished, folder)
             decoder.report(meta["name"])
     return EncodedImages(folder)
@@ -93,6 +97,7 @@ class EncodedImages:
         self.meta = read_meta(self.folder)
         if "offsets_sha256" not in self.meta:
             raise OSError(f"{self.folder} holds pixels instead of encoded pictures: {self._way_out}")
+        self.rules = Rules(**self.meta.get("rules", {}))  # without: of an older version
         path, shape = self.folder / "offsets.npy", (self.meta["count"] + 1,)
         self._header = check_npy(path, shape, np.dtype("<i8"), self._way_out)
         self.offsets = np.load(path, mmap_mode="r")
@@ -142,5 +147,5 @@ class EncodedImages:
 
     def _place(self, batch: np.ndarray, indices: np.ndarray, row: int) -> None:
         where = f"image {indices[row]} of {self.folder}"
-        image: Image.Image = centre_crop(to_rgb(decode(self.encoded(indices[row]), where), where), batch.shape[-1])
+        image = centre_crop(decode(self.encoded(indices[row]), where, self.rules).image, batch.shape[-1])
         batch[row] = np.asarray(image).transpose(2, 0, 1)

@@ -4,10 +4,10 @@ from PIL import Image
 
 from datamodules.edm_zip import edm_source
 from datamodules.files import Files, is_edm_zip
-from datamodules.sources import PixelDataModule, Source, picture_source
+from datamodules.sources import PictureDataModule, PixelDataModule, Source, picture_source
 
 
-class FFHQ(PixelDataModule):
+class FFHQ(PictureDataModule, PixelDataModule):
     """`path`: EDM's zip, or images1024x1024 or thumbnails128x128, whose pixels differ once they are shrunk.
 
     EDM's own zip, which its teacher has learnt, comes from images1024x1024.
@@ -21,7 +21,7 @@ class FFHQ(PixelDataModule):
         if self.classes:
             raise ValueError(f"data.num_classes={self.classes}: FFHQ has no classes; set data.num_classes=0")
         preprocessing = "Pillow's Lanczos to the resolution, as EDM's dataset_tool"
-        return picture_source(self.name, Files(self.path), self._shrink, preprocessing, None)
+        return picture_source(self.name, Files(self.path), self.rules, self._shrink, preprocessing, None)
 
     def _shrink(self, image: Image.Image, where: str) -> Image.Image:
         side = (self.resolution, self.resolution)

@@ -1,34 +1,52 @@
 """Any pictures of one's own, in a folder or a zip."""
 
+from typing import Any
+
 from PIL import Image, ImageOps
 
-from datamodules.files import Files, folder_classes
-from datamodules.packing import PackedImages, way_out
+from datamodules.files import CLASS_ORDERS, Files, class_folders, class_table, folder_classes
 from datamodules.pictures import CENTRE_CROP, centre_crop
-from datamodules.sources import PixelDataModule, Source, picture_source
+from datamodules.sources import PictureDataModule, PixelDataModule, Source, picture_source
 
 
-class ImageFolder(PixelDataModule):
+class ImageFolder(PictureDataModule, PixelDataModule):
     """All pictures below `path`, upright, the middle square of each; its first folders are the classes if num_classes > 0.
 
-    Errors: ValueError where the pictures are no more those that were packed under this name.
+    `class_order`: text numbers the folders 1, 10, 2, as EDM's dataset_tool does, natural numbers them 1, 2, 10. Pictures
+    more than `max_aspect` times as long as wide are refused.
     """
 
     get = "set data.path to a folder or zip of pictures"
 
+    def __init__(
+        self,
+        name: str,
+        root: str = "data",
+        *,
+        path: str,
+        class_order: str = "text",
+        max_aspect: float | None = 10,
+        **common,
+    ):
+        super().__init__(name, root, path=path, max_aspect=max_aspect, **common)
+        if class_order not in CLASS_ORDERS:
+            raise ValueError(f"data.class_order={class_order!r} is unknown; choose one of {', '.join(CLASS_ORDERS)}")
+        self.class_order = class_order
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {**super().options, "class_order": self.class_order}
+
+    def class_table(self) -> str | None:
+        if not (self.classes and self.path.exists()):
+            return None
+        return class_table(class_folders(Files(self.path), self.classes, self.class_order), orders=True)
+
     def source(self) -> Source:
         files = Files(self.path)
-        labels = folder_classes(files, self.classes) if self.classes else None
-        return picture_source(self.name, files, self._crop, f"upright by EXIF, {CENTRE_CROP}", labels)
+        folders = class_folders(files, self.classes, self.class_order) if self.classes else []
+        labels = folder_classes(files, folders) if self.classes else None
+        return picture_source(self.name, files, self.rules, self._crop, f"upright by EXIF, {CENTRE_CROP}", labels)
 
     def _crop(self, image: Image.Image, where: str) -> Image.Image:
         return centre_crop(ImageOps.exif_transpose(image), self.resolution)
-
-    def reference(self) -> PackedImages:
-        packed = super().reference()
-        if self.path.exists() and (now := self.source().description) != packed.meta["source"]:
-            raise ValueError(
-                f"{self.path} has changed since {self.folder} was packed of it ({packed.meta['source']}; now {now}): "
-                f"{way_out(self.folder)}, or set data.name"
-            )
-        return packed

@@ -3,12 +3,12 @@
 from PIL import Image
 
 from datamodules.edm_zip import edm_source
-from datamodules.files import Files, folder_classes, is_edm_zip
+from datamodules.files import Files, class_folders, class_table, folder_classes, is_edm_zip
 from datamodules.pictures import CENTRE_CROP, centre_crop
-from datamodules.sources import PixelDataModule, Source, picture_source
+from datamodules.sources import PictureDataModule, PixelDataModule, Source, picture_source
 
 
-class ImageNet(PixelDataModule):
+class ImageNet(PictureDataModule, PixelDataModule):
     """`path`: EDM's zip with its dataset.json, or ILSVRC/Data/CLS-LOC/train (or a zip of it) with n01440764/*.JPEG and so on.
 
     A class is the place of its folder among the sorted ones, as EDM's teachers know it. Both give the same images but for
@@ -21,8 +21,13 @@ class ImageNet(PixelDataModule):
         if is_edm_zip(self.path):
             return edm_source(self.path, self.resolution, self.classes)
         files = Files(self.path)
-        labels = folder_classes(files, self.classes) if self.classes else None
-        return picture_source(self.name, files, self._crop, CENTRE_CROP, labels)
+        labels = folder_classes(files, class_folders(files, self.classes)) if self.classes else None
+        return picture_source(self.name, files, self.rules, self._crop, CENTRE_CROP, labels)
+
+    def class_table(self) -> str | None:
+        if not (self.classes and self.path.exists()) or is_edm_zip(self.path):
+            return None
+        return class_table(class_folders(Files(self.path), self.classes))
 
     def _crop(self, image: Image.Image, where: str) -> Image.Image:
         return centre_crop(image, self.resolution)

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.files import open_zip
-from datamodules.sources import PixelDataModule, Source, identity_of
+from datamodules.files import identity_of, open_zip
+from datamodules.sources import PixelDataModule, Source, classes_hash
+from datamodules.storage import hash_range
 from datamodules.unpickling import unpickle
 
 _CHUNK = 1024  # images
@@ -42,13 +43,18 @@ class DownsampledImageNet(PixelDataModule):
                 yield from (rows.reshape(-1, 3, self.resolution, self.resolution) for rows in batch.rows(start, width))
                 start = max(0, start - batch.count)
 
+        classes = self._sorted(labels) if self.classes else None
         return Source(
             count=len(labels),
             chunks=chunks,
-            labels=self._sorted(labels) if self.classes else None,
+            labels=classes,
             description=f"train_data_batch_1 to {len(batches)} of downsampled ImageNet",
             preprocessing="none",
-            identity=identity_of([(batch.where, batch.size) for batch in batches]),
+            identity=identity_of([(batch.where, batch.size) for batch in batches], self.stamp()),
+            hashes={
+                "classes": lambda: classes_hash(classes),
+                "batches": lambda: identity_of([batch.content_hash() for batch in batches]),
+            },
         )
 
     def _sorted(self, labels: np.ndarray) -> np.ndarray:
@@ -124,6 +130,9 @@ class _Batch:
 
 
 class _Pickle(_Batch):
+    def content_hash(self) -> str:
+        return hash_range(self.place, 0, self.size)
+
     def _load(self) -> dict[str, Any]:
         with open(self.place, "rb") as file:
             return unpickle(file, self.where)
@@ -136,11 +145,18 @@ class _Pickle(_Batch):
 
 
 class _Npz(_Batch):
+    def content_hash(self) -> str:
+        """Of the CRC-32 that the .npz itself keeps of its arrays."""
+        with self._opened() as archive:
+            return identity_of(sorted((info.filename, info.CRC) for info in archive.infolist()))
+
+    def _opened(self) -> zipfile.ZipFile:
+        return zipfile.ZipFile(self.place if self.archive is None else self.archive.open(self.place))
+
     def _member(self, name: str) -> Iterator[np.ndarray]:
         """An array of the .npz, some rows at a time: a whole batch takes 1.6 GB."""
         try:
-            outer = self.place if self.archive is None else self.archive.open(self.place)
-            with zipfile.ZipFile(outer) as archive, archive.open(f"{name}.npy") as file:
+            with self._opened() as archive, archive.open(f"{name}.npy") as file:
                 version = np.lib.format.read_magic(file)
                 read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
                 shape, fortran, dtype = read(file)

@@ -27,12 +27,13 @@ def pack(
     labels: np.ndarray | None = None,
     meta: dict[str, Any],
     identity: str | None = None,
+    provenance: Callable[[], dict[str, Any]] = dict,
 ) -> "PackedImages":
     """Write `count` images of `shape` (C, H, W) into `folder`, which appears complete or not at all.
 
     `images` is one uint8 array (N, C, H, W), an iterable of such chunks, or a function that gives the chunks from an image
-    number on; `labels` integers (N,). `meta` says name, classes (0 without labels), source and preprocessing. Where the
-    folder is there, or another process makes it, it stays as it is.
+    number on; `labels` integers (N,). `meta` says name, classes (0 without labels), source and preprocessing; `provenance`
+    gives what is known once all images were read. Where the folder is there, or another process makes it, it stays as it is.
 
     With a function and an `identity`, which names the source's content, a killed process' work goes on.
 
@@ -61,7 +62,7 @@ def pack(
                 labels_digest = write_npy(partial / "labels.npy", (count,), np.dtype("<i8"), [labels])
             sizes = {"count": count, "channels": channels, "resolution": height}
             hashes = {"sha256": digest, "labels_sha256": labels_digest}
-            write_json(partial / "meta.json", {"format": FORMAT, **meta, **sizes, **hashes})
+            write_json(partial / "meta.json", {"format": FORMAT, **meta, **provenance(), **sizes, **hashes})
             os.rename(partial, folder)
     return PackedImages(folder)
 

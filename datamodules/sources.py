@@ -1,19 +1,24 @@
 """A data set that is made of files on disk: found at a path, packed once, and not needed where no image is."""
 
-import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from datamodules.base import ImageDataModule
-from datamodules.files import Files
-from datamodules.packing import PackedImages, pack
-from datamodules.pictures import Decoder, Prepare
+from datamodules.files import Files, files_below, identity_of
+from datamodules.packing import PackedImages, pack, read_meta, way_out
+from datamodules.pictures import Decoder, Prepare, Rules
+from datamodules.storage import write_json
 from metrics.ranks import progress_bar
+
+Hashes = dict[str, Callable[[], str]]
+"""What a source is made of, in words, to its SHA-256 (hex); those that are had at once come first."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,8 @@ class Source:
 
     count: N. chunks: from an image number on, uint8 (n, C, H, W). labels: int64 (N,) or None. description, preprocessing:
     for meta.json. identity: a hash of all that decides the pixels and that can be known without reading them; None where
-    packing is so quick that a killed process' work is not worth going on with.
+    packing is so quick that a killed process' work is not worth going on with. hashes: of the content, so that a copy is
+    known as what was packed; once the images have been read they cost little.
     """
 
     count: int
@@ -31,24 +37,34 @@ class Source:
     description: str
     preprocessing: str
     identity: str | None
+    hashes: Hashes
 
 
-def identity_of(*parts: object) -> str:
-    """SHA-256 (hex) of what JSON can hold."""
-    return sha256(json.dumps(parts).encode()).hexdigest()
+def classes_hash(labels: np.ndarray | None) -> str:
+    return sha256(b"none" if labels is None else labels.astype("<i8").tobytes()).hexdigest()
 
 
-def picture_source(name: str, files: Files, prepare: Prepare, preprocessing: str, labels: np.ndarray | None) -> Source:
-    """`files` as `prepare` makes them; says at the end how many were no RGB."""
+def picture_source(
+    name: str, files: Files, rules: Rules, prepare: Prepare, preprocessing: str, labels: np.ndarray | None
+) -> Source:
+    """`files` as `prepare` makes them; says at the end what was left out, and which were no plain RGB."""
 
     def chunks(start: int) -> Iterator[np.ndarray]:
-        decoder = Decoder(prepare)
+        files.report(name)
+        decoder = Decoder(prepare, rules)
         for _, pixels in decoder.chunks(files.contents(start)):
             yield pixels
         decoder.report(name)
 
-    description = f"{files.path.name}, {len(files)} pictures in the order of their paths, list {files.identity[:16]}"
-    return Source(len(files), chunks, labels, description, preprocessing, files.identity)
+    return Source(
+        count=len(files),
+        chunks=chunks,
+        labels=labels,
+        description=f"{files.path.name}, {len(files)} pictures in the order of their paths",
+        preprocessing=preprocessing,
+        identity=files.identity,
+        hashes={"classes": lambda: classes_hash(labels), **files.hashes()},
+    )
 
 
 class FileDataModule(ImageDataModule):
@@ -56,8 +72,13 @@ class FileDataModule(ImageDataModule):
 
     `url`, where `path` can be fetched from, is for the error's way out alone. Other options as in ImageDataModule.
 
+    meta.json keeps `options` and what the source was: while sizes and times of its files stay, it counts as the same, else
+    its content is read and compared. So a copy or another place of the same content is none the worse for it, and content
+    that was replaced is seen unless size and time were kept as well.
+
     Errors, when the images are packed: FileNotFoundError for a missing source, OSError for a damaged one, ValueError for
-    images or classes other than the options say.
+    images or classes other than the options say. Afterwards: ValueError where options or source are no more those of what
+    was packed.
     """
 
     get: str
@@ -76,17 +97,106 @@ class FileDataModule(ImageDataModule):
         if self.path.exists():
             super().prepare_data()
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What decides pixels or classes beside the source, by the names of options."""
+        return {}
+
+    @property
+    def places(self) -> list[Path]:
+        """All files and folders that are read."""
+        return [self.path]
+
+    @abstractmethod
+    def hashes(self) -> Hashes:
+        """Of the source as it is now."""
+
+    def provenance(self, stamp: str, hashes: Hashes) -> dict[str, Any]:
+        """What meta.json keeps of options and source."""
+        return {
+            "options": self.options,
+            "source_stamp": stamp,
+            "source_sha256": {what: value() for what, value in hashes.items()},
+        }
+
+    def stamp(self) -> str:
+        """A hash of the sizes and times of all files, which takes no reading."""
+        stats = []
+        for place in self.places:
+            files = files_below(place)[0] if place.is_dir() else {"": place.stat()} if place.is_file() else {}
+            stats.append([(name, stat.st_size, stat.st_mtime_ns) for name, stat in sorted(files.items())])
+        return identity_of(stats)
+
     def check_source(self) -> None:
-        if not (self.folder.exists() or self.path.exists()):
-            way_out = f"add download=true to fetch {self.url}, or put the file there" if self.url else self.get
+        if self.folder.exists():
+            self._check_unchanged()
+        elif not self.path.exists():
+            get = f"add download=true to fetch {self.url}, or put the file there" if self.url else self.get
             raise FileNotFoundError(
                 f"no {self.name} images: neither {self.folder} nor {self.path} exists; "
-                + way_out.format(path=self.path, resolution=self.resolution)
+                + get.format(path=self.path, resolution=self.resolution)
             )
 
+    def _check_unchanged(self) -> None:
+        meta = read_meta(self.folder)
+        self.check_sizes(meta)
+        if "source_sha256" not in meta:
+            print(
+                f"{self.folder} was packed by an older version, which did not note what it was packed of: changes of "
+                f"{self.path} are not seen; to have them seen, {way_out(self.folder)}",
+                flush=True,
+            )
+            return
+        for option, value in self.options.items():
+            if meta["options"].get(option) != value:
+                raise ValueError(
+                    f"data.{option}={value}, but {self.folder} was packed with {meta['options'].get(option)}: "
+                    f"{way_out(self.folder)}, or set data.name"
+                )
+        if not self.path.exists() or (stamp := self.stamp()) == meta["source_stamp"]:
+            return
+        print(f"{self.path}: sizes or times of files differ from when {self.folder} was packed; comparing", flush=True)
+        hashes, packed = self.hashes(), meta["source_sha256"]
+        if set(hashes) != set(packed):
+            raise ValueError(
+                f"{self.path} is of another kind than what {self.folder} was packed of ({meta['source']}) and can't be "
+                f"compared with it: {way_out(self.folder)}, set data.path back, or set data.name"
+            )
+        other = next((what for what, value in hashes.items() if value() != packed[what]), None)
+        if other is not None:
+            raise ValueError(
+                f"{self.path} has changed since {self.folder} was packed of it ({meta['source']}; now other {other}): "
+                f"{way_out(self.folder)}, or set data.name"
+            )
+        with suppress(OSError):  # where it can't be kept the next one compares again
+            write_json(self.folder / "meta.json", {**meta, "source_stamp": stamp})
+
     def reference(self) -> PackedImages:
-        self.check_source()
+        if self._packed is None:
+            self.check_source()
         return super().reference()
+
+
+class PictureDataModule(FileDataModule):
+    """Images that are encoded pictures in any format; depth, background and max_aspect as in `pictures.Rules`."""
+
+    def __init__(
+        self,
+        name: str,
+        root: str = "data",
+        *,
+        path: str,
+        depth: str = "refuse",
+        background: str = "white",
+        max_aspect: float | None = None,
+        **common,
+    ):
+        super().__init__(name, root, path=path, **common)
+        self.rules = Rules(depth, background, max_aspect)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {**super().options, **self.rules.options}
 
 
 class PixelDataModule(FileDataModule):
@@ -96,8 +206,13 @@ class PixelDataModule(FileDataModule):
     def source(self) -> Source:
         """What lies at `path`, in whichever of its layouts."""
 
+    def hashes(self) -> Hashes:
+        return self.source().hashes
+
     def convert(self, folder: Path) -> None:
-        source = self.source()
+        stamp, source = self.stamp(), self.source()
+        if (table := self.class_table()) is not None:
+            print(f"{self.name}: {table}", flush=True)
 
         def chunks(start: int) -> Iterator[np.ndarray]:
             with progress_bar(source.count - start, f"packing {self.path}") as bar:
@@ -117,5 +232,6 @@ class PixelDataModule(FileDataModule):
                 "source": source.description,
                 "preprocessing": source.preprocessing,
             },
-            identity=source.identity,
+            identity=source.identity and identity_of(source.identity, self.options),
+            provenance=lambda: self.provenance(stamp, source.hashes),
         )

@@ -62,6 +62,7 @@ def plan(cfg: DictConfig) -> str:
         f"{cfg.folder}: {method.total_steps:,} steps of {cfg.batch_size} images ({share} on each of {processes} devices), "
         f"{kimg:,.6g} kimg": [],
         "missing": missing(cfg, config, data, training is data, without_evaluation) or ["nothing"],
+        **({"data": [table]} if (table := data.class_table()) is not None else {}),
         "parameters": [
             f"{count:,} of the student ({type(student).__name__}), {networks.trained} such networks trained"
         ],

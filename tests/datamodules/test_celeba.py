@@ -52,7 +52,8 @@ def test_an_attribute_is_the_class(tmp_path):
     assert data.reference().labels.tolist() == [1, 0, 1, 0]
     assert data.reference().meta["source"].endswith(", class 1: Bald")
     with pytest.raises(
-        ValueError, match="data.attribute=Male, but .*toy was packed with another; set another data.name"
+        ValueError,
+        match="data.attribute=Male, but .*toy was packed with Bald: delete the folder .*toy .* or set data.name",
     ):
         module(tmp_path, attribute="Male", num_classes=2).reference()
 
@@ -72,6 +73,12 @@ def test_an_attribute_is_the_class(tmp_path):
             {},
             ValueError,
             "000004.jpg has 170x218 pixels instead of 178x218; set data.path to the aligned images",
+        ),
+        (
+            {"partition": PARTITION + f"{NAMES[0]} 2\n"},
+            {},
+            ValueError,
+            "list_eval_partition.txt gives 000001.jpg both 0 and 2; get it again",
         ),
         ({"attributes": None}, {"attribute": "Bald"}, FileNotFoundError, "list_attr_celeba.txt is missing"),
         (
@@ -95,3 +102,11 @@ def test_what_does_not_fit_is_named_and_leaves_nothing(tmp_path, written, option
 def test_attribute_and_classes_belong_together(tmp_path, options):
     with pytest.raises(ValueError, match="an attribute has 2 classes and null has 0; correct the options"):
         module(tmp_path, **options)
+
+
+def test_another_list_of_attributes_is_seen(tmp_path):
+    write(tmp_path / "celeba")
+    module(tmp_path, attribute="Bald", num_classes=2).reference()
+    write(tmp_path / "celeba", attributes=ATTRIBUTES.replace("  1 -1", " -1 -1", 1))
+    with pytest.raises(ValueError, match=r"celeba has changed since .*toy was packed .*; now other classes\): delete"):
+        module(tmp_path, attribute="Bald", num_classes=2).check_source()

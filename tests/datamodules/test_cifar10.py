@@ -145,3 +145,23 @@ def test_a_cut_archive(tmp_path, content):
 def test_options_that_are_not_cifar10s(tmp_path):
     with pytest.raises(ValueError, match="data.resolution=64, data.num_classes=10: CIFAR-10 has 32 pixels a side"):
         module(tmp_path, write_folder(tmp_path / "a"), resolution=64).prepare_data()
+
+
+def test_an_archive_replaced_by_another_is_seen_and_a_copy_is_not(tmp_path, capsys):
+    path = write_tar(tmp_path / "a.tar.gz")
+    module(tmp_path, path).reference()
+    write_tar(path, batches(IMAGES[::-1]))
+    with pytest.raises(
+        ValueError, match=r"a.tar.gz has changed since .*cifar10 was packed .*; now other images\): delete"
+    ):
+        module(tmp_path, path).check_source()
+    write_tar(path, batches(IMAGES, LABELS[::-1]))
+    with pytest.raises(ValueError, match=r"; now other classes\): delete"):
+        module(tmp_path, path).check_source()
+    folder = write_folder(tmp_path / "cifar-10-batches-py")
+    module(tmp_path, folder).check_source()
+    edm = edm_zip(tmp_path / "a.zip", IMAGES.transpose(0, 2, 3, 1), LABELS)
+    with pytest.raises(
+        ValueError, match=r"a.zip is of another kind than what .*cifar10 was packed of .*data.path back"
+    ):
+        module(tmp_path, edm).check_source()

@@ -141,7 +141,7 @@ NAME = "00001/img00000012.png"
         ({NAME: png(IMAGES[0, :4])}, {}, ValueError, "has 8x4 pixels, data.resolution=8; make .* --resolution=8x8`"),
         ({NAME: png(IMAGES[0, :, :, 0])}, {}, ValueError, "is of mode L instead of RGB"),
         ({NAME: png(IMAGES[0])[:100]}, {}, OSError, "is damaged .*; copy or make the zip again"),
-        ({NAME: b"text"}, {}, OSError, "is damaged"),
+        ({NAME: b"text"}, {}, OSError, "is no picture that Pillow can read, or damaged; copy or make the zip again"),
         ({"x.png": png(IMAGES[0])}, {}, ValueError, "dataset.json gives x.png no class, data.num_classes=3"),
         ({}, {"num_classes": 2}, ValueError, "img00000002.png the class 2, data.num_classes=2; make .* correct it"),
         (
@@ -151,6 +151,12 @@ NAME = "00001/img00000012.png"
             "has no classes in its dataset.json, data.num_classes=3",
         ),
         ({"dataset.json": None}, {}, ValueError, "has no classes in its dataset.json.* or set data.num_classes=0"),
+        (
+            {"dataset.json": json.dumps({"labels": [["a.png", 0], [NAME, 1], [NAME, 1], [NAME, 2]]})},
+            {},
+            ValueError,
+            f"dataset.json gives {NAME} the class 1 and also 2; correct it or make it again",
+        ),
         ({"dataset.json": '{"labels": [["00'}, {}, OSError, "dataset.json in .*a.zip is damaged"),
         ({"dataset.json": f'{{"labels": [["{NAME}", [0.5, 0.5]]]}}'}, {}, ValueError, "gives 00000/.* no class"),
     ],
@@ -192,3 +198,16 @@ def test_batches_are_the_images(tmp_path):
     seen = {image.tobytes() for image in ((batch["image"] + 1) * 127.5).round().to(torch.uint8).numpy()}
     assert seen == {image.tobytes() for image in IMAGES.transpose(0, 3, 1, 2).copy()}
     assert sorted(batch["label"].tolist()) == sorted(LABELS)
+
+
+def test_a_zip_replaced_by_another_is_seen(tmp_path):
+    edm_zip(tmp_path / "a.zip", IMAGES, LABELS)
+    module(tmp_path).reference()
+    edm_zip(tmp_path / "a.zip", IMAGES, LABELS)
+    module(tmp_path).check_source()
+    for images, labels, what in ((IMAGES[::-1], LABELS, "pictures"), (IMAGES, LABELS[::-1], "classes")):
+        edm_zip(tmp_path / "a.zip", images, labels)
+        with pytest.raises(
+            ValueError, match=rf"a.zip has changed since .*toy was packed .*; now other {what}\): delete"
+        ):
+            module(tmp_path).check_source()

@@ -23,7 +23,7 @@ def test_folder_zip_and_edms_zip_are_the_same_images(tmp_path):
     )
     packed = module(tmp_path, "thumbnails128x128").reference()
     assert packed.hash == EDM_HASH
-    assert packed.meta["source"].startswith("thumbnails128x128, 3 pictures in the order of their paths, list ")
+    assert packed.meta["source"].startswith("thumbnails128x128, 3 pictures in the order of their paths")
     assert module(tmp_path, "thumbnails128x128.zip", "zip").reference().hash == EDM_HASH
     edm_zip(tmp_path / "edm.zip", packed.images.transpose(0, 2, 3, 1))
     assert module(tmp_path, "edm.zip", "edm").reference().hash == EDM_HASH

@@ -36,10 +36,15 @@ def test_class_folders_are_edms_zip(tmp_path, capsys):
         packed.verify()
         assert packed.hash == EDM_HASH
         assert packed.labels.tolist() == EDM_LABELS
-        shown = capsys.readouterr().out
-        assert f"{name}: 1 of 5 pictures converted to RGB, the first " in shown
-        assert "n01443537/a-b.JPEG" in shown
-        assert shown.count("\n") == 1
+        shown = capsys.readouterr().out.splitlines()
+        left_out = f"{name}: 1 of 6 files are no pictures by their names and left out, the first n02/readme.txt"
+        assert shown[:-2] == [
+            f"{name}: classes by folder: n01440764 -> 0, n01443537 -> 1, n02 -> 2",
+            *([left_out] if name == "folder" else []),
+        ]
+        assert shown[-2].startswith(f"{name}: 1 of 5 pictures converted to RGB, the first ")
+        assert shown[-1].startswith(f"{name}: 2 of 5 pictures are smaller than 64 pixels and were enlarged, the first ")
+        assert all("n01443537/a-b.JPEG" in line for line in shown[-2:])
     assert packed.meta["preprocessing"].startswith("the middle square, Pillow's Lanczos")
     edm_zip(tmp_path / "edm.zip", packed.images.transpose(0, 2, 3, 1), EDM_LABELS)
     again = module(tmp_path, "edm.zip", "edm").reference()
@@ -80,9 +85,8 @@ def test_other_modes_are_converted_as_pillow_does(tmp_path, capsys):
     folder_of(tmp_path / "train", FILES | odd)
     packed = module(tmp_path, num_classes=4).reference()
     assert "toy: 4 of 8 pictures converted to RGB, the first" in capsys.readouterr().out
-    for image, content in zip(packed.images[-3:], odd.values(), strict=True):
-        rgb = Image.open(BytesIO(content)).convert("RGB").resize((64, 64), Image.Resampling.LANCZOS)
-        assert np.array_equal(image.transpose(1, 2, 0), np.asarray(rgb))
+    rgb = Image.open(BytesIO(odd["n03/cmyk.jpg"])).convert("RGB").resize((64, 64), Image.Resampling.LANCZOS)
+    assert np.array_equal(packed.images[-3].transpose(1, 2, 0), np.asarray(rgb))
 
 
 def test_without_classes_any_folders_do(tmp_path):
@@ -116,8 +120,13 @@ JPEG = encoded(pattern(90, 70), "JPEG")
             OSError,
             r"n02/y.jpg.* is damaged \(.*truncated.*\); replace it or take it out",
         ),
-        ({"n02/y.jpg": b"text"}, {}, OSError, "n02/y.jpg.* is no picture or damaged; replace it or take it out"),
-        ({"n02/y.jpg": b""}, {}, OSError, "n02/y.jpg.* is no picture or damaged"),
+        (
+            {"n02/y.jpg": b"text"},
+            {},
+            OSError,
+            "n02/y.jpg.* is no picture that Pillow can read, or damaged; replace it or take it out",
+        ),
+        ({"n02/y.jpg": b""}, {}, OSError, "n02/y.jpg.* is no picture that Pillow can read, or damaged"),
         (dict.fromkeys(FILES) | {"a": b""}, {}, FileNotFoundError, "holds no pictures of the kinds .bmp"),
     ],
 )
@@ -135,7 +144,7 @@ def test_sixteen_bits_and_damaged_zips(tmp_path):
     deep = BytesIO()
     Image.fromarray(pattern(64, 64, 1).squeeze(-1).astype(np.uint16)).save(deep, "PNG")
     folder_of(tmp_path / "train", {"a/x.png": deep.getvalue()})
-    with pytest.raises(ValueError, match=r"a/x.png has more than 8 bits per value \(mode I;16\); convert it to RGB"):
+    with pytest.raises(ValueError, match=r"a/x.png has 16 bits per channel instead of 8 \(mode I;16\); convert"):
         module(tmp_path, num_classes=0).prepare_data()
     path = zip_of(tmp_path / "train.zip", FILES, zipfile.ZIP_DEFLATED)
     content = bytearray(path.read_bytes())

@@ -106,3 +106,22 @@ def test_another_resolution_or_a_file_is_refused(tmp_path):
         module(tmp_path, resolution=32).prepare_data()
     with pytest.raises(FileNotFoundError, match="batch_1.npz is no folder; set data.path to the folder with"):
         module(tmp_path, "a/train_data_batch_1.npz").prepare_data()
+
+
+@pytest.mark.parametrize("kind", ["npz", "pickle", "zip"])
+def test_a_batch_replaced_by_another_is_seen(tmp_path, kind):
+    def write(parts):
+        files = {f"train_data_batch_{i}.npz": npz(part) for i, part in enumerate(parts, 1)}
+        if kind == "pickle":
+            files = {f"train_data_batch_{i}": pickled(part) for i, part in enumerate(parts, 1)}
+        folder_of(tmp_path / "a", MAP if kind == "zip" else files)
+        if kind == "zip":
+            zip_of(tmp_path / "a" / "train.zip", files)
+
+    write(PARTS[1:])
+    module(tmp_path, num_classes=0).reference()
+    write(PARTS[1:])
+    module(tmp_path, num_classes=0).check_source()
+    write(PARTS[:0:-1])
+    with pytest.raises(ValueError, match=r"a has changed since .*toy was packed .*; now other batches\): delete"):
+        module(tmp_path, num_classes=0).check_source()

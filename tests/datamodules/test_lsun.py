@@ -11,7 +11,7 @@ from picture_files import encoded, folder_of, pattern, zip_of
 
 from datamodules import LSUN, EncodedImages, partial
 from datamodules import encoded as packing
-from datamodules.pictures import Decoder, centre_crop
+from datamodules.pictures import Decoder, Rules, centre_crop
 
 lmdb = pytest.importorskip("lmdb")
 FORK = multiprocessing.get_context("fork")
@@ -52,7 +52,7 @@ def church(tmp_path_factory):
 def test_lmdb_folder_and_zip_are_the_same_images(church, tmp_path):
     packed = module(church).reference()
     packed.verify()
-    expected = np.stack([pixels[0] for _, pixels in Decoder(cut).chunks(CONTENT.items(), 1)])
+    expected = np.stack([pixels[0] for _, pixels in Decoder(cut, Rules()).chunks(CONTENT.items(), 1)])
     images, labels = packed.fetch(np.arange(23))
     assert labels is None
     assert images.dtype == torch.uint8
@@ -100,7 +100,7 @@ def pack_until(folder, until, reached):
             yield one
 
     meta = {"name": "toy", "classes": 0, "source": "test"}
-    return packing.pack_encoded(folder, contents, 23, 10_000, 32, meta=meta, identity="a")
+    return packing.pack_encoded(folder, contents, 23, 10_000, 32, meta=meta, rules=Rules(), identity="a")
 
 
 def test_a_killed_conversion_goes_on_and_gives_the_same_bytes(church, tmp_path, monkeypatch, capsys):
@@ -142,7 +142,7 @@ def test_damage_is_named_with_the_way_out(tmp_path, name, message):
     ("content", "message"),
     [
         (encoded(pattern(40, 40), "JPEG")[:700], r"0ffff.* is damaged \(.*truncated"),
-        (b"text", "0ffff.* is no picture or damaged; replace it or take it out"),
+        (b"text", "0ffff.* is no picture that Pillow can read, or damaged; replace it or take it out"),
     ],
 )
 def test_a_broken_picture_shows_before_training(tmp_path, write, content, message):
@@ -157,6 +157,64 @@ def test_grey_pictures_are_counted(tmp_path, capsys):
     packed = module(tmp_path).reference()
     assert "toy: 1 of 24 pictures converted to RGB, the first 0ffff in" in capsys.readouterr().out
     assert len(packed) == 24
+
+
+def test_transparent_pictures_are_blended_whenever_they_are_fetched(tmp_path, capsys):
+    red = np.dstack([np.full((40, 40), 255, np.uint8), *[np.zeros((40, 40), np.uint8)] * 3])
+    write_folder(tmp_path / "church_train_lmdb", {"0ffff": encoded(red, mode="RGBA")})
+    hashes = set()
+    for background, level in (("white", 255), ("black", 0)):
+        packed = module(tmp_path, name=background, background=background).reference()
+        assert (
+            f"{background}: 1 of 1 pictures have transparent parts, blended onto {background}"
+            in capsys.readouterr().out
+        )
+        assert (pickle.loads(pickle.dumps(packed)).fetch(np.array([0]))[0] == level).all()
+        hashes.add(packed.hash)
+    assert len(hashes) == 2  # of the same bytes
+    with pytest.raises(ValueError, match="data.background=white, but .*black was packed with black: delete the folder"):
+        module(tmp_path, name="black").check_source()
+
+
+@pytest.mark.parametrize("size", [0, 4000, 5000, 9000, -4096, -1])
+def test_a_cut_lmdb_is_named_before_it_is_read(tmp_path, size):
+    """A page that is mapped and not there would end the process by SIGBUS."""
+    path = write_lmdb(tmp_path / "church_train_lmdb") / "data.mdb"
+    os.truncate(path, size if size >= 0 else os.path.getsize(path) + size)
+    with pytest.raises(OSError, match=r"church_train_lmdb is (cut short \(data.mdb has|damaged \().*; unpack it again"):
+        module(tmp_path).prepare_data()
+    assert not list((tmp_path / "data").glob("*"))
+
+
+def test_garbled_pages_are_named(tmp_path):
+    path = write_lmdb(tmp_path / "church_train_lmdb") / "data.mdb"
+    content = bytearray(path.read_bytes())
+    leaves = [i for i in range(0, len(content), 4096) if content[i + 10] == 2]  # the page's flags
+    for page in leaves:
+        content[page : page + 4096] = bytes([255]) * 4096
+    path.write_bytes(content)
+    with pytest.raises(OSError, match=r"church_train_lmdb is damaged \(.*; unpack it again"):
+        module(tmp_path).prepare_data()
+
+
+def test_a_sparse_lmdb_needs_the_space_of_its_pages(tmp_path):
+    path = write_lmdb(tmp_path / "church_train_lmdb") / "data.mdb"
+    os.truncate(path, 1 << 38)  # as writemap leaves it
+    assert len(module(tmp_path).reference()) == 23
+
+
+def test_values_that_changed_in_place_are_seen(tmp_path, capsys):
+    write_lmdb(tmp_path / "church_train_lmdb")
+    module(tmp_path).reference()
+    os.utime(tmp_path / "church_train_lmdb" / "data.mdb")
+    module(tmp_path).check_source()
+    assert "differ from when" in capsys.readouterr().out
+    key, value = list(CONTENT.items())[11]
+    write_lmdb(tmp_path / "church_train_lmdb", {key: value[:-1] + bytes([value[-1] ^ 1])})
+    with pytest.raises(
+        ValueError, match=r"has changed since .*toy .*23 encoded pictures; now other pictures\): delete"
+    ):
+        module(tmp_path).check_source()
 
 
 def test_what_is_no_lmdb_or_has_classes_is_refused(tmp_path, monkeypatch):

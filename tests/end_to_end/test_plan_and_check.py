@@ -3,12 +3,29 @@
 import json
 
 from end_to_end_tools import STUDENT, run, train
+from PIL import Image
 
 
 def test_a_plan_starts_nothing(tmp_path):
     ended = train(tmp_path, "method=disback", "data=ffhq64", "trainer.devices=8", "plan=true").ok()
     assert "2,500 per kimg" in ended.out
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix not in (".out", ".err")]
+
+
+def test_a_plan_says_which_folder_is_which_class(tmp_path):
+    for number in (1, 2, 10):
+        (tmp_path / "pictures" / str(number)).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "pictures" / str(number) / "a.png")
+    own = (
+        "method=pretrain",
+        "data=image_folder",
+        "data.path=pictures",
+        "plan=true",
+        "teacher.network.model_channels=16",
+    )
+    ended = train(tmp_path, *own, "data.resolution=32", "data.num_classes=3").ok()
+    assert "classes by folder: 1 -> 0, 10 -> 1, 2 -> 2 (data.class_order=natural counts 1, 2, 10)" in ended.out
+    train(tmp_path, *own, "data.resolution=32", "data.num_classes=4").refused("3 class folders", "data.num_classes=4")
 
 
 def test_neither_plan_nor_download_belong_to_a_run(tmp_path):
