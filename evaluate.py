@@ -15,6 +15,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from launch.names import register_resolvers
+from launch.notice import stoppable
 
 
 def run_folders(patterns: str | Sequence[str], option: str = "run") -> list[Path]:
@@ -242,4 +243,5 @@ def main(cfg: DictConfig) -> None:
 
 if __name__ == "__main__":
     register_resolvers()
-    main()
+    with stoppable("evaluate"):
+        main()

@@ -12,6 +12,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from launch.names import register_resolvers
+from launch.notice import stoppable
 
 # Before torch is loaded: its C++ side warns of what launch/processes.py does on purpose.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -86,7 +87,6 @@ def train(cfg: DictConfig, hydra_config: DictConfig) -> float | None:
 def main(cfg: DictConfig) -> float | None:
     from launch.errors import reported
     from launch.launchers import at_once, placed
-    from launch.requeue import requeueing
 
     hydra_config = HydraConfig.get()
     cfg.folder = os.path.relpath(hydra_config.runtime.output_dir)
@@ -94,11 +94,12 @@ def main(cfg: DictConfig) -> float | None:
     with (
         reported(cfg.folder, sweep=sweep, shared=at_once(hydra_config.launcher)),
         placed(cfg.trainer, hydra_config.launcher),
-        requeueing(cfg.folder),
+        stoppable(cfg.folder),
     ):
         return train(cfg, hydra_config)
 
 
 if __name__ == "__main__":
     register_resolvers()
-    main()
+    with stoppable("train"):
+        main()

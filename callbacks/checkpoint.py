@@ -9,9 +9,11 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loops.evaluation_loop import RestartStage
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.trainer.states import TrainerFn
 
+from callbacks.csv_logger import CSVLogger
 from callbacks.schedule import is_last
 
 
@@ -91,9 +93,10 @@ class Checkpoints(pl.callbacks.Checkpoint):
     """Writes <run folder>/checkpoints/last.ckpt and, after validations that improve `pl_module.monitor`, best.ckpt.
 
     `monitor` names a logged metric of which smaller is better; None: no best.ckpt. last.ckpt is written every
-    `every_n_steps` optimiser steps and at the end of training. Where a validation is due at the same step it is written
-    after it, so that a resumed run repeats an interrupted validation. Lightning's ModelCheckpoint does neither: it writes
-    nothing at the end when it has saved before, and it saves before the validation, which a resumed run then leaves out.
+    `every_n_steps` optimiser steps, before each validation and at the end of training. What is saved before a validation says
+    so, and a resumed run begins with that validation: however long it takes, no step is lost in it. Lightning's
+    ModelCheckpoint does neither: it writes nothing at the end when it has saved before, and a validation that was
+    interrupted is left out.
     """
 
     def __init__(self, every_n_steps: int) -> None:
@@ -102,25 +105,48 @@ class Checkpoints(pl.callbacks.Checkpoint):
         self.every_n_steps = every_n_steps
         self.best: float | None = None
         self._saved_step = -1
-        self._pending = self._wanted = False
+        self._wanted = False
+        self._due = False  # whether the validation of this step is still to be made
+        self._max_steps: int | None = None  # the trainer's, where it had to be put up
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        stored = checkpoint["callbacks"].get(type(self).__name__, {})
+        if stored.get("due") and checkpoint["global_step"] == trainer.max_steps:
+            # Else Lightning would leave the loop out, and the last validation with it.
+            self._max_steps, trainer.fit_loop.epoch_loop.max_steps = trainer.max_steps, trainer.max_steps + 1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved_step = trainer.global_step
+        if self._due:
+            # Where Lightning finishes the batch after which it was interrupted, and counts it in the end; the whole validation.
+            loop = trainer.fit_loop.epoch_loop
+            loop._batches_that_stepped -= 1
+            loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
+            loop.val_loop.restarting = False
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if is_last(trainer) or self._wanted or trainer.global_step % self.every_n_steps == 0:
-            self._pending, self._wanted = True, False
-            if not _validation_follows(trainer):
-                self._save_last(trainer)
+        self._due = _validation_follows(trainer)
+        if self._due or is_last(trainer) or self._wanted or trainer.global_step % self.every_n_steps == 0:
+            self._wanted = False
+            _log_in_file(trainer)
+            self._save_last(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._max_steps is not None:
+            trainer.fit_loop.epoch_loop.max_steps, self._max_steps = self._max_steps, None
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
+        self._due = False
         if pl_module.monitor is not None:
             self._save_best(trainer, pl_module.monitor)
-        if self._pending:
+        if is_last(trainer):
+            self._saved_step = -1  # it says that this validation is still to be made
             self._save_last(trainer)
 
     def save_this_step(self) -> None:
@@ -131,7 +157,6 @@ class Checkpoints(pl.callbacks.Checkpoint):
         self._save_last(trainer)
 
     def _save_last(self, trainer: pl.Trainer) -> None:
-        self._pending = False
         if trainer.global_step != self._saved_step and not trainer.fast_dev_run:
             trainer.save_checkpoint(self.folder(trainer) / "last.ckpt")
             self._saved_step = trainer.global_step
@@ -152,10 +177,21 @@ class Checkpoints(pl.callbacks.Checkpoint):
         return Path(trainer.default_root_dir) / "checkpoints"
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
+        return {"best": self.best, "due": self._due}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
+        self._due = state_dict.get("due", False)  # of runs from before it was saved, after the validation
+
+
+def _log_in_file(trainer: pl.Trainer) -> None:
+    """Have the step's row in metrics.csv before the checkpoint that no run logs it after; Lightning logs it later, again."""
+    loggers = trainer.loggers
+    trainer.loggers = [logger for logger in loggers if isinstance(logger, CSVLogger)]
+    try:
+        trainer._logger_connector.update_train_step_metrics()
+    finally:
+        trainer.loggers = loggers
 
 
 def _validation_follows(trainer: pl.Trainer) -> bool:

@@ -1,5 +1,6 @@
 """Gradients averaged over processes: only those that a backward pass made, or by DDP, and the bytes that each costs."""
 
+import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -8,9 +9,23 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch import Tensor, nn
 
 BUCKET = 25 << 20  # bytes, DDP's: large enough for the network's speed, small enough to start early
+
+
+class Launcher(_SubprocessScriptLauncher):
+    """Keeps the processes that it started in `children`, where Lightning's thread, which kills this one without a word when
+    one of them failed, does not find them; launch/processes.py looks after them."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.children: list[subprocess.Popen] = []
+
+    def _call_children_scripts(self) -> None:
+        super()._call_children_scripts()
+        self.children, self.procs = self.procs, []
 
 
 class Counted(DDPStrategy):
@@ -21,6 +36,9 @@ class Counted(DDPStrategy):
     """
 
     bytes_reduced = 0
+
+    def _configure_launcher(self) -> None:
+        self._launcher = Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     def setup_distributed(self) -> None:
         super().setup_distributed()

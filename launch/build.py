@@ -10,7 +10,7 @@ from pytorch_lightning.callbacks import Checkpoint
 
 from diffusion.teacher import Teacher
 from launch.folder import RunFolder
-from launch.processes import check_present, choose_strategy, process_count
+from launch.processes import LeavesSignals, check_present, choose_strategy, process_count
 from launch.trainer_options import check_options, translated
 from lightning_modules import Method
 from networks.checks import check_counts
@@ -86,7 +86,7 @@ def build_trainer(config: DictConfig, method: Method, folder: RunFolder, here: b
     callbacks = own + [callback for callback in build(config.callbacks).values() if callback is not None]
     loggers = [logger for logger in build(config.logger).values() if logger is not None]
     try:
-        return pl.Trainer(
+        trainer = pl.Trainer(
             **options,
             enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
             max_steps=method.total_steps,
@@ -104,3 +104,5 @@ def build_trainer(config: DictConfig, method: Method, folder: RunFolder, here: b
         )
     except TypeError as error:  # an unknown option, or one of another type
         raise ValueError(f"trainer: {error}") from error
+    trainer._signal_connector = LeavesSignals(trainer)
+    return trainer

@@ -49,7 +49,7 @@ def reported(job: str, *, sweep: bool = False, shared: bool = False) -> Iterator
     except Exception as error:
         if not is_rank_zero():  # also of what a collective says when the first process has gone
             time.sleep(GRACE)
-        if not expected(error) or os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0"):
+        if not (expected(error) or collective(error)) or os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0"):
             if sweep:  # Hydra shows the error of the first failed job alone, and after the last job
                 traceback.print_exc()
             raise
@@ -64,6 +64,11 @@ def reported(job: str, *, sweep: bool = False, shared: bool = False) -> Iterator
 def expected(error: Exception) -> bool:
     # wandb's (no key, no network) by name: importing it takes half a second.
     return isinstance(error, EXPECTED) or out_of_memory(error) or type(error).__module__.startswith("wandb.")
+
+
+def collective(error: BaseException) -> bool:
+    """Whether it may be what a collective says when another process has gone."""
+    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -84,6 +89,8 @@ def one_line(error: BaseException) -> str:
             f"out of memory ({text.partition('. ')[0]}): lower trainer.micro_batch, or set it to auto, where this is "
         )
         text += "training, and evaluation.batch_size where it is sampling"
+    if collective(error):
+        text = f"another process of this run has ended ({text.partition(': ')[0]})"
     if isinstance(error, TypeError) and "argument" not in text:  # a comparison or the like, deep inside
         text = f"an option has the wrong type ({text})"
     if isinstance(error, OSError) and error.filename and str(error.filename) not in text:

@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,13 +24,18 @@ from lightning_fabric.plugins.environments import (
 )
 from omegaconf import read_write
 from pytorch_lightning.strategies import Strategy
+from pytorch_lightning.trainer.connectors.signal_connector import _SignalConnector
 
 from launch.averaging import AveragedGradients, CountedDDP
+from launch.errors import collective
+from launch.notice import NOTICE, stopped_by
 from launch.ranks import started_processes, under_torchrun
 from networks.checks import check_counts
 
 # Seconds until a process that failed must have ended: launch/errors.py lets it wait, and a busy machine takes its time.
 _PATIENCE = 60
+# Seconds in which a process finds out by itself that another one has gone, as collectives tell it; then it is ended.
+_UNNOTICED = 10
 _DDP_ENVIRONMENT = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -112,11 +119,20 @@ def find_each_other(processes: int) -> ClusterEnvironment:
     return LightningEnvironment()
 
 
+class LeavesSignals(_SignalConnector):
+    """In place of Lightning's, which broadcasts inside its handler of SIGTERM, where the other ranks do not: launch/notice.py
+    has the handlers."""
+
+    def register_signal_handlers(self) -> None:
+        pass
+
+
 @contextmanager
 def children_ended(*launchers: Any) -> Iterator[None]:
     """After the block no process that Lightning's `launchers` started runs any more; where the block failed, by a kill.
 
-    Errors: ChildProcessError where a child failed by itself. A collective then fails here too, but says only that it did.
+    Errors: ChildProcessError where a child failed by itself, Stopped where a signal ended it. A collective then fails here
+    too, but says only that it did.
     """
     children: list[subprocess.Popen] = []
     try:
@@ -125,31 +141,74 @@ def children_ended(*launchers: Any) -> Iterator[None]:
         codes = [child.wait() for child in children]
     except BaseException as error:
         children = children or _released(launchers)
-        collective = _collective(error) and bool(children)  # then a child has ended, or does so as fast as it can
+        lost = collective(error) and bool(children)  # then a child has ended, or does so as fast as it can
         patience = time.monotonic() + _PATIENCE
-        while collective and time.monotonic() < patience and not any(child.poll() for child in children):
+        while lost and time.monotonic() < patience and not any(child.poll() for child in children):
             time.sleep(0.05)
         codes = [child.poll() for child in children]
         for child in children:
             child.kill()
             child.wait()
-        if not (collective and any(codes)):
+        if not (lost and any(codes)):
             raise
     if any(codes):
-        failed = ", ".join(f"{rank} (exit code {code})" for rank, code in enumerate(codes, start=1) if code)
-        raise ChildProcessError(f"another process of this run failed, see its message above: rank {failed}")
+        NOTICE.follow(codes)
+        raise ChildProcessError(_failed(codes))
 
 
-def _collective(error: BaseException) -> bool:
-    """Whether it may be what a collective says when another process has gone."""
-    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+def _failed(codes: Sequence[int | None]) -> str:
+    """One line about children, in order of rank from 1 on, of which some failed."""
+    ends = [
+        f"rank {rank} ({f'killed by {signal.Signals(-code).name}' if code < 0 else f'exit code {code}'})"
+        for rank, code in enumerate(codes, start=1)
+        if code
+    ]
+    above = ", see its message above" if any(code and code > 0 for code in codes) else ""
+    return f"another process of this run failed{above}: {', '.join(ends)}"
+
+
+@contextmanager
+def _watched(launchers: Sequence[Any], job: str) -> Iterator[None]:
+    """Within the block this process ends, in one line, soon after one that it started, or the one that started it.
+
+    It mostly finds out by itself: in a collective, which fails. Not where the device hangs in one, or between them.
+    """
+    left = threading.Event()
+    threading.Thread(target=_watch, args=(launchers, job, left), daemon=True).start()
+    try:
+        yield
+    finally:
+        left.set()
+
+
+def _watch(launchers: Sequence[Any], job: str, left: threading.Event) -> None:
+    child, parent = started_processes() is None and int(os.environ.get("LOCAL_RANK", 0)) > 0, os.getppid()
+    children: list[subprocess.Popen] = []
+    lost, number = None, None
+    while lost is None:
+        if left.wait(0.5):
+            return
+        children = [one for launcher in launchers for one in getattr(launcher, "children", [])]
+        codes = [one.poll() for one in children]
+        if any(codes):
+            lost, number = _failed(codes), stopped_by(codes)
+        elif child and os.getppid() != parent:
+            lost = "the process that started this one has ended"
+    if number and NOTICE.given is None:
+        os.kill(os.getpid(), number)
+    if not left.wait(_UNNOTICED):
+        for one in children:
+            one.kill()
+        sys.stderr.write(f"error: {job}: {lost}\n")
+        sys.stderr.flush()
+        os._exit(128 + number if number else 1)
 
 
 def _released(launchers: Sequence[Any]) -> list[subprocess.Popen]:
-    """The launchers' children; Lightning's thread that would end this process, hence a sweep, for a failed one lets go."""
+    """The launchers' children, which are then no longer watched."""
     children: list[subprocess.Popen] = []
     for launcher in launchers:
-        watched = getattr(launcher, "procs", [])
+        watched = getattr(launcher, "children", [])
         children += watched
         watched.clear()
     return children
@@ -181,7 +240,8 @@ def one_job(*trainers: pl.Trainer) -> Iterator[None]:
     search = [override for override in hydra.overrides.hydra if override.startswith(shared)]
     sys.argv = [argv[0], f"--config-name={hydra.job.config_name}", *folders, *hydra.overrides.task, *search]
     try:
-        with children_ended(*(trainer.strategy.launcher for trainer in trainers)):
+        launchers = [trainer.strategy.launcher for trainer in trainers]
+        with _watched(launchers, os.path.relpath(hydra.runtime.output_dir)), children_ended(*launchers):
             yield
     finally:
         sys.argv = argv

@@ -83,27 +83,49 @@ def test_a_monitor_that_is_not_logged(tmp_path):
         fit(tmp_path, 4, module=module)
 
 
+# With 12 steps and a validation every 4: last.ckpt is written every `every` steps, and before each validation.
 @pytest.mark.parametrize(
-    ("every", "hook", "step"),
+    ("every", "hook", "step", "saved"),
     [
-        (4, "on_train_batch_start", 6),
-        (3, "on_train_batch_start", 7),
-        (4, "on_validation_start", 8),  # the checkpoint of step 8 waits for this validation
-        (3, "on_validation_end", 4),
+        (4, "on_train_batch_start", 6, 4),
+        (3, "on_train_batch_start", 7, 6),
+        (4, "on_validation_start", 8, 8),
+        (100, "on_validation_batch_start", 8, 8),
+        (3, "on_validation_end", 4, 4),
+        (3, "on_validation_epoch_end", 12, 12),  # of the last step, which is resumed for that alone
+        (5, "on_train_end", 12, 12),
     ],
 )
-def test_interrupted_is_uninterrupted(tmp_path, every, hook, step):
+def test_interrupted_is_uninterrupted(tmp_path, every, hook, step, saved):
     fit(tmp_path / "whole", 12, every=every)
     with pytest.raises(KeyError):
         fit(tmp_path / "cut", 12, Kill(hook, step), every=every)
     # save_on_exception is not wanted: an exception may come between the parts of a step
-    assert read_checkpoint(tmp_path / "cut/checkpoints/last.ckpt")["global_step"] == (step - 1) // every * every
+    assert read_checkpoint(tmp_path / "cut/checkpoints/last.ckpt")["global_step"] == saved
     module = fit(tmp_path / "cut", 12, every=every, ckpt_path=tmp_path / "cut/checkpoints/last.ckpt")
-    assert module.seen == list(range((step - 1) // every * every, 12))  # the data go on where they were
+    assert module.seen == list(range(saved, 12))  # the data go on where they were
     for name in ("last", "best"):
         one, two = (read_checkpoint(tmp_path / run / f"checkpoints/{name}.ckpt") for run in ("whole", "cut"))
         assert identical(one, two)
     assert (tmp_path / "whole/metrics.csv").read_bytes() == (tmp_path / "cut/metrics.csv").read_bytes()
+
+
+def test_killed_once_the_checkpoint_is_there(tmp_path, monkeypatch):
+    """What was logged of its step is on disk before it: no later run logs that again."""
+    for step in (3, 4):
+        fit(tmp_path / "whole", 12, every=3)
+        save = AtomicCheckpointIO.save_checkpoint
+
+        def killed(self, checkpoint, path, storage_options=None, save=save, step=step):
+            save(self, checkpoint, path)
+            if checkpoint["global_step"] == step:
+                raise KeyError("killed")
+
+        with monkeypatch.context() as patch, pytest.raises(KeyError):
+            patch.setattr(AtomicCheckpointIO, "save_checkpoint", killed)
+            fit(tmp_path / "cut", 12, every=3)
+        fit(tmp_path / "cut", 12, every=3, ckpt_path=tmp_path / "cut/checkpoints/last.ckpt")
+        assert (tmp_path / "whole/metrics.csv").read_bytes() == (tmp_path / "cut/metrics.csv").read_bytes()
 
 
 def test_a_finished_run_can_be_prolonged(tmp_path):

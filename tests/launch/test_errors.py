@@ -44,6 +44,14 @@ def test_errors_of_lightnings_and_wandbs_own_kinds_are_expected(capsys):
     assert capsys.readouterr().err == "error: runs/a: no gpu\nerror: runs/a: no key\n"
 
 
+def test_what_a_collective_says_of_a_process_that_has_gone_is_one_line(capsys):
+    with pytest.raises(SystemExit), reported("runs/a"):
+        raise RuntimeError("[pair.cc:534] gloo: Connection closed by peer [127.0.0.1]:1234: This is an explanation\n")
+    assert capsys.readouterr().err.startswith(
+        "error: runs/a: another process of this run has ended ([pair.cc:534] gloo"
+    )
+
+
 def test_programming_errors_keep_their_traceback():
     with pytest.raises(KeyError), reported("runs/c"):
         {}["x"]

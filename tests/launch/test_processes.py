@@ -1,3 +1,4 @@
+import signal
 import subprocess
 import sys
 import time
@@ -8,6 +9,7 @@ from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnv
 
 from launch.averaging import AveragedGradients, CountedDDP
 from launch.names import run_name
+from launch.notice import Notice, Stopped
 from launch.processes import check_present, children_ended, choose_strategy, find_each_other, process_count
 from launch.ranks import is_rank_zero
 
@@ -132,22 +134,22 @@ def test_a_single_task_starts_its_own_processes(started, change):
 @pytest.fixture
 def launcher():
     """As Lightning's: it makes its list of processes when it launches."""
-    launcher = SimpleNamespace(procs=[])
+    launcher = SimpleNamespace(children=[])
     yield launcher
-    for child in launcher.procs:
+    for child in launcher.children:
         child.kill()
 
 
 def child(launcher, code):
-    launcher.procs = [subprocess.Popen([sys.executable, "-c", code])]
-    return launcher.procs[0]
+    launcher.children = [subprocess.Popen([sys.executable, "-c", code])]
+    return launcher.children[0]
 
 
 def test_children_are_waited_for(launcher):
     with children_ended(launcher):
         process = child(launcher, "import time; time.sleep(0.3)")
     assert process.returncode == 0
-    assert launcher.procs == []
+    assert launcher.children == []
 
 
 def test_children_of_a_failed_job_are_ended(launcher):
@@ -155,7 +157,7 @@ def test_children_of_a_failed_job_are_ended(launcher):
         process = child(launcher, "import time; time.sleep(60)")
         raise ValueError("mine")
     assert process.returncode == -9
-    assert launcher.procs == []
+    assert launcher.children == []
 
 
 def test_a_child_that_failed_alone_is_no_success(launcher):
@@ -164,7 +166,15 @@ def test_a_child_that_failed_alone_is_no_success(launcher):
         children_ended(launcher),
     ):
         child(launcher, "raise SystemExit(3)")
-    assert launcher.procs == []
+    assert launcher.children == []
+
+
+@pytest.mark.parametrize(("code", "number"), [("143", signal.SIGTERM), ("130", signal.SIGINT)])
+def test_a_child_that_a_signal_ended_ends_the_run_in_order(launcher, monkeypatch, code, number):
+    monkeypatch.setattr("launch.processes.NOTICE", notice := Notice())
+    with pytest.raises(Stopped), children_ended(launcher):
+        child(launcher, f"raise SystemExit({code})").wait()
+    assert notice.given == number
 
 
 def test_a_child_that_failed_is_the_cause_of_a_broken_collective(launcher):

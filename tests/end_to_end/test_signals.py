@@ -1,4 +1,4 @@
-"""SIGUSR1 before the time is up: the run saves, asks for the job again, and the same command ends as if nothing had been."""
+"""Signals: a run saves its step and says how it goes on; the same command then ends as if nothing had been."""
 
 import os
 import signal
@@ -14,15 +14,19 @@ from end_to_end_tools import (
     PRETRAIN,
     ROOT,
     RUN,
+    STUDENT,
     assert_identical,
     assert_same_run,
     in_call,
     read_csv,
+    run,
     start,
     timeless,
     train,
     with_data,
 )
+
+from launch.notice import Notice
 
 OPTIONS = (*PRETRAIN, "callbacks.checkpoints.every_n_steps=100", "callbacks.requeue.every_n_steps=2")
 STEP = "lightning_modules:Pretrain.training_step"
@@ -58,13 +62,15 @@ def in_job(act, **variables):
     act()
 
 
-def signalled(original, *args, **kwargs):
-    os.kill(os.getpid(), signal.SIGUSR1)
+def signalled(original, *args, number=signal.SIGUSR1, **kwargs):
+    os.kill(os.getpid(), number)
     return original(*args, **kwargs)
 
 
-def at(target, number):
-    return partial(in_job, partial(in_call, target, number, signalled), **JOB, PATH=os.environ["PATH"])
+def at(target, call, number=signal.SIGUSR1):
+    return partial(
+        in_job, partial(in_call, target, call, partial(signalled, number=number)), **JOB, PATH=os.environ["PATH"]
+    )
 
 
 def test_a_run_is_requeued_and_goes_on_exactly(alone, tmp_path, scontrol):
@@ -75,18 +81,75 @@ def test_a_run_is_requeued_and_goes_on_exactly(alone, tmp_path, scontrol):
     assert scontrol.read_text() == "requeue 4711\n"
     assert timeless(tmp_path / RUN / "checkpoints/last.ckpt")["global_step"] == 7
     ended = train(tmp_path, *OPTIONS, before=at("launch.final:load_student", 1)).ok()
-    assert "stopped by SIGUSR1, all that was done is kept" in ended.out
+    assert "stopped by SIGUSR1, what is on disk is kept" in ended.out
     assert scontrol.read_text() == "requeue 4711\n" * 2
     assert not (tmp_path / RUN / "metrics.json").exists()
     train(tmp_path, *OPTIONS).ok()
     assert_same_run(tmp_path / RUN, alone / RUN)
 
 
+def test_sigterm_and_ctrl_c_save_too_and_say_so(alone, tmp_path, scontrol):
+    """Nobody is asked for the job again."""
+    with_data(alone, tmp_path)
+    for number, step, code, what in (
+        (signal.SIGTERM, 4, 143, "stopped by SIGTERM, saved after step 4"),
+        (signal.SIGINT, 3, 130, "interrupted, saved after step 7"),  # of the resumed run
+    ):
+        ended = train(tmp_path, *OPTIONS, before=at(STEP, step, number))
+        assert (ended.code, ended.err.count("Traceback")) == (code, 0)
+        assert f"runs/run: {what}; the same command goes on" in ended.out.splitlines()
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        ended = train(tmp_path, *OPTIONS, before=at("launch.final:load_student", 1, number))
+        assert (ended.code, ended.err.count("Traceback")) == (code, 0)
+        assert "what is on disk is kept; the same command goes on" in ended.out
+    train(tmp_path, *OPTIONS).ok()
+    assert_same_run(tmp_path / RUN, alone / RUN)
+    ended = run(
+        tmp_path,
+        "evaluate.py",
+        f"run={RUN}",
+        "device=cpu",
+        before=at("launch.measure:Evaluation.run", 1, signal.SIGINT),
+    )
+    assert (ended.code, ended.err) == (130, "")
+    assert "evaluate: interrupted, what is on disk is kept; the same command goes on" in ended.out
+    assert not scontrol.exists()
+
+
+def interrupted_twice(original, *args, **kwargs):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1.2)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(100)
+
+
+def test_a_second_ctrl_c_ends_a_step_at_once(alone, tmp_path):
+    with_data(alone, tmp_path)
+    ended = train(tmp_path, *OPTIONS, before=partial(in_call, STEP, 3, interrupted_twice))
+    assert ended.code == 130
+    assert "runs/run: interrupted, in the middle of a step, whose work is lost; the same command goes on" in ended.out
+
+
+def test_a_validation_is_left_and_made_again(tmp_path):
+    """The first is due at step 4, the last that is made before the signal at step 8; no checkpoint but for them."""
+    options = (*STUDENT, "callbacks.checkpoints.every_n_steps=100")
+    train(tmp_path / "alone", *options).ok()
+    with_data(tmp_path / "alone", tmp_path)
+    validation = "lightning_modules:DenoisingStudent.validation_step"
+    ended = train(tmp_path, *options, before=partial(in_call, validation, 2, partial(signalled, number=signal.SIGTERM)))
+    assert ended.code == 143
+    assert timeless(tmp_path / RUN / "checkpoints/last.ckpt")["global_step"] == 8
+    train(tmp_path, *options).ok()
+    assert_same_run(tmp_path / RUN, tmp_path / "alone" / RUN)
+
+
 def test_without_slurm_a_sweep_ends_and_says_how_it_goes_on(alone, tmp_path):
     with_data(alone, tmp_path)
     sweep = ("-m", *(option for option in OPTIONS if option != "name=run"), "seed=0,1")
-    ended = train(tmp_path, *sweep, before=partial(in_call, STEP, 3, signalled)).ok()
-    assert ended.out.count("stopped by SIGUSR1, saved after step 3; the same command goes on") == 1
+    ended = train(tmp_path, *sweep, before=partial(in_call, STEP, 3, partial(signalled, number=signal.SIGTERM)))
+    assert ended.code == 143
+    assert ended.out.count("stopped by SIGTERM, saved after step 3; the same command goes on") == 1
+    assert "interrupted" in ended.out  # the table's word for the first job
     assert "#1" not in ended.out  # the second job wasn't begun
     (first,) = (tmp_path / "runs").glob("*/checkpoints")
     train(tmp_path, *sweep).ok()
@@ -152,30 +215,89 @@ def test_srun_starts_a_sweep_job_after_job(alone, tmp_path):
     assert len(list((tmp_path / "runs").glob("*/metrics.json"))) == 2
 
 
+@pytest.mark.parametrize("signalled_ranks", [(0,), (1,), (0, 1)])
+def test_sigterm_to_any_process_of_a_training_ends_all(alone, tmp_path, signalled_ranks):
+    with_data(alone, tmp_path)
+    stop = partial(in_call, STEP, 5, partial(signalled, number=signal.SIGTERM))
+    ended = ranks(tmp_path, *OPTIONS, start_rank=lambda rank: stop if rank in signalled_ranks else nothing)
+    assert [end.code for end in ended] == [143, 143]
+    assert ended[0].out.count("stopped by SIGTERM, saved after step 6; the same command goes on") == 1
+    assert not [line for end in ended for line in end.err.splitlines() if "error" in line.lower()]
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_the_other_process_of_a_killed_one_says_so_in_one_line(alone, tmp_path, killed):
+    with_data(alone, tmp_path)
+    die = partial(in_call, STEP, 5, partial(signalled, number=signal.SIGKILL))
+    ended = ranks(tmp_path, *OPTIONS, start_rank=lambda rank: die if rank == killed else nothing)
+    ended[killed].killed()
+    ended[1 - killed].refused("runs/run: another process of this run has ended")
+
+
 def test_the_processes_of_a_signalled_run_end(alone, tmp_path):
     """The signal goes to the one that the user started, before the first step; the other is ended."""
     with_data(alone, tmp_path)
     options = (*OPTIONS, "trainer.devices=2")
     ended = train(tmp_path, *options, before=partial(in_call, BEFORE, 1, signalled)).ok()
-    assert "all that was done is kept; the same command goes on" in ended.out
+    assert "what is on disk is kept; the same command goes on" in ended.out
     assert not [line for line in ended.err.splitlines() if "error" in line.lower()]
 
 
-def test_a_data_loaders_worker_ignores_the_signal():
-    from callbacks.requeue import Notice
+def to_child(number, original, *args, **kwargs):
+    """The rank that Lightning started, while this one is busy with something else."""
+    (child,) = Path("/proc/self/task").glob(f"{os.getpid()}/children")
+    for pid in child.read_text().split():
+        if b"train_ddp_process_1" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(int(pid), number)
+    time.sleep(100)
 
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [
+        (signal.SIGKILL, 1, "error: runs/run: another process of this run failed: rank 1 (killed by SIGKILL)"),
+        (signal.SIGTERM, 143, "runs/run: stopped by SIGTERM, what is on disk is kept; the same command goes on"),
+    ],
+)
+@pytest.mark.slow  # two processes from the beginning, and ten seconds until they are not waited for any more
+def test_a_process_ends_soon_after_one_that_it_started(alone, tmp_path, number, code, said):
+    """Though it is in no collective, which would fail."""
+    with_data(alone, tmp_path)
+    options = (*OPTIONS, "trainer.devices=2")
+    ended = train(
+        tmp_path, *options, before=partial(in_call, "launch.final:load_student", 1, partial(to_child, number))
+    )
+    assert ended.code == code
+    assert said in (ended.out + ended.err).splitlines()
+
+
+@pytest.mark.slow  # as the one before
+def test_a_process_ends_soon_after_the_one_that_started_it(alone, tmp_path):
+    with_data(alone, tmp_path)
+    options = (*OPTIONS, "trainer.devices=2")
+    running = start(
+        tmp_path, "train.py", *options, before=partial(in_call, STEP, 5, partial(signalled, number=signal.SIGKILL))
+    )
+    running.wait().killed()
+    limit = time.monotonic() + 30
+    while "error: " not in running.err.read_text() and time.monotonic() < limit:
+        time.sleep(0.1)
+    assert running.err.read_text().count("error: runs/run: ") == 1
+    assert "Traceback" not in running.err.read_text()
+
+
+def test_other_processes_forked_from_this_one_take_signals_as_ever():
+    """A data loader's worker: it ends with the process it works for, but not by the terminal's Ctrl-C."""
     notice = Notice()
-    notice.heed(decides=True)
-    try:
-        child = os.fork()
-        if not child:
-            os.kill(os.getpid(), signal.SIGUSR1)
-            time.sleep(0.05)
-            os._exit(0 if not notice.given else 1)
-        assert os.waitpid(child, 0)[1] == 0
-    finally:
-        notice.end()
-        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    with notice.heeded(decides=True):
+        for number, status in ((signal.SIGUSR1, 0), (signal.SIGINT, 0), (signal.SIGTERM, signal.SIGTERM)):
+            child = os.fork()
+            if not child:
+                os.kill(os.getpid(), number)
+                time.sleep(0.05)
+                os._exit(0 if notice.given is None else 1)
+            assert os.waitpid(child, 0)[1] == status
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 # -- examples/slurm.sh ------------------------------------------------------------------------------------------------
