@@ -12,6 +12,8 @@ from pytorch_lightning.loggers.logger import rank_zero_experiment
 from pytorch_lightning.utilities import rank_zero_only
 
 from callbacks.generative_metrics import counted
+from callbacks.wandb_files import rows
+from metrics.curve_files import read_rows
 from metrics.files import write_file
 from metrics.records import Record
 
@@ -24,12 +26,20 @@ class WandbRun(WandbLogger):
 
     The run stays open after training, for `log_final`, and is ended by `close`. `batch_size` is the global one; `log_model`:
     whether `log_final` keeps the student's evaluated weights as an artifact. Nothing else of the weights is ever uploaded.
+
+    A resumed run sends first what W&B lacks of the steps before, from metrics.csv (pictures stay in samples/), and nothing
+    again that W&B has: it repeats the steps after its checkpoint with the same values. What W&B has is in the offline files
+    of the run's folder, by key, and online in the summary that W&B hands a resumed run, by the images seen.
     """
 
     def __init__(self, *, batch_size: int, log_model: bool, **options: Any) -> None:
         super().__init__(**options)
         self._wandb_init.pop("anonymous")  # of which wandb warns, whatever its value
         self.batch_size, self.with_weights = batch_size, log_model
+        self._sent: dict[int, set[str]] | None = (
+            None  # the keys of each step that W&B had at this start; None: not known yet
+        )
+        self._sent_until = 0  # and the step up to which it had all
 
     @property
     @rank_zero_experiment
@@ -58,8 +68,34 @@ class WandbRun(WandbLogger):
         """Lightning numbers a batch from 0; nimg counts the images of that batch too."""
         if step is None:
             raise ValueError("W&B: a metric needs the step it belongs to")
-        row = {key: value for key, value in metrics.items() if key != "epoch"}  # our loaders have a single, endless one
+        self._catch_up(step)
+        self._send(metrics, step)
+
+    def _send(self, metrics: Mapping[str, Any], step: int) -> None:
+        """But for what W&B has."""
+        there = {"epoch", *self._sent.get(step, ())}  # our loaders have a single, endless epoch
+        row = {key: value for key, value in metrics.items() if key not in there}
+        if row and step >= self._sent_until:
+            self._log(row, step)
+
+    def _log(self, row: Mapping[str, Any], step: int) -> None:
         super().log_metrics(row | {"nimg": (step + 1) * self.batch_size}, step)
+
+    def _catch_up(self, end: int) -> None:
+        """At the first row of this start: find what W&B has, and send what it lacks of the steps before `end`."""
+        if self._sent is not None:
+            return
+        folder, self._sent = Path(self.save_dir), {}
+        for path in folder.glob(f"wandb/offline-run-*-{self.version}/run-*.wandb"):
+            if path.parent.resolve() != Path(self.experiment.dir).parent.resolve():
+                for row in rows(path):
+                    self._sent.setdefault(row.get("trainer/global_step", -1), set()).update(row)
+        self._sent_until = int(self.experiment.summary.get("nimg") or 0) // self.batch_size
+        table = folder / "metrics.csv"
+        for row in read_rows(table) if table.is_file() else []:
+            step = int(row.pop("step")) - 1
+            if step < end:
+                self._send({key: float(value) for key, value in row.items() if value and key != "nimg"}, step)
 
     @rank_zero_only
     def log_final(
@@ -68,6 +104,7 @@ class WandbRun(WandbLogger):
         """Values, tables (convergence: header and body) and the pictures of a complete run's folder, with its student."""
         import wandb
 
+        self._catch_up(step + 1)
         row: dict[str, Any] = {"final/metrics": wandb.Table(columns=_COLUMNS, data=[_cells(r) for r in records])}
         if convergence:
             header, *body = convergence
@@ -77,7 +114,7 @@ class WandbRun(WandbLogger):
             for name in _PICTURES
             if (folder / f"{name}.png").is_file()
         }
-        self.log_metrics(row, step)
+        self._log(row, step)
         self.experiment.summary.update({final_name(record): record.mean for record in records})
         if self.with_weights:
             self._log_student(folder)
@@ -135,7 +172,7 @@ def wandb_logger(
     """The logger of the run in `folder`, named like it; group None: its name without the seed, so that seeds are one group.
 
     Its id is kept in folder/wandb_id, but that of W&B's own agent (WANDB_RUN_ID) wins. Offline runs lie in folder/wandb and
-    can be sent later by `wandb sync`; of a run that was killed they lack what wandb had not written yet, about ten seconds.
+    can be sent later by `wandb sync`, all of them: a resumed run begins a new one with what those before it lack.
 
     Errors: ValueError for options of another kind.
     """

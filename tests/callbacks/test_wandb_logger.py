@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import wandb_tools
 from quality_tools import REAL, students, teachers
@@ -68,6 +70,74 @@ def test_a_metric_needs_its_step(tmp_path):
         made(tmp_path).log_metrics({"loss": 1.0})
 
 
+# -- resumed runs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+
+def logged(logger, steps, before=lambda: None):
+    """Log these steps and end the run; {step: keys} of its file, which may hold no step twice."""
+    before()
+    for step in steps:
+        logger.log_metrics({"loss/student": 100.0 + step, "epoch": 0}, step)
+        if step % 4 == 0:
+            logger.log_metrics({"heldout/loss": 200.0 + step}, step)
+    folder = Path(logger.experiment.dir).parent
+    logger.close()
+    wandb_tools.ended(folder)
+    rows = [
+        (row["trainer/global_step"], key, row[key]) for row in wandb_tools.rows(folder) for key in row if "/" in key
+    ]
+    found = {(step, key): value for step, key, value in rows if key in ("loss/student", "heldout/loss")}
+    assert len(found) == sum(key in ("loss/student", "heldout/loss") for _, key, _ in rows)
+    assert all(value == {"l": 100, "h": 200}[key[0]] + step for (step, key), value in found.items())
+    return folder, set(found)
+
+
+def table(folder, steps):
+    """A metrics.csv of what `logged` logs."""
+    held = [200.0 + step if step % 4 == 0 else "" for step in range(steps)]
+    rows = [f"{step + 1},{16 * (step + 1)},{100.0 + step},0,{held[step]}" for step in range(steps)]
+    (folder / "metrics.csv").write_text("\n".join(["step,nimg,loss/student,epoch,heldout/loss", *rows, ""]))
+
+
+ALL = {(step, "loss/student") for step in range(13)} | {(step, "heldout/loss") for step in (0, 4, 8, 12)}
+
+
+@pytest.mark.parametrize("cut", [0, 100, 1200], ids="{} bytes lost".format)
+@pytest.mark.parametrize("checkpoint", [3, 9])
+def test_a_resumed_run_sends_what_its_offline_files_lack_and_nothing_twice(tmp_path, offline, checkpoint, cut):
+    """Killed after step 9 (the tenth), with the end of its file unwritten; resumed at a checkpoint before or at that step."""
+    now, before = logged(made(tmp_path, offline=True), range(10))
+    first = now.rename(now.with_name(f"offline-run-20200101_000000-{now.name.rpartition('-')[2]}"))  # a second ago
+    (file,) = first.glob("run-*.wandb")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size - cut] if cut else file.read_bytes())
+    kept = {(row["trainer/global_step"], key) for row in wandb_tools.rows(first) for key in row} & ALL
+    assert (kept == before) == (cut < 1200)
+    table(tmp_path, 10)
+    _, after = logged(made(tmp_path, offline=True), range(checkpoint, 13))
+    assert not kept & after
+    assert kept | after == ALL
+
+
+@pytest.mark.parametrize(("seen", "checkpoint"), [(0, 6), (4, 6), (9, 6)])
+def test_a_run_that_is_resumed_online_goes_on_behind_what_its_summary_has(tmp_path, offline, seen, checkpoint):
+    """W&B has the rows of so many steps; metrics.csv those of ten."""
+    table(tmp_path, 10)
+    logger = made(tmp_path)
+
+    def handed():
+        logger.experiment.summary.update({"nimg": 16 * seen} if seen else {})
+
+    _, after = logged(logger, range(checkpoint, 13), handed)
+    assert after == {(step, key) for step, key in ALL if step >= seen}
+
+
 def test_a_run_that_was_left_open_is_ended_before_the_next_one(tmp_path, monkeypatch):
     """wandb would log the next job of a sweep into it."""
     for name in ("WANDB_RUN_ID", "WANDB_MODE"):
@@ -83,7 +153,7 @@ def test_a_run_that_was_left_open_is_ended_before_the_next_one(tmp_path, monkeyp
     following.close()
     for name, code, row in (("a", 1, {"loss/student": 2.0, "nimg": 16}), ("b", 0, {"loss/student": 1.0, "nimg": 32})):
         (segment,) = (tmp_path / name / "wandb").glob("offline-run-*")
-        (logged,) = wandb_tools.rows(segment)
+        (logged,) = wandb_tools.rows(wandb_tools.ended(segment))
         assert {key: logged.get(key) for key in (*row, "epoch")} == row | {"epoch": None}
         (ended,) = wandb_tools.of_kind(segment, "exit")
         assert ended.exit_code == code
