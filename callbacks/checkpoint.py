@@ -15,6 +15,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 
 from callbacks.csv_logger import CSVLogger
 from callbacks.schedule import is_last
+from metrics.files import unfinished
 
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu", weights_only: bool = True) -> dict[str, Any]:
@@ -53,18 +54,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # One fixed name, so that what a kill leaves behind is overwritten by the next save.
-        temporary = path.with_name(path.name + ".tmp")
         try:
-            with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            with unfinished(path) as temporary:
+                with temporary.open("wb") as file:
+                    torch.save(checkpoint, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
             _sync_folder(path.parent)
         except (OSError, RuntimeError) as error:
-            temporary.unlink(missing_ok=True)
             # torch hides a failed write behind an internal assertion of its zip writer.
             cause = error if isinstance(error, OSError) else error.__context__
             if not isinstance(cause, OSError):

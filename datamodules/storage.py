@@ -5,9 +5,7 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
-import socket
 import tokenize
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,41 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from metrics.files import unfinished
+
 _BLOCK = 1 << 24
-
-
-def _process_space() -> str:
-    """Eight hex digits that two processes share only if each can see whether the other one is alive."""
-    try:
-        place = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
-    except OSError:  # no Linux
-        place = socket.gethostname()
-    return hashlib.sha256(place.encode()).hexdigest()[:8]
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def sweep(folder: Path) -> None:
-    """Delete what killed processes of this machine left in `folder` under temporary names."""
-    for path in folder.iterdir() if folder.is_dir() else ():
-        match = re.fullmatch(r".+\.tmp-(\d+)-([0-9a-f]{8})", path.name)
-        if match and match[2] == _process_space() and not _alive(int(match[1])):
-            _remove(path)
 
 
 @contextmanager
@@ -68,18 +34,9 @@ def named_if_full(path: Path) -> Iterator[None]:
 
 @contextmanager
 def scratch(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` for the block to fill and rename; whatever is left under it afterwards is removed.
-
-    A killed process leaves it behind under a name that nobody reads and that `sweep` recognises.
-    """
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{_process_space()}")
-    _remove(temporary)  # of a dead process that had this one's number
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with named_if_full(path):
-            yield temporary
-    finally:
-        _remove(temporary)
+    """As `metrics.files.unfinished`, with the error of a full disk naming `path`."""
+    with named_if_full(path), unfinished(path) as temporary:
+        yield temporary
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -14,9 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from datamodules.shards import Shards
-from datamodules.storage import free_space, readable, require_space, sweep, write_json
+from datamodules.storage import free_space, readable, require_space, write_json
 from diffusion.seeds import sample_labels, sample_noise
 from diffusion.teacher import Teacher
+from metrics.files import sweep
 from metrics.images import from_uint8, to_uint8
 from networks.checks import check_choice, check_counts
 

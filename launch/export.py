@@ -18,6 +18,7 @@ from launch.folder import RunFolder
 from launch.portable_student import NETWORKS, PRECONDITIONINGS, Student
 from launch.teachers import students_teacher
 from lightning_modules import Method
+from metrics.files import unfinished
 from metrics.records import Record
 from networks.diffusers_unet import DiffusersUNet
 from networks.weights import PROJECT_ROOT, save_weights
@@ -105,34 +106,31 @@ def export(
     Errors: ValueError for an occupied `target`, OSError where the disk refuses.
     """
     target = check_target(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        student.save_pretrained(temporary / "student")
-        copy_modules(temporary / "student")
-        if isinstance(student.denoiser.network, DiffusersUNet):
-            plain_unet(student.denoiser.network).save_pretrained(temporary / "unet")
-        index = {
-            "_class_name": ["pipeline", "StudentPipeline"],
-            "_diffusers_version": diffusers.__version__,
-            "student": [f"{_PREFIX}student", "Student"],
-        }
-        (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-        shutil.copyfile(Path(__file__).with_name("portable_pipeline.py"), temporary / "pipeline.py")
-        card = {"run": folder.name, "method": method.name, "weights": weights, "licence": method.licence}
-        save_weights(temporary / "student.safetensors", student.denoiser.network.state_dict(), card)
-        for path in temporary.glob("*/*.safetensors"):
-            shutil.copymode(path.with_name("config.json"), path)  # its owner alone could read it
-        stored = folder.read_config()
-        (temporary / "config.yaml").write_text(OmegaConf.to_yaml(stored))
-        (temporary / "README.md").write_text(readme(student, method, stored, weights, method.licence, records))
-        if (PROJECT_ROOT / "LICENSE").is_file():
-            shutil.copyfile(PROJECT_ROOT / "LICENSE", temporary / "LICENSE-code")
-        os.replace(temporary, target)
+        with unfinished(target) as temporary:
+            student.save_pretrained(temporary / "student")
+            copy_modules(temporary / "student")
+            if isinstance(student.denoiser.network, DiffusersUNet):
+                plain_unet(student.denoiser.network).save_pretrained(temporary / "unet")
+            index = {
+                "_class_name": ["pipeline", "StudentPipeline"],
+                "_diffusers_version": diffusers.__version__,
+                "student": [f"{_PREFIX}student", "Student"],
+            }
+            (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+            shutil.copyfile(Path(__file__).with_name("portable_pipeline.py"), temporary / "pipeline.py")
+            card = {"run": folder.name, "method": method.name, "weights": weights, "licence": method.licence}
+            save_weights(temporary / "student.safetensors", student.denoiser.network.state_dict(), card)
+            for path in temporary.glob("*/*.safetensors"):
+                shutil.copymode(path.with_name("config.json"), path)  # its owner alone could read it
+            stored = folder.read_config()
+            (temporary / "config.yaml").write_text(OmegaConf.to_yaml(stored))
+            (temporary / "README.md").write_text(readme(student, method, stored, weights, method.licence, records))
+            if (PROJECT_ROOT / "LICENSE").is_file():
+                shutil.copyfile(PROJECT_ROOT / "LICENSE", temporary / "LICENSE-code")
+            os.replace(temporary, target)
     except OSError as error:
         raise OSError(f"cannot write {target}: {error}; free some space there or choose another folder") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def plain_unet(network: DiffusersUNet) -> diffusers.UNet2DModel:

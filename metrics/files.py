@@ -1,12 +1,22 @@
 """Files that appear whole or not at all, and folders that others may have made."""
 
 import contextlib
+import hashlib
 import os
+import re
+import shutil
+import socket
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+_TEMPORARY = re.compile(r"(.+)\.tmp-(\d+)-([0-9a-f]{8})")  # name, process, its space
+_DAY = 24 * 3600  # seconds
 
 
 def write_file(path: str | Path, data: bytes) -> None:
@@ -14,16 +24,74 @@ def write_file(path: str | Path, data: bytes) -> None:
 
     Raises OSError, naming the file, where the disk refuses; an existing file is then as it was.
     """
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
+        with unfinished(path) as temporary:
+            temporary.write_bytes(data)
+            os.replace(temporary, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise OSError(f"cannot write {path}: {error}; free some space there or choose another folder") from error
+
+
+@contextmanager
+def unfinished(path: str | Path) -> Iterator[Path]:
+    """A temporary name beside `path` for the block to fill and rename; whatever is left under it afterwards is removed.
+
+    A killed process leaves it behind under a name that nobody reads, which goes when the same path is written again.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent, path.name)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{_process_space()}")
+    _remove(temporary)  # of a dead process that had this one's number
+    try:
+        yield temporary
+    finally:
+        _remove(temporary)
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Delete what killed processes left in `folder` under temporary names, of the file `name` or of all.
+
+    Whether a process of another machine lives can't be seen: its file is taken for a dead one's a day after its last change.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = _TEMPORARY.fullmatch(path.name)
+        if match is None or name not in (None, match[1]):
+            continue
+        if match[3] == _process_space():
+            dead = not _alive(int(match[2]))
+        else:
+            dead = time.time() - path.lstat().st_mtime > _DAY
+        if dead:
+            _remove(path)
+
+
+@cache
+def _process_space() -> str:
+    """Eight hex digits that two processes share only if each can see whether the other one is alive."""
+    try:
+        place = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
+    except OSError:  # no Linux
+        place = socket.gethostname()
+    return hashlib.sha256(place.encode()).hexdigest()[:8]
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def check_writable(path: str | Path) -> None:

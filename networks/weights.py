@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from metrics.files import unfinished
+
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -18,7 +20,6 @@ def save_weights(path: str | Path, state_dict: Mapping[str, Tensor], card: dict,
     """Write `path` (.safetensors) and its card, the same name with .json, to which the file's "sha256" is added.
 
     Tensors keep their dtype. Both files appear whole or not at all, the weights last: where they are, their card is.
-    With `replace`, for files that one process at a time writes, what a kill leaves behind is overwritten by the next save.
     Raises FileExistsError where weights exist already and may not be replaced, OSError where the disk refuses.
     """
     path = Path(path)
@@ -31,20 +32,15 @@ def save_weights(path: str | Path, state_dict: Mapping[str, Tensor], card: dict,
     if path.exists() and not replace:
         raise FileExistsError(f"{path} exists already; move it away or choose another name")
     card_path = path.with_suffix(".json")
-    suffix = "tmp" if replace else f"{os.getpid()}.tmp"
-    new_weights, new_card = (p.with_name(f"{p.name}.{suffix}") for p in (path, card_path))
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        # Not save_file, which makes files that only their owner can read.
-        new_weights.write_bytes(save({name: t.detach().cpu().contiguous() for name, t in state_dict.items()}))
-        new_card.write_text(json.dumps({**card, "sha256": hash_file(new_weights)}, indent=2) + "\n")
-        os.replace(new_card, card_path)
-        os.replace(new_weights, path)
+        with unfinished(path) as new_weights, unfinished(card_path) as new_card:
+            # Not save_file, which makes files that only their owner can read.
+            new_weights.write_bytes(save({name: t.detach().cpu().contiguous() for name, t in state_dict.items()}))
+            new_card.write_text(json.dumps({**card, "sha256": hash_file(new_weights)}, indent=2) + "\n")
+            os.replace(new_card, card_path)
+            os.replace(new_weights, path)
     except (OSError, SafetensorError) as error:
         raise OSError(f"cannot write {path}: {error}; free some space there or choose another folder") from error
-    finally:
-        new_weights.unlink(missing_ok=True)
-        new_card.unlink(missing_ok=True)
 
 
 def load_weights(path: str | Path, module: nn.Module, sha256: str | None = None) -> None:

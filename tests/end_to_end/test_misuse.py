@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections import namedtuple
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -208,15 +209,22 @@ def killed(original, *args, **kwargs):
     die()
 
 
+@contextmanager
+def on_a_full_disk(original, path):
+    with original(path) as temporary:
+        temporary.symlink_to("/dev/full")
+        yield temporary
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_checkpoint_that_does_not_fit_leaves_the_earlier_one(finished, tmp_path):
     with_data(finished, tmp_path)
     train(tmp_path, *STUDENT, before=partial(in_call, STEP, 8, killed)).killed()
     last = tmp_path / RUN / "checkpoints" / "last.ckpt"
-    (last.parent / "last.ckpt.tmp").symlink_to("/dev/full")  # what is written to it meets a full disk
     before = last.read_bytes()
     message = "cannot write the checkpoint", "No space left", "the previous one is intact", "Make room and run again"
-    train(tmp_path, *STUDENT).refused("runs/run/checkpoints/last.ckpt", *message)
+    full = partial(in_call, "callbacks.checkpoint:unfinished", 1, on_a_full_disk)
+    train(tmp_path, *STUDENT, before=full).refused("runs/run/checkpoints/last.ckpt", *message)
     assert last.read_bytes() == before
     train(tmp_path, *STUDENT).ok()
     assert_same_run(tmp_path / RUN, finished / RUN)
@@ -233,7 +241,7 @@ def test_nan_stops_and_the_last_good_checkpoint_stays(finished, tmp_path):
     with_data(finished, tmp_path)
     ended = train(tmp_path, *STUDENT, before=partial(in_call, STEP, 8, not_a_number))
     good = "The last good checkpoint is runs/run/checkpoints/last.ckpt"
-    ended.refused("the loss became NaN within steps 7 to 9", good, "Try a lower method.lr", "new run name")
+    ended.refused("the loss became NaN within steps 7 to 8", good, "Try a lower method.lr", "new run name")
     checkpoint = read_checkpoint(tmp_path / RUN / "checkpoints" / "last.ckpt")
     assert checkpoint["global_step"] == 6
     assert all(v.isfinite().all() for v in leaves(checkpoint).values() if isinstance(v, torch.Tensor))
