@@ -24,7 +24,7 @@ def train(cfg: DictConfig, hydra_config: DictConfig) -> float | None:
     from launch.build import build, build_seeded, build_trainer, check_fit
     from launch.final import finish
     from launch.folder import RunFolder
-    from launch.measure import checked, needs_images
+    from launch.measure import check_data, checked, leave_out_measurement, needs_images
     from launch.plan import plan
     from launch.processes import one_job
     from launch.pruning import Pruned, trial, watch
@@ -40,6 +40,7 @@ def train(cfg: DictConfig, hydra_config: DictConfig) -> float | None:
         raise ValueError("sweep=wandb is for W&B: say `wandb sweep conf/sweep/wandb.yaml`, then `wandb agent ...`")
     folder, search = RunFolder(cfg.folder), trial(hydra_config) is not None
     expand_teachers(cfg)
+    leave_out_measurement(cfg)
     config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     for option in ("folder", "download", "plan"):  # a run may be moved, and none of these changes it
         del config[option]
@@ -73,6 +74,7 @@ def train(cfg: DictConfig, hydra_config: DictConfig) -> float | None:
     ):
         for logger in trainer.loggers:
             logger.log_hyperparams(config)
+        check_data(evaluation, data)
         fit_stages(stages, method, folder)
         try:
             trainer.fit(method, training, ckpt_path=folder.resume())

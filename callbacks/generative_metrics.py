@@ -11,7 +11,7 @@ from callbacks.clock import Clock
 from callbacks.ema import copies
 from callbacks.schedule import check_every_kimg, due
 from diffusion.seeds import MONITOR_SEEDS
-from metrics.evaluation import METRICS, check_rows, check_settings, measure, needs_real_rows
+from metrics.evaluation import check_real, check_rows, check_settings, measure, needs_real_rows
 from metrics.extractors import FeatureExtractor
 from metrics.labels import DISTRIBUTIONS, check_shares, sampled_counts
 from metrics.reference import Reference, published_reference, reference_statistics
@@ -45,14 +45,7 @@ class GenerativeMetrics(pl.Callback):
         reference: Mapping[str, Any] | None = None,
         labels: str = "uniform",
     ) -> None:
-        if num_samples < 10 or batch_size < 1:
-            raise ValueError(
-                f"GenerativeMetrics: num_samples={num_samples}, batch_size={batch_size}; "
-                "at least 10 samples, in batches of at least 1"
-            )
-        if not metrics or not set(metrics) <= set(METRICS):
-            raise ValueError(f"GenerativeMetrics: metrics must be some of {', '.join(METRICS)}, got {list(metrics)}")
-        check_settings(list(metrics), num_samples, 1, batch_size)
+        check_settings(metrics, num_samples, 1, batch_size, owner="callbacks.metrics")
         if reference is not None:
             check_rows(metrics)
         self.every_kimg = check_every_kimg("GenerativeMetrics", every_kimg)
@@ -81,6 +74,7 @@ class GenerativeMetrics(pl.Callback):
         if self.published is not None:
             self._reference = published_reference(self.published, self.extractor)
             return
+        check_real(self.metrics, len(pl_module.data.reference()), self.num_samples)
         # Here, so that an extractor that does not fit the data is refused before training.
         self._reference = reference_statistics(
             pl_module.data.reference(),

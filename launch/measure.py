@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
 from callbacks import read_checkpoint, student_state
@@ -15,7 +16,16 @@ from launch.folder import RunFolder
 from launch.precision import allow_tf32
 from launch.trace import traced
 from lightning_modules import Method
-from metrics.evaluation import check_rows, check_settings, measure, measure_real, needs_real_rows
+from metrics.evaluation import (
+    check_features,
+    check_real,
+    check_rows,
+    check_settings,
+    measure,
+    measure_real,
+    needs_real_rows,
+)
+from metrics.fidelity import WAYS_OUT
 from metrics.labels import DISTRIBUTIONS, check_shares, sampled_counts
 from metrics.ranks import from_rank_zero, rank_and_world
 from metrics.records import Record, load_records, save_records
@@ -32,7 +42,7 @@ class Evaluation:
     """The settings of one evaluation (conf/evaluation) with the data set's reference: what all subjects share.
 
     With published statistics (evaluation.reference) the data's images are never asked for: no floor is measured, and no picture
-    shows them. Blocks of seeds begin at `first_seed`.
+    shows them. Blocks of seeds begin at `first_seed`. With evaluation=none there are pictures alone.
     """
 
     def __init__(
@@ -45,9 +55,14 @@ class Evaluation:
     ):
         allow_tf32(False)
         self.settings = checked(settings)
-        self.extractor = self.settings.pop("extractor").to(device)
         self.data, self.device, self.first_seed = data, device, first_seed
         self.cache = Path(cache)
+        self.measures = bool(self.settings)
+        check_data(self.settings, data)
+        if not self.measures:
+            self.has_images = data.folder.exists()
+            return
+        self.extractor = self.settings.pop("extractor").to(device)
         published, labels = self.settings.pop("reference"), self.settings.pop("labels")
         self.has_images = published is None
         self.class_counts = sampled_counts(labels, data)
@@ -86,6 +101,8 @@ class Evaluation:
         The student's weights are in place already; `weights` is their name (an average's, or "raw"). counts: numbers of
         steps to measure the student at, one after the other (none: the method's own).
         """
+        if not self.measures:
+            return []
         students = [] if counts else self.student(method, folder, weights)
         for count in counts:
             weights = choose_steps(method, folder, count, weights)
@@ -161,13 +178,32 @@ class Evaluation:
             draw_final(folder, samplers, self.data, self.device, with_real=self.has_images)
 
 
+def measures_nothing(settings: Mapping[str, Any]) -> bool:
+    """Whether these are those of evaluation=none."""
+    return settings.get("extractor") is None and settings.get("metrics") is None
+
+
+def leave_out_measurement(cfg: DictConfig) -> None:
+    """In place: with evaluation=none a run measures nothing on the way either."""
+    if measures_nothing(cfg.evaluation) and cfg.callbacks:
+        cfg.callbacks.metrics = None
+
+
 def needs_images(settings: Mapping[str, Any]) -> bool:
     """Whether a measurement looks at the data's images or labels: published statistics do in their place, but for labels."""
-    return not settings.get("reference") or settings.get("labels") == "data"
+    published = settings.get("reference") and settings.get("labels") != "data"
+    return not published and not measures_nothing(settings)
 
 
 def checked(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a final evaluation, without those of measurements on the way; ValueError for impossible ones."""
+    """The settings of a final evaluation, without those of measurements on the way; ValueError for impossible ones.
+
+    They are empty where nothing is to be measured.
+    """
+    if measures_nothing(settings):
+        return {}
+    if settings.get("extractor", "missing") is None:
+        raise ValueError(f"evaluation.extractor=null: without one nothing can be measured; {WAYS_OUT}")
     final = {"reference": None, "labels": "uniform"} | {
         key: value for key, value in settings.items() if key != "training"
     }
@@ -177,6 +213,7 @@ def checked(settings: dict[str, Any]) -> dict[str, Any]:
         )
     check_settings(**{key: value for key, value in final.items() if key not in ("extractor", "reference", "labels")})
     check_choice("evaluation.labels", final["labels"], DISTRIBUTIONS)
+    check_features(final["extractor"].dim, final["num_samples"], final["blocks"], has_images=final["reference"] is None)
     if final["reference"] is not None:
         check_rows(final["metrics"])
         published_reference(final["reference"], final["extractor"])
@@ -195,6 +232,12 @@ def load_student(method: Method, folder: RunFolder, weights: str | None = None, 
     method.student.load_state_dict(state)
     method.on_load_checkpoint(content)  # in progressive distillation the round, hence the number of steps
     return name
+
+
+def check_data(settings: Mapping[str, Any], data: Any) -> None:
+    """Refuse data of too few images for the metrics of `checked` settings; packs them where they are not yet."""
+    if needs_images(settings):
+        check_real(settings["metrics"], len(data.reference()), settings["num_samples"])
 
 
 def choose_steps(method: Method, folder: RunFolder, count: int, weights: str) -> str:

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from launch.folder import RunFolder
 from launch.jobs import Job, Jobs
+from launch.measure import measures_nothing
 from launch.study import Settings, alone, distributions, open_study, settled
 from launch.sweeps import NO_MATTER, report
 from metrics.curve_files import read_curve
@@ -135,6 +136,8 @@ def _text(value: str | int | float) -> str:
 def check_measured(cfg: DictConfig) -> None:
     """Errors: ValueError, before training, for a run of a search that would leave no curve."""
     missing = [f"{key}=null" for key in ("logger.csv", "callbacks.metrics") if not _selected(cfg, key)]
+    if measures_nothing(cfg.evaluation):
+        missing = ["evaluation=none"]
     if missing:
         raise ValueError(f"a search minimises what a run's curve ends at, and with {missing[0]} there is no curve")
 

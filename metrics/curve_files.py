@@ -12,6 +12,7 @@ from metrics.convergence import Comparison
 from metrics.curve import CURRENCIES, Cost, Curve
 from metrics.files import inside
 
+_FRECHET = ("fid", "fd_")  # how the metrics begin that curves are of
 UPDATES, SECONDS = "progress/student_updates", "speed/training_seconds"
 
 
@@ -20,7 +21,7 @@ def read_curve(
 ) -> Curve:
     """The curve in a run's metrics.csv, and the cost of its preparation from preparation.json where there is one.
 
-    metric: such as fid_digits_2k (None: the first that begins with fid). weights: an average's name or raw (None: the
+    metric: such as fid_digits_2k (None: the first Frechet distance). weights: an average's name or raw (None: the
     first average, else raw).
 
     Errors: FileNotFoundError without metrics.csv; ValueError, naming the file, for what can't be compared.
@@ -65,8 +66,10 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def _column(path: Path, columns: list[str], metric: str | None, weights: str | None) -> str:
-    if metric is not None and not metric.startswith("fid"):
-        raise ValueError(f"metric={metric}: convergence is compared by a metric fid..., of which less is better")
+    if metric is not None and not metric.startswith(_FRECHET):
+        raise ValueError(
+            f"metric={metric}: convergence is compared by a metric fid... or fd_..., of which less is better"
+        )
     curves = curve_columns(columns)
     for column in curves:
         name, copy = column.split("/", 1)
@@ -78,7 +81,7 @@ def _column(path: Path, columns: list[str], metric: str | None, weights: str | N
 
 def curve_columns(columns: Iterable[str]) -> list[str]:
     """Those that hold a curve, averages before the weights as trained, else in order; a run's own curve is the first."""
-    curves = [c for c in columns if c.startswith("fid") and c.partition("/")[2].startswith(("ema_", "raw"))]
+    curves = [c for c in columns if c.startswith(_FRECHET) and c.partition("/")[2].startswith(("ema_", "raw"))]
     return sorted(curves, key=lambda c: c.endswith("/raw"))
 
 

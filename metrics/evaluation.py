@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion.seeds import MONITOR_SEEDS
 from metrics.distances import (
     frechet_distance,
     gaussian_kernel_distance,
@@ -15,6 +16,7 @@ from metrics.distances import (
     precision_recall,
 )
 from metrics.extractors import FeatureExtractor
+from metrics.fidelity import WAYS_OUT
 from metrics.images import UINT8_RULE
 from metrics.labels import described, real_draws
 from metrics.ranks import rank_and_world
@@ -23,10 +25,12 @@ from metrics.reference import PackedImages, Reference, real_features
 from metrics.sampling import Sampler, features
 from metrics.statistics import RunningGaussian
 from metrics.transport import wasserstein
+from networks.checks import check_memory
 
 METRICS = ("fid", "kid", "precision", "recall", "is", "w2", "mmd")
 SHIFT_SAMPLES = 2000  # that show how far off a fast extractor is
 MOST_FOR_W2 = 5000  # samples: the time of an exact assignment grows with their cube
+LEAST_REAL = {"fid": 2, "kid": 2, "precision": 4, "recall": 4}  # real images: a covariance takes 2, a third neighbour 4
 _NEED_REAL_ROWS = {"kid", "precision", "recall", "w2", "mmd"}
 _NEED_AS_MANY_ROWS = {"w2", "mmd"}
 
@@ -156,7 +160,7 @@ def show_shift(
     extractor.shift = fast - exact
     if rank_and_world()[0] == 0:
         print(
-            f"{extractor.name}: fid{extractor.metric_suffix} of {len(seeds)} samples of {name} is {exact:.5g} in float32, "
+            f"{extractor.name}: {printed_name('fid', extractor)} of {len(seeds)} samples of {name} is {exact:.5g} in float32, "
             f"{fast:.5g} with it: a shift of {extractor.shift:+.2g}",
             flush=True,
         )
@@ -178,21 +182,52 @@ def choose_real(total: int, num_samples: int) -> tuple[Tensor, Tensor]:
     return order[:num_samples], order[num_samples:]
 
 
-def check_settings(metrics: Sequence[str], num_samples: int, blocks: int, batch_size: int) -> None:
-    """Refuse before an hour of training or sampling what would fail after it."""
+def check_settings(
+    metrics: Sequence[str], num_samples: int, blocks: int, batch_size: int, owner: str = "evaluation"
+) -> None:
+    """Refuse before an hour of training or sampling what would fail after it. owner: where the options stand."""
     if isinstance(metrics, str) or not metrics:
-        raise ValueError(f"metrics must be a list of some of {', '.join(METRICS)}, got {metrics!r}")
+        raise ValueError(f"{owner}.metrics must be a list of some of {', '.join(METRICS)}, got {metrics!r}; {WAYS_OUT}")
     if unknown := [metric for metric in metrics if metric not in METRICS]:
         raise ValueError(f"metrics {', '.join(map(str, unknown))} are unknown; choose among {', '.join(METRICS)}")
-    whole = all(isinstance(value, int) for value in (num_samples, blocks, batch_size))
-    if not whole or num_samples < 10 or blocks < 1 or batch_size < 1:
-        raise ValueError(
-            f"num_samples={num_samples}, blocks={blocks}, batch_size={batch_size}: "
-            "at least 10 samples in 1 block, in batches of at least 1"
-        )
+    for option, value, least in (
+        ("num_samples", num_samples, 10),
+        ("blocks", blocks, 1),
+        ("batch_size", batch_size, 1),
+    ):
+        if type(value) is not int or value < least:
+            raise ValueError(f"{owner}.{option} must be a whole number of at least {least}, got {value!r}; {WAYS_OUT}")
+    if num_samples * blocks > MONITOR_SEEDS:
+        counts = f"{owner}.num_samples={num_samples}" + (f" in blocks={blocks}" if blocks > 1 else "")
+        raise ValueError(f"{counts} are more than the {MONITOR_SEEDS:,} seeds that there are for them; lower them")
     if "w2" in metrics and num_samples > MOST_FOR_W2:
         raise ValueError(
             f"w2 takes at most {MOST_FOR_W2} samples, got num_samples={num_samples}; lower it or leave out w2"
+        )
+
+
+def check_features(dim: int, num_samples: int, blocks: int, has_images: bool) -> None:
+    """Refuse numbers of samples whose features (N, dim), and those of as many real images for all blocks, fit into no memory."""
+    together = num_samples * (blocks if has_images else 1)
+    options = f"evaluation.num_samples={num_samples}" + (f" in blocks={blocks}" if has_images else "")
+    check_memory(
+        2 * 4 * dim * together, f"{options} (lower them): features of {together:,} images"
+    )  # float32, and in parts
+
+
+def check_real(metrics: Sequence[str], total: int, num_samples: int) -> None:
+    """Refuse metrics that need more real images than there are, `total`."""
+    least = {metric: LEAST_REAL[metric] for metric in metrics if metric in LEAST_REAL}
+    if least and total < max(least.values()):
+        needy = max(least, key=least.__getitem__)
+        raise ValueError(
+            f"{needy} compares with {least[needy]} real images at least, and the data set has {total}: give more "
+            f"images, leave it out of evaluation.metrics, or train without a measurement (evaluation=none)"
+        )
+    if (halves := _NEED_AS_MANY_ROWS.intersection(metrics)) and total < 2 * num_samples:
+        raise ValueError(
+            f"{', '.join(sorted(halves))} compare with as many real images, and their floor with as many others: "
+            f"num_samples={num_samples} is more than half of the {total} real ones"
         )
 
 
@@ -221,11 +256,19 @@ def _check(
         )
     if reference.features is None:
         check_rows(metrics)
-    if (halves := _NEED_AS_MANY_ROWS.intersection(metrics)) and len(reference.features) < 2 * num_samples:
+    if reference.features is not None:
+        check_real(metrics, len(reference.features), num_samples)
+    if not (reference.mu.isfinite().all() and reference.cov.isfinite().all()):
         raise ValueError(
-            f"{', '.join(sorted(halves))} compare with as many real images, and their floor with as many others: "
-            f"num_samples={num_samples} is more than half of the {len(reference.features)} real ones"
+            "the statistics of the real images contain NaN or infinity: make or fetch them again (evaluation.reference, or "
+            "data/statistics)"
         )
+
+
+def printed_name(metric: str, extractor: FeatureExtractor) -> str:
+    """What a metric of METRICS is called in these features: fid_digits, fd_pixels, and fid of Inception's alone."""
+    name = getattr(extractor, "frechet_name", metric) if metric == "fid" else metric
+    return name + extractor.metric_suffix
 
 
 def _scores(
@@ -287,7 +330,7 @@ def _records(
     for metric in values[0]:
         series = [block[metric] for block in values]
         std = statistics.stdev(series) if len(series) > 1 else None
-        printed = metric + extractor.metric_suffix
+        printed = printed_name(metric, extractor)
         mean = statistics.fmean(series)
         shift = getattr(extractor, "shift", None) if metric == "fid" else None
         records.append(Record(name, printed, subject, nfe, mean, std, series, rate, fingerprint, **how, shift=shift))

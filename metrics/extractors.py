@@ -6,22 +6,24 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from metrics.digits_classifier import FEATURES, WEIGHTS, DigitsClassifier
-from metrics.fidelity import Inception, TorchFidelity
+from metrics.fidelity import WAYS_OUT, Inception, TorchFidelity
 from metrics.images import from_uint8
 from networks.weights import hash_state, load_weights
 
-__all__ = ["Digits", "FeatureExtractor", "Inception", "Points", "TorchFidelity"]
+__all__ = ["Digits", "FeatureExtractor", "Inception", "Pixels", "Points", "TorchFidelity"]
 
 
 class FeatureExtractor(Protocol):
     """What metrics need of an extractor.
 
-    `metric_suffix` is appended to every metric's printed name: only Inception features, whose suffix is empty, may be
-    called FID. `hash` is a SHA-256 of the weights. An extractor is deliberately no nn.Module: as an attribute of a
-    LightningModule it stays out of checkpoints, averages and parameter counts. One that is fast at the cost of exactness has
-    `exact`, the extractor that it stands for, and keeps the `shift` that it makes (see `metrics.evaluation.measure`).
+    `metric_suffix` is appended to every metric's printed name: only Inception features, whose suffix is empty, may be called FID.
+    One without learned features has `frechet_name`, which is printed in the place of fid. `hash` is a SHA-256 of the weights. An
+    extractor is deliberately no nn.Module: as an attribute of a LightningModule it stays out of checkpoints, averages and
+    parameter counts. One that is fast at the cost of exactness has `exact`, the extractor that it stands for, and keeps the
+    `shift` that it makes (see `metrics.evaluation.measure`).
     """
 
     name: str
@@ -62,7 +64,7 @@ class Digits:
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (1, 8, 8):
             raise ValueError(
                 f"the digits extractor reads uint8 images (N, 1, 8, 8), got {images.dtype} {tuple(images.shape)}; "
-                "choose an extractor that fits the data"
+                f"choose an extractor that fits the data (evaluation=...): {WAYS_OUT}"
             )
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             return self._classifier.features(images)
@@ -73,6 +75,48 @@ class Digits:
 
     def to(self, device: torch.device | str) -> "Digits":
         self._classifier.to(device)
+        return self
+
+
+class Pixels:
+    """Pooled pixels and gradients of images (N, 1 or 3, H, W), 224 features without any weights; metrics end in `_pixels`.
+
+    Colours in [-1, 1], averaged over 8 x 8 fields (192 features, grey counted as three equal colours), and the mean sizes of
+    brightness steps to the right and down, over 4 x 4 fields each (32). That sees layout, colour, contrast and blur, but nothing
+    of what a picture shows, so its Frechet distance is called fd_pixels and not FID: it compares runs on the same images.
+    """
+
+    name = "pixels"
+    metric_suffix = "_pixels"
+    frechet_name = "fd"
+    dim = 224
+    hash = sha256(b"p / 127.5 - 1: means of 8 x 8 fields, mean absolute differences of the grey in 4 x 4").hexdigest()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if (
+            images.dtype != torch.uint8
+            or images.ndim != 4
+            or images.shape[1] not in (1, 3)
+            or min(images.shape[2:]) < 2
+        ):
+            raise ValueError(
+                f"the pixels extractor reads uint8 images (N, 1 or 3, H, W) of 2 pixels a side or more, got {images.dtype} "
+                f"{tuple(images.shape)}; choose an extractor that fits the data (evaluation=...)"
+            )
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            colours = from_uint8(images)
+            grey = colours.mean(1, keepdim=True)
+            steps = (grey.diff(dim=3).abs(), grey.diff(dim=2).abs())
+            fields = [
+                adaptive_avg_pool2d(colours.expand(-1, 3, -1, -1), 8),
+                *(adaptive_avg_pool2d(s, 4) for s in steps),
+            ]
+            return torch.cat([field.flatten(1) for field in fields], dim=1)
+
+    def class_logits(self, features: Tensor) -> Tensor:
+        raise ValueError("pixels have no classes: leave `is` out of the metrics")
+
+    def to(self, device: torch.device | str) -> "Pixels":
         return self
 
 

@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from metrics.dinov2 import DINOv2
 from networks.weights import find_weights, hash_file, hash_state
 
+# For pictures of one's own, where no weights fit or are there.
+WAYS_OUT = (
+    "evaluation=pixels needs no weights (fd_pixels, which is no FID), evaluation=none trains without a measurement"
+)
 PRECISIONS = ("32", "bf16")
 INCEPTION = "inception-v3-compat"
 _LAYERS = {"inception": "2048", "vgg16": "fc2_relu", "clip": "clip", "dinov2": "dinov2"}  # by family
@@ -60,7 +64,7 @@ class TorchFidelity:
         if path is None:
             raise FileNotFoundError(
                 f"no {name} weights at {weights or hub_folder() / usual}; add download=true to fetch {url or published}, "
-                "or put the file there"
+                f"or put the file there; {WAYS_OUT}"
             )
         check_hub_name(path)
         self._network = _network(name, known[name], path, published)

@@ -12,6 +12,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from metrics.files import write_file
 
 SUBJECTS = ("teacher", "student", "real")
+NOTHING = {"measured": "nothing, by evaluation=none"}  # what metrics.json says of a run that ends without a measurement
 TRAINING = ("step", "reached", "total")
 
 
@@ -95,18 +96,20 @@ def merge_records(old: Iterable[Record], new: Iterable[Record]) -> list[Record]:
 
 
 def save_records(path: str | Path, records: Iterable[Record]) -> None:
-    """Write the list as JSON, whole or not at all."""
-    text = json.dumps([asdict(record) for record in records], indent=2, allow_nan=False)
+    """Write the list as JSON, or where it is empty that nothing was measured, whole or not at all."""
+    text = json.dumps([asdict(record) for record in records] or NOTHING, indent=2, allow_nan=False)
     write_file(path, (text + "\n").encode())
 
 
 def load_records(path: str | Path) -> list[Record]:
-    """The list in `path`, one record at least; ValueError, naming the file, for damaged JSON or entries that are no records."""
+    """The list in `path`, empty only where it says so; ValueError, naming the file, for damaged JSON or what is no record."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no metrics at {path}; measure the run with `python evaluate.py run=...`")
     try:
         entries = json.loads(path.read_bytes())
+        if entries == NOTHING:
+            return []
         if not isinstance(entries, list) or not entries:
             raise ValueError("it is empty" if entries in ([], {}) else f"it holds a {type(entries).__name__}")
         return [_record(entry) for entry in entries]

@@ -9,7 +9,10 @@ from metrics.records import SUBJECTS, Record, comparable_id
 
 def table(records: Iterable[Record]) -> str:
     """Aligned plain text: one table per fingerprint, each under a line that names it and what sets it apart."""
-    return "\n\n".join("\n".join([heading, *aligned(_rows(group))]) for heading, group in by_fingerprint(records))
+    groups = by_fingerprint(records)
+    if not groups:
+        return "nothing was measured, by evaluation=none"
+    return "\n\n".join("\n".join([heading, *aligned(_rows(group))]) for heading, group in groups)
 
 
 def markdown(records: Iterable[Record]) -> str:

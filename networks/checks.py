@@ -1,6 +1,8 @@
 """Checks that the networks share: every complaint is one line that names the option, its value and what would do."""
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,19 @@ def check_counts(minimum: int = 1, **options: int) -> None:
     for name, value in options.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
             raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+
+
+def check_memory(needed: int, what: str) -> None:
+    """Errors: ValueError where so many bytes are more than this machine, or the container that this runs in, has at all.
+
+    what: needs them, with the options to lower.
+    """
+    limit = Path("/sys/fs/cgroup/memory.max")
+    own = limit.read_text().strip() if limit.is_file() else "max"
+    present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    present = min(present, int(own)) if own.isdigit() else present
+    if needed > present:
+        raise ValueError(f"{what} would take some {needed / 1e9:,.3g} GB of memory, of {present / 1e9:,.3g} GB here")
 
 
 def check_sequence(name: str, values: Sequence[int]) -> tuple[int, ...]:

@@ -159,9 +159,9 @@ def test_counted():
 def test_misuse(tmp_path):
     with pytest.raises(ValueError, match="GenerativeMetrics: every_kimg must be positive, got 0"):
         callback(every_kimg=0)
-    with pytest.raises(ValueError, match="metrics must be some of fid, .*, got \\['fud'\\]"):
+    with pytest.raises(ValueError, match="metrics fud are unknown; choose among fid, kid"):
         callback(metrics=["fud"])
-    with pytest.raises(ValueError, match="num_samples=5, batch_size=500"):
+    with pytest.raises(ValueError, match="callbacks.metrics.num_samples must be a whole number of at least 10, got 5"):
         GenerativeMetrics(1, 5, Pixels())
     with pytest.raises(ValueError, match=r"ema_names must be some of \['ema_0.5', 'ema_0.9', 'raw'\], got \['ema_1'\]"):
         fit(tmp_path, 1, callback(ema_names=["ema_1"]))

@@ -76,7 +76,7 @@ def test_unknown_options_and_keys(folder, options, message):
         ("trainer.num_nodes=x", ["trainer.num_nodes must be an integer of at least 1, got 'x'"]),
         ("trainer.log_every_n_steps=x", ["trainer.log_every_n_steps must be an integer of at least 1, got 'x'"]),
         ("callbacks.checkpoints.every_n_steps=x", ["callbacks.checkpoints: ", "type"]),
-        ("evaluation.num_samples=x", ["num_samples=x", "at least 10 samples"]),
+        ("evaluation.num_samples=x", ["evaluation.num_samples must be a whole number of at least 10, got 'x'"]),
         # values that cannot be
         ("seed=4294967296", ["seed=4294967296 is too large", "from 0 to 4294967295"]),
         ("method.loss=l9", ["method.loss='l9' is unknown; choose one of l1, l2, huber"]),

@@ -32,10 +32,14 @@ def test_a_job_knows_its_trial(sweeper, expected):
     assert trial(OmegaConf.create({"sweeper": sweeper})) == expected
 
 
-@pytest.mark.parametrize("missing", ["logger.csv", "callbacks.metrics", "logger", "callbacks"])
+@pytest.mark.parametrize(
+    "missing", ["logger.csv=null", "callbacks.metrics=null", "logger", "callbacks", "evaluation=none"]
+)
 def test_a_run_that_will_have_no_curve_is_refused(missing):
-    cfg = OmegaConf.create({"logger": {"csv": {}}, "callbacks": {"metrics": {}}})
+    measured = {"extractor": {}, "metrics": ["fid"]}
+    cfg = OmegaConf.create({"logger": {"csv": {}}, "callbacks": {"metrics": {}}, "evaluation": measured})
     check_measured(cfg)
-    OmegaConf.update(cfg, missing, None)
-    with pytest.raises(ValueError, match=f"with {missing}.*=null there is no curve"):
+    key, _, value = missing.partition("=")
+    OmegaConf.update(cfg, key, {"extractor": None, "metrics": None} if value == "none" else None, merge=False)
+    with pytest.raises(ValueError, match=f"with {missing}.* there is no curve"):
         check_measured(cfg)

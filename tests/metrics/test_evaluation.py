@@ -1,4 +1,5 @@
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -200,11 +201,31 @@ def test_the_floor_of_w2_is_of_other_real_images():
     assert records[0].comparable == measured(metrics=("w2",), num_samples=16)[0].comparable
 
 
+def few_real(count):
+    whole = stub_reference()
+    return replace(whole, features=whole.features[:count])
+
+
+def broken():
+    whole = stub_reference()
+    return replace(whole, cov=whole.cov.where(whole.cov > 0, torch.nan))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"metrics": ("fid", "lpips")}, "metrics lpips are unknown; choose among fid, kid"),
-        ({"num_samples": 5}, "num_samples=5, blocks=3, batch_size=16: at least 10 samples"),
+        ({"num_samples": 5}, "evaluation.num_samples must be a whole number of at least 10, got 5"),
+        ({"blocks": 1e11}, "evaluation.blocks must be a whole number of at least 1, got 100000000000.0"),
+        (
+            {"num_samples": 10**12},
+            r"evaluation.num_samples=1000000000000 in blocks=3 are more than the 2,147,483,648 seeds",
+        ),
+        (
+            {"reference": few_real(3), "metrics": ("recall",)},
+            "recall compares with 4 real images at least, and the data set has 3",
+        ),
+        ({"reference": broken()}, r"statistics of the real images contain NaN or infinity: make or fetch them again"),
         (
             {"metrics": ("kid",), "reference": stub_reference(False)},
             "kid compare with the features .*leave them out of the metrics, or set evaluation.reference=null",

@@ -8,8 +8,9 @@ from torch.nn import functional
 
 from metrics.digits_classifier import WEIGHTS, accuracy, digits, split
 from metrics.distances import frechet_distance
-from metrics.extractors import Digits, Points
-from metrics.images import to_uint8
+from metrics.evaluation import printed_name
+from metrics.extractors import Digits, Pixels, Points
+from metrics.images import from_uint8, to_uint8
 from metrics.statistics import RunningGaussian
 from networks.weights import find_weights
 
@@ -132,3 +133,48 @@ def test_points_refuse_images_and_classes():
         Points()(torch.zeros(2, 2, 1, 1))
     with pytest.raises(ValueError, match="points of the plane have no classes: leave `is` out of the metrics"):
         Points().class_logits(torch.zeros(3, 2))
+
+
+def test_pixels_are_means_of_fields_and_sizes_of_steps():
+    images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+    images[:, 0], images[0, :, :, 8:], images[1, 2, 4:6, 2:4] = 255, 255, 51
+    pixels = Pixels().to("cpu")
+    features = pixels(images)
+    assert features.shape == (2, pixels.dim)
+    assert features.dtype == torch.float32
+    colours, right, down = features[:, :192].reshape(2, 3, 8, 8), features[:, 192:208], features[:, 208:]
+    assert torch.equal(colours[0, 0], torch.ones(8, 8))
+    assert torch.equal(colours[0, 1, :, :4], -torch.ones(8, 4))
+    assert torch.equal(colours[0, 1, :, 4:], torch.ones(8, 4))
+    assert colours[1, 2, 2, 1] == pytest.approx(2 * 51 / 255 - 1)  # a field of two pixels a side
+    # The only step of the first image, from red to white by 2/3 of 2 in brightness, is in the 5 columns of two fields.
+    fields = right[0].reshape(4, 4)
+    assert torch.equal(fields[:, [0, 3]], torch.zeros(4, 2))
+    torch.testing.assert_close(fields[:, 1:3], torch.full((4, 2), 4 / 3 / 5))
+    assert torch.equal(down[0], torch.zeros(16))
+    assert down[1].max() > 0
+    grey = torch.randint(256, (3, 1, 9, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(pixels(grey), pixels(grey.expand(-1, 3, -1, -1)))
+
+
+def test_the_distance_of_pixels_is_no_fid_and_grows_with_blur_and_other_colours():
+    images = from_uint8(IMAGES)
+    pixels = Pixels()
+
+    def distance(other):
+        one, two = (RunningGaussian(pixels.dim).update(pixels(to_uint8(part))) for part in (images[::2], other[1::2]))
+        return frechet_distance(one.mean, one.cov, two.mean, two.cov).item()
+
+    floor, blurred, darker = (distance(x) for x in (images, functional.avg_pool2d(images, 3, 1, 1), images * 0.8 - 0.2))
+    assert min(blurred, darker) > 5 * floor, (floor, blurred, darker)
+    assert printed_name("fid", pixels) == "fd_pixels"
+    assert printed_name("kid", pixels) == "kid_pixels"
+    assert len(pixels.hash) == 64
+
+
+def test_pixels_refuse_other_images_and_classes():
+    for shape in ((2, 2, 8, 8), (2, 3, 1, 1)):
+        with pytest.raises(ValueError, match=r"uint8 images \(N, 1 or 3, H, W\) of 2 pixels a side or more"):
+            Pixels()(torch.zeros(*shape, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="pixels have no classes"):
+        Pixels().class_logits(torch.zeros(3, 224))
