@@ -11,6 +11,7 @@ from callbacks.progress import Progress
 from callbacks.requeue import Requeue
 from callbacks.sample_grid import SampleGrid
 from callbacks.score_health import ScoreHealth
+from callbacks.tensorboard_logger import TensorBoard
 from callbacks.wandb_logger import WandbRun, wandb_logger
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Requeue",
     "SampleGrid",
     "ScoreHealth",
+    "TensorBoard",
     "WandbRun",
     "draw_curves",
     "read_checkpoint",

@@ -17,7 +17,13 @@ from metrics.records import Record, load_records
 from metrics.tables import table
 
 # Of a run that has begun these may change: they move its results by rounding at most. config.yaml keeps the first values.
-FREE = ("trainer.micro_batch", "trainer.compile", "trainer.channels_last", "trainer.profile")
+FREE = (
+    "trainer.micro_batch",
+    "trainer.compile",
+    "trainer.channels_last",
+    "trainer.profile",
+    "logger.tensorboard._target_",
+)
 
 
 class RunFolder:
