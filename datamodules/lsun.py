@@ -1,13 +1,14 @@
 """LSUN: the LMDB export of a category, or its pictures in a folder or zip; packed as the encoded bytes."""
 
+import multiprocessing
 from collections.abc import Iterator
-from contextlib import contextmanager
-from hashlib import sha256
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from datamodules.encoded import EncodedImages, pack_encoded
-from datamodules.files import Files, Pictures
+from datamodules.files import Files, Pictures, identity_of
 from datamodules.sources import Hashes, PictureDataModule
 from datamodules.storage import readable
 from metrics.ranks import progress_bar
@@ -71,29 +72,22 @@ class LSUN(PictureDataModule):
 class LMDB(Pictures):
     """The values of an LMDB folder in the order of their keys. `sizes` is one upper bound of all: reading each takes hours.
 
+    Another process reads them, for in a damaged file the library can run into pages that are not there, which ends whoever
+    does so.
+
     Errors: OSError for a damaged or empty one, ValueError where the lmdb package is missing.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        with self._reading() as environment:
+        with _opened(path) as environment:
             used = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-            count = environment.stat()["entries"]
+            count, transactions = environment.stat()["entries"], environment.info()["last_txnid"]
         if not count:
             raise OSError(f"{path} holds no pictures; unpack it again or set data.path")
         super().__init__(count)
         self.sizes = [used]  # the file may be sparse and much larger
-
-    @property
-    def identity(self) -> str:
-        """Of the number of values, of the pages in use, and of the first and last keys and values."""
-        digest = sha256(f"{len(self)} {self.sizes[0]}".encode())
-        with self._reading() as environment, environment.begin() as transaction:
-            cursor = transaction.cursor()
-            for move in (cursor.first, cursor.last):
-                move()
-                digest.update(cursor.key() + cursor.value())
-        return digest.hexdigest()
+        self.identity = identity_of(count, used, transactions, (path / "data.mdb").stat().st_mtime_ns)
 
     def hashes(self) -> Hashes:
         return {"number of pictures": lambda: str(len(self)), "pictures": self.content_hash}
@@ -102,30 +96,67 @@ class LMDB(Pictures):
         """Nothing of it is left out."""
 
     def _read(self, start: int) -> Iterator[tuple[str, bytes]]:
-        with self._reading() as environment, environment.begin() as transaction:
-            cursor = transaction.cursor()
-            number = -1
-            for number, key in enumerate(cursor.iternext(keys=True, values=False)):
-                if number >= start:
-                    yield f"{key.decode(errors='replace')} in {self.path}", cursor.value()
-        if number + 1 != len(self):
-            raise OSError(f"{self.path} is damaged (it holds {number + 1} of {len(self)} values); unpack it again")
+        context = multiprocessing.get_context("fork")
+        receiver, sender = context.Pipe(duplex=False)
+        reader = context.Process(target=_send_values, args=(self.path, start, receiver, sender))
+        reader.start()
+        sender.close()
+        number = start
+        try:
+            while True:
+                key, value = receiver.recv()
+                if key is None:
+                    break
+                if number == len(self):
+                    raise OSError(f"{self.path} is damaged (it holds more than {number} values); unpack it again")
+                yield f"{key.decode(errors='replace')} in {self.path}", value
+                number += 1
+        except EOFError:
+            reader.join()
+            raise OSError(
+                f"{self.path} is damaged (reading it ended a process with code {reader.exitcode}); unpack it again"
+            ) from None
+        finally:
+            receiver.close()  # the reader ends at what it sends next
+            reader.join()
+        if value is not None:
+            raise value
+        if number != len(self):
+            raise OSError(f"{self.path} is damaged (it holds {number} of {len(self)} values); unpack it again")
 
-    @contextmanager
-    def _reading(self) -> Iterator[Any]:
-        """The environment; errors of the library in one line, also those from the block."""
+
+def _send_values(path: Path, start: int, receiver: Connection, sender: Connection) -> None:
+    """(key, value) of each value from number `start` on, then None with the error that there was, or None."""
+    receiver.close()  # else nothing would say that the other side has gone
+    with suppress(BrokenPipeError):  # who asked has enough
         try:
-            import lmdb  # needed once
-        except ImportError:
-            raise ValueError(f"reading {self.path} needs the lmdb package; run `pip install -e '.[lsun]'`") from None
-        try:
-            with lmdb.open(str(self.path), readonly=True, lock=False, readahead=False, create=False) as environment:
-                needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-                size = (self.path / "data.mdb").stat().st_size
-                if size < needed:  # reading a page that is not there would end the process
-                    raise OSError(
-                        f"{self.path} is cut short (data.mdb has {readable(size)} of {readable(needed)}); unpack it again"
-                    )
-                yield environment
-        except lmdb.Error as error:
-            raise OSError(f"{self.path} is damaged ({error}); unpack it again") from error
+            with _opened(path) as environment, environment.begin() as transaction:
+                cursor = transaction.cursor()
+                for number, key in enumerate(cursor.iternext(keys=True, values=False)):
+                    if number >= start:
+                        sender.send((key, cursor.value()))
+            sender.send((None, None))
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            sender.send((None, error))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The environment; the library's errors in one line, also those of the block."""
+    try:
+        import lmdb  # needed once
+    except ImportError:
+        raise ValueError(f"reading {path} needs the lmdb package; run `pip install -e '.[lsun]'`") from None
+    try:
+        with lmdb.open(str(path), readonly=True, lock=False, readahead=False, create=False) as environment:
+            needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+            size = (path / "data.mdb").stat().st_size
+            if size < needed:
+                raise OSError(
+                    f"{path} is cut short (data.mdb has {readable(size)} of {readable(needed)}); unpack it again"
+                )
+            yield environment
+    except lmdb.Error as error:
+        raise OSError(f"{path} is damaged ({error}); unpack it again") from error

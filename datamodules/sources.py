@@ -92,6 +92,7 @@ class FileDataModule(ImageDataModule):
             raise ValueError(f"data.channels={channels}: {name} is packed as RGB images; set data.channels=3")
         self.path = Path(path).expanduser()
         self.url = url
+        self._compared = False
 
     def prepare_data(self) -> None:
         if self.path.exists():
@@ -129,7 +130,9 @@ class FileDataModule(ImageDataModule):
 
     def check_source(self) -> None:
         if self.folder.exists():
-            self._check_unchanged()
+            if not self._compared:
+                self._check_unchanged()
+            self._compared = True
         elif not self.path.exists():
             get = f"add download=true to fetch {self.url}, or put the file there" if self.url else self.get
             raise FileNotFoundError(

@@ -1,6 +1,7 @@
 import multiprocessing
 import os
 import pickle
+import random
 import signal
 import sys
 
@@ -11,6 +12,7 @@ from picture_files import encoded, folder_of, pattern, zip_of
 
 from datamodules import LSUN, EncodedImages, partial
 from datamodules import encoded as packing
+from datamodules.lsun import LMDB
 from datamodules.pictures import Decoder, Rules, centre_crop
 
 lmdb = pytest.importorskip("lmdb")
@@ -152,6 +154,15 @@ def test_a_broken_picture_shows_before_training(tmp_path, write, content, messag
     assert not list((tmp_path / "data").glob("*"))
 
 
+def test_whoever_stops_reading_an_lmdb_is_not_held_up(tmp_path):
+    """By a reader that waits to send more than a pipe holds."""
+    path = write_lmdb(tmp_path / "a", {f"{i}": bytes(50_000) for i in range(40)})
+    contents = LMDB(path).contents()
+    next(contents)
+    contents.close()
+    assert not multiprocessing.active_children()
+
+
 def test_grey_pictures_are_counted(tmp_path, capsys):
     write_lmdb(tmp_path / "church_train_lmdb", CONTENT | {"0ffff": encoded(pattern(40, 32, 1))})
     packed = module(tmp_path).reference()
@@ -186,14 +197,16 @@ def test_a_cut_lmdb_is_named_before_it_is_read(tmp_path, size):
     assert not list((tmp_path / "data").glob("*"))
 
 
-def test_garbled_pages_are_named(tmp_path):
+@pytest.mark.parametrize(("seed", "found"), [(0, "MDB_PAGE_NOTFOUND"), (1, "ended a process"), (3, "MDB_CORRUPTED")])
+def test_garbled_pages_are_named(tmp_path, seed, found):
+    """Also where the library is ended by SIGBUS."""
     path = write_lmdb(tmp_path / "church_train_lmdb") / "data.mdb"
     content = bytearray(path.read_bytes())
     leaves = [i for i in range(0, len(content), 4096) if content[i + 10] == 2]  # the page's flags
     for page in leaves:
-        content[page : page + 4096] = bytes([255]) * 4096
+        content[page + 16 : page + 4096] = random.Random(seed).randbytes(4080)
     path.write_bytes(content)
-    with pytest.raises(OSError, match=r"church_train_lmdb is damaged \(.*; unpack it again"):
+    with pytest.raises(OSError, match=rf"church_train_lmdb is damaged \(.*{found}.*; unpack it again"):
         module(tmp_path).prepare_data()
 
 
