@@ -1,6 +1,7 @@
 """LSUN: the LMDB export of a category, or its pictures in a folder or zip; packed as the encoded bytes."""
 
 import multiprocessing
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
@@ -127,6 +128,8 @@ class LMDB(Pictures):
 
 def _send_values(path: Path, start: int, receiver: Connection, sender: Connection) -> None:
     """(key, value) of each value from number `start` on, then None with the error that there was, or None."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for the process that asked, whose end is this one's
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     receiver.close()  # else nothing would say that the other side has gone
     with suppress(BrokenPipeError):  # who asked has enough
         try:
