@@ -14,6 +14,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+from launch.command_line import check_choices, run
 from launch.names import register_resolvers
 from launch.notice import stoppable
 
@@ -238,10 +239,11 @@ def main(cfg: DictConfig) -> None:
     from launch.errors import reported
 
     with reported("evaluate"):
+        check_choices()
         evaluate(cfg)
 
 
 if __name__ == "__main__":
     register_resolvers()
     with stoppable("evaluate"):
-        main()
+        run(main)

@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from launch.command_line import check_choices, chosen_by_itself, run
 from launch.names import register_resolvers
 from launch.notice import stoppable
 
@@ -36,6 +37,7 @@ def train(cfg: DictConfig, hydra_config: DictConfig) -> float | None:
     from launch.teachers import expand_teachers
 
     quiet()
+    check_choices()
     if "sweep" in cfg:
         raise ValueError("sweep=wandb is for W&B: say `wandb sweep conf/sweep/wandb.yaml`, then `wandb agent ...`")
     folder, search = RunFolder(cfg.folder), trial(hydra_config) is not None
@@ -45,6 +47,8 @@ def train(cfg: DictConfig, hydra_config: DictConfig) -> float | None:
     for option in ("folder", "download", "plan"):  # a run may be moved, and none of these changes it
         del config[option]
     folder.check(config)
+    if (recipe := chosen_by_itself("recipe")) and is_rank_zero():
+        print(f"recipe={recipe}, the published settings of this method and data (conf/recipe)", flush=True)
     if cfg.plan:
         print(plan(cfg))
         return None
@@ -104,4 +108,4 @@ def main(cfg: DictConfig) -> float | None:
 if __name__ == "__main__":
     register_resolvers()
     with stoppable("train"):
-        main()
+        run(main)

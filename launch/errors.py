@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from hydra.errors import CompactHydraException, HydraException
+from hydra.errors import CompactHydraException, ConfigCompositionException, HydraException
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
+from launch.command_line import explained
 from launch.ranks import is_rank_zero
 
 # What bad input and broken files raise here. A programming error (TypeError, KeyError, ...) keeps its traceback.
@@ -80,6 +81,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 def one_line(error: BaseException) -> str:
     """The innermost message, behind the config key that Hydra or OmegaConf adds to it."""
+    if isinstance(error, ConfigCompositionException):  # of a sweep's job
+        return explained(error)
     key = re.search(r"full_key: (\S+)", str(error))
     while isinstance(error, HydraException) and error.__cause__ is not None:
         error = error.__cause__

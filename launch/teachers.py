@@ -5,6 +5,7 @@ from typing import Any
 from hydra import compose
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import InterpolationKeyError
 
 from launch.folder import RunFolder
 from networks.weights import read_card
@@ -15,9 +16,14 @@ def expand_teachers(cfg: DictConfig) -> None:
 
     A run's student is a teacher with the network that the run trained, and is called as the run.
 
-    Errors: ValueError for a `teacher` that the method would not see, a list of something else, a name that is neither, or a
-    student of fewer evaluations than its teacher takes steps; FileNotFoundError for a run without a finished student.
+    Errors: ValueError for a method without the teacher that it needs, a `teacher` that it would not see, a list of something
+    else, a name that is neither, or a student of fewer evaluations than its teacher takes steps; FileNotFoundError for a run
+    without a finished student.
     """
+    if "teacher" in cfg.method and not _is_teacher(cfg):
+        raise ValueError(
+            f"method={cfg.method.name} needs a teacher, or the network of one: say teacher=NAME (conf/teacher)"
+        )
     names = cfg.method.get("teachers")
     if names is None:
         return
@@ -29,6 +35,15 @@ def expand_teachers(cfg: DictConfig) -> None:
         cfg.method.teachers = [
             name if OmegaConf.is_dict(name) else teacher_config(name, "method.teachers") for name in names
         ]
+
+
+def _is_teacher(cfg: DictConfig) -> bool:
+    """Whether `method.teacher` describes one: conf/teacher/none.yaml does not, nor what a method changes of it."""
+    try:
+        teacher = cfg.method.teacher
+    except InterpolationKeyError:  # of ~teacher
+        return False
+    return OmegaConf.is_dict(teacher) and "_target_" in teacher
 
 
 def teacher_config(name: Any, option: str) -> DictConfig:

@@ -90,12 +90,6 @@ class Ended:
         missing = [part for part in parts if part not in self.errors[0]]
         assert not missing, f"{missing} not in {self.errors[0]}"
 
-    def refused_by_hydra(self, *parts: str) -> None:
-        assert self.code == 1, f"exit code {self.code}\n{self.out}\n{self.err}"
-        assert "Traceback" not in self.err
-        assert not self.errors
-        assert all(part in self.err for part in parts), self.err
-
 
 class Started:
     """A command under way, its output in `out` and `err`."""

@@ -147,11 +147,6 @@ def test_misuse(folder, options, message):
     assert snapshot(folder) == before
 
 
-def test_unknown_teachers_and_keys(folder):
-    evaluate(folder, "teacher=numbers").refused_by_hydra("Could not find 'teacher/numbers'", "digits")
-    evaluate(folder, "runs=runs/a1").refused_by_hydra("Could not override 'runs'")
-
-
 def test_a_damaged_checkpoint_and_config_are_named(finished, tmp_path):
     copied(finished, tmp_path)
     best = tmp_path / RUN / "checkpoints" / "best.ckpt"

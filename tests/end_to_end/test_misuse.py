@@ -41,21 +41,6 @@ def folder(finished, tmp_path_factory):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("method=denoising_studnet", ["Could not find 'method/denoising_studnet'", "denoising_student", "pretrain"]),
-        ("data=digist", ["Could not find 'data/digist'", "digits"]),
-        ("method.los=l1", ["Could not override 'method.los'", "Key 'los' is not in struct"]),
-        ("trainer.devces=2", ["Could not override 'trainer.devces'"]),
-    ],
-)
-def test_unknown_options_and_keys(folder, options, message):
-    before = snapshot(folder)
-    attempt(folder, "train.py", *STUDENT, *options.split()).refused_by_hydra(*message)
-    assert snapshot(folder) == before
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
         # unknown to a constructor
         ("+method.foo=1", ["method: ", "unexpected keyword argument 'foo'"]),
         ("+teacher.network.foo=1", ["method.teacher.network: ", "unexpected keyword argument 'foo'"]),

@@ -1,0 +1,183 @@
+"""What a command says that the configs do not have: one line, with the nearest that they have.
+
+Hydra composes a config before the program's own code runs, and reports errors in several lines of its own.
+"""
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from hydra._internal import utils
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import CompactHydraException, HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+_SHOWN = 3  # suggestions at most
+_LISTED = 12  # choices at most; of more the folder is named
+_ALIKE = 0.6  # difflib's ratio from which names are worth a suggestion
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Run a program's Hydra entry: what is wrong with its command line is one line on stderr and exit code 1.
+
+    With HYDRA_FULL_ERROR=1 it is Hydra's own report, a traceback.
+    """
+    hydras = utils.run_and_report
+    utils.run_and_report = lambda function: hydras(lambda: _reported(function))
+    try:
+        main()
+    finally:
+        utils.run_and_report = hydras
+
+
+def _reported(function: Callable[[], Any]) -> Any:
+    try:
+        return function()
+    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
+        from launch.errors import JobFailed
+
+        if isinstance(error, JobFailed) or os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0"):
+            raise
+        sys.stderr.write(f"error: {explained(error)}\n")
+        sys.exit(1)
+
+
+def explained(error: BaseException) -> str:
+    """One line for an error of composing a config."""
+    given = _given()
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        return _missing_choice(*error.missing_cfg_file.rpartition("/")[::2], error.options, given)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override!r} can't be read: {_joined(error.message.partition('See http')[0])}; say KEY=VALUE"
+    unknown = re.match(r"(?:In '[^']*': )?Could not (?:override|delete)[^']*'([^']+)'", _message(error))
+    if unknown:
+        return _unknown_key(unknown[1].partition("@")[0])
+    for override in given:
+        group = override.key_or_group
+        if (override.is_delete() or override.value() is None) and _choices(group):
+            optional = not override.is_delete() and _composes([f"~{group}"])
+            choose = f"say ~{group} to leave it out" if optional else _one_of(group, _choices(group))
+            return f"{override.input_line}: {group} can't be {'null' if optional else 'left out'}; {choose}"
+    return _joined(_message(error).partition("Config search path:")[0])
+
+
+def check_choices() -> None:
+    """Errors: ValueError where the command names a choice that is not there for an optional group, which Hydra passes over."""
+    for override in OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task)):
+        group, name = override.key_or_group, override.value() if not override.is_delete() else None
+        options = _choices(group)
+        if options and isinstance(name, str) and name not in options:
+            raise ValueError(_missing_choice(group, name, options, [override]))
+
+
+def chosen_by_itself(group: str) -> str | None:
+    """What an optional group holds that the command does not name; None where it holds nothing."""
+    hydra = HydraConfig.get()
+    name = hydra.runtime.choices.get(group)
+    typed = any(override.lstrip("+~").startswith(f"{group}=") for override in hydra.overrides.task)
+    return name if not typed and name in _choices(group) else None
+
+
+def _missing_choice(group: str, name: str, options: Sequence[str], given: Iterable[Override]) -> str:
+    near = difflib.get_close_matches(name, options, _SHOWN, _ALIKE)
+    if any(override.key_or_group == group for override in given):
+        choose = f"did you mean {' or '.join(near)}?" if near else _one_of(group, options)
+        return f"{group}={name} is not among conf/{group}; {choose}"
+    return f"{group}={name}, which the other options ask for, is not among conf/{group}; {_one_of(group, options)}"
+
+
+def _one_of(group: str, options: Sequence[str]) -> str:
+    named = ", ".join(options) if len(options) <= _LISTED else f"see the {len(options)} in conf/{group}"
+    return f"choose {group}=NAME: {named}"
+
+
+def _unknown_key(key: str) -> str:
+    config = _composed()
+    names = list(_dotted(OmegaConf.to_container(config, resolve=False)))
+    names += [group for group in OmegaConf.to_container(config.hydra.runtime.choices) if not group.startswith("hydra/")]
+    near = nearest(key, [name for name in names if name.partition(".")[0] != "hydra"])
+    choose = f"; did you mean {' or '.join(near)}?" if near else "; --cfg job shows all options"
+    more = f" (an option of Lightning's own: +{key}=...)" if key.startswith("trainer.") else ""
+    return f"there is no option {key}{choose}{more}"
+
+
+def nearest(key: str, names: Iterable[str]) -> list[str]:
+    """Names like the dotted `key`: beside it, or of the same last part elsewhere, or alike as a whole; the best first."""
+    names = sorted(set(names) - {key})
+    parent, _, leaf = key.rpartition(".")
+    beside = {name.rpartition(".")[2]: name for name in names if name.rpartition(".")[0] == parent}
+    found = [beside[near] for near in difflib.get_close_matches(leaf, beside, _SHOWN, _ALIKE)]
+    found += sorted((name for name in names if name.rpartition(".")[2] == leaf), key=lambda name: name.count("."))
+    found = found or difflib.get_close_matches(key, names, _SHOWN, 0.8)
+    return list(dict.fromkeys(found))[:_SHOWN]
+
+
+def _dotted(node: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in node.items() if isinstance(node, dict) else ():
+        yield f"{prefix}{key}"
+        yield from _dotted(value, f"{prefix}{key}.")
+
+
+def _composed() -> DictConfig:
+    """The config of the command's choices, without its other options; of the defaults where those do not go together."""
+    groups = [o.input_line for o in _given() if not o.is_sweep_override() and _choices(o.key_or_group)]
+    return _compose(groups if _composes(groups) else [])
+
+
+def _composes(overrides: list[str]) -> bool:
+    try:
+        _compose(overrides)
+    except (HydraException, OmegaConfBaseException, ValueError):
+        return False
+    return True
+
+
+def _compose(overrides: list[str]) -> DictConfig:
+    loader = GlobalHydra.instance().config_loader()
+    return loader.load_configuration(_arguments().config_name or _program(), overrides, RunMode.RUN)
+
+
+def _arguments() -> Any:
+    return utils.get_args_parser().parse_known_args()[0]
+
+
+def _program() -> str:
+    """The config of the program that runs."""
+    return "evaluate" if os.path.basename(sys.argv[0]).startswith("evaluate") else "config"
+
+
+def _given() -> list[Override]:
+    """The command's options, as far as they can be read."""
+    found = []
+    for argument in _arguments().overrides:
+        try:
+            found += OverridesParser.create().parse_overrides([argument])
+        except HydraException:
+            continue
+    return found
+
+
+def _choices(group: str) -> list[str]:
+    """The names in a group of conf/; none where `group` is an option."""
+    if "." in group or not GlobalHydra.instance().is_initialized():
+        return []
+    return GlobalHydra.instance().config_loader().get_group_options(group, ObjectType.CONFIG)
+
+
+def _message(error: BaseException) -> str:
+    """Its own, with the cause's where Hydra adds that when it reports."""
+    cause = error.__cause__ if isinstance(error, CompactHydraException) else None
+    return "\n".join(str(one).partition("full_key: ")[0] for one in (error, cause) if isinstance(one, BaseException))
+
+
+def _joined(text: str) -> str:
+    return " ".join(text.split())
