@@ -110,6 +110,10 @@ class Checkpoints(pl.callbacks.Checkpoint):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        done, total, size = checkpoint["global_step"], trainer.max_steps, pl_module.batch_size
+        if trainer.is_global_zero:
+            images = f"{done * size:,} of {total * size:,} images"
+            print(f"{trainer.default_root_dir} goes on from step {done:,} of {total:,} ({images})", flush=True)
         stored = checkpoint["callbacks"].get(type(self).__name__, {})
         if stored.get("due") and checkpoint["global_step"] == trainer.max_steps:
             # Else Lightning would leave the loop out, and the last validation with it.

@@ -14,6 +14,7 @@ from end_to_end_tools import (
     die,
     find,
     in_call,
+    read_checkpoint,
     read_csv,
     snapshot,
     start,
@@ -69,6 +70,11 @@ def killed_half_way(original, content, file, *args, **kwargs):
     die()
 
 
+def last_step(folder):
+    path = folder / RUN / "checkpoints/last.ckpt"
+    return read_checkpoint(path)["global_step"] if path.exists() else 0
+
+
 def left_out(original, *args):
     pass
 
@@ -104,7 +110,10 @@ def test_killed_twice_at_arbitrary_steps(uninterrupted, tmp_path):
 def test_killed(uninterrupted, tmp_path, target, number, act, when):
     with_data(uninterrupted, tmp_path)
     train(tmp_path, *OPTIONS, before=partial(in_call, target, number, act, when)).killed()
-    train(tmp_path, *OPTIONS).ok()
+    step = last_step(tmp_path)
+    ended = train(tmp_path, *OPTIONS).ok()
+    said = f"runs/run goes on from step {step} of 13 ({16 * step} of 208 images)"
+    assert [line for line in ended.out.splitlines() if "goes on from" in line] == [said] * (step > 0)
     assert_same_run(tmp_path / RUN, uninterrupted / RUN)
 
 

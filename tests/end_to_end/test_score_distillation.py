@@ -86,18 +86,26 @@ def test_the_run_leaves_its_path_its_cost_and_its_curves(uninterrupted):
 
 
 @pytest.mark.parametrize(
-    ("target", "number"),
+    ("target", "number", "said"),
     [
-        pytest.param(STAGE_1, 5, id="stage 1"),
-        pytest.param("diffusion.degradation:save_weights", 2, id="last node"),
-        pytest.param(STAGE_2, 1, id="between the stages"),
-        pytest.param(STAGE_2, 8, id="stage 2, after a switch"),
+        pytest.param(STAGE_1, 5, ["runs/run/degradation goes on from step 3 of 8 (48 of 128 images)"], id="stage 1"),
+        pytest.param(
+            "diffusion.degradation:save_weights",
+            2,
+            ["runs/run/degradation goes on from step 6 of 8 (96 of 128 images)"],
+            id="last node",
+        ),
+        pytest.param(STAGE_2, 1, [], id="between the stages"),
+        pytest.param(
+            STAGE_2, 8, ["runs/run goes on from step 6 of 13 (96 of 208 images)"], id="stage 2, after a switch"
+        ),
     ],
 )
-def test_killed_in_either_stage(options, uninterrupted, tmp_path, target, number):
+def test_killed_in_either_stage(options, uninterrupted, tmp_path, target, number, said):
     with_data(uninterrupted, tmp_path, "degradation")
     train(tmp_path, *options, before=partial(in_call, target, number, killed)).killed()
-    train(tmp_path, *options).ok()
+    ended = train(tmp_path, *options).ok()
+    assert [line for line in ended.out.splitlines() if "goes on from" in line] == said
     assert nodes(tmp_path) == nodes(uninterrupted)
     assert_same_run(tmp_path / RUN, uninterrupted / RUN)
 
