@@ -16,6 +16,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 from callbacks.csv_logger import CSVLogger
 from callbacks.schedule import is_last
 from metrics.files import unfinished
+from networks.bounds import check_archive, check_tensors
 
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu", weights_only: bool = True) -> dict[str, Any]:
@@ -29,6 +30,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", weights_only: b
     way_out = f"put an older copy back, or remove {path.name} to start again from the beginning"
     with path.open("rb") as file:
         try:
+            check_archive(path)
             # torch.load does not look at the checksums and would return damaged weights.
             damaged = zipfile.ZipFile(file).testzip()
         except Exception as error:  # a damaged zip file raises half a dozen of them
@@ -36,12 +38,12 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", weights_only: b
     if damaged:
         raise ValueError(f"the checkpoint {path} is damaged or cut short ({damaged}): {way_out}")
     try:
-        return torch.load(path, map_location=map_location, weights_only=weights_only)
+        return check_tensors(torch.load(path, map_location=map_location, weights_only=weights_only), path)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"the checkpoint {path} holds objects other than tensors and plain values, which are not loaded: {way_out}"
         ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
         raise ValueError(f"the checkpoint {path} cannot be read ({' '.join(str(error).split())}): {way_out}") from error
 
 

@@ -105,6 +105,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             self.prepare_data()
             packed = self.packed_type(self.folder)
             self.check_sizes(packed.meta)
+            packed.verify(everything=self.verify)
             self._packed = packed
         return self._packed
 

@@ -1,5 +1,6 @@
 """CIFAR-10: the published archive for Python, the folder that it unpacks to, or EDM's zip."""
 
+import gzip
 import tarfile
 import zipfile
 import zlib
@@ -14,8 +15,9 @@ import numpy as np
 
 from datamodules.edm_zip import edm_source
 from datamodules.sources import PixelDataModule, Source, classes_hash
-from datamodules.storage import hash_range
 from datamodules.unpickling import unpickle
+from networks.bounds import BoundedStream
+from networks.weights import hash_file
 
 _FOLDER = "cifar-10-batches-py"
 _BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
@@ -43,7 +45,7 @@ class CIFAR10(PixelDataModule):
                 f"data.resolution={self.resolution}, data.num_classes={self.classes}: CIFAR-10 has {_SIDE} pixels a side "
                 f"and {_CLASSES} classes; correct the options"
             )
-        if self.path.is_file() and self.sha256 and (found := _hash(self.path)) != self.sha256:
+        if self.path.is_file() and self.sha256 and (found := hash_file(self.path)) != self.sha256:
             way_out = f"add download=true to fetch {self.url}" if self.url else "get it again"
             raise OSError(
                 f"{self.path} is cut short or another file, its SHA-256 is {found[:16]}... instead of {self.sha256[:16]}...; "
@@ -67,10 +69,6 @@ class CIFAR10(PixelDataModule):
         )
 
 
-def _hash(path: Path) -> str:
-    return hash_range(path, 0, path.stat().st_size)
-
-
 @contextmanager
 def _opened(path: Path) -> Iterator:
     """A function from a batch's name to its file."""
@@ -87,8 +85,12 @@ def _opened(path: Path) -> Iterator:
         yield member
         return
     try:
-        with tarfile.open(path, "r:gz") as archive:
-            content = {Path(one.name).name: archive.extractfile(one).read() for one in archive if one.isfile()}
+        with gzip.open(path) as unzipped:
+            # It also bounds what a header says of itself, which tarfile reads whole.
+            stream = BoundedStream(unzipped, path.stat().st_size, "its content")
+            with tarfile.open(fileobj=stream, mode="r:") as archive:
+                batches = (one for one in archive if one.isfile() and Path(one.name).name in _BATCHES)
+                content = {Path(one.name).name: archive.extractfile(one).read() for one in batches}
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         raise OSError(f"{path} is damaged or cut short ({error}); delete it and get it again") from error
 

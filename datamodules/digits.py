@@ -24,6 +24,7 @@ class Digits(ImageDataModule):
         conditional: bool = True,
         flip: bool = False,
         num_workers: int = 0,
+        verify: bool = False,
     ):
         super().__init__(
             name,
@@ -36,6 +37,7 @@ class Digits(ImageDataModule):
             conditional=conditional,
             flip=flip,
             num_workers=num_workers,
+            verify=verify,
         )
 
     def convert(self, folder: Path) -> None:

@@ -1,6 +1,5 @@
 """Images in a zip as EDM's dataset_tool writes it: PNG files in folders, and dataset.json with their classes."""
 
-import json
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ import numpy as np
 from datamodules.files import identity_of, members, open_zip, read_member
 from datamodules.pictures import THREADS, Rules, decode
 from datamodules.sources import PixelDataModule, Source, classes_hash
+from networks.bounds import parse_json
 
 _CHUNK = 256  # images
 
@@ -54,7 +54,7 @@ def edm_source(path: Path, resolution: int, classes: int) -> Source:
 
 def _labels(archive: zipfile.ZipFile, path: Path, names: list[str], classes: int) -> np.ndarray:
     try:
-        found = json.loads(read_member(archive, "dataset.json"))["labels"]
+        found = parse_json(read_member(archive, "dataset.json", factor=16))["labels"]
         pairs = [] if found is None else [(name, label) for name, label in found]
         listed = dict(pairs)
     except KeyError:  # no such file, or nothing of the kind in it

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from datamodules.packing import FORMAT, MARGIN, check_indices, check_meta, read_meta, way_out
+from datamodules.packing import FORMAT, MARGIN, block_hashes, check_file, check_indices, check_meta, read_meta, way_out
 from datamodules.partial import claimed, grow
 from datamodules.pictures import CENTRE_CROP, THREADS, Decoder, Rules, centre_crop, decode
-from datamodules.storage import check_npy, folder_size, hash_range, require_space, write_json, write_npy
+from datamodules.storage import check_npy, folder_size, require_space, write_json, write_npy
 
 
 def pack_encoded(
@@ -59,22 +59,31 @@ def pack_encoded(
         if unfinished is not None:
             require_space(folder, size + 16 * count + MARGIN - folder_size(unfinished))
             announced = json.dumps((identity, resolution, count, meta, rules.options))
-            digests = grow(unfinished, {"images.bin": b"", "lengths.bin": b""}, announced, blocks)
+            hashes = grow(unfinished, {"images.bin": b"", "lengths.bin": b""}, announced, blocks)
+            del hashes["lengths.bin"]
             lengths = np.fromfile(unfinished / "lengths.bin", "<i8")
             offsets = np.concatenate([np.zeros(1, "<i8"), np.cumsum(lengths)])
-            digests["offsets.npy"] = write_npy(unfinished / "offsets.npy", (count + 1,), offsets.dtype, [offsets])
+            hashes["offsets.npy"] = write_npy(unfinished / "offsets.npy", (count + 1,), offsets.dtype, [offsets])
             (unfinished / "lengths.bin").unlink()
-            shown = (digests["images.bin"], digests["offsets.npy"], meta["preprocessing"], resolution)
+            shown = (hashes["images.bin"].whole, hashes["offsets.npy"].whole, meta["preprocessing"], resolution)
             if rules.changes:
                 shown = (*shown, rules.changes)
-            hashes = {
+            digests = {
                 "sha256": sha256(json.dumps(shown).encode()).hexdigest(),
-                "images_sha256": digests["images.bin"],
-                "offsets_sha256": digests["offsets.npy"],
+                "images_sha256": hashes["images.bin"].whole,
+                "offsets_sha256": hashes["offsets.npy"].whole,
                 "labels_sha256": None,
             }
             sizes = {"count": count, "channels": 3, "resolution": resolution}
-            content = {"format": FORMAT, **meta, "rules": rules.options, **provenance(), **sizes, **hashes}
+            content = {
+                "format": FORMAT,
+                **meta,
+                "rules": rules.options,
+                **provenance(),
+                **sizes,
+                **digests,
+                **block_hashes(hashes),
+            }
             write_json(unfinished / "meta.json", content)
             os.rename(unfinished, folder)
             decoder.report(meta["name"])
@@ -118,12 +127,12 @@ class EncodedImages:
     def hash(self) -> str:
         return self.meta["sha256"]
 
-    def verify(self) -> None:
-        """Errors: OSError where the bytes are not those that were packed."""
+    def verify(self, everything: bool = True) -> None:
+        """Errors: OSError where the bytes are not those that were packed; without `everything` some are looked at."""
         files = (("images.bin", 0, int(self.offsets[-1])), ("offsets.npy", self._header, 8 * len(self.offsets)))
         for name, start, size in files:
-            if hash_range(self.folder / name, start, size) != self.meta[f"{Path(name).stem}_sha256"]:
-                raise OSError(f"{self.folder / name} is damaged, its SHA-256 is not meta.json's: {self._way_out}")
+            digest = self.meta[f"{Path(name).stem}_sha256"]
+            check_file(self.folder / name, start, size, digest, self.meta, everything)
 
     def encoded(self, index: int) -> bytes:
         """One picture as the source had it."""

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.pictures import SUFFIXES
+from datamodules.pictures import FACTOR, SUFFIXES
 from metrics.ranks import progress_bar
+from networks.bounds import read_zipped
 
 
 def identity_of(*parts: object) -> str:
@@ -135,11 +136,11 @@ def open_zip(path: Path) -> zipfile.ZipFile:
         raise OSError(f"{path} is damaged or cut short ({error}); copy or make it again") from error
 
 
-def read_member(archive: zipfile.ZipFile, name: str) -> bytes:
-    """Errors: zipfile.BadZipFile for any damage."""
+def read_member(archive: zipfile.ZipFile, name: str, factor: int = FACTOR) -> bytes:
+    """One file of a zip. Errors: zipfile.BadZipFile for any damage, and for more than `factor` times its packed size."""
     try:
-        return archive.read(name)
-    except (zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        return read_zipped(archive, name, factor=factor)
+    except (OSError, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise zipfile.BadZipFile(f"{name}: {error}") from error
 
 

@@ -12,8 +12,9 @@ import numpy as np
 
 from datamodules.files import identity_of, open_zip
 from datamodules.sources import PixelDataModule, Source, classes_hash
-from datamodules.storage import hash_range
 from datamodules.unpickling import unpickle
+from networks.bounds import array_header, check_growth
+from networks.weights import hash_file
 
 _CHUNK = 1024  # images
 _MAPPING = "map_clsloc.txt"
@@ -131,7 +132,7 @@ class _Batch:
 
 class _Pickle(_Batch):
     def content_hash(self) -> str:
-        return hash_range(self.place, 0, self.size)
+        return hash_file(self.place)
 
     def _load(self) -> dict[str, Any]:
         with open(self.place, "rb") as file:
@@ -157,16 +158,22 @@ class _Npz(_Batch):
         """An array of the .npz, some rows at a time: a whole batch takes 1.6 GB."""
         try:
             with self._opened() as archive, archive.open(f"{name}.npy") as file:
-                version = np.lib.format.read_magic(file)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                shape, fortran, dtype = read(file)
-                if (fortran and len(shape) > 1) or dtype.hasobject:
-                    raise ValueError(f"{name} is of an unknown layout")
+                info = archive.getinfo(f"{name}.npy")
+                check_growth(info.file_size, info.compress_size, name)
+                shape, dtype = array_header(file, info.file_size, name)
                 row = int(np.prod(shape[1:], dtype=int)) * dtype.itemsize
                 for first in range(0, shape[0], _CHUNK):
                     count = min(_CHUNK, shape[0] - first)
                     yield np.frombuffer(file.read(count * row), dtype).reshape(count, *shape[1:])
-        except (zipfile.BadZipFile, KeyError, ValueError, EOFError, NotImplementedError, zlib.error) as error:
+        except (
+            OSError,
+            zipfile.BadZipFile,
+            LookupError,
+            ValueError,
+            EOFError,
+            NotImplementedError,
+            zlib.error,
+        ) as error:
             raise OSError(f"{self.where} is damaged or cut short ({error}); get it again") from error
 
     def _labels(self) -> Any:

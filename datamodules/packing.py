@@ -1,8 +1,9 @@
 """A data set as one memory-mapped uint8 array: packed once, then whole batches are fetched by index."""
 
 import json
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor
 
 from datamodules.partial import claimed, grow
-from datamodules.storage import check_npy, folder_size, hash_range, npy_header, require_space, write_json, write_npy
+from datamodules.storage import check_npy, folder_size, npy_header, require_space, write_json, write_npy
+from networks.block_hashes import BlockHashes, unchanged
+from networks.bounds import parse_json
 
 FORMAT = 1
 DESCRIPTION = {"name", "classes", "source", "preprocessing"}
@@ -56,15 +59,34 @@ def pack(
             require_space(folder, count * (channels * height * width + 8) + MARGIN - folder_size(partial))
             announced = (identity, list(shape), count, meta)
             headers = {"images.npy": npy_header((count, *shape), np.uint8)}
-            digest = grow(partial, headers, identity and json.dumps(announced), blocks)["images.npy"]
-            labels_digest = None
+            hashes = grow(partial, headers, identity and json.dumps(announced), blocks)
             if labels is not None:
-                labels_digest = write_npy(partial / "labels.npy", (count,), np.dtype("<i8"), [labels])
+                hashes["labels.npy"] = write_npy(partial / "labels.npy", (count,), np.dtype("<i8"), [labels])
             sizes = {"count": count, "channels": channels, "resolution": height}
-            hashes = {"sha256": digest, "labels_sha256": labels_digest}
-            write_json(partial / "meta.json", {"format": FORMAT, **meta, **provenance(), **sizes, **hashes})
+            digests = {
+                "sha256": hashes["images.npy"].whole,
+                "labels_sha256": None if labels is None else hashes["labels.npy"].whole,
+            }
+            content = {"format": FORMAT, **meta, **provenance(), **sizes, **digests, **block_hashes(hashes)}
+            write_json(partial / "meta.json", content)
             os.rename(partial, folder)
     return PackedImages(folder)
+
+
+def block_hashes(hashes: Mapping[str, BlockHashes]) -> dict[str, Any]:
+    """What meta.json says of the blocks of long files, by the files' names."""
+    blocks = {name: of.blocks for name, of in hashes.items() if of.blocks}
+    return {"blocks": blocks} if blocks else {}
+
+
+def check_file(path: Path, offset: int, size: int, sha256: str, meta: Mapping[str, Any], everything: bool) -> None:
+    """Errors: OSError where a packed file's bytes are not those of its hashes, as far as `unchanged` looks at them."""
+    try:
+        right = unchanged(path, offset, size, sha256, meta.get("blocks", {}).get(path.name, ()), everything=everything)
+    except (AttributeError, TypeError):
+        right = False  # meta.json holds no lists of hashes
+    if not right:
+        raise OSError(f"{path} is damaged, its SHA-256 is not meta.json's: {way_out(path.parent)}")
 
 
 def check_meta(meta: dict[str, Any]) -> None:
@@ -111,7 +133,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} does not exist: nothing is packed there yet")
     path = folder / "meta.json"
     try:
-        meta = json.loads(path.read_bytes())
+        meta = parse_json(path.read_bytes())
         complete = meta["format"] == FORMAT and {"count", "channels", "resolution", *DESCRIPTION} <= set(meta)
         complete = complete and {"sha256", "labels_sha256"} <= set(meta)
     except FileNotFoundError:
@@ -144,6 +166,9 @@ class PackedImages:
             path = self.folder / "labels.npy"
             self._labels_offset = check_npy(path, self.shape[:1], np.dtype("<i8"), self._way_out)
             self.labels = np.load(path)
+            if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < self.meta["classes"]:
+                found = f"{self.labels.min()} to {self.labels.max()}"
+                raise OSError(f"{path} is damaged, labels {found} of {self.meta['classes']} classes: {self._way_out}")
 
     def __reduce__(self) -> tuple:
         return PackedImages, (self.folder.absolute(),)
@@ -163,14 +188,12 @@ class PackedImages:
             self._images = np.memmap(path, np.uint8, mode="r", offset=self._offset, shape=self.shape)
         return self._images
 
-    def verify(self) -> None:
-        """Errors: OSError where pixels or labels are not those that were packed."""
-        files = [("images.npy", self._offset, np.prod(self.shape, dtype=int), self.hash)]
+    def verify(self, everything: bool = True) -> None:
+        """Errors: OSError where pixels or labels are not those that were packed; without `everything` some are looked at."""
+        check_file(self.folder / "images.npy", self._offset, math.prod(self.shape), self.hash, self.meta, everything)
         if self.labels is not None:
-            files.append(("labels.npy", self._labels_offset, 8 * len(self), self.meta["labels_sha256"]))
-        for name, offset, size, expected in files:
-            if hash_range(self.folder / name, offset, int(size)) != expected:
-                raise OSError(f"{self.folder / name} is damaged, its SHA-256 is not meta.json's: {self._way_out}")
+            path, digest = self.folder / "labels.npy", self.meta["labels_sha256"]
+            check_file(path, self._labels_offset, 8 * len(self), digest, self.meta, everything)
 
     def fetch(self, indices: np.ndarray) -> tuple[Tensor, Tensor | None]:
         """Images uint8 (B, C, H, W) and labels int64 (B,) or None, in the order of `indices` (B,); fresh memory."""

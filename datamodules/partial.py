@@ -2,23 +2,22 @@
 
 import errno
 import fcntl
-import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from datamodules.storage import named_if_full, write_json
+from networks.block_hashes import BLOCK, BlockHashes
+from networks.bounds import parse_json
 
 NOTE_SECONDS = 10.0
 """Work that a killed process loses at most."""
 
 _NOTE, _LOCK = "progress.json", "lock"
-_BLOCK = 1 << 24
 
 Blocks = Callable[[int], Iterable[tuple[int, dict[str, Any]]]]
 """From item `start` on: (number of items, the bytes that they add to each file)."""
@@ -84,28 +83,27 @@ def _locked(partial: Path, folder: Path) -> int | None:
 
 
 class _Growing:
-    """A file to append to; `size` and `sha256` are of what follows the header."""
+    """A file to append to; `hashes` are of what follows the header."""
 
     def __init__(self, path: Path, header: bytes):
         self.path, self.header = path, header
-        self.size, self._digest = 0, sha256()
+        self.hashes = BlockHashes()
         self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
 
     def begin(self) -> None:
         self._file.seek(0)
         self._file.truncate()
         self._file.write(self.header)
-        self.size, self._digest = 0, sha256()
+        self.hashes = BlockHashes()
 
     def resume(self, size: int, digest: str) -> bool:
         """Go on after `size` bytes if they are those of `digest`: read again, for a crash may have lost them."""
         self._file.seek(0)
         if self._file.read(len(self.header)) != self.header:
             return False
-        while self.size < size and (block := self._file.read(min(size - self.size, _BLOCK))):
-            self._digest.update(block)
-            self.size += len(block)
-        if (self.size, self.sha256) != (size, digest):
+        while self.hashes.size < size and (block := self._file.read(min(size - self.hashes.size, BLOCK))):
+            self.hashes.update(block)
+        if (self.hashes.size, self.hashes.whole) != (size, digest):
             return False
         self._file.seek(len(self.header) + size)
         self._file.truncate()
@@ -114,9 +112,8 @@ class _Growing:
     def append(self, data: bytes | memoryview) -> None:
         # Written, not mapped: on a full disk a write raises OSError, whereas a store to a mapped page kills the process.
         data = memoryview(data).cast("B")
-        self._digest.update(data)
+        self.hashes.update(data)
         self._file.write(data)
-        self.size += len(data)
 
     def sync(self) -> None:
         self._file.flush()
@@ -125,13 +122,9 @@ class _Growing:
     def close(self) -> None:
         self._file.close()
 
-    @property
-    def sha256(self) -> str:
-        return self._digest.hexdigest()
 
-
-def grow(partial: Path, headers: dict[str, bytes], identity: str | None, blocks: Blocks) -> dict[str, str]:
-    """Files of the `partial` folder, header first, then what `blocks` adds; the SHA-256 (hex) of what follows each header.
+def grow(partial: Path, headers: dict[str, bytes], identity: str | None, blocks: Blocks) -> dict[str, BlockHashes]:
+    """Files of the `partial` folder, header first, then what `blocks` adds; the hashes of what follows each header.
 
     `identity` names source and options: work that was noted under the same one goes on, after its bytes have been read and
     compared with the note; any other begins anew, as it always does with None.
@@ -158,7 +151,7 @@ def grow(partial: Path, headers: dict[str, bytes], identity: str | None, blocks:
         for file in files.values():
             file.sync()
         (partial / _NOTE).unlink(missing_ok=True)
-        return {name: file.sha256 for name, file in files.items()}
+        return {name: file.hashes for name, file in files.items()}
     finally:
         for file in files.values():
             file.close()
@@ -167,14 +160,14 @@ def grow(partial: Path, headers: dict[str, bytes], identity: str | None, blocks:
 def _write_note(path: Path, files: dict[str, _Growing], identity: str, done: int) -> None:
     for file in files.values():
         file.sync()  # a note must never be ahead of the bytes
-    written = {name: [file.size, file.sha256] for name, file in files.items()}
+    written = {name: [file.hashes.size, file.hashes.whole] for name, file in files.items()}
     write_json(path, {"identity": identity, "images": done, "files": written})
 
 
 def _resumed(path: Path, files: dict[str, _Growing], identity: str | None) -> int:
     """Images that are there already; 0 where nothing can be gone on with."""
     try:
-        note = json.loads(path.read_bytes())
+        note = parse_json(path.read_bytes())
         if note["identity"] != identity or set(note["files"]) != set(files):
             return 0
         return note["images"] if all(file.resume(*note["files"][name]) for name, file in files.items()) else 0

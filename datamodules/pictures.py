@@ -1,5 +1,6 @@
 """Encoded pictures to pixels: decoded into RGB of 8 bits by one set of rules, then cut and shrunk, by several threads."""
 
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -13,8 +14,10 @@ import numpy as np
 from PIL import Image, ImageCms, ImageColor, UnidentifiedImageError
 
 from datamodules.loading import CORES
+from networks.bounds import check_growth
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+FACTOR = 256  # a blank page is some hundred times as large as its file
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 CENTRE_CROP = "the middle square, Pillow's Lanczos to the resolution, as EDM's dataset_tool --transform=center-crop"
@@ -97,6 +100,7 @@ def decode(
     notes, mend = {}, way_out or "replace it or take it out"
     try:
         image = Image.open(BytesIO(content), formats=formats)
+        check_growth(4 * math.prod(image.size), len(content), "it", factor=FACTOR)
         _check_aspect(image, where, rules)
         if (frames := getattr(image, "n_frames", 1)) > 1:
             notes["hold several frames or pages, of which the first is used"] = f"{frames} of them"

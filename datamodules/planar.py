@@ -65,6 +65,7 @@ class Planar(ImageDataModule):
         num_classes: int = 0,
         conditional: bool = False,
         num_workers: int = 0,
+        verify: bool = False,
     ):
         check_choice("law", law, tuple(LAWS))
         check_counts(points=points)
@@ -78,6 +79,7 @@ class Planar(ImageDataModule):
             num_classes=num_classes,
             conditional=conditional,
             num_workers=num_workers,
+            verify=verify,
         )
         self.law, self.points = law, points
 

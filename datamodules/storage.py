@@ -1,7 +1,6 @@
 """Files and folders that exist whole or not at all, .npy files that are checked before use, and disk space."""
 
 import errno
-import hashlib
 import json
 import math
 import os
@@ -16,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from metrics.files import unfinished
-
-_BLOCK = 1 << 24
+from networks.block_hashes import BlockHashes
 
 
 @contextmanager
@@ -82,23 +80,23 @@ def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
 
 def write_npy(
     path: Path, shape: tuple[int, ...], dtype: np.dtype, chunks: Iterable[np.ndarray], *, trailer: bool = False
-) -> str:
-    """Stream arrays into one .npy file and return the SHA-256 (hex) of its data; `trailer` appends its 32 bytes.
+) -> BlockHashes:
+    """Stream arrays into one .npy file and return the hashes of its data; `trailer` appends the 32 bytes of the whole.
 
     Written, not mapped: on a full disk a write raises OSError, whereas a store to a mapped page kills the process.
     """
-    digest = hashlib.sha256()
+    hashes = BlockHashes()
     with open(path, "xb") as file:
         file.write(npy_header(shape, dtype))
         for chunk in chunks:
             data = memoryview(np.ascontiguousarray(chunk)).cast("B")
-            digest.update(data)
+            hashes.update(data)
             file.write(data)
         if trailer:
-            file.write(digest.digest())
+            file.write(hashes.digest)
         file.flush()
         os.fsync(file.fileno())
-    return digest.hexdigest()
+    return hashes
 
 
 def check_npy(path: Path, shape: tuple[int, ...], dtype: np.dtype, way_out: str, *, trailer: bool = False) -> int:
@@ -124,14 +122,3 @@ def check_npy(path: Path, shape: tuple[int, ...], dtype: np.dtype, way_out: str,
     if size != expected_size:
         raise OSError(f"{path} is damaged, {size} bytes instead of {expected_size}: {way_out}")
     return offset
-
-
-def hash_range(path: Path, offset: int, size: int) -> str:
-    """SHA-256 (hex) of `size` bytes of a file from `offset` on."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        file.seek(offset)
-        while size and (block := file.read(min(size, _BLOCK))):
-            digest.update(block)
-            size -= len(block)
-    return digest.hexdigest()

@@ -102,6 +102,7 @@ class TrajectoryDataModule(pl.LightningDataModule):
         strategy = self.trainer.strategy
         for store in (*self.train_stores, *self.held_out_stores):
             store.fill(strategy.root_device, self.trainer.global_rank, self.trainer.world_size, strategy.barrier)
+            store.verify(everything=self.images is not None and self.images.verify)
             store.spot_check(device=strategy.root_device)
         if len(self.held_out_stores) > 1:
             check_ranges(self.held_out_stores)

@@ -41,8 +41,8 @@ class TrajectoryStore:
     (images clipped to [-1, 1]), float16 and float32 for any state.
 
     The folder's name contains a hash of all that decides the states: teacher weights, solver, noise levels, kept steps,
-    dtype, seeds, labels, shape, shard size. `count` is not among them: a larger one extends the same store, whose shards
-    are always full. Nor is the sampling `batch_size`, whose effect is rounding alone.
+    dtype, seeds, labels, shape, shard size. `count` is not among them: a larger one extends the same store, of which only a
+    last shard that was not full is sampled again. Nor is the sampling `batch_size`, whose effect is rounding alone.
 
     Errors: ValueError for steps, dtypes and sizes that do not fit.
     """
@@ -99,7 +99,8 @@ class TrajectoryStore:
 
     def estimate(self) -> int:
         """Bytes that `fill` has still to write."""
-        return len(self.shards.missing()) * (self.shards.bytes + 160)  # header and hash
+        # 160: header and hash
+        return sum(len(self.shards.entries(shard)) * self.shards.entry_bytes + 160 for shard in self.shards.missing())
 
     def fill(
         self,
@@ -116,19 +117,21 @@ class TrajectoryStore:
         Errors: OSError for a disk that is too small or a damaged shard, ValueError for states that are not finite.
         """
         missing = set(self.shards.missing())
+        entries = {shard: len(self.shards.entries(shard)) for shard in missing}
         if missing:
-            self._prepare(device, rank, len(missing) * self.shards.size)
+            self._prepare(device, rank, sum(entries.values()))
         # The rounds depend on the shards' number alone: what a rank finds missing depends on when it looks.
-        with _progress(len(missing) * self.shards.size, rank) as progress:
+        with _progress(sum(entries.values()), rank) as progress:
             for first in range(0, len(self.shards), world_size):
-                active = len(missing.intersection(range(first, first + world_size)))
+                active = sum(entries.get(shard, 0) for shard in range(first, first + world_size))
                 mine = first + rank
                 if mine in missing and not self.shards.path(mine).exists():
+                    share = active / entries[mine]  # the other ranks' count as well
                     self.shards.write(
-                        mine, self._sample(mine, device, lambda n, ranks=active: progress.update(n * ranks))
+                        mine, self._sample(mine, device, lambda n, s=share: progress.update(round(n * s)))
                     )
                 else:
-                    progress.update(active * self.shards.size)
+                    progress.update(active)
                 if barrier:
                     barrier()
         if barrier and (absent := self.shards.missing()):
@@ -151,9 +154,9 @@ class TrajectoryStore:
 
     def _sample(self, shard: int, device: torch.device | str, done: Callable[[int], object]) -> Iterator[np.ndarray]:
         # The same batches whatever the number of ranks: the result of a kernel may depend on the batch around a sample.
-        end = (shard + 1) * self.shards.size
-        for start in range(shard * self.shards.size, end, self.batch_size):
-            stop = min(start + self.batch_size, end)
+        entries = self.shards.entries(shard)
+        for start in range(entries.start, entries.stop, self.batch_size):
+            stop = min(start + self.batch_size, entries.stop)
             yield self._encode(self._solve(torch.arange(start, stop, device=device))).cpu().numpy()
             done(stop - start)
 
@@ -179,9 +182,9 @@ class TrajectoryStore:
         """
         return torch.from_numpy(self.shards.read(indices))
 
-    def verify(self) -> None:
-        """Errors: OSError where the data of a shard are not those that were written."""
-        self.shards.verify()
+    def verify(self, everything: bool = True) -> None:
+        """Errors: OSError where the data of a shard are not those that were written; without `everything` some are looked at."""
+        self.shards.verify(everything)
 
     def spot_check(self, entries: int = 4, device: torch.device | str = "cpu") -> None:
         """Solve `entries` evenly spread ones again and compare, as root mean square per state.

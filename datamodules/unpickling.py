@@ -1,35 +1,38 @@
 """Pickles of arrays and plain values from elsewhere, read without running anything that they name."""
 
-import pickle
+import math
+import os
 from typing import Any, BinaryIO
 
 import numpy as np
 
-_RECONSTRUCT = np.empty(0).__reduce__()[0]
+from networks.inert_pickle import DamagedPickle, Record, RefusedPickle, read_pickle
+
+_ARRAY = "numpy.ndarray"
+_CODES = ("b1", "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f2", "f4", "f8")
 
 
 def _encode(text: str, encoding: str) -> bytes:
     """How Python 3 writes bytes in the pickles of Python 2."""
     if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it encodes text as {encoding}")
+        raise RefusedPickle("text in another encoding")
     return text.encode("latin1")
 
 
-# By hand instead of by import: a name in the file chooses among these, it never reaches a module.
-_ALLOWED: dict[tuple[str, str], Any] = {
-    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("_codecs", "encode"): _encode,
+def _dtype(code: Any, *_: Any) -> Record:
+    code = code.decode("latin1") if isinstance(code, bytes) else code
+    if code not in _CODES:
+        raise DamagedPickle("an array of an unknown kind")
+    return Record(code)
+
+
+_MAKERS = {
+    "numpy.core.multiarray._reconstruct": lambda *_: Record(_ARRAY),
+    "numpy._core.multiarray._reconstruct": lambda *_: Record(_ARRAY),
+    "numpy.ndarray": None,
+    "numpy.dtype": _dtype,
+    "_codecs.encode": _encode,
 }
-
-
-class _Restricted(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which data of this kind never does")
-        return _ALLOWED[module, name]
 
 
 def unpickle(file: BinaryIO, where: str) -> dict[str, Any]:
@@ -38,9 +41,42 @@ def unpickle(file: BinaryIO, where: str) -> dict[str, Any]:
     Errors: OSError that names `where` for a pickle of anything else, or a damaged one.
     """
     try:
-        content = _Restricted(file, encoding="bytes").load()
-        return {key.decode() if isinstance(key, bytes) else key: value for key, value in content.items()}
-    except Exception as error:  # a damaged pickle can raise anything
+        content = read_pickle(file, _size(file), _MAKERS)
+        if not isinstance(content, dict):
+            raise DamagedPickle(f"a {type(content).__name__} stands where a dict should")
+        return {_text(key): _value(value) for key, value in content.items()}
+    except RefusedPickle as error:
         raise OSError(
-            f"{where} is damaged or no such data ({error or type(error).__name__}); fetch it again"
+            f"{where} is damaged or no such data (it asks for {error}, which data of this kind never does); fetch it again"
         ) from error
+    except DamagedPickle as error:
+        raise OSError(f"{where} is damaged or no such data ({error}); fetch it again") from error
+
+
+def _size(file: BinaryIO) -> int:
+    place = file.tell()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(place)
+    return size
+
+
+def _text(key: Any) -> str:
+    return key.decode("latin1") if isinstance(key, bytes) else str(key)
+
+
+def _value(value: Any) -> Any:
+    return _array(value.state) if isinstance(value, Record) and value.name == _ARRAY else value
+
+
+def _array(state: Any) -> np.ndarray:
+    """From what numpy keeps of one: (version, shape, dtype, whether in Fortran's order, bytes)."""
+    try:
+        _, shape, dtype, fortran, data = state
+        kind = np.dtype(dtype.name).newbyteorder(_text(dtype.state[1]))
+        lengths = tuple(length for length in shape if type(length) is int and length >= 0)
+        whole = len(lengths) == len(shape) and isinstance(data, bytes)
+        if whole and math.prod(lengths) * kind.itemsize == len(data):
+            return np.frombuffer(data, kind).reshape(lengths, order="F" if fortran else "C")
+    except (TypeError, ValueError, LookupError, AttributeError):
+        pass
+    raise DamagedPickle("an array without its values")

@@ -1,7 +1,6 @@
 """A chain of flows to what their errors add up to: measured, drawn, written."""
 
 import copy
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from metrics.flow_picture import draw_flows
 from metrics.flow_tables import text
 from metrics.images import from_uint8
 from metrics.transport import wasserstein
+from networks.bounds import parse_json
 
 MATCHED = 2000  # samples that W2 is taken of, at most: its time grows with their cube
 _PLACE = ("teacher", "method.teacher", "method.teachers")  # where in a chain a run stands
@@ -191,6 +191,6 @@ def load_chain(path: Path) -> Chain:
     if not path.is_file():
         raise FileNotFoundError(f"no measured flows at {path}; make them by evaluate.py 'flows=[...]'")
     try:
-        return from_json(json.loads(path.read_bytes()))
+        return from_json(parse_json(path.read_bytes()))
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); measure the flows again") from error

@@ -15,6 +15,7 @@ from launch.names import names_in
 from metrics.files import inside, write_file
 from metrics.records import Record, load_records
 from metrics.tables import table
+from networks.bounds import check_aliases
 
 # Of a run that has begun these may change: they move its results by rounding at most. config.yaml keeps the first values.
 FREE = (
@@ -23,6 +24,7 @@ FREE = (
     "trainer.channels_last",
     "trainer.profile",
     "logger.tensorboard._target_",
+    "data.verify",
 )
 
 
@@ -91,11 +93,13 @@ class RunFolder:
             raise FileNotFoundError(f"{self.path} holds no run (no config.yaml); give a folder that train.py made")
         inside(self.path, self.config.name)
         try:
+            check_aliases(self.config.read_text())
             config = OmegaConf.load(self.config)
             plain = OmegaConf.to_container(config)
             found = re.search(r"\$\{[^}]*\}?", json.dumps(plain))
         except Exception as error:
-            raise ValueError(f"{self.config} can't be read ({type(error).__name__}); restore or remove it") from error
+            reason = str(error) if type(error) is ValueError else type(error).__name__
+            raise ValueError(f"{self.config} can't be read ({reason}); restore or remove it") from error
         if found:
             raise ValueError(
                 f"{self.config} holds {found[0]}, which is not resolved: the config of a run has plain values; put one there"

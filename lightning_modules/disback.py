@@ -102,7 +102,7 @@ class Backtracking:
         super().setup(stage)
         if stage == "fit" and self.path:
             for step in self.path.steps:  # a missing or damaged node shows now, not after hours
-                self.path.load(step, self.target.denoiser.network)
+                self.path.load(step, self.target.denoiser.network, verify=getattr(self.data, "verify", False))
             self.fake.network.load_state_dict(self.target.denoiser.network.state_dict())
 
     def on_fit_start(self) -> None:

@@ -1,7 +1,6 @@
 """Curves in files: read from a run's folder; a comparison written as JSON and read again."""
 
 import csv
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, astuple
@@ -11,6 +10,7 @@ from typing import Any
 from metrics.convergence import Comparison
 from metrics.curve import CURRENCIES, Cost, Curve
 from metrics.files import inside
+from networks.bounds import parse_json
 
 _FRECHET = ("fid", "fd_")  # how the metrics begin that curves are of
 UPDATES, SECONDS = "progress/student_updates", "speed/training_seconds"
@@ -99,13 +99,13 @@ def read_preparation(folder: Path) -> Cost:
 def read_numbers(path: Path, *keys: str) -> dict[str, float | None]:
     """Those entries of a JSON file, None where one is missing. ValueError, naming the file, for what is damaged or no number."""
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
         found = {key: content.get(key) for key in keys} if isinstance(content, dict) else {"it": "no dict"}
         for key, value in found.items():
             number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
             if value is not None and not number:
                 raise ValueError(f"{key} is {value!r:.50}")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); restore or remove it") from error
     return found
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metrics.dinov2 import DINOv2
+from networks.bounds import check_archive, check_tensors
 from networks.weights import find_weights, hash_file, hash_state
 
 # For pictures of one's own, where no weights fit or are there.
@@ -176,7 +177,8 @@ def _network(name: str, extractor: type[nn.Module], path: Path, published: str) 
 
 
 def _state(path: Path) -> dict[str, Tensor]:
-    return torch.load(path, map_location="cpu", weights_only=True)
+    check_archive(path)
+    return check_tensors(torch.load(path, map_location="cpu", weights_only=True), path)
 
 
 def _dinov2(name: str, extractor: type[nn.Module], state: dict[str, Tensor]) -> nn.Module:

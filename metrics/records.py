@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from metrics.files import write_file
+from networks.bounds import parse_json
 
 SUBJECTS = ("teacher", "student", "real")
 NOTHING = {"measured": "nothing, by evaluation=none"}  # what metrics.json says of a run that ends without a measurement
@@ -107,13 +108,13 @@ def load_records(path: str | Path) -> list[Record]:
     if not path.is_file():
         raise FileNotFoundError(f"no metrics at {path}; measure the run with `python evaluate.py run=...`")
     try:
-        entries = json.loads(path.read_bytes())
+        entries = parse_json(path.read_bytes())
         if entries == NOTHING:
             return []
         if not isinstance(entries, list) or not entries:
             raise ValueError("it is empty" if entries in ([], {}) else f"it holds a {type(entries).__name__}")
         return [_record(entry) for entry in entries]
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(
             f"{path} is damaged or no list of metrics ({error}); move it away and measure again"
         ) from error

@@ -84,7 +84,8 @@ def reference_statistics(
     cache = None
     if cache_folder is not None:
         cache = Path(cache_folder) / f"{extractor.name}-{extractor.hash[:16]}-{packed.hash[:16]}.npz"
-        cached = from_rank_zero(lambda: load_statistics(cache) if cache.exists() else None)
+        identity = f"extractor {extractor.hash}, images {packed.hash}"
+        cached = from_rank_zero(lambda: load_statistics(cache, identity) if cache.exists() else None)
         if cached is not None and not keep_features:
             return Reference(*cached, packed.hash).to(device)
     rows = None
@@ -97,7 +98,7 @@ def reference_statistics(
             gaussian.update(part)
         gaussian = gaussian.merged()
     if cache is not None and cached is None:
-        from_rank_zero(lambda: save_statistics(cache, gaussian.mean, gaussian.cov))
+        from_rank_zero(lambda: save_statistics(cache, gaussian.mean, gaussian.cov, identity))
     return Reference(gaussian.mean, gaussian.cov, packed.hash, rows)
 
 

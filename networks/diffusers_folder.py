@@ -1,7 +1,6 @@
 """Folders as diffusers' hub publishes them: a UNet2DModel's weights, its config.json and its scheduler's."""
 
 import inspect
-import json
 import pickle
 import re
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from networks.bounds import check_archive, check_tensors, parse_json
 from networks.diffusers_unet import DiffusersUNet
 from networks.source import Source, check_equal
 
@@ -65,7 +65,8 @@ def _load(file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        check_archive(file)
+        state = check_tensors(torch.load(file, map_location="cpu", weights_only=True), file)
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
         raise OSError(f"{file} is damaged or cut short ({_line(error)}); delete it and fetch it again") from error
     except pickle.UnpicklingError as error:
@@ -83,7 +84,7 @@ def _line(error: Exception) -> str:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_bytes())
+        content = parse_json(file.read_bytes())
         if not isinstance(content, dict):
             raise ValueError("it is no list of options")
         return content

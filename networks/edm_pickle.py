@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from networks.dhariwal_unet import DhariwalAttention, DhariwalUNet
-from networks.inert_pickle import DamagedPickle, Record, RefusedPickle, read_pickle
+from networks.inert_pickle import DamagedPickle, Record, RefusedPickle, read_pickle, shown
 from networks.layers import Downsample
-from networks.pickled_tensors import parameter_of, storage_from_bytes, tensor_of
+from networks.pickled_tensors import Storages, parameter_of, tensor_of
 from networks.song_unet import SongUNet
 from networks.source import Source, check_equal
 
 CHANNELS_PER_HEAD = 64  # of EDM's ADM, which has no option for it
+_LONGEST = 200  # letters of a layer's name
 # Class in the file: our preconditioning, and what their attributes are called here.
 PRECONDITIONINGS = {
     "EDMPrecond": ("EDM", {"sigma_data": "sigma_data"}),
@@ -79,7 +80,12 @@ def converted(state: Mapping[str, Tensor], network: SongUNet | DhariwalUNet) -> 
         if name.endswith("resample_filter"):
             continue
         ours, like = own.get(name, (name, value))
-        if "qkv" in name:  # theirs are q0, k0, v0, q1, ...; ours all q, all k, all v
+        if name not in own or value.numel() != like.numel():  # `check_state` has the message
+            result[ours] = value
+            continue
+        if (
+            "qkv" in name and value.ndim and len(value) % 3 == 0
+        ):  # theirs are q0, k0, v0, q1, ...; ours all q, all k, all v
             value = value.unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1)
         if (
             value.ndim == 4 and like.ndim == 2 and value.shape[2:] == (1, 1)
@@ -124,7 +130,8 @@ def _ema(file: Path) -> Record:
     """The averaged network of the file. Errors: OSError for a damaged file, ValueError for one that wants more than data."""
     try:
         with open(file, "rb") as stream:
-            content = read_pickle(stream, file.stat().st_size, _MAKERS)
+            makers = {**_MAKERS, "torch.storage._load_from_bytes": Storages()}
+            content = read_pickle(stream, file.stat().st_size, makers)
     except DamagedPickle as error:
         raise OSError(f"{file} is damaged, cut short or no pickle ({error}); delete it and fetch it again") from error
     except RefusedPickle as error:
@@ -166,9 +173,14 @@ def _tensors(root: Record) -> Iterator[tuple[str, Tensor]]:
         prefix, module = waiting.pop()
         if id(module) in reached:
             raise DamagedPickle("a layer is held twice")
+        if len(prefix) > _LONGEST:
+            raise DamagedPickle(f"its layers {shown(prefix)} are nested too deeply")
         reached.add(id(module))
         for group in ("_parameters", "_buffers"):
-            for name, value in (_attributes(module).get(group) or {}).items():
+            values = _attributes(module).get(group) or {}
+            if not isinstance(values, dict):
+                raise DamagedPickle(f"the layer {shown(prefix)} has a {type(values).__name__} of tensors")
+            for name, value in values.items():
                 if value is not None:
                     yield f"{prefix}{name}", parameter_of(value)
         waiting += [(f"{prefix}{name}.", child) for name, child in _children(module).items()]
@@ -176,7 +188,7 @@ def _tensors(root: Record) -> Iterator[tuple[str, Tensor]]:
 
 def _check_preconditioning(file: Path, outer: Record, preconditioning: nn.Module) -> None:
     if outer.name not in PRECONDITIONINGS:
-        raise ValueError(f"{file} holds a {outer.name}; {', '.join(PRECONDITIONINGS)} can be read")
+        raise ValueError(f"{file} holds a {shown(outer.name)[1:-1]}; {', '.join(PRECONDITIONINGS)} can be read")
     theirs, constants = PRECONDITIONINGS[outer.name]
     check_equal(file, {"preconditioning": (theirs, type(preconditioning).__name__)})
     have = _attributes(outer)
@@ -207,7 +219,7 @@ def _check_network(
     if kernel is not None:
         for theirs in filters:
             if theirs.shape != kernel.shape or not torch.allclose(theirs.float(), kernel.cpu(), atol=1e-6):
-                pairs["network.resample_filter, of taps"] = (theirs.shape[-1], kernel.shape[-1])
+                pairs["network.resample_filter, of taps"] = (theirs.shape[-1] if theirs.ndim else 0, kernel.shape[-1])
     check_equal(file, pairs)
 
 
@@ -241,7 +253,6 @@ _MAKERS = {
     "torch.nn.modules.container.ModuleDict": lambda: Record("ModuleDict"),
     "torch._utils._rebuild_parameter": parameter_of,
     "torch._utils._rebuild_tensor_v2": tensor_of,
-    "torch.storage._load_from_bytes": storage_from_bytes,
     "collections.OrderedDict": _empty,
     "dnnlib.util.EasyDict": _empty,
     "numpy.dtype": _numpy_dtype,

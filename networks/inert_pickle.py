@@ -6,12 +6,15 @@ memory stays within a small multiple of the file's size.
 """
 
 import pickletools
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 MOST_INSTRUCTIONS = 1 << 20  # EDM's largest network has some 10^5
-_KEYS = (str, int, float, type(None))
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring = 2, 100
+_KEYS = (str, bytes, int, float, type(None))
 
 
 class DamagedPickle(Exception):
@@ -29,12 +32,15 @@ class Global:
     name: str
 
 
-@dataclass
+@dataclass(repr=False)
 class Record:
     """An object of a class that is known by name alone, and the state that it would have been given."""
 
     name: str
     state: Any = None
+
+    def __repr__(self) -> str:
+        return f"an object of {self.name[:50]!r}"  # the state may be longer than any memory
 
 
 class _Bounded:
@@ -53,6 +59,11 @@ class _Bounded:
 
     def tell(self) -> int:
         return self._file.tell()
+
+
+def shown(value: Any) -> str:
+    """A value of a file as a message shows it, in 100 letters at most: nested tuples may be longer than any memory."""
+    return _SHORT.repr(value).encode("ascii", "backslashreplace").decode()[:100]
 
 
 def read_pickle(
@@ -106,6 +117,8 @@ class _Machine:
                 stack.append(argument)
             case "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8" | "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8":
                 stack.append(argument)
+            case "BINSTRING" | "SHORT_BINSTRING":  # text of Python 2, as `pickletools` decodes it
+                stack.append(argument.encode("latin1"))
             case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_SET" | "EMPTY_TUPLE":
                 stack.append({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": set, "EMPTY_TUPLE": tuple}[opcode]())
             case "TUPLE":
@@ -147,7 +160,7 @@ class _Machine:
 
     def _global(self, module: Any, name: Any) -> Global:
         if not (isinstance(module, str) and isinstance(name, str)) or f"{module}.{name}" not in self._makers:
-            raise RefusedPickle(ascii(f"{module}.{name}" if isinstance(name, str) else type(name).__name__)[1:101])
+            raise RefusedPickle(shown(f"{module}.{name}").strip("'") if isinstance(name, str) else type(name).__name__)
         return Global(f"{module}.{name}")
 
     def _call(self, function: Any, arguments: Any) -> Any:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from networks.bounds import check_archive
 from networks.checks import check_counts
 from networks.weights import find_weights
 
@@ -96,6 +97,7 @@ def _read_vgg16(weights: str | Path | None) -> nn.Sequential:
         ) from error
     try:
         # The published file is older than the zip format of torch.save, and only that can be mapped.
+        check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # of many kinds
         raise OSError(f"{path} is damaged or no file of weights; delete it and fetch it again") from error

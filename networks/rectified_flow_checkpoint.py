@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from networks.bounds import check_archive, check_tensors
 from networks.layers import Attention, Downsample
 from networks.song_unet import SongUNet
 from networks.source import Source, check_equal
@@ -105,7 +106,8 @@ def _layers(network: SongUNet) -> Iterator[tuple[str, dict[str, str]]]:
 def _averages(file: Path) -> tuple[dict[str, Tensor], int]:
     """Averaged parameters by their names below `all_modules.`, and the step of training."""
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        check_archive(file)
+        content = check_tensors(torch.load(file, map_location="cpu", weights_only=True), file)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{file} was refused: it is no file of tensors alone, and nothing in it was executed"

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from networks.inert_pickle import shown
 from networks.weights import check_state, find_file, hash_file, places, save_weights
 
 
@@ -71,5 +72,5 @@ def check_equal(file: Path, pairs: dict[str, tuple[Any, Any]]) -> None:
     for option, (theirs, ours) in pairs.items():
         if theirs != ours:
             raise ValueError(
-                f"{file} has {option}={theirs!r}, the configured teacher {ours!r}; choose another teacher or file"
+                f"{file} has {option}={shown(theirs)}, the configured teacher {ours!r}; choose another teacher or file"
             )

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from metrics.files import unfinished
+from networks.block_hashes import BlockHashes, hash_range, unchanged
+from networks.bounds import parse_json
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,8 +37,12 @@ def save_weights(path: str | Path, state_dict: Mapping[str, Tensor], card: dict,
     try:
         with unfinished(path) as new_weights, unfinished(card_path) as new_card:
             # Not save_file, which makes files that only their owner can read.
-            new_weights.write_bytes(save({name: t.detach().cpu().contiguous() for name, t in state_dict.items()}))
-            new_card.write_text(json.dumps({**card, "sha256": hash_file(new_weights)}, indent=2) + "\n")
+            data = save({name: t.detach().cpu().contiguous() for name, t in state_dict.items()})
+            new_weights.write_bytes(data)
+            hashes = BlockHashes()
+            hashes.update(data)
+            blocks = {"blocks": hashes.blocks} if hashes.blocks else {}
+            new_card.write_text(json.dumps({**card, "sha256": hashes.whole, **blocks}, indent=2) + "\n")
             os.replace(new_card, card_path)
             os.replace(new_weights, path)
     except (OSError, SafetensorError) as error:
@@ -46,13 +52,16 @@ def save_weights(path: str | Path, state_dict: Mapping[str, Tensor], card: dict,
 def load_weights(path: str | Path, module: nn.Module, sha256: str | None = None) -> None:
     """Copy the weights of the file `path` (see `find_weights`) into `module`, each cast to the dtype it has there.
 
-    Every name and shape must fit, else ValueError; `module` is then as it was. `sha256`: the file's expected hash.
+    Every name and shape must fit, else ValueError; `module` is then as it was. `sha256`: the file's expected hash. Without it
+    a file that has a card is compared with that, a long one in some of its blocks.
     Raises FileNotFoundError for a missing file and OSError for a damaged one or another hash.
     """
     path = find_weights(path)
     if sha256 is not None and (found := hash_file(path)) != sha256.lower():
         raise OSError(f"{path} has SHA-256 {found}, expected {sha256}; fetch it again or correct teacher.sha256")
     try:
+        if sha256 is None and not _is_of_its_card(path):
+            raise OSError(f"its SHA-256 is not that of {path.with_suffix('.json').name}")
         state = load_file(path)
     except (SafetensorError, OSError) as error:
         raise OSError(
@@ -62,8 +71,21 @@ def load_weights(path: str | Path, module: nn.Module, sha256: str | None = None)
     module.load_state_dict(state)
 
 
+def _is_of_its_card(path: Path) -> bool:
+    """Whether the file is the one that its card describes, as far as `unchanged` looks; true where there is no card."""
+    try:
+        card = read_card(path)
+    except OSError:
+        return True
+    blocks = card.get("blocks", ())
+    return isinstance(blocks, list | tuple) and unchanged(path, 0, path.stat().st_size, card["sha256"], blocks)
+
+
 def check_state(file: str | Path, state: Mapping[str, Tensor], module: nn.Module) -> None:
-    """Errors: ValueError, one line, where a name or shape in `state`, read from `file`, is not that of the module."""
+    """Errors: ValueError, one line, where a name or shape in `state`, read from `file`, is not that of the module.
+
+    Neither are integers taken for weights, nor numbers of 8 bits, which mean nothing without the scales that belong to them.
+    """
     own = module.state_dict()
     problems = {
         "missing": sorted(own.keys() - state.keys()),
@@ -72,6 +94,11 @@ def check_state(file: str | Path, state: Mapping[str, Tensor], module: nn.Module
             f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
             for name in sorted(own.keys() & state.keys())
             if state[name].shape != own[name].shape
+        ],
+        "of another kind": [
+            f"{name} {_kind(state[name])} instead of {_kind(own[name])}"
+            for name in sorted(own.keys() & state.keys())
+            if own[name].is_floating_point() and not (state[name].is_floating_point() and state[name].itemsize > 1)
         ],
     }
     if any(problems.values()):
@@ -83,7 +110,7 @@ def read_card(path: str | Path) -> dict:
     """The card of the weights in the file `path`; OSError, naming the card, where it is missing or damaged."""
     card = Path(path).with_suffix(".json")
     try:
-        content = json.loads(card.read_bytes())
+        content = parse_json(card.read_bytes())
         if not isinstance(content, dict) or "sha256" not in content:
             raise ValueError("it has no sha256")
         return content
@@ -133,11 +160,11 @@ def hash_state(state: nn.Module | Mapping[str, Tensor]) -> str:
 
 def hash_file(path: Path) -> str:
     """SHA-256 of a file, 64 hex digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return hash_range(path, 0, path.stat().st_size)
+
+
+def _kind(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _shorten(names: list[str], shown: int = 5) -> str:

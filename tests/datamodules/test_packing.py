@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections import namedtuple
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ import torch
 
 from datamodules import partial
 from datamodules.packing import PackedImages, pack
-from datamodules.storage import check_npy, write_npy
+from datamodules.storage import check_npy, write_json, write_npy
+from networks.block_hashes import hash_range
 
 FORK = multiprocessing.get_context("fork")
 META = {"name": "toy", "classes": 3, "source": "numpy", "preprocessing": "none"}
@@ -355,13 +357,77 @@ def test_missing_folder(tmp_path):
         PackedImages(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("name", ["images.npy", "labels.npy"])
-def test_verify_finds_one_changed_bit(folder, name):
-    data = bytearray((folder / name).read_bytes())
-    data[-1] ^= 1
-    (folder / name).write_bytes(data)
-    with pytest.raises(OSError, match=f"{name} is damaged, its SHA-256 is not meta.json's: delete the folder"):
+def one_bit(values: np.ndarray) -> None:
+    values.reshape(-1)[-1] ^= 1
+
+
+def noise(values: np.ndarray) -> None:
+    values[:] = np.random.default_rng(5).integers(0, 2, values.shape)
+
+
+def change(path: Path, how) -> None:
+    values = np.load(path)
+    how(values)
+    np.save(path, values)
+
+
+@pytest.mark.parametrize(("name", "how"), [("images.npy", one_bit), ("images.npy", noise), ("labels.npy", noise)])
+@pytest.mark.parametrize("everything", [False, True])
+def test_any_change_of_a_small_file_is_found_at_every_start(folder, name, how, everything):
+    change(folder / name, how)
+    with pytest.raises(
+        OSError, match=f"{name} is damaged, its SHA-256 is not meta.json's: delete the folder .*toy and"
+    ):
+        PackedImages(folder).verify(everything)
+
+
+def test_of_a_long_file_a_few_blocks_are_compared_at_each_start_and_all_on_request(tmp_path, monkeypatch):
+    monkeypatch.setattr("networks.block_hashes.BLOCK", 64)
+    folder = tmp_path / "toy"
+    packed = pack_toy(folder)
+    data = IMAGES.tobytes()
+    blocks = [sha256(data[start : start + 64]).hexdigest()[:32] for start in range(0, len(data), 64)]
+    assert packed.meta["blocks"]["images.npy"] == blocks
+    read = []
+    monkeypatch.setattr("networks.block_hashes.hash_range", lambda *place: read.append(place) or hash_range(*place))
+    for _ in range(30):
+        packed.verify(everything=False)
+    images = [place for place in read if place[0].name == "images.npy"]
+    assert len(images) == 30 * 4  # bounded
+    assert all(size <= 64 for _, _, size in images)
+    assert len({start for _, start, _ in images}) > len(blocks) / 2  # others each time
+    change(folder / "images.npy", one_bit)
+    message = "images.npy is damaged, its SHA-256 is not meta.json's"
+    with pytest.raises(OSError, match=message):
+        packed.verify()
+    with pytest.raises(OSError, match=message):
+        for _ in range(1000):
+            packed.verify(everything=False)
+    change(folder / "images.npy", noise)
+    with pytest.raises(OSError, match=message):
+        packed.verify(everything=False)
+
+
+def test_a_long_file_of_an_earlier_version_has_one_hash_which_is_compared_on_request(tmp_path, monkeypatch):
+    monkeypatch.setattr("networks.block_hashes.BLOCK", 64)
+    folder = tmp_path / "toy"
+    meta = pack_toy(folder).meta
+    del meta["blocks"]
+    write_json(folder / "meta.json", meta)
+    for everything in (False, True):
+        PackedImages(folder).verify(everything)
+    change(folder / "images.npy", one_bit)
+    PackedImages(folder).verify(everything=False)
+    with pytest.raises(OSError, match="images.npy is damaged, its SHA-256 is not meta.json's"):
         PackedImages(folder).verify()
+
+
+def test_labels_out_of_range_are_damage(folder):
+    change(folder / "labels.npy", lambda labels: labels.__setitem__(3, 7))
+    with pytest.raises(
+        OSError, match=r"labels.npy is damaged, labels 0 to 7 of 3 classes: delete the folder .*toy and"
+    ):
+        PackedImages(folder)
 
 
 def test_any_damaged_header_byte_is_an_oserror_or_harmless(tmp_path):

@@ -67,7 +67,7 @@ def test_states_come_in_the_asked_order_across_shards(tmp_path):
     store.fill()
     indices = np.array([19, 0, 7, 8, 8, 3, 16])
     assert torch.equal(store.states(indices), everything(store)[indices])
-    for wrong in (20, -1):  # entry 20 is on disk, in the full last shard, but was not asked for
+    for wrong in (20, -1):
         with pytest.raises(IndexError, match="exceed 20 entries"):
             store.states(np.array([wrong]))
 
@@ -89,15 +89,27 @@ def test_the_sampling_batch_changes_nothing_but_rounding(tmp_path):
 
 
 def test_a_larger_count_extends_the_same_store(tmp_path):
-    small = store_of(tmp_path, count=5)
+    small = store_of(tmp_path, count=13)
     small.fill()
-    before = small.shards.path(0).stat().st_ino
+    assert [path.name for path in sorted(small.folder.glob("*.npy"))] == ["shard-00000.npy", "shard-00001-first-5.npy"]
+    before, states = small.shards.path(0).stat().st_ino, everything(small)
     large = store_of(tmp_path, count=20)
-    assert large.estimate() == 2 * (8 * 32 + 160)
+    assert large.estimate() == (8 + 4) * 32 + 2 * 160  # the shard that was not full is sampled again
     large.fill()
     assert large.shards.path(0).stat().st_ino == before
-    assert torch.equal(everything(small), everything(large)[:5])
-    assert large.estimate() == 0
+    assert torch.equal(states, everything(large)[:13])
+    assert large.estimate() == store_of(tmp_path, count=13).estimate() == 0
+    assert torch.equal(everything(store_of(tmp_path, count=13)), states)
+
+
+def test_a_tiny_store_samples_no_more_than_it_is_asked_for(tmp_path):
+    teacher, solved = GaussianTeacher(), []
+    sample = teacher.trajectory
+    teacher.trajectory = lambda noise, *args, **options: solved.append(len(noise)) or sample(noise, *args, **options)
+    store = store_of(tmp_path, teacher, count=5, shard_size=1024, batch_size=256)
+    store.fill()
+    assert sum(solved) == 5
+    assert len(everything(store)) == 5
 
 
 def test_address_depends_on_all_that_decides_the_states_and_on_nothing_else(tmp_path):
@@ -222,16 +234,26 @@ def test_a_damaged_shard_is_named_and_only_it_is_sampled_again(tmp_path, how, me
     assert store.shards.path(0).stat().st_ino == untouched
 
 
-def test_verify_finds_one_changed_bit(tmp_path):
-    store = store_of(tmp_path)
+def test_a_changed_bit_is_found_in_some_shards_at_each_start_and_in_all_on_request(tmp_path, monkeypatch):
+    monkeypatch.setattr("datamodules.shards.BLOCK", 64)  # one shard has as many bytes as are read at a start
+    store = store_of(tmp_path, count=40)
     store.fill()
     path = store.shards.path(2)
     data = bytearray(path.read_bytes())
     data[-33] ^= 1  # the last byte before the hash
     path.write_bytes(data)
     store.shards.missing()  # header and size are as they should be
-    with pytest.raises(OSError, match="shard-00002.npy is damaged, its data do not have the recorded SHA-256"):
+    message = "shard-00002.npy is damaged, its data do not have the recorded SHA-256: delete this file and run again"
+    with pytest.raises(OSError, match=message):
         store.verify()
+    with pytest.raises(OSError, match=message):
+        for _ in range(1000):
+            store.verify(everything=False)
+    found = []
+    monkeypatch.setattr("datamodules.shards.hash_range", lambda path, *_: found.append(path) or "")
+    with pytest.raises(OSError, match="damaged"):
+        store.verify(everything=False)
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize(("dtype", "keep"), [("uint8", None), ("float16", [1, 5]), ("float32", [5])])
@@ -241,12 +263,12 @@ def test_spot_check_finds_a_tampered_entry_and_another_teacher(tmp_path, dtype, 
     store.spot_check(4)
     path = store.shards.path(2)
     data = bytearray(path.read_bytes())
-    size = store.shards.bytes // 8
-    last = len(data) - 32 - 4 * size - size  # entry 19 is the fourth of the third shard
+    size = store.shards.entry_bytes
+    last = len(data) - 32 - size
     data[last : last + size] = data[last - size : last]  # the entry before it in its place
     path.write_bytes(data)
     fresh = store_of(tmp_path, dtype=dtype, keep=keep)
-    message = "shard-00002.npy: entry 19 is not what teacher gauss gives now; delete this file and run again"
+    message = "shard-00002-first-4.npy: entry 19 is not what teacher gauss gives now; delete this file and run again"
     with pytest.raises(OSError, match=message):
         fresh.spot_check(4)
     path.unlink()
@@ -283,7 +305,7 @@ def test_estimate_is_printed_and_is_what_the_disk_holds(tmp_path, capsys):
 def test_too_small_a_disk_is_refused_with_both_numbers(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 0, 1000))
-    with pytest.raises(OSError, match=r"disk too small for .*gauss-\w+: needed 1.25 kB, free 1 kB; free space"):
+    with pytest.raises(OSError, match=r"disk too small for .*gauss-\w+: needed 1.12 kB, free 1 kB; free space"):
         store_of(tmp_path).fill()
     assert not list(tmp_path.iterdir())
     store_of(tmp_path, count=16).fill()  # two shards, 832 bytes

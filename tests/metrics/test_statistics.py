@@ -67,6 +67,44 @@ def test_bad_reference_files_are_refused_by_name(tmp_path):
             load_statistics(path)
     with pytest.raises(ValueError, match=r"other\.npz is damaged or holds no .*sigma"):
         load_statistics(tmp_path / "other.npz")
-    np.savez(path, mu=np.zeros(4), sigma=np.eye(5))
-    with pytest.raises(ValueError, match=r"mu \(4,\) and sigma \(5, 5\)"):
-        load_statistics(path)
+
+
+@pytest.mark.parametrize(
+    ("mu", "sigma", "message"),
+    [
+        (np.zeros(4), np.eye(5), r"mu \(4,\) and sigma \(5, 5\) are no mean \(D,\) and covariance \(D, D\)"),
+        (np.zeros((2, 2)), np.eye(2), r"mu \(2, 2\) and sigma \(2, 2\) are no mean"),
+        (np.full(2, np.nan), np.eye(2), "values of mu or sigma are not finite"),
+        (np.zeros(2), np.diag([1.0, np.inf]), "values of mu or sigma are not finite"),
+        (np.zeros(2), np.eye(2) * 1j, "sigma holds values of the kind complex128 instead of real numbers"),
+        (np.zeros(2, bool), np.eye(2), "mu holds values of the kind bool"),
+        (np.zeros(2), np.diag([1.0, -0.01]), "sigma is no covariance, the variance is negative in some direction"),
+        (np.zeros(2), np.array([[1.0, 2.0], [2.0, 1.0]]), "the variance is negative in some direction"),
+        (np.zeros(2), -np.eye(2), "sigma is not symmetric, or has negative variances"),
+        (np.zeros(2), np.array([[1.0, 0.5], [0.0, 1.0]]), "sigma is not symmetric"),
+    ],
+)
+def test_statistics_that_no_images_can_have_are_refused(tmp_path, mu, sigma, message):
+    np.savez(tmp_path / "bad.npz", mu=mu, sigma=sigma)
+    with pytest.raises(
+        ValueError, match=f"bad.npz is damaged or holds no reference statistics.*{message}.*; delete it"
+    ):
+        load_statistics(tmp_path / "bad.npz")
+
+
+@pytest.mark.parametrize("dim", [1, 30, 64])
+def test_covariances_of_few_or_equal_images_are_no_damage(tmp_path, dim):
+    """Of rank 9 and 0, hence with variances that are negative by rounding."""
+    for values in (rows(10, dim), 300 + rows(10, dim), torch.ones(10, dim)):
+        running = RunningGaussian(dim).update(values)
+        save_statistics(tmp_path / "a.npz", running.mean, running.cov)
+        assert torch.equal(load_statistics(tmp_path / "a.npz")[1], running.cov)
+
+
+def test_statistics_say_what_they_are_of(tmp_path):
+    save_statistics(tmp_path / "a.npz", torch.zeros(2), torch.eye(2), "extractor A, images B")
+    load_statistics(tmp_path / "a.npz", "extractor A, images B")
+    with pytest.raises(ValueError, match="a.npz is damaged .*it was made of other images or by another extractor"):
+        load_statistics(tmp_path / "a.npz", "extractor A, images C")
+    save_statistics(tmp_path / "a.npz", torch.zeros(2), torch.eye(2))  # as EDM's, and ours of earlier versions
+    load_statistics(tmp_path / "a.npz", "extractor A, images B")

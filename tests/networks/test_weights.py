@@ -137,6 +137,18 @@ def test_wrong_names_and_shapes_are_named_in_one_line_and_nothing_is_loaded(tmp_
     assert equal(net, Net(seed=1))
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_weights_that_are_no_numbers_of_16_bits_or_more_are_refused(tmp_path, dtype):
+    path, state = tmp_path / "a.safetensors", Net().state_dict()
+    save_weights(path, state | {"out.bias": state["out.bias"].to(dtype)}, CARD)
+    net = Net(seed=1)
+    with pytest.raises(
+        ValueError, match="does not fit this Net: of another kind: out.bias .* instead of float32; check"
+    ):
+        load_weights(path, net)
+    assert equal(net, Net(seed=1))
+
+
 def test_many_wrong_names_are_counted(tmp_path):
     save_weights(tmp_path / "a.safetensors", {f"w{i}": torch.zeros(1) for i in range(9)}, CARD)
     with pytest.raises(ValueError, match="unexpected: w0, w1, w2, w3, w4 and 4 more"):
@@ -154,6 +166,24 @@ def test_the_files_hash_is_checked(saved):
     with pytest.raises(OSError, match=f"has SHA-256 {found}, expected {digest}"):
         load_weights(saved, net, sha256=digest)
     assert equal(net, Net(seed=1))
+
+
+def test_a_file_is_compared_with_its_card_a_long_one_in_some_blocks(saved, monkeypatch):
+    load_weights(saved, Net(seed=1))
+    for block, found in ((1 << 22, True), (64, None)):
+        monkeypatch.setattr("networks.block_hashes.BLOCK", block)
+        save_weights(saved, Net().state_dict(), CARD, replace=True)
+        assert ("blocks" in json.loads(saved.with_suffix(".json").read_text())) == (found is None)
+        data = bytearray(saved.read_bytes())
+        data[-1] ^= 1
+        saved.write_bytes(data)
+        with pytest.raises(
+            OSError, match=r"damaged.* \(its SHA-256 is not that of net.json\); delete it and fetch or train"
+        ):
+            for _ in range(1 if found else 1000):
+                load_weights(saved, Net(seed=1))
+    saved.with_suffix(".json").unlink()  # a file from elsewhere has none
+    load_weights(saved, Net(seed=1))
 
 
 def test_relative_paths_are_sought_here_then_in_the_project(saved, tmp_path, monkeypatch):
