@@ -40,7 +40,8 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     A batch on the device is {"image": float32 (B, C, H, W) in [-1, 1], "label": int64 (B,), "position": int64 (B,)}, the
     label only where there are classes and `conditional` holds; `num_classes` is 0 otherwise. Positions count the images of
     all batches and devices. `batch_size` counts all devices together. `flip` mirrors half of the images left to right.
-    `num_workers` helps only where images are decoded or the disk is slow.
+    `num_workers` helps only where images are decoded or the disk is slow. `verify` compares all that is packed with its hashes
+    before it is used, instead of a few blocks of each file, and so are stored trajectories and degradation nodes.
 
     Errors: ValueError for sizes other than those of the packed images, or a batch that the devices cannot divide evenly.
     """
@@ -61,6 +62,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         conditional: bool = True,
         flip: bool = False,
         num_workers: int = 0,
+        verify: bool = False,
     ):
         super().__init__()
         check_counts(batch_size=batch_size, resolution=resolution, channels=channels)
@@ -75,6 +77,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         self.conditional = conditional
         self.flip = flip
         self.num_workers = num_workers
+        self.verify = verify
         self._packed: PackedImages | None = None
 
     @property
