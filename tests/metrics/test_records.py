@@ -51,7 +51,7 @@ def changed(**changes):
         ("[{", "Expecting"),
         ("", "Expecting value"),
         ("{}x", "Extra data"),
-        ("[" * 100_000, "recursion"),
+        ("[" * 100_000, "nested too deeply"),
         ("[]", "it is empty"),
         ("{}", "it is empty"),
         ("null", "it holds a NoneType"),
