@@ -52,7 +52,8 @@ def test_a_run_measured_again_gives_the_same_values(finished, tmp_path):
     assert before.items() <= snapshot(tmp_path / RUN).items()
     # The names hold a hash of the teacher's weights, random here: values seldom tell two such teachers apart.
     ours, theirs = ({path.name for path in (f / "data" / "measured").iterdir()} for f in (tmp_path, finished))
-    assert ours == theirs
+    assert len(ours) == 1
+    assert ours < theirs  # which has the curve's line too
     for name in ("samples.png", "interpolation.png"):
         ours, theirs = (np.asarray(Image.open(f / name)) for f in (tmp_path / RUN / "evaluation", finished / RUN))
         assert np.array_equal(ours, theirs)
