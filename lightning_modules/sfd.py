@@ -133,7 +133,10 @@ class SFD(DenseTargets):
         sigma, taus = table[0], table[self.stride :: self.stride, None, None, None]
         self.tell(self.steps_under_way)
         states = euler_step(x[:, None], self.student.branches(x, sigma, batch.get("label")), sigma, taus)
-        self.ends.append(states[:, -1].detach())
+        end = states[:, -1].detach()
+        # From an overflow, whose step a loss scale skips, a trajectory goes on where its teacher is.
+        finite = end.flatten(1).isfinite().all(1)[:, None, None, None]
+        self.ends.append(torch.where(finite, end, batch["target"][:, -1]))
         loss = self.objective(regression(states, batch["target"], self.loss))
         self.note("loss/student", loss.detach())
         return loss

@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins import MixedPrecision
 from torch import nn
 
 from closed_forms import BranchingCorrected, Mixture, energy_distance, exact_teacher, fit
@@ -162,6 +163,30 @@ def test_an_interval_starts_where_the_student_ended_the_last_one(walked):
         assert not step["x"].requires_grad
         ended = euler_step(step["x"], step["estimates"][:, 0], levels[interval], levels[interval + 1])
         assert torch.equal(step["next"], ended)
+
+
+def test_a_trajectory_that_overflows_goes_on_from_its_teachers_state():
+    """In the second of three intervals, whose step the loss scale skips: the first sample alone."""
+    module = method(steps=3, kimg=0.096)
+    walk = Walk(module)
+    branches = module.student.branches
+
+    def overflowing(x, sigma, labels):
+        estimates = branches(x, sigma, labels)
+        factor = torch.ones(len(x), 1, 1, 1, 1)
+        factor[0] = float("inf") if module.trainer.global_step == 1 else 1.0
+        return estimates * factor
+
+    module.student.branches = overflowing
+    plugin = MixedPrecision("bf16-mixed", "cpu")
+    plugin.scaler = torch.amp.GradScaler("cpu")
+    fit(module, None, walk, plugins=[plugin])
+    _, skipped, last = walk.steps
+    assert not torch.tensor(skipped["loss"]).isfinite()
+    assert plugin.scaler.get_scale() == 2.0**15
+    assert torch.equal(last["x"][0], skipped["target"][0, -1])
+    assert (last["x"][1:] != skipped["target"][1:, -1]).any(dim=1).all()
+    assert torch.tensor(last["loss"]).isfinite()
 
 
 def test_the_loss_is_the_l1_distance_summed_over_pixels(walked):
