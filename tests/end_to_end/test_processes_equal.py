@@ -89,7 +89,7 @@ def test_there_is_one_run_whose_files_are_written_once(one, two):
     assert names[0] == names[1]
     assert len(list((folder / RUN / "tensorboard").glob("events*"))) == 1
     assert ended.out.count("fingerprint") == 1
-    assert ended.out.count("sampling 1,024 trajectories") == 2
+    assert [ended.out.count(f"sampling {count} trajectories") for count in (64, 16)] == [1, 1]
     lines = [line for line in ended.err.splitlines() if line.strip()]
     size = sum(4 * value.numel() for value in load_file(folder / RUN / "student.safetensors").values())
     traffic = f"2 processes | each gives {size / 1e6:.4g} MB of gradients to all-reduce in a step"
