@@ -54,6 +54,7 @@ class DegradationPath:
         self.teacher = teacher
         self.steps = steps
         self.identity = {"teacher": teacher.hash, "generator": generator_hash, "settings": settings}
+        self.form = teacher.form
         self.folder = Path(root) / f"{teacher.name}-{teacher.hash[:8]}-{generator_hash[:8]}-{digest[:8]}"
 
     def file(self, step: int) -> Path:
@@ -75,7 +76,8 @@ class DegradationPath:
                     f"the degradation path diverged before its step {step}: lower method.degradation.lr"
                 )
             cost = {"steps": step, "images": images, "seconds": seconds}
-            card = {"teacher_name": self.teacher.name, **self.identity, "cost": cost, "licence": self.teacher.licence}
+            card = {"teacher_name": self.teacher.name, **self.identity, "form": self.form}
+            card |= {"cost": cost, "licence": self.teacher.licence}
             save_weights(self.file(step), network.state_dict(), card)
 
     @contextmanager
@@ -93,7 +95,8 @@ class DegradationPath:
         Errors: FileNotFoundError for a missing node, ValueError for one of another path, OSError for a damaged one.
         """
         card = self._card(step)
-        for key, value in self.identity.items():
+        form = {"form": self.form} if "form" in card else {}  # earlier versions did not note it
+        for key, value in {**self.identity, **form}.items():
             if card.get(key) != value:
                 raise ValueError(
                     f"{self.file(step)} belongs to another degradation path ({key} {card.get(key)!r} instead of {value!r}): "

@@ -15,7 +15,7 @@ from diffusion.preconditioning import Preconditioning
 from diffusion.solvers import SOLVERS, check_solver, evaluations
 from diffusion.student_sampling import Sampling
 from networks.source import Source
-from networks.weights import hash_state, load_weights
+from networks.weights import hash_form, hash_state, load_weights
 
 
 class Teacher:
@@ -97,6 +97,13 @@ class Teacher:
             text = json.dumps(parts, sort_keys=True)
             self._hash = hashlib.sha256(text.encode()).hexdigest()
         return self._hash
+
+    @property
+    def form(self) -> str:
+        """SHA-256 over what its denoiser is beside the weights (`hash_form`), 64 hex digits: no part of `hash`, by which
+        stored trajectories of earlier versions are found, which therefore have spot checks.
+        """
+        return hash_form(self.denoiser)
 
     def to(self, device: torch.device | str) -> "Teacher":
         self.denoiser.to(device)

@@ -151,6 +151,7 @@ class Evaluation:
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
         key = {
             "teacher": teacher.hash,
+            "form": teacher.form,
             "solver": teacher.solver_name,
             "sigmas": teacher.sigmas(steps).tolist(),
             "num_classes": teacher.num_classes,

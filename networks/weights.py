@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,6 +16,8 @@ from metrics.files import unfinished
 from networks.block_hashes import BlockHashes, hash_range, unchanged
 from networks.bounds import parse_json
 
+_OURS = ("networks", "diffusion")
+_TRAINING = ("training", "label_dropout")
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -156,6 +159,30 @@ def hash_state(state: nn.Module | Mapping[str, Tensor]) -> str:
         value = state[name].detach().to("cpu", torch.float32).contiguous()
         digest.update(value.numpy().astype("<f4", copy=False).data)
     return digest.hexdigest()
+
+
+def hash_form(module: nn.Module) -> str:
+    """SHA-256 (64 hex digits) over classes and settings of the module's own parts: what decides its output beside weights.
+
+    Weights of one shape serve any number of heads, any filter and any schedule of betas. What only training sees is left out,
+    and so are torch's and diffusers' layers, whose attributes change with their versions.
+    """
+    parts = []
+    for name, part in module.named_modules():
+        if type(part).__module__.partition(".")[0] in _OURS:
+            found = {
+                key: value for key, value in vars(part).items() if not key.startswith("_") and key not in _TRAINING
+            }
+            parts.append([name, type(part).__name__, {key: value for key, value in found.items() if _is_plain(value)}])
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(part) for key, part in value.items())
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def hash_file(path: Path) -> str:

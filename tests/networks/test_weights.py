@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from networks import SongUNet, find_weights, hash_state, load_weights, save_weights
+from diffusion.preconditioning import EDM, Epsilon
+from networks import DhariwalUNet, SongUNet, find_weights, hash_state, load_weights, save_weights
 from networks import weights as weights_module
+from networks.weights import hash_form
 
 CARD = {"command": "python train.py method=pretrain", "seed": 0}
 
@@ -221,6 +223,24 @@ def test_hash_is_that_of_names_shapes_and_values():
     assert hash_state({k: v.half() for k, v in state.items()}) == hash_state(state)
     assert hash_state(Net()) == hash_state(Net().state_dict())
     assert hash_state(Net().to(memory_format=torch.channels_last)) == hash_state(Net())
+
+
+def test_form_names_what_the_weights_do_not():
+    def unet(**options):
+        options = {"model_channels": 16, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (4,), **options}
+        return SongUNet(8, 1, 1, num_classes=3, **options)
+
+    def adm(heads):
+        return DhariwalUNet(
+            8, 1, 1, model_channels=32, channel_mult=(1, 1), attn_resolutions=(4,), channels_per_head=heads
+        )
+
+    with torch.device("meta"):
+        forms = [adm(8), adm(16), unet(), unet(resample_filter=(1, 3, 3, 1))]
+        assert unet().state_dict().keys() == unet(resample_filter=(1, 3, 3, 1)).state_dict().keys()
+        assert hash_form(unet()) == hash_form(unet(label_dropout=0.1).eval())
+        forms += [Epsilon(1000), Epsilon(1000, beta_end=0.01), EDM(0.5), EDM(0.6)]
+        assert len(set(map(hash_form, forms))) == len(forms)
 
 
 def test_hash_differs_with_any_change():
