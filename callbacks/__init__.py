@@ -1,6 +1,6 @@
 """What happens around training."""
 
-from callbacks.checkpoint import AtomicCheckpointIO, Checkpoints, read_checkpoint
+from callbacks.checkpoint import AtomicCheckpointIO, Checkpoints, check_owner, read_checkpoint
 from callbacks.clock import Clock
 from callbacks.csv_logger import CSVLogger
 from callbacks.curves import Curves, draw_curves, reference_lines
@@ -29,6 +29,7 @@ __all__ = [
     "ScoreHealth",
     "TensorBoard",
     "WandbRun",
+    "check_owner",
     "draw_curves",
     "read_checkpoint",
     "reference_lines",

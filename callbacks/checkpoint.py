@@ -4,6 +4,7 @@ import math
 import os
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,19 @@ from callbacks.schedule import is_last
 from metrics.files import unfinished
 from networks.bounds import check_archive, check_tensors
 
+_RESUMED = {"callbacks", "global_step", "loops", "optimizer_states"}  # what Lightning wants of one beside the weights
+
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu", weights_only: bool = True) -> dict[str, Any]:
     """The checkpoint's contents.
 
-    Raises FileNotFoundError, or ValueError for a file that is truncated, changed on disk or holds foreign objects.
+    Raises FileNotFoundError, or ValueError for a file that is truncated, changed on disk, holds foreign objects or no weights.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    way_out = f"put an older copy back, or remove {path.name} to start again from the beginning"
+    instead = "to take last.ckpt" if path.name == "best.ckpt" else "to start again from the beginning"
+    way_out = f"put an older copy back, or remove {path.name} {instead}"
     with path.open("rb") as file:
         try:
             check_archive(path)
@@ -38,13 +42,27 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", weights_only: b
     if damaged:
         raise ValueError(f"the checkpoint {path} is damaged or cut short ({damaged}): {way_out}")
     try:
-        return check_tensors(torch.load(path, map_location=map_location, weights_only=weights_only), path)
+        content = check_tensors(torch.load(path, map_location=map_location, weights_only=weights_only), path)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"the checkpoint {path} holds objects other than tensors and plain values, which are not loaded: {way_out}"
         ) from error
     except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
         raise ValueError(f"the checkpoint {path} cannot be read ({' '.join(str(error).split())}): {way_out}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        raise ValueError(f"the checkpoint {path} has no state_dict: {way_out}")
+    return content
+
+
+def check_owner(path: str | Path, content: Mapping[str, Any], owner: Mapping[str, str]) -> None:
+    """Raises ValueError for another run's checkpoint; one from before checkpoints said whose they are is accepted."""
+    stored = content.get("run", owner)
+    for key, what in (("method", "method"), ("config", "configuration")):
+        if stored.get(key) != owner[key]:
+            raise ValueError(
+                f"the checkpoint {path} is of another {what} ({stored.get(key)}, and this run's is {owner[key]}): "
+                f"put the run's own {Path(path).name} back, or remove this one"
+            )
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -52,10 +70,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     Lightning's own writes a copy to the system's temporary folder and moves it: on another file system that is a plain
     copy over the old checkpoint.
+
+    owner: what `launch.folder.identity` says of the run. Checkpoints tell it, and another run's is refused.
     """
+
+    def __init__(self, owner: Mapping[str, str] | None = None) -> None:
+        super().__init__()
+        self.owner = None if owner is None else dict(owner)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
+        if self.owner is not None:
+            checkpoint = checkpoint | {"run": self.owner}
         try:
             with unfinished(path) as temporary:
                 with temporary.open("wb") as file:
@@ -77,7 +103,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
-        return read_checkpoint(path, map_location or "cpu", weights_only is not False)
+        content = read_checkpoint(path, map_location or "cpu", weights_only is not False)
+        if missing := _RESUMED.difference(content):
+            raise ValueError(
+                f"the checkpoint {path} can't be resumed, it lacks {', '.join(sorted(missing))}: "
+                f"put an older copy back, or remove {Path(path).name} to start again from the beginning"
+            )
+        if self.owner is not None:
+            check_owner(path, content, self.owner)
+        return content
 
 
 def _sync_folder(folder: Path) -> None:

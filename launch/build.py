@@ -5,11 +5,11 @@ from typing import Any
 
 import pytorch_lightning as pl
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Checkpoint
 
 from diffusion.teacher import Teacher
-from launch.folder import RunFolder
+from launch.folder import RunFolder, identity
 from launch.processes import LeavesSignals, check_present, choose_strategy, process_count
 from launch.trainer_options import check_options, translated
 from lightning_modules import Method
@@ -78,7 +78,8 @@ def build_trainer(config: DictConfig, method: Method, folder: RunFolder, here: b
             f"batch_size={config.batch_size} can't be shared by the {processes} processes of trainer.devices"
         )
     options["strategy"] = choose_strategy(options["strategy"], processes)
-    options, own = translated(options, method, folder.path, here)
+    owner = identity(OmegaConf.to_container(config, resolve=True), method.name)
+    options, own = translated(options, method, folder.path, here, owner)
     if not here:
         accelerator = "cpu" if options["accelerator"] in ("gpu", "cuda") else options["accelerator"]
         options |= {"accelerator": accelerator, "devices": 1, "num_nodes": 1, "strategy": "auto"}

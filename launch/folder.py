@@ -1,9 +1,10 @@
 """A run's folder: its config is written once, and everything after must agree with it."""
 
+import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,23 @@ def _odd(config: Any) -> str:
     if not isinstance(seed, int) or isinstance(seed, bool):
         return f"seed is {seed!r}"
     return f"{parts[0]} is {config[parts[0]]!r:.50}" if parts else ""
+
+
+def identity(config: Mapping[str, Any], method: str) -> dict[str, str]:
+    """What a checkpoint says of its run: the method's name, and a hash of the options that its weights come from.
+
+    config: the run's, plain. A stage has the config of the run that it is a part of, and a method of its own.
+    """
+    chosen = {key: config[key] for key in ("method", "seed", "batch_size")} | {"data": config["data"]["name"]}
+    text = json.dumps(_without_places(chosen), sort_keys=True, default=str)
+    return {"method": method, "config": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+
+def _without_places(value: Any) -> Any:
+    """Without the folders where data lie: a run may be moved."""
+    if isinstance(value, Mapping):
+        return {str(key): _without_places(part) for key, part in value.items() if key not in ("root", "store")}
+    return [_without_places(part) for part in value] if isinstance(value, list) else value
 
 
 def differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:

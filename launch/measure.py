@@ -10,9 +10,9 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from callbacks import read_checkpoint, student_state
+from callbacks import check_owner, read_checkpoint, student_state
 from diffusion.teacher import Teacher
-from launch.folder import RunFolder
+from launch.folder import RunFolder, identity
 from launch.precision import allow_tf32
 from launch.trace import traced
 from lightning_modules import Method
@@ -33,7 +33,7 @@ from metrics.reference import Reference, published_reference, reference_statisti
 from metrics.sample_pictures import draw_final, shape_of
 from metrics.sampling import Sampler
 from networks.checks import check_choice
-from networks.weights import hash_state
+from networks.weights import check_state, hash_state
 
 SETTINGS = {"extractor", "metrics", "num_samples", "blocks", "batch_size", "reference", "labels"}
 
@@ -227,10 +227,13 @@ def load_student(method: Method, folder: RunFolder, weights: str | None = None, 
     checkpoint: "last", or "best" by held-out loss (default: best where the method has it). weights: an average's name or
     "raw" (default: the run's first average).
     """
-    checkpoint = checkpoint or ("best" if method.monitor and folder.best.exists() else "last")
-    content = read_checkpoint(folder.checkpoints / f"{checkpoint}.ckpt")
+    checkpoint, content = _chosen(method, folder, checkpoint)
     name, state = student_state(content, weights)
-    method.student.load_state_dict(state)
+    try:
+        method.student.load_state_dict(state)
+    except RuntimeError:
+        check_state(folder.checkpoints / f"{checkpoint}.ckpt", state, method.student)
+        raise
     method.on_load_checkpoint(content)  # in progressive distillation the round, hence the number of steps
     return name
 
@@ -239,6 +242,23 @@ def check_data(settings: Mapping[str, Any], data: Any) -> None:
     """Refuse data of too few images for the metrics of `checked` settings; packs them where they are not yet."""
     if needs_images(settings):
         check_real(settings["metrics"], len(data.reference()), settings["num_samples"])
+
+
+def _chosen(method: Method, folder: RunFolder, checkpoint: str | None) -> tuple[str, dict[str, Any]]:
+    """Name and content of the checkpoint; for a damaged best.ckpt that nobody asked for, last.ckpt, which is then said."""
+    asked = checkpoint is not None
+    checkpoint = checkpoint or ("best" if method.monitor and folder.best.exists() else "last")
+    path = folder.checkpoints / f"{checkpoint}.ckpt"
+    try:
+        content = read_checkpoint(path)
+    except ValueError as error:
+        if asked or checkpoint == "last":
+            raise
+        if rank_and_world()[0] == 0:
+            print(f"{error}. Until then last.ckpt is taken, not the best one by held-out loss", flush=True)
+        return _chosen(method, folder, "last")
+    check_owner(path, content, identity(folder.plain_config(), method.name))
+    return checkpoint, content
 
 
 def choose_steps(method: Method, folder: RunFolder, count: int, weights: str) -> str:

@@ -1,5 +1,6 @@
 """The options under `trainer`: those of this project, made into Lightning's, and those of Lightning's that have no place here."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,13 @@ def check_options(options: dict[str, Any]) -> None:
 
 
 def translated(
-    options: dict[str, Any], method: Method, folder: Path, here: bool = True
+    options: dict[str, Any], method: Method, folder: Path, here: bool = True, owner: Mapping[str, str] | None = None
 ) -> tuple[dict[str, Any], list[pl.Callback]]:
     """Lightning's options for those of `conf/trainer`, and callbacks that make up for the rest, which come before all others.
 
     The method is told what it does itself. options: as `check_options` wants them. here: whether this machine must be able to
-    do it. Errors: ValueError for what the device or the method lacks.
+    do it. owner: whose the checkpoints are, as `launch.folder.identity` says it. Errors: ValueError for what the device or the
+    method lacks.
     """
     options = dict(options)
     device, capability = device_kind(options["accelerator"])
@@ -106,6 +108,6 @@ def translated(
     own += [form] if form.compile or form.channels_last else []
     own += [FindMicroBatch()] if micro_batch == "auto" else []
     return options | {
-        "plugins": [plugin, AtomicCheckpointIO()],
+        "plugins": [plugin, AtomicCheckpointIO(owner)],
         "profiler": profiler(options.pop("profile"), folder),
     }, own

@@ -1,7 +1,7 @@
 """What every method shares. A method is a subclass with a `student`, a `training_loss` and a `generate`."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from diffusion.student_sampling import Sampling
 from diffusion.teacher import Teacher
 from lightning_modules.parts import InParts
 from networks.compiling import eager
+from networks.weights import check_state
 
 
 class Method(InParts):
@@ -165,6 +166,14 @@ class Method(InParts):
         if self.weight_decay:
             return torch.optim.AdamW(parameters, weight_decay=self.weight_decay, **options)
         return torch.optim.Adam(parameters, **options)
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
+        """Errors: ValueError, one line, for a checkpoint of other names or shapes."""
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError:
+            check_state((self._trainer and self._trainer.ckpt_path) or "the checkpoint", state_dict, self)
+            raise
 
     def configure_optimizers(self) -> Any:
         return self.adam(self.student.parameters())

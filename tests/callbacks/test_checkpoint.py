@@ -188,12 +188,19 @@ def test_a_damaged_checkpoint_is_one_clear_line(tmp_path):
 
 def test_foreign_objects_other_zips_and_missing_files(tmp_path):
     path = tmp_path / "x.ckpt"
-    torch.save({"module": torch.nn.Linear(1, 1)}, path)
+    torch.save({"module": torch.nn.Linear(1, 1), "state_dict": {}}, path)
     with pytest.raises(
         ValueError, match=r"x.ckpt holds objects other than tensors.*: put an older copy back, or remove"
     ):
         read_checkpoint(path)
     assert "module" in read_checkpoint(path, weights_only=False)
+    for content in ([1], {"weights": {}}, {"state_dict": [torch.ones(1)]}):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=r"x.ckpt has no state_dict: put an older copy back"):
+            read_checkpoint(path)
+    torch.save({"state_dict": {}, "global_step": 3}, path)
+    with pytest.raises(ValueError, match=r"x.ckpt can't be resumed, it lacks callbacks, loops, optimizer_states: put"):
+        AtomicCheckpointIO().load_checkpoint(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.txt", "no checkpoint")
     with pytest.raises(ValueError, match=r"x.ckpt cannot be read \(.*\): put an older copy back") as info:
@@ -201,6 +208,25 @@ def test_foreign_objects_other_zips_and_missing_files(tmp_path):
     assert "\n" not in str(info.value)
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*y.ckpt"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "y.ckpt")
+
+
+def test_a_checkpoint_says_whose_it_is_and_is_refused_elsewhere(tmp_path):
+    path = tmp_path / "last.ckpt"
+    whole = {key: {} for key in ("callbacks", "loops", "state_dict")} | {"global_step": 3, "optimizer_states": []}
+    ours = {"method": "disback", "config": "aa"}
+    AtomicCheckpointIO(ours).save_checkpoint(whole, path)
+    assert AtomicCheckpointIO(ours).load_checkpoint(path) == whole | {"run": ours}
+    for other, reason in (
+        ({"method": "sfd", "config": "bb"}, r"last.ckpt is of another method \(disback, and this run's is sfd\): put"),
+        (
+            {"method": "disback", "config": "bb"},
+            r"is of another configuration \(aa, and this run's is bb\): put the run's",
+        ),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            AtomicCheckpointIO(other).load_checkpoint(path)
+    AtomicCheckpointIO().save_checkpoint(whole, path)  # as before checkpoints said so
+    assert AtomicCheckpointIO(ours).load_checkpoint(path) == whole
 
 
 def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path):
@@ -213,22 +239,22 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path):
         with pytest.raises(OSError, match=r"last.ckpt: File too large; there is no earlier one. Make room"):
             AtomicCheckpointIO().save_checkpoint(big, path)
         assert list(tmp_path.iterdir()) == []
-        AtomicCheckpointIO().save_checkpoint({"number": 1}, path)
+        AtomicCheckpointIO().save_checkpoint({"number": 1, "state_dict": {}}, path)
         with pytest.raises(OSError, match=r"cannot write the checkpoint .*last.ckpt: .*; the previous one is intact"):
             AtomicCheckpointIO().save_checkpoint(big, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, old)
     assert list(tmp_path.iterdir()) == [path]
-    assert read_checkpoint(path) == {"number": 1}
+    assert read_checkpoint(path)["number"] == 1
 
 
 def test_an_unpicklable_checkpoint_keeps_the_previous_one(tmp_path):
     path = tmp_path / "last.ckpt"
-    AtomicCheckpointIO().save_checkpoint({"number": 1}, path)
+    AtomicCheckpointIO().save_checkpoint({"number": 1, "state_dict": {}}, path)
     with pytest.raises(Exception, match="lambda"):
         AtomicCheckpointIO().save_checkpoint({"number": lambda: 2}, path)
-    assert read_checkpoint(path) == {"number": 1}
+    assert read_checkpoint(path)["number"] == 1
 
 
 def test_misuse():

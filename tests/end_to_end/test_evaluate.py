@@ -151,8 +151,26 @@ def test_misuse(folder, options, message):
 def test_a_damaged_checkpoint_and_config_are_named(finished, tmp_path):
     copied(finished, tmp_path)
     best = tmp_path / RUN / "checkpoints" / "best.ckpt"
+    content = read_checkpoint(best)
     best.write_bytes(best.read_bytes()[:5000])
-    evaluate(tmp_path, f"run={RUN}").refused("runs/run/checkpoints/best.ckpt is damaged or cut short")
+    ended = evaluate(tmp_path, f"run={RUN}", "blocks=1").ok()
+    assert "best.ckpt is damaged or cut short" in ended.out
+    assert "Until then last.ckpt is taken" in ended.out
+    shutil.rmtree(tmp_path / RUN / "evaluation")
+    evaluate(tmp_path, f"run={RUN}", "checkpoint=best").refused(
+        "runs/run/checkpoints/best.ckpt is damaged or cut short"
+    )
+    torch.save(content | {"run": {"method": "disback", "config": content["run"]["config"]}}, best)
+    evaluate(tmp_path, f"run={RUN}").refused(
+        "runs/run/checkpoints/best.ckpt is of another method (disback, and this run's is denoising_student)"
+    )
+    averages = content["callbacks"]["EMA"]["averages"]
+    values = next(iter(averages.values()))
+    key = max(values, key=lambda key: values[key].numel())
+    values[key] = values[key][:-1].clone()
+    del content["run"]  # as before checkpoints said whose they are
+    torch.save(content, best)
+    evaluate(tmp_path, f"run={RUN}").refused("runs/run/checkpoints/best.ckpt does not fit", "of another shape")
     config = tmp_path / RUN / "config.yaml"
     stored = OmegaConf.load(config)
     del stored["method"]

@@ -128,11 +128,45 @@ def with_a_function(path: Path) -> None:
     torch.save(read_checkpoint(path) | {"extra": os.system}, path)
 
 
+def changed(change):
+    def breakage(path: Path) -> None:
+        content = read_checkpoint(path)
+        change(content)
+        torch.save(content, path)
+
+    return breakage
+
+
+def of_another_method(content: dict) -> None:
+    content["run"]["method"] = "sfd"
+
+
+def of_another_config(content: dict) -> None:
+    content["run"]["config"] = "0" * 16
+
+
+def as_before_the_name(content: dict) -> None:
+    """With a weight of another shape, as of another network."""
+    del content["run"]
+    name = max(content["state_dict"], key=lambda key: content["state_dict"][key].numel())
+    content["state_dict"][name] = content["state_dict"][name][:-1].clone()
+
+
+def without_weights(content: dict) -> None:
+    del content["state_dict"]
+
+
+def without_optimiser(content: dict) -> None:
+    del content["optimizer_states"]
+
+
 def not_json(path: Path) -> None:
     path.write_text("{")
 
 
+LAST = "runs/run/checkpoints/last.ckpt"
 WAY_OUT = ["put an older copy back, or remove last.ckpt"]
+OWN = "put the run's own last.ckpt back"
 
 
 @pytest.mark.parametrize(
@@ -141,6 +175,11 @@ WAY_OUT = ["put an older copy back, or remove last.ckpt"]
         ("runs/run/checkpoints/last.ckpt", truncated, (), ["damaged or cut short", *WAY_OUT]),
         ("runs/run/checkpoints/last.ckpt", damaged, (), ["damaged or cut short", *WAY_OUT]),
         ("runs/run/checkpoints/last.ckpt", with_a_function, (), ["holds objects other than tensors", *WAY_OUT]),
+        (LAST, changed(of_another_method), (), ["of another method (sfd, and this run's is denoising_student)", OWN]),
+        (LAST, changed(of_another_config), (), ["of another configuration (0000000000000000, and this run's is", OWN]),
+        (LAST, changed(as_before_the_name), (), ["does not fit this DenoisingStudent", "of another shape"]),
+        (LAST, changed(without_weights), (), ["has no state_dict", *WAY_OUT]),
+        (LAST, changed(without_optimiser), (), ["can't be resumed, it lacks optimizer_states", *WAY_OUT]),
         ("runs/run/config.yaml", not_json, (), ["can't be read", "restore or remove it"]),
         ("data/trajectories/*/shard-00000.npy", truncated, ("name=new",), ["delete this file and run again"]),
         ("data/digits/images.npy", truncated, ("name=new",), ["delete the folder data/digits and run again"]),
