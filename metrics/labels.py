@@ -41,9 +41,9 @@ def warning(distribution: str, counts: tuple[int, ...]) -> str | None:
         return None
     least, most = (100 * extreme(counts) / sum(counts) for extreme in (min, max))
     return (
-        f"evaluation.labels=uniform: samples are shared equally by {len(counts)} classes, which have {least:.3g}% to {most:.3g}% "
-        "of the images that they are compared with, so that perfect ones score worse than none of these; the row of real "
-        "images follows the samples. evaluation.labels=data draws classes as often as the data has them"
+        f"evaluation.labels=uniform: samples have {len(counts)} classes equally often, and of the images that they are compared "
+        f"with each has {least:.3g}% to {most:.3g}%: a perfect sampler can't come nearer than the row of real images, which "
+        "follows the samples; evaluation.labels=data draws classes as often as the data has them"
     )
 
 

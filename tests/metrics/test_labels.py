@@ -107,7 +107,10 @@ def test_the_fingerprint_names_the_distribution(values):
 def test_other_shares_than_the_datas_are_said_in_one_line(capsys):
     check_shares("uniform", Imbalanced())
     (line,) = capsys.readouterr().out.splitlines()
-    assert "shared equally by 2 classes, which have 10% to 90% of the images" in line
+    assert (
+        "samples have 2 classes equally often, and of the images that they are compared with each has 10% to 90%"
+        in line
+    )
     assert "evaluation.labels=data" in line
     balanced = Imbalanced()
     balanced.labels = np.arange(1000) % 2
