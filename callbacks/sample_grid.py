@@ -1,5 +1,6 @@
 """Pictures of the same samples as training goes on."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from pytorch_lightning.utilities import rank_zero_only
 from callbacks.aside import aside
 from callbacks.ema import copies
 from callbacks.schedule import check_every_kimg, due
-from metrics.sample_pictures import draw_progress
+from metrics.sample_pictures import draw_progress, shape_of
+from networks.checks import check_memory
 
 
 class SampleGrid(pl.Callback):
@@ -29,6 +31,8 @@ class SampleGrid(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         copies(trainer, self, None)
+        pixels = self.rows * self.columns * math.prod(shape_of(pl_module.data))
+        check_memory(4 * pixels, f"callbacks.grid of {self.rows} rows and {self.columns} columns (lower them)")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

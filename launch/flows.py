@@ -1,6 +1,7 @@
 """A chain of flows to what their errors add up to: measured, drawn, written."""
 
 import copy
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from metrics.flow_tables import text
 from metrics.images import from_uint8
 from metrics.transport import wasserstein
 from networks.bounds import parse_json
+from networks.checks import check_memory
 
 MATCHED = 2000  # samples that W2 is taken of, at most: its time grows with their cube
 _PLACE = ("teacher", "method.teacher", "method.teachers")  # where in a chain a run stands
@@ -61,6 +63,10 @@ class FlowMeasurement:
             "device": evaluation.device,
             "class_counts": evaluation.class_counts,
         }
+        pixels = math.prod(evaluation.shape)
+        check_memory(
+            4 * pixels * samples * (len(flows) + 1), f"flow_samples={samples} (lower it): the ends of all flows"
+        )
         self.seeds = torch.arange(samples)
         self.ends: list[Tensor] = []
         packed = evaluation.data.reference()

@@ -94,3 +94,5 @@ def test_misuse(tmp_path):
         SampleGrid(1, rows=0, columns=2)
     with pytest.raises(ValueError, match="SampleGrid must come after EMA in callbacks"):
         fit(tmp_path, 1, SampleGrid(1), EMA())
+    with pytest.raises(ValueError, match="callbacks.grid of 1000000000 rows and 10 columns .* of memory"):
+        fit(tmp_path, 1, EMA(), SampleGrid(1, rows=10**9))

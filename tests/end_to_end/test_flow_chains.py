@@ -79,6 +79,10 @@ def test_a_flow_beside_itself(folder, tmp_path):
         ("flows=[runs/rf1] run=runs/rf1", ["one of them"]),
         ("flows=[runs/rf1] data=digits solver=euler", ["solver is for teacher=NAME"]),
         ("flows=[runs/rf1] data=digits steps=0", ["steps=0 must be whole numbers from 1 on"]),
+        (
+            "flows=[runs/rf1] data=digits flow_samples=1000000000000",
+            ["flow_samples=1000000000000 (lower it)", "GB of memory"],
+        ),
         ("flows=[runs/rf1] data=digits flow_samples=1", ["flow_samples must be an integer of at least 2, got 1"]),
         ("flows=[runs/rf1] data=digits path_steps=few", ["path_steps must be an integer of at least 1, got 'few'"]),
         ("flows=[runs/rf1] data=digits data.conditional=false", ["num_classes=10, the data digits 0"]),
