@@ -39,7 +39,8 @@ class WandbRun(WandbLogger):
         self._sent: dict[int, set[str]] | None = (
             None  # the keys of each step that W&B had at this start; None: not known yet
         )
-        self._sent_until = 0  # and the step up to which it had all
+        self._sent_before = 0  # and the step before which it had all,
+        self._latest: dict[str, Any] = {}  # with the values that are its newest
 
     @property
     @rank_zero_experiment
@@ -74,15 +75,20 @@ class WandbRun(WandbLogger):
     def _send(self, metrics: Mapping[str, Any], step: int) -> None:
         """But for what W&B has."""
         there = {"epoch", *self._sent.get(step, ())}  # our loaders have a single, endless epoch
+        if step == self._sent_before:  # of which a part may have come
+            there.update(key for key, value in metrics.items() if self._latest.get(key) == value)
         row = {key: value for key, value in metrics.items() if key not in there}
-        if row and step >= self._sent_until:
+        if row and step >= self._sent_before:
             self._log(row, step)
 
     def _log(self, row: Mapping[str, Any], step: int) -> None:
         super().log_metrics(row | {"nimg": (step + 1) * self.batch_size}, step)
 
     def _catch_up(self, end: int) -> None:
-        """At the first row of this start: find what W&B has, and send what it lacks of the steps before `end`."""
+        """At the first row of this start: find what W&B has, and send what it lacks of the steps until `end`.
+
+        Also of that one: a run that is resumed in a validation logs the rest of its step no more.
+        """
         if self._sent is not None:
             return
         folder, self._sent = Path(self.save_dir), {}
@@ -90,12 +96,15 @@ class WandbRun(WandbLogger):
             if path.parent.resolve() != Path(self.experiment.dir).parent.resolve():
                 for row in rows(path):
                     self._sent.setdefault(row.get("trainer/global_step", -1), set()).update(row)
-        self._sent_until = int(self.experiment.summary.get("nimg") or 0) // self.batch_size
+        self._latest = dict(self.experiment.summary)
+        self._sent_before = int(self._latest.get("nimg", 0)) // self.batch_size - 1
         table = folder / "metrics.csv"
         for row in read_rows(table) if table.is_file() else []:
             step = int(row.pop("step")) - 1
-            if step < end:
-                self._send({key: float(value) for key, value in row.items() if value and key != "nimg"}, step)
+            if step <= end:
+                values = {key: float(value) for key, value in row.items() if value and key != "nimg"}
+                self._send(values, step)
+                self._sent.setdefault(step, set()).update(values)
 
     @rank_zero_only
     def log_final(
@@ -104,7 +113,7 @@ class WandbRun(WandbLogger):
         """Values, tables (convergence: header and body) and the pictures of a complete run's folder, with its student."""
         import wandb
 
-        self._catch_up(step + 1)
+        self._catch_up(step)
         row: dict[str, Any] = {"final/metrics": wandb.Table(columns=_COLUMNS, data=[_cells(r) for r in records])}
         if convergence:
             header, *body = convergence

@@ -32,6 +32,19 @@ def test_a_resumed_run_shows_each_step_once_and_a_kill_loses_none(tmp_path):
     ]
 
 
+def test_a_run_that_is_resumed_in_a_validation_keeps_the_row_of_its_step(tmp_path):
+    """metrics.csv has it, and it is never logged again."""
+    folder = tmp_path / "tensorboard"
+    killed = logger(folder)
+    for step in range(5):
+        killed.log_metrics({"loss/student": 10.0 + step}, step)
+    (tmp_path / "metrics.csv").write_text("step,nimg,loss/student,heldout/loss\n4,64,13.0,\n5,80,14.0,\n")
+    resumed = logger(folder)
+    resumed.log_metrics({"heldout/loss": 7.0}, 4)
+    resumed.log_metrics({"loss/student": 15.0}, 5)
+    assert shown(folder) == [(step, 10.0 + step) for step in range(6)]
+
+
 def test_pictures_are_written_too(tmp_path):
     made = logger(tmp_path)
     made.experiment.add_image("samples", np.zeros((4, 4, 3), np.uint8), 3, dataformats="HWC")

@@ -125,17 +125,27 @@ def test_a_resumed_run_sends_what_its_offline_files_lack_and_nothing_twice(tmp_p
     assert kept | after == ALL
 
 
-@pytest.mark.parametrize(("seen", "checkpoint"), [(0, 6), (4, 6), (9, 6)])
+@pytest.mark.parametrize(("seen", "checkpoint"), [(0, 6), (4, 6), (5, 6), (9, 6)])
 def test_a_run_that_is_resumed_online_goes_on_behind_what_its_summary_has(tmp_path, offline, seen, checkpoint):
     """W&B has the rows of so many steps; metrics.csv those of ten."""
     table(tmp_path, 10)
     logger = made(tmp_path)
 
     def handed():
-        logger.experiment.summary.update({"nimg": 16 * seen} if seen else {})
+        # Of the last of them the validation has not come.
+        latest = {"nimg": 16 * seen, "loss/student": 99.0 + seen, "heldout/loss": 7.0}
+        logger.experiment.summary.update(latest if seen else {})
 
     _, after = logged(logger, range(checkpoint, 13), handed)
-    assert after == {(step, key) for step, key in ALL if step >= seen}
+    assert after == {(step, key) for step, key in ALL if step >= seen or (step, key) == (seen - 1, "heldout/loss")}
+
+
+def test_a_run_that_is_resumed_in_a_validation_sends_the_row_of_its_step(tmp_path, offline):
+    """metrics.csv has it, and it is never logged again."""
+    table(tmp_path, 9)
+    logger = made(tmp_path, offline=True)
+    _, after = logged(logger, range(9, 13), lambda: logger.log_metrics({"heldout/loss": 208.0}, 8))
+    assert after == ALL
 
 
 def test_a_run_that_was_left_open_is_ended_before_the_next_one(tmp_path, monkeypatch):
