@@ -26,6 +26,7 @@ def train(cfg: DictConfig, hydra_config: DictConfig) -> float | None:
     from launch.final import finish
     from launch.folder import RunFolder
     from launch.measure import check_data, checked, leave_out_measurement, needs_images
+    from launch.options import check_run
     from launch.plan import plan
     from launch.processes import one_job
     from launch.pruning import Pruned, trial, watch
@@ -43,6 +44,7 @@ def train(cfg: DictConfig, hydra_config: DictConfig) -> float | None:
     folder, search = RunFolder(cfg.folder), trial(hydra_config) is not None
     expand_teachers(cfg)
     leave_out_measurement(cfg)
+    check_run(cfg)
     config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     for option in ("folder", "download", "plan"):  # a run may be moved, and none of these changes it
         del config[option]

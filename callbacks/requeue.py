@@ -17,8 +17,8 @@ class Requeue(pl.Callback):
     """
 
     def __init__(self, every_n_steps: int = 10) -> None:
-        if not isinstance(every_n_steps, int) or every_n_steps < 1:
-            raise ValueError(f"Requeue: every_n_steps must be an integer of at least 1, got {every_n_steps!r}")
+        if every_n_steps < 1:
+            raise ValueError(f"Requeue: every_n_steps must be at least 1, got {every_n_steps!r}")
         self.every_n_steps = every_n_steps
         self._ends = False
 

@@ -107,7 +107,7 @@ def check_augment(probability: float | None, network: nn.Module) -> None:
     """Errors: ValueError for no probability, or for a network that could not be told."""
     if probability is None:
         return
-    if not isinstance(probability, int | float) or isinstance(probability, bool) or not 0 < probability <= 1:
+    if not 0 < probability <= 1:
         raise ValueError(f"method.augment must be null or a probability in (0, 1], got {probability!r}")
     known = getattr(network, "augment_dim", 0)
     if known != LABELS:

@@ -16,8 +16,8 @@ class LogNormal:
     std: float = 1.2
 
     def __post_init__(self) -> None:
-        if not all(isinstance(value, int | float) for value in (self.mean, self.std)) or self.std <= 0:
-            raise ValueError(f"a log-normal law needs a mean and a positive std, got {self.mean!r} and {self.std!r}")
+        if self.std <= 0:
+            raise ValueError(f"a log-normal law needs a positive std, got {self.std!r}")
 
     def __call__(self, u: Tensor) -> Tensor:
         """Noise levels (B,), float32, of uniform numbers u (B,), float64 in (0, 1)."""
@@ -43,6 +43,8 @@ class KarrasGrid:
         check_counts(2, levels=self.levels)
         if not 0 < self.sigma_min < self.sigma_max:
             raise ValueError(f"need 0 < sigma_min < sigma_max, got {self.sigma_min!r} and {self.sigma_max!r}")
+        if self.rho <= 0:
+            raise ValueError(f"rho must be positive, got {self.rho!r}")
         if not 0 <= self.first <= self.last < self.levels:
             raise ValueError(f"need 0 <= first <= last < levels={self.levels}, got {self.first!r} and {self.last!r}")
 

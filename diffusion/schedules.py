@@ -24,6 +24,8 @@ def _check(steps: int, most: int | None = None, name: str = "solver steps") -> N
 def _karras_levels(count: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
     if not 0 < sigma_min < sigma_max:
         raise ValueError(f"need 0 < sigma_min < sigma_max, got sigma_min={sigma_min}, sigma_max={sigma_max}")
+    if rho <= 0:
+        raise ValueError(f"rho must be positive, got {rho}")
     ramp = torch.linspace(0, 1, count, dtype=torch.float64)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return (high + ramp * (low - high)) ** rho

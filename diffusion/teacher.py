@@ -40,7 +40,7 @@ class Teacher:
         sha256: str | None = None,
         source: Source | None = None,
         solver: str = "heun",
-        solver_options: Mapping[str, float] | None = None,
+        solver_options: Mapping[str, bool | float | None] | None = None,
         steps: int = 18,
         conditional: bool = True,
         licence: str = "unknown",

@@ -39,7 +39,7 @@ class UShaped:
     a: float = 4.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.a, int | float) or self.a <= 0:
+        if self.a <= 0:
             raise ValueError(f"the U-shaped law needs a positive a, got {self.a!r}")
 
     def __call__(self, u: Tensor, start: float) -> Tensor:
@@ -68,19 +68,13 @@ class StartOrLater:
     later: float = 0.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.later, int | float) or not 0 <= self.later <= 1:
+        if not 0 <= self.later <= 1:
             raise ValueError(f"the share of later times must lie in [0, 1], got {self.later!r}")
 
     def __call__(self, u: Tensor, start: float) -> Tensor:
         at_start = u < 1 - self.later
         share = (u - (1 - self.later)) / self.later if self.later else u
         return torch.where(at_start, 0.0, start + (1 - start) * share)
-
-
-def check_law(option: str, law: object) -> None:
-    """Errors: ValueError for what is no law, such as the name of one."""
-    if not callable(law):
-        raise ValueError(f"{option} must be a law of times, such as '{option}=${{time_laws.uniform}}', got {law!r}")
 
 
 TimeLaw = Start | Uniform | UShaped | Grid | StartOrLater

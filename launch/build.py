@@ -10,6 +10,7 @@ from pytorch_lightning.callbacks import Checkpoint
 
 from diffusion.teacher import Teacher
 from launch.folder import RunFolder, identity
+from launch.option_types import check_targets
 from launch.processes import LeavesSignals, check_present, choose_strategy, process_count
 from launch.trainer_options import check_options, translated
 from lightning_modules import Method
@@ -17,7 +18,11 @@ from networks.checks import check_counts
 
 
 def build(node: DictConfig | None) -> Any:
-    """The object (or dict of objects) that a config node describes; plain containers only reach constructors."""
+    """The object (or dict of objects) that a config node describes; plain containers only reach constructors.
+
+    Errors: ValueError before anything is built, as `launch.option_types.check_node`.
+    """
+    check_targets(node)
     return instantiate(node, _convert_="all")
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from omegaconf import DictConfig
@@ -25,6 +25,7 @@ from metrics.evaluation import (
     measure_real,
     needs_real_rows,
 )
+from metrics.extractors import FeatureExtractor
 from metrics.fidelity import WAYS_OUT
 from metrics.labels import DISTRIBUTIONS, check_shares, sampled_counts
 from metrics.ranks import from_rank_zero, rank_and_world
@@ -35,7 +36,28 @@ from metrics.sampling import Sampler
 from networks.checks import check_choice
 from networks.weights import check_state, hash_state
 
-SETTINGS = {"extractor", "metrics", "num_samples", "blocks", "batch_size", "reference", "labels"}
+
+class OnTheWay(TypedDict, total=False):
+    """Of measurements during training."""
+
+    every_kimg: float
+    num_samples: int
+
+
+class EvaluationOptions(TypedDict, total=False):
+    """conf/evaluation. Which are missing, and what null means, `checked` says."""
+
+    extractor: FeatureExtractor | None
+    metrics: Sequence[str] | None
+    num_samples: int
+    blocks: int
+    batch_size: int
+    reference: Mapping[str, str | None] | None
+    labels: str
+    training: OnTheWay
+
+
+SETTINGS = EvaluationOptions.__annotations__.keys() - {"training"}
 
 
 class Evaluation:

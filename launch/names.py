@@ -38,6 +38,7 @@ def names_in(value: Any) -> str | None:
 
 def picture_set(path: str, resolution: int) -> str:
     """The name of pictures at `path`: my_photos64; with a hash of the path where its last part alone could mean another."""
+    path = str(path)  # a number is refused later, by the option's name
     plain = re.sub(r"[^A-Za-z0-9_-]+", "-", PurePath(path).name).strip("-")
     if plain == path:
         return f"{plain}{resolution}"

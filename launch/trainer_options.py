@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict, get_type_hints
 
 import pytorch_lightning as pl
 
@@ -10,7 +10,7 @@ from callbacks import AtomicCheckpointIO
 from callbacks.network_form import NetworkForm
 from launch.micro_batch import FindMicroBatch
 from launch.precision import PRECISIONS, TensorFloat32, allow_tf32, check_precision, device_kind, precision_plugin
-from launch.profiling import profiler
+from launch.profiling import PROFILES, profiler
 from lightning_modules import Method
 from networks.checks import check_choice, check_counts
 from networks.compiling import check_compile
@@ -56,6 +56,31 @@ REFUSED = {
 }
 
 
+class OwnOptions(TypedDict, total=False):
+    """Those that this project adds to Lightning's, or narrows."""
+
+    accelerator: str
+    devices: int | str | list[int]
+    num_nodes: int
+    strategy: str
+    precision: Literal[PRECISIONS]
+    micro_batch: int | Literal["auto"] | None
+    compile: bool | str
+    channels_last: bool
+    gradient_clip_val: float | None
+    profile: Literal[PROFILES] | None
+    log_every_n_steps: int
+    validate_every_n_steps: int
+
+
+_LIGHTNINGS = {name: kind for name, kind in get_type_hints(pl.Trainer.__init__).items() if name != "return"}
+TrainerOptions = TypedDict(
+    "TrainerOptions",
+    get_type_hints(OwnOptions) | _LIGHTNINGS | get_type_hints(OwnOptions) | dict.fromkeys(REFUSED, Any),
+    total=False,
+)
+
+
 def check_options(options: dict[str, Any]) -> None:
     """Errors: ValueError for an option that is refused, or a value that can't be."""
     for option, reason in REFUSED.items():
@@ -64,7 +89,7 @@ def check_options(options: dict[str, Any]) -> None:
     if options.get("gradient_clip_algorithm") and options["gradient_clip_val"] is None:
         raise ValueError("trainer.gradient_clip_algorithm needs trainer.gradient_clip_val, the limit that it enforces")
     limit = options["gradient_clip_val"]
-    if limit is not None and (not isinstance(limit, int | float) or isinstance(limit, bool) or not limit > 0):
+    if limit is not None and not limit > 0:
         raise ValueError(f"trainer.gradient_clip_val must be a positive number, or null for no limit, got {limit!r}")
     if options["micro_batch"] not in (None, "auto"):
         try:
@@ -74,8 +99,6 @@ def check_options(options: dict[str, Any]) -> None:
                 f"{error}; null for the device's whole share, auto to find the largest that fits"
             ) from None
     check_compile("trainer.compile", options["compile"])
-    if not isinstance(options["channels_last"], bool):
-        raise ValueError(f"trainer.channels_last must be true or false, got {options['channels_last']!r}")
 
 
 def translated(

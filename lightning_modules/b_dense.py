@@ -48,7 +48,7 @@ class BDense:
         check_counts(**{"method.branches": branches})
         self.branches = branches  # which the host reads
         super().__init__(teacher, **host)
-        if fade is not None and (not isinstance(fade, int | float) or not 0 < fade <= 1):
+        if fade is not None and not 0 < fade <= 1:
             raise ValueError(f"method.fade must lie in (0, 1], or be null, got {fade!r}")
         values = branch_weights(weights, branches, auxiliary)
         self.normalised, self.fade = auxiliary is None, fade
@@ -89,8 +89,7 @@ def branch_weights(weights: str | Sequence[float], branches: int, auxiliary: flo
             )
         values = [FAMILIES[weights](k, branches) for k in range(1, branches + 1)]
     else:
-        numbers = isinstance(weights, Sequence) and all(isinstance(value, int | float) for value in weights)
-        values = [float(value) for value in weights] if numbers else []
+        values = [float(value) for value in weights]
     if len(values) != branches or min(values) < 0 or values[-1] <= 0:
         raise ValueError(
             f"method.weights={weights} must be {branches} numbers for method.branches={branches}, none of them negative, the "
@@ -99,7 +98,7 @@ def branch_weights(weights: str | Sequence[float], branches: int, auxiliary: flo
     if auxiliary is None:
         return [value / sum(values) for value in values]
     others = sum(values[:-1])
-    if not isinstance(auxiliary, int | float) or auxiliary < 0 or (auxiliary and branches > 1 and not others):
+    if auxiliary < 0 or (auxiliary and branches > 1 and not others):
         raise ValueError(
             f"method.auxiliary={auxiliary!r} must be null or not negative, and needs method.weights={weights} with others than "
             "the end point's"

@@ -1,7 +1,7 @@
 """What every method shares. A method is a subclass with a `student`, a `training_loss` and a `generate`."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,12 @@ class Method(InParts):
     ):
         super().__init__()
         for option, value in (("kimg", kimg), ("lr", lr), ("batch_size", batch_size)):
-            if not isinstance(value, int | float) or not value > 0:
+            if not value > 0:
                 raise ValueError(f"{option} must be a positive number, got {value!r}")
         for option, value in (("warmup_kimg", warmup_kimg), ("weight_decay", weight_decay)):
-            if not isinstance(value, int | float) or value < 0:
+            if value < 0:
                 raise ValueError(f"method.{option} must not be negative, got {value!r}")
-        numbers = isinstance(betas, Sequence) and all(isinstance(b, int | float) for b in betas)
-        if not numbers or len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+        if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"method.betas must be two numbers in [0, 1), got {betas!r}")
         self.name = name
         self.batch_size = batch_size

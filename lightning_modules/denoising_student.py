@@ -45,7 +45,7 @@ class DenoisingStudent(DenseTargets):
         super().__init__(**common)
         if loss not in REGRESSIONS:
             raise ValueError(f"method.loss={loss!r} is unknown; choose one of {', '.join(REGRESSIONS)}")
-        if not isinstance(target_noise, int | float) or target_noise < 0:
+        if target_noise < 0:
             raise ValueError(f"method.target_noise must not be negative, got {target_noise!r}")
         check_store(store, "the teacher's")
         self.teacher = teacher

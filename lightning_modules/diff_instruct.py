@@ -13,7 +13,7 @@ from diffusion.losses import SCORE_WEIGHTINGS, noised, score_gradient, weighted_
 from diffusion.noise_levels import NoiseLevels
 from diffusion.student_sampling import Sampling
 from diffusion.teacher import Teacher
-from lightning_modules.diffused_gan import DiffusedGAN
+from lightning_modules.diffused_gan import DiffusedGAN, GANOptions
 from lightning_modules.turns import InTurns
 from metrics.ranks import averaged, gather_rows, rank_and_world
 from networks.checks import check_choice, check_counts
@@ -49,7 +49,7 @@ class DiffInstruct(InTurns):
         labels: str = "uniform",
         two_sided: bool = False,
         clip: float | None = None,
-        gan: dict[str, Any] | None = None,
+        gan: GANOptions | None = None,
         **common,
     ):
         super().__init__(**common)
@@ -57,7 +57,7 @@ class DiffInstruct(InTurns):
         check_choice("method.weighting", weighting, SCORE_WEIGHTINGS)
         check_choice("method.labels", labels, ("uniform", "data"))
         for option, value in (("fake_lr_factor", fake_lr_factor), ("clip", 1.0 if clip is None else clip)):
-            if not isinstance(value, int | float) or not value > 0:
+            if not value > 0:
                 raise ValueError(f"method.{option} must be a positive number, got {value!r}")
         if two_sided and (fake_updates != 1 or generator_sigmas != fake_sigmas or gan):
             raise ValueError(
@@ -236,7 +236,7 @@ def check_sigma_init(sigma_init: float, teacher: Teacher) -> float:
     """Errors: ValueError outside of the noise levels that the teacher was trained for."""
     sigmas = teacher.sigmas(max(teacher.steps, 2))
     least, most = sigmas[-2].item(), sigmas[0].item()
-    if not isinstance(sigma_init, int | float) or not least <= sigma_init <= most:
+    if not least <= sigma_init <= most:
         raise ValueError(
             f"method.sigma_init={sigma_init!r} lies outside of the teacher's noise levels, {least:g} to {most:g}: choose one "
             "between them"

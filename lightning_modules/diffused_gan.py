@@ -1,5 +1,7 @@
 """DMD2's GAN on diffused images (arXiv 2405.14867, released ImageNet-64 code), an addition to score distillation."""
 
+from typing import TypedDict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,6 +11,14 @@ from diffusion.draws import Draws
 from diffusion.losses import noised
 from diffusion.noise_levels import NoiseLevels
 from networks import Discriminator
+
+
+class GANOptions(TypedDict):
+    """method.gan; see `DiffusedGAN`."""
+
+    generator: float
+    fake: float
+    sigmas: NoiseLevels
 
 
 class DiffusedGAN(nn.Module):
@@ -21,7 +31,7 @@ class DiffusedGAN(nn.Module):
     def __init__(self, unet: nn.Module, *, generator: float, fake: float, sigmas: NoiseLevels):
         super().__init__()
         for option, value in (("generator", generator), ("fake", fake)):
-            if not isinstance(value, int | float) or not value > 0:
+            if not value > 0:
                 raise ValueError(
                     f"method.gan.{option} must be a positive number, got {value!r}; method.gan=null: no GAN"
                 )

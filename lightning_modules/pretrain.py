@@ -26,10 +26,8 @@ class Pretrain(Method):
         **common,
     ):
         super().__init__(**common)
-        if not isinstance(p_std, int | float) or p_std <= 0:
+        if p_std <= 0:
             raise ValueError(f"method.p_std must be positive, got {p_std!r}")
-        if not isinstance(p_mean, int | float):
-            raise ValueError(f"method.p_mean must be a number, got {p_mean!r}")
         check_augment(augment, teacher.denoiser.network)
         self.sampler = teacher  # its schedule and solver draw the samples
         self.student = teacher.student().train()

@@ -52,7 +52,7 @@ class SFD(DenseTargets):
         rho: float = 7.0,
         afs: bool = True,
         solver: str = "dpm_solver_pp",
-        solver_options: Mapping[str, Any] | None = None,
+        solver_options: Mapping[str, bool | float | None] | None = None,
         teacher_afs: bool = False,
         loss: str = "l1",
         **common,

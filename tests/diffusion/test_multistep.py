@@ -157,7 +157,6 @@ def test_dynamic_threshold_by_hand():
         ({"order": 2.0}, "order must be 1, 2 or 3, got 2.0"),
         ({"threshold": 2}, "threshold must lie in .* or be null for no thresholding; got 2"),
         ({"threshold": 0}, "threshold must lie in"),
-        ({"lower_order_final": "flase"}, "lower_order_final must be true or false, got 'flase'"),
     ],
 )
 def test_options_are_refused_at_the_call_and_by_the_teacher(options, message):

@@ -52,7 +52,6 @@ def test_others_reach_lightning(option):
         ({"micro_batch": "all"}, r"trainer.micro_batch must be an integer of at least 1, got 'all'; null .* auto"),
         ({"compile": "gcc"}, r"trainer.compile must be true, false or the name of a torch.compile backend, got 'gcc'"),
         ({"compile": 1}, r"trainer.compile must be true, false"),
-        ({"channels_last": "yes"}, r"trainer.channels_last must be true or false, got 'yes'"),
         ({"profile": "vtune"}, r"trainer.profile must be one of simple, advanced, torch, got 'vtune'"),
         ({"gradient_clip_val": 0}, r"trainer.gradient_clip_val must be a positive number, or null for no limit, got 0"),
         ({"gradient_clip_algorithm": "value"}, r"trainer.gradient_clip_algorithm needs trainer.gradient_clip_val"),

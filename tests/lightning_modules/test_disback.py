@@ -303,7 +303,6 @@ def test_a_diverged_path_is_not_kept(tmp_path):
         ({"interval": 0}, "method.interval must be an integer of at least 1, got 0"),
         ({"switch": "never"}, "method.switch must be one of interval, converged, got 'never'"),
         ({"tolerance": 1.0}, r"method.tolerance must lie in \(0, 1\), got 1.0"),
-        ({"degradation": {"steps": 5}}, r"method.degradation needs .*; it has \['steps'\]"),
         ({"degradation": DEGRADATION | {"spacing": "odd"}}, "spacing must be one of geometric, linear, got 'odd'"),
         ({"sigma_init": 81}, "method.sigma_init=81 lies outside"),
     ],

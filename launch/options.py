@@ -1,0 +1,67 @@
+"""All options of a program at once, before anything is built of them."""
+
+from collections.abc import Mapping
+from typing import Any, TypedDict, get_type_hints
+
+import pytorch_lightning as pl
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.loggers import Logger
+
+from diffusion.teacher import Teacher
+from launch.measure import EvaluationOptions
+from launch.option_types import UnknownOption, check_targets, check_value
+from launch.trainer_options import TrainerOptions
+from lightning_modules import Method
+
+
+class RunOptions(TypedDict):
+    """Those of train.py, in the order in which they are checked."""
+
+    name: str
+    folder: str
+    seed: int
+    batch_size: int
+    plan: bool
+    download: bool
+    data: pl.LightningDataModule
+    teacher: Teacher | dict[str, None]  # teacher=none is an empty one
+    evaluation: EvaluationOptions
+    trainer: TrainerOptions
+    method: Method
+    callbacks: Mapping[str, pl.Callback | None]
+    logger: Mapping[str, Logger | None]
+
+
+def check_run(cfg: DictConfig) -> None:
+    """Errors: ValueError for an option of train.py that is unknown, missing or of the wrong type."""
+    try:
+        _check(cfg, RunOptions, "train.py")
+    except UnknownOption as error:
+        recipe = HydraConfig.get().runtime.choices.get("recipe") if HydraConfig.initialized() else None
+        if recipe and OmegaConf.select(_recipe(recipe), error.key) is not None:
+            raise ValueError(
+                f"recipe={recipe} is for another method: {error.key} is unknown to {error.owner}"
+            ) from None
+        raise
+
+
+def _recipe(name: str) -> Any:
+    found = GlobalHydra.instance().config_loader().repository.load_config(f"recipe/{name}")
+    return found.config if found else OmegaConf.create()
+
+
+def _check(cfg: DictConfig, options: type, program: str) -> None:
+    kinds = get_type_hints(options)
+    for name, kind in kinds.items():
+        if name not in cfg:
+            raise ValueError(f"{name} is missing: {program} needs it")
+        check_value(name, cfg[name], kind)
+    for name in cfg:
+        if name not in kinds:
+            # What a method's config puts beside it for its options to choose from, such as time_laws.
+            laws = isinstance(cfg[name], DictConfig) and all(isinstance(law, DictConfig) for law in cfg[name].values())
+            if not laws:
+                raise UnknownOption(str(name), str(name), list(kinds), program)
+            check_targets(cfg[name])
