@@ -156,7 +156,9 @@ def _fits(value: Any, kind: Any) -> bool:
         if not isinstance(value, ListConfig) or (origin is tuple and len(value) != len(typing.get_args(kind))):
             return False
         return all(any(_fits(one, inner) for inner in _alternatives(_inside(kind))) for one in value)
-    return isinstance(value, DictConfig) and _TARGET in value
+    if isinstance(value, DictConfig):
+        return _TARGET in value
+    return not isinstance(value, ListConfig | str | float | int | None)  # else it is built already (launch/plan.py)
 
 
 def _inside(kind: Any) -> Any:
@@ -235,7 +237,11 @@ def _children(node: DictConfig | ListConfig) -> Iterator[Any]:
 
 
 def _key(node: Any) -> str:
-    return node._get_full_key(None)
+    parts = []
+    while node is not None and node._key() is not None:
+        place, node = node._key(), node._get_parent()
+        parts.append(f"[{place}]" if isinstance(node, ListConfig) else f".{place}")
+    return "".join(reversed(parts)).removeprefix(".")
 
 
 def _joined(key: str, name: Any) -> str:

@@ -51,8 +51,7 @@ def test_final_names_say_metric_samples_subject_and_evaluations():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tags": "paper"}, r"logger.wandb.tags must be a list of words, such as \[paper,table2\], got 'paper'"),
-        ({"tags": [3]}, "logger.wandb.tags must be a list of words"),
+        ({"tags": ["paper", ""]}, r"logger.wandb.tags must be a list of words, such as \[paper,table2\]"),
         ({"entity": ""}, "logger.wandb.entity must not be empty"),
     ],
 )

@@ -37,7 +37,6 @@ NEITHER = "is neither a file in conf/teacher nor a run folder"
         ("digits_rf1", ["method.teachers=digits_rf1 must be a list", "'method.teachers=[digits_rf1,digits_rf2]'"]),
         ("3", ["method.teachers=3 must be a list"]),
         ("[]", ["method.teachers must name at least one teacher"]),
-        ("null", ["method.teachers must name at least one teacher"]),
         ("[runs/half]", ["method.teachers: runs/half has no student.safetensors; finish that run first"]),
         ("[runs/cut]", ["runs/cut/student.safetensors has SHA-256 "]),
         ("[runs/misfit]", ["runs/misfit/student.safetensors does not fit this SongUNet"]),
@@ -60,7 +59,6 @@ def test_teachers_that_cannot_be(folder, teachers, message):
     [
         # curves
         ("method.order=0", ["method.order must be an integer of at least 1, got 0"]),
-        ("method.order=two", ["method.order must be an integer of at least 1, got 'two'"]),
         (
             "method.order=2 method.teachers=[runs/plain,runs/plain,runs/plain]",
             [
@@ -69,15 +67,12 @@ def test_teachers_that_cannot_be(folder, teachers, message):
             ],
         ),
         ("method.slot=line", ["method.slot must be one of endpoint, trajectory, linear, got 'line'"]),
-        ("method.slot=3", ["method.slot must be one of endpoint, trajectory, linear, got 3"]),
-        ("method.slot=null", ["method.slot must be one of endpoint, trajectory, linear, got None"]),
         ("method.order=3 method.slot=[endpoint]", ["method.slot=['endpoint']", "the 2 guides of method.order=3"]),
         ("method.order=3 method.slot=[endpoint,line]", ["method.slot must be one of", "got 'line'"]),
         ("method.weights=[[1,0],[0.5,0.6]]", ["method.weights", "control point 2 are [0.5, 0.6]", "sum to 1"]),
         ("method.weights=[[2,-1],[0,1]]", ["method.weights", "control point 1", "must not be negative"]),
         ("method.weights=[[1,0]]", ["method.weights=[[1, 0]] must be 2 rows (method.order) of 2 numbers"]),
         ("method.weights=[[1],[1]]", ["method.weights=[[1], [1]] must be 2 rows (method.order) of 2 numbers"]),
-        ("method.weights=1", ["method.weights=1 must be 2 rows"]),
         ("method.final_weights=[[1,0],[0,2]]", ["method.final_weights", "control point 2 are [0.0, 2.0]"]),
         ("method.end_row=mean", ["method.end_row must be one of one_hot, average, got 'mean'"]),
         # stored states
@@ -86,16 +81,11 @@ def test_teachers_that_cannot_be(folder, teachers, message):
             ["teacher plain has too few steps (10) to pass through the noise levels", "give it more"],
         ),
         ("method.slot=trajectory method.dtype=uint8", ["dtype=uint8 holds end points alone", "float16 or float32"]),
-        ("method.store=null", ["method.store must be a folder for the teachers' samples, got None"]),
         ("method.pairs=0", ["pairs must be an integer of at least 1, got 0"]),
         # objectives
         ("method.prediction=0", ["method.prediction and method.drift are both zero"]),
         ("method.drift=-1", ["method.drift must not be negative, got -1"]),
         ("method.loss=lpips", ["LPIPS is for RGB images", "this data has 1x8x8", "choose another method.loss"]),
-        (
-            "method.drift_times=uniform",
-            ["method.drift_times must be a law of times", "${time_laws.uniform}", "'uniform'"],
-        ),
     ],
 )
 def test_curves_that_cannot_be(folder, options, message):
@@ -112,10 +102,8 @@ def test_curves_that_cannot_be(folder, options, message):
         ("method=flow_distill method.loss=lpips", ["LPIPS is for RGB images"]),
         ("method=flow_distill method.steps=0", ["method.steps must be an integer of at least 1, got 0"]),
         ("method=reflow method.loss=lpips", ["method.loss must be one of", "got 'lpips'"]),
-        ("method=reflow method.times=u_shaped", ["method.times must be a law of times", "got 'u_shaped'"]),
         ("method=bezier data=cifar10", ["method.teachers", "no weights at", "weights/cifar10-rf1.safetensors"]),
         ("method=reflow teacher.weights=nothing.safetensors", ["no weights at", "method=rectified_flow"]),
-        ("method=rectified_flow method.times=null", ["method.times must be a law of times", "got None"]),
         ("method=rectified_flow time_laws.u_shaped.a=0 method.times=${time_laws.u_shaped}", ["a positive a, got 0"]),
     ],
 )

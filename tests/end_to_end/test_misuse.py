@@ -41,27 +41,6 @@ def folder(finished, tmp_path_factory):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        # unknown to a constructor
-        ("+method.foo=1", ["method: ", "unexpected keyword argument 'foo'"]),
-        ("+teacher.network.foo=1", ["method.teacher.network: ", "unexpected keyword argument 'foo'"]),
-        ("+trainer.foo=1", ["trainer: ", "unexpected keyword argument 'foo'"]),
-        ("+evaluation.foo=1", ["evaluation needs", "unknown or missing: foo"]),
-        # the wrong type
-        ("method.lr=fast", ["lr must be a positive number, got 'fast'"]),
-        ("method.betas=[0.9]", ["method.betas must be two numbers in [0, 1), got [0.9]"]),
-        ("method.pairs=many", ["pairs must be an integer of at least 1, got 'many'"]),
-        ("method.target_noise=some", ["method.target_noise", "'some'"]),
-        ("batch_size=abc", ["batch_size must be an integer of at least 1, got 'abc'"]),
-        ("seed=first", ["seed must be an integer of at least 0, got 'first'"]),
-        (
-            "method.store=null",
-            ["method.store must be a folder for the teacher's samples, got None", "data/trajectories"],
-        ),
-        ("trainer.devices=x", ["trainer.devices='x': give a positive number"]),
-        ("trainer.num_nodes=x", ["trainer.num_nodes must be an integer of at least 1, got 'x'"]),
-        ("trainer.log_every_n_steps=x", ["trainer.log_every_n_steps must be an integer of at least 1, got 'x'"]),
-        ("callbacks.checkpoints.every_n_steps=x", ["callbacks.checkpoints: ", "type"]),
-        ("evaluation.num_samples=x", ["evaluation.num_samples must be a whole number of at least 10, got 'x'"]),
         # values that cannot be
         ("seed=4294967296", ["seed=4294967296 is too large", "from 0 to 4294967295"]),
         ("method.loss=l9", ["method.loss='l9' is unknown; choose one of l1, l2, huber"]),
@@ -69,15 +48,12 @@ def folder(finished, tmp_path_factory):
             "trainer.validate_every_n_steps=0",
             ["trainer.validate_every_n_steps must be an integer of at least 1, got 0"],
         ),
-        (
-            "trainer.precision=12",
-            ["trainer.precision must be one of 32-true, tf32, bf16-mixed, 16-mixed, got 12"],
-        ),
+        ("trainer.devices=x", ["trainer.devices='x': give a positive number"]),
         ("trainer.accelerator=abacus", ["accelerator='abacus'", "cpu"]),
         ("batch_size=15 trainer.devices=2", ["batch_size=15", "2 processes of trainer.devices"]),
         ("trainer.strategy=dpp", ["trainer.strategy=dpp is unknown; choose auto, averaged, ddp, ddp_find_unused"]),
         ("trainer.strategy=fsdp", ["trainer.strategy=fsdp is not supported: it cuts one network into pieces"]),
-        ("callbacks.requeue.every_n_steps=0", ["Requeue: every_n_steps must be an integer of at least 1, got 0"]),
+        ("callbacks.requeue.every_n_steps=0", ["Requeue: every_n_steps must be at least 1, got 0"]),
         ("teacher.solver=dpm", ["teacher.solver='dpm' is unknown; choose one of euler, heun"]),
         # values that do not fit together, which would show only after training
         ("teacher.network.num_classes=3", ["num_classes=3", "digits 10"]),

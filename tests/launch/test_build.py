@@ -11,7 +11,9 @@ def same(ours, theirs):
 
 
 def test_random_weights_come_from_the_seed_alone():
-    node = OmegaConf.create({"_target_": "networks.MLP", "resolution": 1, "in_channels": 2, "out_channels": 2, "width": 8})
+    node = OmegaConf.create(
+        {"_target_": "networks.MLP", "resolution": 1, "in_channels": 2, "out_channels": 2, "width": 8}
+    )
     first = build_seeded(node, 3).state_dict()
     torch.manual_seed(1)  # another process begins in another state
     assert same(build_seeded(node, 3).state_dict(), first)
