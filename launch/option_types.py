@@ -19,10 +19,10 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 # A config names what is built of it, and that of a run may be somebody else's. So nothing is built but classes of these
-# packages, functions of these modules, and a logger of Lightning's.
+# packages, functions of these modules, and what is named here.
 PACKAGES = ("callbacks", "datamodules", "diffusion", "lightning_modules", "metrics", "networks")
 FUNCTIONS = ("callbacks.wandb_logger", "diffusion.schedules")
-OTHERS = {"pytorch_lightning.loggers.TensorBoardLogger"}
+OTHERS: set[str] = set()
 
 _TARGET, _PARTIAL = "_target_", "_partial_"
 _PLAIN = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}

@@ -13,7 +13,7 @@ class Cheap:
 
     name, metric_suffix, dim, hash = "cheap", "_cheap", 8, "c" * 64
 
-    def __init__(self, **options_of_inception: object):
+    def __init__(self, weights: str, url: str | None, precision: str, compile: bool):
         self._matrix = torch.randn(48, 8, generator=torch.Generator().manual_seed(0)) / 7
 
     def __call__(self, images: Tensor) -> Tensor:

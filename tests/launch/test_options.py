@@ -110,7 +110,7 @@ ROWS = {
             "evaluation.training.foo is unknown: evaluation.training takes every_kimg, num_samples",
         ),
         ("+callbacks.curves.foo=1", "callbacks.curves.foo is unknown: Curves takes no options"),
-        ("+logger.tensorboard.foo=1", "logger.tensorboard.foo is unknown: TensorBoardLogger takes "),
+        ("+logger.tensorboard.foo=1", "logger.tensorboard.foo is unknown: TensorBoard takes "),
         ("+data._args_=[1]", "data._args_ is unknown: "),
         # not to be built
         ("method._target_=shutil.copy", "method._target_=shutil.copy is not built: "),
