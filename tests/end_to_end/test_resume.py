@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import time
 from functools import partial
 
@@ -11,6 +12,7 @@ from end_to_end_tools import (
     RUN,
     STUDENT,
     assert_same_run,
+    copied,
     die,
     find,
     in_call,
@@ -21,6 +23,7 @@ from end_to_end_tools import (
     train,
     with_data,
 )
+from omegaconf import OmegaConf
 
 OPTIONS = (
     *STUDENT,
@@ -154,6 +157,21 @@ def test_training_a_teacher_resumes_too(uninterrupted, tmp_path):
     train(killed_once, *PRETRAIN, before=partial(in_call, step, 8, killed)).killed()
     train(killed_once, *PRETRAIN).ok()
     assert_same_run(killed_once / RUN, alone / RUN)
+
+
+def test_another_batch_size_would_change_the_images_seen(uninterrupted, tmp_path):
+    """Refused by the run's config, and by the checkpoint itself where it was put into another run's folder."""
+    copied(uninterrupted, tmp_path)
+    (tmp_path / RUN / "metrics.json").unlink()
+    train(tmp_path, *OPTIONS, "batch_size=32").refused("started with batch_size=16", "this command has batch_size=32")
+    other = tmp_path / "runs/other"
+    (other / "checkpoints").mkdir(parents=True)
+    config = OmegaConf.load(tmp_path / RUN / "config.yaml")
+    text = OmegaConf.to_yaml(config).replace("batch_size: 16", "batch_size: 32").replace("runs/run", "runs/other")
+    (other / "config.yaml").write_text(text.replace("name: run", "name: other"))
+    shutil.copy(tmp_path / RUN / "checkpoints/last.ckpt", other / "checkpoints/last.ckpt")
+    refused = train(tmp_path, *OPTIONS, "batch_size=32", "name=other")
+    refused.refused("the checkpoint runs/other/checkpoints/last.ckpt is of another configuration", "remove this one")
 
 
 def test_the_comparison_sees_a_difference(uninterrupted, tmp_path):
