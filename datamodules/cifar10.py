@@ -15,7 +15,7 @@ import numpy as np
 
 from datamodules.edm_zip import edm_source
 from datamodules.sources import PixelDataModule, Source, classes_hash
-from datamodules.unpickling import unpickle
+from datamodules.unpickling import numbers, unpickle
 from networks.bounds import BoundedStream
 from networks.weights import hash_file
 
@@ -106,7 +106,7 @@ def _batch(read, name: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 (n, 3, 32, 32) and classes int64 (n,)."""
     where = f"{name} in {path}"
     batch = unpickle(read(name), where)
-    images, labels = batch.get("data"), np.asarray(batch.get("labels"))
+    images, labels = batch.get("data"), numbers(batch.get("labels"))
     right = isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.shape[1:] == (3 * _SIDE**2,)
     if not right or labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
         raise OSError(f"{where} is not one of CIFAR-10's batches of images and labels; get the archive again")

@@ -12,7 +12,7 @@ import numpy as np
 
 from datamodules.files import identity_of, open_zip
 from datamodules.sources import PixelDataModule, Source, classes_hash
-from datamodules.unpickling import unpickle
+from datamodules.unpickling import numbers, unpickle
 from networks.bounds import array_header, check_growth
 from networks.weights import hash_file
 
@@ -112,7 +112,7 @@ class _Batch:
 
     def labels(self) -> np.ndarray:
         """int64 (n,), from 1 on."""
-        labels = np.asarray(self._labels())
+        labels = self._labels()
         if labels.ndim != 1 or labels.dtype.kind not in "iu" or not len(labels):
             raise OSError(f"{self.where} holds no labels of images; get it again")
         self.count = len(labels)
@@ -139,10 +139,10 @@ class _Pickle(_Batch):
             return unpickle(file, self.where)
 
     def _labels(self) -> Any:
-        return self._load().get("labels")
+        return numbers(self._load().get("labels"))
 
     def _rows(self, start: int, width: int) -> Iterator[np.ndarray]:
-        yield np.atleast_2d(self._load().get("data"))[start:]
+        yield np.atleast_2d(numbers(self._load().get("data")))[start:]
 
 
 class _Npz(_Batch):

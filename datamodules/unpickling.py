@@ -53,6 +53,16 @@ def unpickle(file: BinaryIO, where: str) -> dict[str, Any]:
         raise OSError(f"{where} is damaged or no such data ({error}); fetch it again") from error
 
 
+def numbers(value: Any) -> np.ndarray:
+    """An array as it is, or that of a list of whole numbers; of anything else an empty one of objects.
+
+    By numpy alone lists that hold each other would be followed without end.
+    """
+    if isinstance(value, list) and all(type(number) is int and abs(number) < 1 << 62 for number in value):
+        return np.array(value, np.int64)
+    return value if isinstance(value, np.ndarray) else np.empty(0, object)
+
+
 def _size(file: BinaryIO) -> int:
     place = file.tell()
     size = file.seek(0, os.SEEK_END)

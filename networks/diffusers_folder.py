@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from networks.bounds import check_archive, check_tensors, parse_json
 from networks.diffusers_unet import DiffusersUNet
+from networks.inert_pickle import shown
 from networks.source import Source, check_equal
 
 # The files of 2022 call the layers of an attention so.
@@ -121,6 +122,10 @@ def _check_scheduler(file: Path, preconditioning: nn.Module) -> None:
         },
     )
     start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    if not all(isinstance(beta, int | float) and 0 < beta < 1 for beta in (start, end)):
+        raise ValueError(
+            f"{file} has beta_start={shown(start)} and beta_end={shown(end)}, which are no betas; fetch it again"
+        )
     log_signal = (1 - torch.linspace(start, end, len(preconditioning.log_sigmas), dtype=torch.float64)).log().cumsum(0)
     log_sigmas = ((1 - log_signal.exp()) / log_signal.exp()).log() / 2
     if not torch.allclose(log_sigmas, preconditioning.log_sigmas.cpu(), atol=1e-6):

@@ -81,7 +81,7 @@ def read_pickle(
     """
     try:
         return _Machine(makers, persistent).run(pickletools.genops(_Bounded(file, size)))
-    except (ValueError, TypeError, LookupError, AttributeError, AssertionError, EOFError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, AssertionError, EOFError, RuntimeError) as error:
         raise DamagedPickle(str(error).splitlines()[0][:200] if str(error) else type(error).__name__) from error
 
 

@@ -63,10 +63,12 @@ def converted(state: Mapping[str, Tensor], network: SongUNet) -> dict[str, Tenso
 
 def _joined(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """With the matrices of each attention as linear layers have them, and its queries, keys and values, NIN_0 .. 2, as one."""
-    result = {name: value.t().contiguous() if name.endswith(".W") else value for name, value in state.items()}
+    # What is no matrix stays as it is: `check_state` has the message.
+    turned = {name for name, value in state.items() if name.endswith(".W") and value.ndim == 2}
+    result = {name: value.t().contiguous() if name in turned else value for name, value in state.items()}
     for first in [name for name in state if ".NIN_0." in name]:
         parts = [first.replace("NIN_0", f"NIN_{i}") for i in range(3)]
-        if all(part in state for part in parts):
+        if all(part in state and state[part].shape == state[first].shape != () for part in parts):
             result[first.replace("NIN_0", "qkv")] = torch.cat([result.pop(part) for part in parts])
     return result
 
@@ -120,13 +122,16 @@ def _averages(file: Path) -> tuple[dict[str, Tensor], int]:
         values, step = content["ema"]["shadow_params"], content["step"]
         pairs = list(zip(names, values, strict=True))
         fits = all(content["model"][name].shape == value.shape for name, value in pairs)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        step = int(step)
+        if not all(isinstance(value, Tensor) for value in values):
+            raise TypeError("averages are tensors")
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{file} holds no network with its averages; take a checkpoint_N.pth of rectified flow"
         ) from error
     if not fits:
         raise ValueError(f"{file} has averages that are not those of its network; take another checkpoint")
-    return {_without_prefixes(name): value for name, value in pairs}, int(step)
+    return {_without_prefixes(name): value for name, value in pairs}, step
 
 
 def _without_prefixes(name: str) -> str:

@@ -70,7 +70,7 @@ class Source:
 def check_equal(file: Path, pairs: dict[str, tuple[Any, Any]]) -> None:
     """Errors: ValueError, one line, for the first of `pairs`, by option (the file's value, the configured one), that differs."""
     for option, (theirs, ours) in pairs.items():
-        if theirs != ours:
+        if isinstance(theirs, Tensor) or theirs != ours:  # two tensors are not equal or unequal
             raise ValueError(
                 f"{file} has {option}={shown(theirs)}, the configured teacher {ours!r}; choose another teacher or file"
             )

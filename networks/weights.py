@@ -196,4 +196,5 @@ def _kind(tensor: Tensor) -> str:
 
 def _shorten(names: list[str], shown: int = 5) -> str:
     rest = len(names) - shown
-    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
+    first = (name if name.isprintable() and len(name) < 200 else ascii(name[:200])[1:-1] for name in names[:shown])
+    return ", ".join(first) + (f" and {rest} more" if rest > 0 else "")

@@ -122,6 +122,10 @@ class Evil:
         ({"data_batch_3": None}, "data_batch_3"),
         ({"data_batch_3": pickle.dumps({"data": IMAGES[:4].reshape(4, -1)})}, "is not one of CIFAR-10's batches"),
         ({"data_batch_3": pickle.dumps({"data": IMAGES[:4], "labels": [1] * 4})}, "is not one of CIFAR-10's batches"),
+        (
+            {"data_batch_3": pickle.dumps({"data": IMAGES[:4], "labels": [[1], [1, 2]]})},
+            "is not one of CIFAR-10's batches",
+        ),
     ],
 )
 @pytest.mark.parametrize("write", [write_tar, write_folder])

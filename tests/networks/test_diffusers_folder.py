@@ -99,6 +99,7 @@ def test_the_files_of_2022_and_pipelines_are_read(model, folder, tmp_path):
         ("config.json", {"_class_name": "UNet2DConditionModel"}, "_class_name='UNet2DConditionModel'"),
         ("scheduler_config.json", {"prediction_type": "v_prediction"}, "prediction_type='v_prediction'"),
         ("scheduler_config.json", {"beta_schedule": "scaled_linear"}, "beta_schedule='scaled_linear'"),
+        ("scheduler_config.json", {"beta_start": "x" * 9000}, "which are no betas"),
         ("scheduler_config.json", {"num_train_timesteps": 500}, "num_train_timesteps=500, the configured teacher 1000"),
         (
             "scheduler_config.json",

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from edm_pickles import Persistent, edms_modules, write_edm
+from edm_pickles import Persistent, edms_modules, layer, write_edm
 from network_tools import noise
 
 from diffusion.denoiser import Denoiser
@@ -223,6 +223,66 @@ def test_what_the_file_says_of_itself_is_checked(tmp_path):
             _without_model(file)
         with pytest.raises(error, match=re.escape(message)):
             EDMPickle(str(file)).read(file, network, VP())
+
+
+@pytest.mark.parametrize(
+    ("where", "attributes", "error", "message"),
+    [
+        (
+            "model",
+            {"_parameters": [1]},
+            OSError,
+            "another layout than EDM's networks (the layer '' has a list of tensors)",
+        ),
+        ("model", {"_parameters": {"a": 1}}, OSError, "another layout than EDM's networks (a parameter is a int)"),
+        (
+            "model",
+            {"_modules": {"enc": 5}},
+            OSError,
+            "another layout than EDM's networks (what should be a layer is none)",
+        ),
+        ("model", {"_modules": [1]}, OSError, "another layout than EDM's networks (a layer has no list of layers)"),
+        (
+            "ema",
+            {"sigma_data": torch.zeros(3)},
+            ValueError,
+            "preconditioning.sigma_data=tensor([0., 0., 0.]), the configured",
+        ),
+        (
+            "ema",
+            {"img_resolution": [1] * 9000},
+            ValueError,
+            "network.resolution=[1, 1, 1, 1, 1, 1, ...], the configured",
+        ),
+        (
+            "model",
+            {"_parameters": {"a\nb" * 900: torch.nn.Parameter(torch.zeros(2))}},
+            ValueError,
+            r"unexpected: a\nba\nb",
+        ),
+    ],
+)
+def test_odd_layers_are_named(tmp_path, where, attributes, error, message):
+    network, file = build(), tmp_path / "odd.pkl"
+    net = layer({}, "EDMPrecond", img_resolution=16, img_channels=3, label_dim=4, sigma_data=0.5)
+    net.attributes["_modules"]["model"] = layer(filled(theirs(network)), "SongUNet")
+    {"ema": net, "model": net.attributes["_modules"]["model"]}[where].attributes.update(attributes)
+    with edms_modules():
+        file.write_bytes(pickle.dumps({"ema": net}))
+    with pytest.raises(error, match=re.escape(message)) as caught:
+        EDMPickle(str(file)).provide(str(tmp_path / "odd.safetensors"), network, EDM(), "")
+    assert str(caught.value).startswith(str(file))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(), (1, 3072), (3072, 1), (3, 32, 32)])
+def test_weights_of_odd_shapes_are_named(tmp_path, shape):
+    name = next(name for name in theirs(build()) if name.endswith("qkv.weight"))
+    file = write(tmp_path / "odd.pkl", build(), change=lambda t: t.update({name: torch.zeros(shape)}))
+    with pytest.raises(
+        ValueError, match="does not fit this SongUNet: of another shape: .*qkv.weight .* instead of .96, 32."
+    ):
+        EDMPickle(str(file)).provide(str(tmp_path / "odd.safetensors"), build(), EDM(), "")
 
 
 def _without_model(file: Path) -> None:

@@ -169,6 +169,8 @@ def test_another_file_is_refused(file):
             "averages that are not those of its network",
         ),
         ([1], "holds no network with its averages"),
+        (checkpoint(step=torch.zeros(3)), "holds no network with its averages"),
+        (checkpoint(ema={"shadow_params": [1.0] * len(parameters())}), "holds no network with its averages"),
         (checkpoint(step=shutil.rmtree), "was refused: .* nothing in it was executed"),
     ):
         torch.save(content, file)
@@ -178,3 +180,14 @@ def test_another_file_is_refused(file):
     file.write_bytes(file.read_bytes()[:3000])
     with pytest.raises(OSError, match=r"is damaged or cut short .* fetch it again"):
         teacher(file)
+
+
+def test_matrices_of_odd_shapes_are_named(file):
+    content = torch.load(file)
+    names = [name for name in content["model"] if not name.endswith("sigmas")]
+    number = next(i for i, name in enumerate(names) if name.endswith("NIN_1.W"))
+    for shape in ((), (2, 2, 2, 2)):
+        content["model"][names[number]] = content["ema"]["shadow_params"][number] = torch.zeros(shape)
+        torch.save(content, file)
+        with pytest.raises(ValueError, match="does not fit this SongUNet: missing: .*qkv.weight; unexpected: .*NIN_0.W"):
+            teacher(file)
