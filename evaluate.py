@@ -6,24 +6,37 @@ With 'steps=[1,2,4,8]' a student or a teacher is measured at several numbers of 
 python evaluate.py 'flows=[digits_rf1,digits_rf2]' data=digits: what errors add up to along a chain of flows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from launch.command_line import check_choices, run
 from launch.names import register_resolvers
 from launch.notice import stoppable
 
+PICTURES = ("samples.png", "interpolation.png", "quality.png")
 
-def run_folders(patterns: str | Sequence[str], option: str = "run") -> list[Path]:
+
+class Measured(NamedTuple):
+    """Records and what they were made with. folder: where they belong. export: writes a run's student for elsewhere."""
+
+    records: list
+    evaluation: Any
+    samplers: dict[str, Any]
+    folder: Path
+    export: Callable[[], None] | None = None
+
+
+def run_folders(patterns: Sequence[str], option: str = "run") -> list[Path]:
     """The run folders that the patterns name, each once, in order; FileNotFoundError for a pattern that names none."""
     folders: dict[Path, None] = {}
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = [Path(path) for path in sorted(glob(str(pattern))) if (Path(path) / "config.yaml").is_file()]
+    for pattern in patterns:
+        found = [Path(path) for path in sorted(glob(pattern)) if (Path(path) / "config.yaml").is_file()]
         if not found:
             raise FileNotFoundError(
                 f"{option}={pattern} names no run (a folder with the config.yaml that train.py writes)"
@@ -32,20 +45,27 @@ def run_folders(patterns: str | Sequence[str], option: str = "run") -> list[Path
     return list(folders)
 
 
-def student_steps(cfg: DictConfig) -> list[int]:
-    """The numbers of steps that `steps` asks of students, each once; none: as their methods say."""
+def asked_steps(cfg: DictConfig) -> list[int]:
+    """The numbers of steps in `steps`, each once; none: each subject's own."""
     if cfg.steps is None:
         return []
-    steps = OmegaConf.to_container(cfg.steps) if OmegaConf.is_list(cfg.steps) else [cfg.steps]
-    if not steps or not all(type(count) is int and count > 0 for count in steps):
+    steps = OmegaConf.to_container(cfg.steps) if OmegaConf.is_config(cfg.steps) else [cfg.steps]
+    if not isinstance(steps, list) or not steps or not all(type(count) is int and count > 0 for count in steps):
         raise ValueError(f"steps={cfg.steps} must be whole numbers from 1 on, such as 'steps=[1,2,4]'")
     return list(dict.fromkeys(steps))
 
 
-def trained(cfg: DictConfig, path: Path, counts: list[int]) -> tuple[Any, DictConfig, Any, str]:
-    """A run's folder and config, its method with the trained student in place, and the name of the weights.
+def named_path(cfg: DictConfig, option: str) -> Path:
+    """The file or folder that an option names."""
+    if type(cfg[option]) not in (str, int) or not str(cfg[option]):
+        raise ValueError(f"{option}={cfg[option]} must be the name of a file or folder")
+    return Path(str(cfg[option]))
 
-    Every number of steps is chosen once: an impossible one is refused before the others are measured.
+
+def trained(cfg: DictConfig, path: Path, counts: Sequence[int] = ()) -> tuple[Any, DictConfig, Any, Any]:
+    """A run's folder and config, its method with the trained student in place, and which weights it has.
+
+    counts: numbers of steps of which the student takes the last one. Errors: ValueError for one that it can't take.
     """
     from launch.build import build_seeded
     from launch.folder import RunFolder
@@ -54,8 +74,10 @@ def trained(cfg: DictConfig, path: Path, counts: list[int]) -> tuple[Any, DictCo
 
     folder = RunFolder(path)
     stored = folder.read_config()
+    if lacking := [part for part in ("method", "data", "evaluation", "seed") if part not in stored]:
+        raise ValueError(f"{folder.config} lacks {', '.join(lacking)}; restore or remove it")
     if cfg.download:
-        fetch(OmegaConf.to_container(stored, resolve=True))
+        fetch(OmegaConf.to_container(stored))
     method = build_seeded(stored.method, stored.seed)
     weights = load_student(method, folder, cfg.weights, cfg.checkpoint)
     for count in counts:
@@ -63,15 +85,66 @@ def trained(cfg: DictConfig, path: Path, counts: list[int]) -> tuple[Any, DictCo
     return folder, stored, method, weights
 
 
-def check_export(cfg: DictConfig) -> None:
-    from launch.export import check_target
+def measurable(cfg: DictConfig, folders: Sequence[Path], counts: Sequence[int]) -> list[tuple[Path, list[int]]]:
+    """The runs that can be measured, each with those of the `counts` that it can take; what can't be is said in a line each.
 
-    if cfg.run is None or len(run_folders(cfg.run)) != 1 or len(student_steps(cfg)) > 1:
-        raise ValueError("export is for the student of one run, at one number of steps: say run=runs/NAME")
-    check_target(cfg.export)
+    Errors: ValueError where nothing can be.
+    """
+    from launch.build import build
+    from launch.errors import EXPECTED
+    from launch.measure import checked
+
+    found, lines = [], []
+    for path in folders:
+        try:
+            folder, stored, method, _ = trained(cfg, path)
+            checked(build(stored.evaluation) | overrides(cfg), build(stored.data))
+        except EXPECTED as error:
+            lines.append(about(path, error))
+            continue
+        possible = []
+        for count in counts:
+            try:
+                method.choose_steps(count, folder.path)
+                possible.append(count)
+            except ValueError as error:
+                lines.append(about(path, error))
+        if possible or not counts:
+            found.append((path, possible))
+    if not found:
+        raise ValueError("; ".join(lines))
+    for line in lines:
+        print(f"not measured: {line}", flush=True)
+    return found
 
 
-def evaluate_run(cfg: DictConfig, path: Path, counts: list[int], device: Any) -> tuple[list, Any, dict, Path]:
+def about(path: Path, error: Exception) -> str:
+    """An error's line, with the run that it is about."""
+    from launch.errors import one_line
+
+    line = one_line(error)
+    return line if str(path) in line else f"{path}: {line}"
+
+
+def evaluate_runs(cfg: DictConfig, folders: Sequence[Path], device: Any) -> Iterator[Measured]:
+    """Each run that can be measured. Errors: ValueError where none can be."""
+    from launch.errors import EXPECTED
+
+    counts = asked_steps(cfg)
+    alone = len(folders) == 1 and len(counts) < 2
+    runs = [(folders[0], counts)] if alone else measurable(cfg, folders, counts)
+    for path, possible in runs:
+        try:
+            measured = evaluate_run(cfg, path, possible, device)
+        except EXPECTED as error:
+            if len(runs) == 1:
+                raise
+            print(f"not measured: {about(path, error)}", flush=True)
+            continue
+        yield measured
+
+
+def evaluate_run(cfg: DictConfig, path: Path, counts: list[int], device: Any) -> Measured:
     from launch.build import build
     from launch.measure import Evaluation, samplers
 
@@ -84,22 +157,29 @@ def evaluate_run(cfg: DictConfig, path: Path, counts: list[int], device: Any) ->
         student = portable(method, stored, data.num_classes)  # what can't be exported is refused before it is measured
     evaluation = Evaluation(build(stored.evaluation) | overrides(cfg), data, device)
     records = evaluation.run(method.to(device), folder, weights, counts)
-    if student is not None:
-        export(cfg.export, student, method, folder, weights, records)
+
+    def leave() -> None:
+        export(cfg.export, student, method, folder, weights.name, records)
         print(f"{cfg.export} written", flush=True)
-    return records, evaluation, samplers(method, folder, counts), path / "evaluation"
+
+    leaves = None if student is None else leave
+    return Measured(records, evaluation, samplers(method, folder, counts), path / "evaluation", leaves)
 
 
-def evaluate_teacher(cfg: DictConfig, device: Any) -> tuple[list, Any, dict, Path]:
+def evaluate_teacher(cfg: DictConfig, device: Any) -> Measured:
     from launch.build import build, build_seeded
     from launch.measure import Evaluation
 
+    steps = asked_steps(cfg) or [None]
     data, teacher = build(cfg.data), build_seeded(cfg.teacher, cfg.seed)
     evaluation = Evaluation(build(cfg.evaluation) | overrides(cfg), data, device)
-    steps = OmegaConf.to_container(cfg.steps) if OmegaConf.is_list(cfg.steps) else [cfg.steps]
     records = [record for count in steps for record in evaluation.teacher(teacher, count)]
     records += evaluation.real()
-    return records, evaluation, {"teacher": teacher.sample}, Path("runs") / f"teacher-{teacher.name}"
+    return Measured(records, evaluation, {"teacher": teacher.sample}, teacher_folder(cfg))
+
+
+def teacher_folder(cfg: DictConfig) -> Path:
+    return Path("runs") / f"teacher-{cfg.teacher.name}"
 
 
 def check_teacher(cfg: DictConfig, device: Any) -> None:
@@ -107,7 +187,7 @@ def check_teacher(cfg: DictConfig, device: Any) -> None:
     from launch.check import check
 
     teacher = build_seeded(cfg.teacher, cfg.seed)
-    print(f"\n{check(teacher, build(cfg.data), Path('runs') / f'teacher-{teacher.name}', device)}")
+    print(f"\n{check(teacher, build(cfg.data), teacher_folder(cfg), device)}")
 
 
 def evaluate_flows(cfg: DictConfig, device: Any) -> None:
@@ -116,30 +196,32 @@ def evaluate_flows(cfg: DictConfig, device: Any) -> None:
     from launch.flow_paths import draw_flow_paths, planar
     from launch.flows import FlowMeasurement, Run, place, report
     from launch.measure import Evaluation
+    from launch.tasks import listed
     from launch.teachers import teacher_config
+    from metrics.files import check_writable
     from networks.checks import check_counts
 
     if "data" not in cfg:
         raise ValueError("flows are measured on a data set; add data=NAME")
-    steps = student_steps(cfg) or [1]
+    steps = asked_steps(cfg) or [1]
     check_counts(2, flow_samples=cfg.flow_samples)
     check_counts(path_steps=cfg.path_steps)
-    cfg.flows = [
-        teacher_config(str(name), "flows") for name in ([cfg.flows] if isinstance(cfg.flows, str) else cfg.flows)
-    ]
+    cfg.flows = [teacher_config(name, "flows") for name in listed(cfg.flows, "flows")]
     flows, data = [build_seeded(flow, cfg.seed) for flow in cfg.flows], build(cfg.data)
     check_alike(flows, "flows")
 
     def read(path: Path) -> Run:
-        folder, stored, method, weights = trained(cfg, path, [])
-        return Run(folder, OmegaConf.to_container(stored, resolve=True), method, weights)
+        folder, stored, method, weights = trained(cfg, path)
+        return Run(folder, OmegaConf.to_container(stored), method, weights)
 
-    paths = [] if cfg.distilled is None else run_folders(cfg.distilled, "distilled")
+    paths = [] if cfg.distilled is None else run_folders(listed(cfg.distilled, "distilled"), "distilled")
     for path in paths:
         place(flows, read(path))  # refuses one of another chain before the flows are measured
+    folder = named_path(cfg, "flows_folder")
+    for name in ("flows.json", "flows.png", "paths.png"):
+        check_writable(folder / name)
     evaluation = Evaluation(build(cfg.evaluation) | overrides(cfg), data, device)
     measurement = FlowMeasurement(flows, evaluation, samples=cfg.flow_samples, path_steps=cfg.path_steps)
-    folder = Path(cfg.flows_folder)
     print(f"\n{report(measurement.run(steps, map(read, paths)), folder)}")
     if planar(evaluation.shape):
         students = (read(path).method.to(device) for path in paths)
@@ -165,73 +247,99 @@ def chosen_device(name: str) -> Any:
         raise ValueError(f"device={name} can't be used here ({error}); choose cpu, cuda or auto") from error
 
 
-def report(cfg: DictConfig) -> None:
-    from launch.report import write_report
+def check_targets(cfg: DictConfig, folders: Sequence[Path]) -> None:
+    """Refuse before anything is measured what could not be written after it. Errors: ValueError, OSError."""
+    from launch.export import check_target
+    from metrics.files import check_writable
 
-    odd = [key for key in ("flows", "distilled", "export", "steps", "solver", "checkpoint") if cfg[key] is not None]
-    if cfg.run is None or "name" in (cfg.teacher or {}) or odd or cfg.check:
-        extra = f", without {', '.join(odd)}" if odd else ""
-        raise ValueError(f"a report is made of runs that are measured already: say 'run=[runs/*]' report=...{extra}")
-    patterns = OmegaConf.to_container(cfg.run) if OmegaConf.is_list(cfg.run) else [cfg.run]
-    print(write_report(Path(str(cfg.report)), patterns))
+    names = ["check.json", "check.png"] if cfg.check else ["metrics.json", *PICTURES]
+    targets = [folder / "evaluation" for folder in folders] or [teacher_folder(cfg)]
+    files = [target / name for target in targets for name in names]
+    if len(folders) > 1 and cfg.comparison is not None:
+        kinds = [f"{name}.{kind}" for name in ("convergence", "quality") for kind in ("json", "png")]
+        files += [named_path(cfg, "comparison") / name for name in kinds]
+    for file in files:
+        check_writable(file)
+    if cfg.export is not None:
+        if len(asked_steps(cfg)) > 1:
+            raise ValueError("export is for the student of one run, at one number of steps")
+        check_target(named_path(cfg, "export"))
 
 
-def evaluate(cfg: DictConfig) -> None:
-    if cfg.report is not None:
-        return report(cfg)
-    from launch import compare, quality
-    from launch.sources import fetch
+def keep(measured: Measured) -> None:
+    """Write what was measured, with pictures, into its folder, beside what is there of other measurements."""
+    from launch import quality
     from metrics.records import load_records, merge_records, save_records
+
+    path = measured.folder / "metrics.json"
+    stored = load_records(path) if path.exists() else []
+    save_records(path, merge_records(stored, measured.records))
+    measured.evaluation.pictures(measured.folder, measured.samplers)
+    quality.draw_measured(measured.folder / "quality.png", measured.records)
+    print(f"{path} written", flush=True)
+    if measured.export is not None:
+        measured.export()
+
+
+def measure_all(cfg: DictConfig, folders: Sequence[Path], device: Any) -> list:
+    """All records, kept and printed: also those before an error, in measuring or writing, ended the rest."""
+    from metrics.records import merge_records
     from metrics.tables import table
 
+    shown: list = []
+    try:
+        for measured in evaluate_runs(cfg, folders, device) if folders else [evaluate_teacher(cfg, device)]:
+            shown = merge_records(shown, measured.records)
+            keep(measured)
+    finally:
+        if shown:
+            print(f"\n{table(shown)}", flush=True)
+    if not shown:
+        raise ValueError("nothing was measured; the lines above say why")
+    return shown
+
+
+def compare_all(cfg: DictConfig, folders: Sequence[Path], shown: list) -> None:
+    from launch import compare, quality
+
+    students = [record for record in shown if record.subject == "student"]
+    if len({record.nfe for record in students}) > 1:
+        print(f"\n{quality.report(folders, named_path(cfg, 'comparison'), like=students[0], weights=cfg.weights)}")
+    print(f"\n{compare.report(folders, named_path(cfg, 'comparison'), weights=cfg.weights)}")
+
+
+def evaluate(cfg: DictConfig, chosen: Sequence[str]) -> None:
+    """chosen: the options of the command line."""
+    from launch.tasks import check_used, chosen_task, listed
+
+    patterns = [] if cfg.run is None else listed(cfg.run, "run")
+    folders = run_folders(patterns) if cfg.report is None else []
+    check_used(chosen_task(cfg, len(folders)), cfg, chosen)
+    if cfg.report is not None:
+        from launch.report import write_report
+
+        print(write_report(named_path(cfg, "report"), patterns))
+        return
     device = chosen_device(cfg.device)
-    teacher = "name" in (cfg.teacher or {})
-    if (cfg.run is not None) + teacher + (cfg.flows is not None) != 1:
-        raise ValueError(
-            "say what to measure: run=runs/NAME (or a list, or a pattern), teacher=NAME or 'flows=[NAME,NAME]', one of them"
-        )
-    if not teacher and cfg.solver is not None:
-        raise ValueError("solver is for teacher=NAME; runs and flows are sampled as their configs say")
-    if teacher:
+    if cfg.teacher:
         if "data" not in cfg:
             raise ValueError(f"teacher={cfg.teacher.name} is not named like its data set; add data=NAME")
         if cfg.solver is not None:
             cfg.teacher.solver = cfg.solver
-    elif cfg.check:
-        raise ValueError("check=true is a teacher's self-test: say teacher=NAME")
-    if cfg.export is not None:
-        check_export(cfg)
+    if cfg.flows is None:
+        check_targets(cfg, folders)
     if cfg.download:
+        from launch.sources import fetch
+
         fetch(OmegaConf.to_container(cfg, resolve=True))
     if cfg.check:
-        return check_teacher(cfg, device)
-    if cfg.flows is not None:
-        return evaluate_flows(cfg, device)
-    if cfg.distilled is not None:
-        raise ValueError("distilled is for flows=[...], the chain that those runs were distilled from")
-    folders = [] if cfg.run is None else run_folders(cfg.run)
-    if folders:
-        counts = student_steps(cfg)
-        for path in folders[1:] if counts else []:
-            trained(cfg, path, counts)  # refuses what the last run can't do before the first one is measured
-        results = (evaluate_run(cfg, path, counts, device) for path in folders)
+        check_teacher(cfg, device)
+    elif cfg.flows is not None:
+        evaluate_flows(cfg, device)
     else:
-        results = [evaluate_teacher(cfg, device)]
-    shown: list = []
-    for records, evaluation, samplers, folder in results:
-        path = folder / "metrics.json"
-        stored = load_records(path) if path.exists() else []
-        save_records(path, merge_records(stored, records))
-        evaluation.pictures(folder, samplers)
-        quality.draw_measured(folder / "quality.png", records)
-        shown = merge_records(shown, records)
-        print(f"{path} written", flush=True)
-    print(f"\n{table(shown)}")
-    students = [record for record in shown if record.subject == "student"]
-    if len(folders) > 1 and cfg.comparison is not None:
-        if len({record.nfe for record in students}) > 1:
-            print(f"\n{quality.report(folders, Path(cfg.comparison), like=students[0], weights=cfg.weights)}")
-        print(f"\n{compare.report(folders, Path(cfg.comparison), weights=cfg.weights)}")
+        shown = measure_all(cfg, folders, device)
+        if len(folders) > 1 and cfg.comparison is not None:
+            compare_all(cfg, folders, shown)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
@@ -240,7 +348,7 @@ def main(cfg: DictConfig) -> None:
 
     with reported("evaluate"):
         check_choices()
-        evaluate(cfg)
+        evaluate(cfg, HydraConfig.get().overrides.task)
 
 
 if __name__ == "__main__":

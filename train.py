@@ -67,7 +67,7 @@ def train(cfg: DictConfig, hydra_config: DictConfig) -> float | None:
     method = build_seeded(cfg.method, cfg.seed)
     # Whatever is wrong shows now, before anything is written, and not after training.
     check_fit(method, data)
-    training, evaluation = method.training_data(data), checked(build(cfg.evaluation))
+    training, evaluation = method.training_data(data), checked(build(cfg.evaluation), data)
     if training is data or needs_images(evaluation):
         data.check_source()
     stages = build_stages(cfg, method, data, folder)

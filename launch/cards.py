@@ -53,7 +53,7 @@ def readme(
             f"{path.solver} over noise levels {', '.join(f'{sigma:.4g}' for sigma in _shortened(path.sigmas))}",
         ),
         ("weights", f"{weights}, {sum(p.numel() for p in student.parameters()):,} parameters"),
-        ("training", f"{method.total_steps:,} steps of {method.batch_size} images, seed {method.seed}"),
+        ("training", f"{_steps(method, records)} steps of {method.batch_size} images, seed {method.seed}"),
         ("licence of the weights", licence),
     ]
     measured = markdown(records) if records else "Not measured."
@@ -87,6 +87,12 @@ def readme(
             "",
         ]
     )
+
+
+def _steps(method: Method, records: Sequence[Record]) -> str:
+    """Those behind the weights: all of them, unless they were measured while training went on."""
+    half = next((record.training for record in records if record.unfinished), None)
+    return f"{half['step']:,} of {half['total']:,}" if half else f"{method.total_steps:,}"
 
 
 def _shortened(sigmas: Sequence[float], most: int = 8) -> Sequence[float]:

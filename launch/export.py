@@ -18,7 +18,7 @@ from launch.folder import RunFolder
 from launch.portable_student import NETWORKS, PRECONDITIONINGS, Student
 from launch.teachers import students_teacher
 from lightning_modules import Method
-from metrics.files import unfinished
+from metrics.files import check_writable, unfinished
 from metrics.records import Record
 from networks.diffusers_unet import DiffusersUNet
 from networks.weights import PROJECT_ROOT, save_weights
@@ -31,10 +31,11 @@ _TOLERANCE = 16 * torch.finfo(torch.float32).eps  # what rounding may do to one 
 
 
 def check_target(path: str | Path) -> Path:
-    """Errors: ValueError for a path where something is already."""
+    """Errors: ValueError for a path where something is already, OSError for one that can't be written."""
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"export={path} exists already; choose another folder, or remove it")
+    check_writable(path / "README.md" if path.exists() else path)
     return path
 
 

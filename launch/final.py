@@ -33,11 +33,13 @@ def finish(
     """
     boards = [logger for logger in trainer.loggers if isinstance(logger, WandbRun)]
     try:
-        weights = load_student(method, folder)
+        weights = load_student(method, folder, reached=method.total_steps)
         device = trainer.strategy.root_device
         method.to(device)
         evaluation = Evaluation(settings, data, device)
         records = evaluation.run(method, folder, weights)
+        if rank_and_world()[0] == 0:  # first of all: what follows may meet a full disk
+            print(f"\n{folder.path}\n\n{table(records)}", flush=True)
         lines = curve_lines(method, data, device, trainer.callbacks)
         evaluation.pictures(folder.path, samplers(method, folder))
         if rank_and_world()[0] == 0:
@@ -47,7 +49,6 @@ def finish(
             save_records(folder.metrics, records)
             if (folder.path / "metrics.csv").exists():  # a choice of conf/logger
                 draw_curves(folder.path / "metrics.csv", folder.path / "curves.png", reference_lines(folder.monitoring))
-            print(f"\n{folder.path}\n\n{table(records)}", flush=True)
             for board in boards:
                 board.log_final(records, folder.path, method.total_steps - 1, own_convergence(folder))
     except BaseException:

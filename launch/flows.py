@@ -15,7 +15,7 @@ from launch.build import check_teacher
 from launch.compare import dumped
 from launch.folder import RunFolder
 from launch.groups import essence, labels, trained_alike
-from launch.measure import Evaluation
+from launch.measure import Evaluation, Weights
 from lightning_modules import BezierDistillation, Method
 from metrics.files import write_file
 from metrics.flow_chain import Chain, Distilled, Flow, from_json, scores, to_json
@@ -32,12 +32,12 @@ _PLACE = ("teacher", "method.teacher", "method.teachers")  # where in a chain a 
 
 
 class Run(NamedTuple):
-    """A run with its trained student in place; weights: their name."""
+    """A run with its trained student in place; weights: which of its."""
 
     folder: RunFolder
     config: dict[str, Any]
     method: Method
-    weights: str
+    weights: Weights
 
 
 class FlowMeasurement:
@@ -127,12 +127,15 @@ class FlowMeasurement:
             if how(target) != how(self.flows[k]):
                 notes.append(f"{run.folder.path} was trained on samples of {how(target)}, not {how(self.flows[k])}")
         records = self.evaluation.student(method, run.folder, run.weights)
+        if records[0].unfinished:
+            step, total = (records[0].training[key] for key in ("step", "total"))
+            notes.append(f"{run.folder.path} was measured after {step} of {total} training steps")
         value = {
             "flow": k + 1,
             "name": run.folder.name,
             "seed": int(run.config.get("seed", 0)),
             "nfe": method.nfe,
-            "weights": run.weights,
+            "weights": run.weights.name,
             "regression": regression,
             "w2": wasserstein(own[: self.matched], self.real),
             "scores": scores(records),

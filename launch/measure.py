@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -27,6 +28,7 @@ from metrics.evaluation import (
 )
 from metrics.extractors import FeatureExtractor
 from metrics.fidelity import WAYS_OUT
+from metrics.files import write_cache
 from metrics.labels import DISTRIBUTIONS, check_shares, sampled_counts
 from metrics.ranks import from_rank_zero, rank_and_world
 from metrics.records import Record, load_records, save_records
@@ -60,6 +62,14 @@ class EvaluationOptions(TypedDict, total=False):
 SETTINGS = EvaluationOptions.__annotations__.keys() - {"training"}
 
 
+@dataclass(frozen=True)
+class Weights:
+    """Which of a run's weights a student has. name: an average's, or raw. training: see `Record.training`."""
+
+    name: str
+    training: dict[str, int] | None = None
+
+
 class Evaluation:
     """The settings of one evaluation (conf/evaluation) with the data set's reference: what all subjects share.
 
@@ -76,7 +86,7 @@ class Evaluation:
         first_seed: int = 0,
     ):
         allow_tf32(False)
-        self.settings = checked(settings)
+        self.settings = checked(settings, data)
         self.data, self.device, self.first_seed = data, device, first_seed
         self.cache = Path(cache)
         self.measures = bool(self.settings)
@@ -117,10 +127,10 @@ class Evaluation:
             **self.settings,
         }
 
-    def run(self, method: Method, folder: RunFolder, weights: str, counts: Sequence[int] = ()) -> list[Record]:
+    def run(self, method: Method, folder: RunFolder, weights: Weights, counts: Sequence[int] = ()) -> list[Record]:
         """Records of a method's teacher, its student and real images, all against the same reference.
 
-        The student's weights are in place already; `weights` is their name (an average's, or "raw"). counts: numbers of
+        The student's weights are in place already; `weights` says which they are. counts: numbers of
         steps to measure the student at, one after the other (none: the method's own).
         """
         if not self.measures:
@@ -132,7 +142,7 @@ class Evaluation:
         teacher = self.teacher(method.teacher) if method.teacher else []
         return teacher + students + self.real()
 
-    def student(self, method: Method, folder: RunFolder, weights: str) -> list[Record]:
+    def student(self, method: Method, folder: RunFolder, weights: Weights) -> list[Record]:
         """Records of a method's student as it samples now."""
         records = measure(
             method.sample,
@@ -140,11 +150,12 @@ class Evaluation:
             subject="student",
             nfe=method.nfe,
             shape=self.shape,
-            weights=weights,
+            weights=weights.name,
             teacher=method.teacher.name if method.teacher else None,
             **self._common(self.data.num_classes),
         )
-        return traced(records, folder.config, hash_state(method.exported()))
+        records = traced(records, folder.config, hash_state(method.exported()))
+        return [replace(record, training=weights.training) for record in records]
 
     def teacher(self, teacher: Teacher, steps: int | None = None) -> list[Record]:
         """Records of a teacher; kept on disk by all that they depend on, since a sweep asks for the same ones again."""
@@ -165,7 +176,7 @@ class Evaluation:
             **self._common(teacher.num_classes),
         )
         records = traced(records, key, teacher.hash)
-        from_rank_zero(lambda: save_records(path, records))
+        from_rank_zero(lambda: write_cache(lambda: save_records(path, records)))
         return records
 
     def _teacher_key(self, teacher: Teacher, steps: int | None) -> str:
@@ -218,10 +229,10 @@ def needs_images(settings: Mapping[str, Any]) -> bool:
     return not published and not measures_nothing(settings)
 
 
-def checked(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a final evaluation, without those of measurements on the way; ValueError for impossible ones.
+def checked(settings: dict[str, Any], data: Any) -> dict[str, Any]:
+    """The settings of a final evaluation, without those of measurements on the way; empty where nothing is to be measured.
 
-    They are empty where nothing is to be measured.
+    Errors: ValueError for impossible ones, also for an extractor that can't read images as the data's.
     """
     if measures_nothing(settings):
         return {}
@@ -240,14 +251,23 @@ def checked(settings: dict[str, Any]) -> dict[str, Any]:
     if final["reference"] is not None:
         check_rows(final["metrics"])
         published_reference(final["reference"], final["extractor"])
+    # A fast one would be compiled for a single image.
+    exact = getattr(final["extractor"], "exact", None) or final["extractor"]
+    exact(torch.zeros(1, *shape_of(data), dtype=torch.uint8))
     return final
 
 
-def load_student(method: Method, folder: RunFolder, weights: str | None = None, checkpoint: str | None = None) -> str:
-    """Put a run's trained student into `method`; returns the name of the weights taken.
+def load_student(
+    method: Method,
+    folder: RunFolder,
+    weights: str | None = None,
+    checkpoint: str | None = None,
+    reached: int | None = None,
+) -> Weights:
+    """Put a run's trained student into `method`; returns which weights were taken.
 
     checkpoint: "last", or "best" by held-out loss (default: best where the method has it). weights: an average's name or
-    "raw" (default: the run's first average).
+    "raw" (default: the run's first average). reached: steps behind the run, where the caller knows.
     """
     checkpoint, content = _chosen(method, folder, checkpoint)
     name, state = student_state(content, weights)
@@ -257,7 +277,12 @@ def load_student(method: Method, folder: RunFolder, weights: str | None = None, 
         check_state(folder.checkpoints / f"{checkpoint}.ckpt", state, method.student)
         raise
     method.on_load_checkpoint(content)  # in progressive distillation the round, hence the number of steps
-    return name
+    step = content["global_step"]
+    if reached is None:
+        another = not folder.complete() and checkpoint != "last" and folder.last.exists()
+        reached = read_checkpoint(folder.last)["global_step"] if another else step
+    total = method.total_steps
+    return Weights(name, {"step": step, "reached": total if folder.complete() else reached, "total": total})
 
 
 def check_data(settings: Mapping[str, Any], data: Any) -> None:
@@ -283,12 +308,13 @@ def _chosen(method: Method, folder: RunFolder, checkpoint: str | None) -> tuple[
     return checkpoint, content
 
 
-def choose_steps(method: Method, folder: RunFolder, count: int, weights: str) -> str:
-    """Let the student take `count` steps; returns the name of the weights that are then in place, `weights` before.
+def choose_steps(method: Method, folder: RunFolder, count: int, weights: Weights) -> Weights:
+    """Let the student take `count` steps; returns the weights that are then in place, `weights` before.
 
     Errors: ValueError for a number that the run has no student for.
     """
-    return method.choose_steps(count, folder.path) or weights
+    name = method.choose_steps(count, folder.path)
+    return Weights(name) if name else weights
 
 
 def samplers(method: Method, folder: RunFolder, counts: Sequence[int] = ()) -> dict[str, Sampler]:

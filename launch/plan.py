@@ -42,7 +42,7 @@ def plan(cfg: DictConfig) -> str:
     data, method = build(cfg.data), build_weightless(cfg.method, cfg.seed)
     check_fit(method, data)
     training = method.training_data(data)
-    without_evaluation = _told(lambda: measure.checked(build(cfg.evaluation)))
+    without_evaluation = _told(lambda: measure.checked(build(cfg.evaluation), data))
     _try_trainers(cfg, method, data, measurable=without_evaluation is None)
     with FakeTensorMode():
         student = build(

@@ -7,7 +7,7 @@ from pathlib import Path
 from launch.gather import gather
 from launch.report_sections import sections
 from launch.trace import revision
-from metrics.files import write_file
+from metrics.files import check_writable, write_file
 from metrics.report_page import MARK, page
 
 
@@ -18,6 +18,7 @@ def check_target(path: str | Path) -> Path:
         raise ValueError(f"report={path} is a web page; name it like report=report.html")
     if path.exists() and not (path.is_file() and MARK.encode() in path.read_bytes()[:1000]):
         raise ValueError(f"report={path} exists and is no report of this program; choose another name, or move it away")
+    check_writable(path)
     return path
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from metrics.extractors import FeatureExtractor
+from metrics.files import write_cache
 from metrics.ranks import from_rank_zero, gather_rows, progress_bar, share
 from metrics.statistics import RunningGaussian, load_statistics, save_statistics
 
@@ -98,7 +99,7 @@ def reference_statistics(
             gaussian.update(part)
         gaussian = gaussian.merged()
     if cache is not None and cached is None:
-        from_rank_zero(lambda: save_statistics(cache, gaussian.mean, gaussian.cov, identity))
+        from_rank_zero(lambda: write_cache(lambda: save_statistics(cache, gaussian.mean, gaussian.cov, identity)))
     return Reference(gaussian.mean, gaussian.cov, packed.hash, rows)
 
 

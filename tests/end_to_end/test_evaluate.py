@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from end_to_end_tools import ROOT, RUN, copied, read_checkpoint, read_json, run, snapshot, with_data
-from misuse_tools import attempt
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
@@ -121,33 +120,6 @@ def test_the_pretrained_teacher_is_what_its_card_says(finished, tmp_path):
     assert measured["mean"] == pytest.approx(said["values"][0], rel=0.01)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("", ["run=runs/NAME", "teacher=NAME", "flows=[NAME,NAME]", "one of them"]),
-        ("run=runs/a1 teacher=digits", ["one of them"]),
-        ("run=runs/none", ["run=runs/none names no run", "config.yaml"]),
-        ("run=runs/teacher-other", ["run=runs/teacher-other names no run"]),
-        ("run=[runs/a1,runs/b*]", ["run=runs/b* names no run"]),
-        ("run=runs/a1 steps=3", ["steps=3: the student of runs/a1 takes 1, and no other number"]),
-        ("run=runs/a1 solver=euler", ["solver is for teacher=NAME"]),
-        ("run=runs/a1 weights=ema_0.5", ["ema_0.5", "ema_500kimg"]),
-        ("run=runs/a1 checkpoint=first", ["no checkpoint at runs/a1/checkpoints/first.ckpt"]),
-        ("run=runs/a1 num_samples=5", ["num_samples must be a whole number of at least 10, got 5"]),
-        ("run=runs/a1 metrics=[lpips]", ["metrics lpips are unknown; choose among fid"]),
-        ("run=runs/a1 device=abacus", ["device=abacus", "cpu"]),
-        ("teacher=digits teacher.weights=gone.safetensors", ["no weights at", "gone.safetensors"]),
-        ("teacher=digits teacher.weights=null steps=0", ["number of solver steps must be at least 1, got 0"]),
-        ("teacher=digits teacher.weights=null steps=few", ["number of solver steps must be at least 1, got 'few'"]),
-        ("teacher=digits teacher.weights=null solver=dpm", ["teacher.solver='dpm' is unknown"]),
-    ],
-)
-def test_misuse(folder, options, message):
-    before = snapshot(folder)
-    attempt(folder, "evaluate.py", *options.split()).refused("error: evaluate: ", *message)
-    assert snapshot(folder) == before
-
-
 def test_a_damaged_checkpoint_and_config_are_named(finished, tmp_path):
     copied(finished, tmp_path)
     best = tmp_path / RUN / "checkpoints" / "best.ckpt"
@@ -194,4 +166,3 @@ def test_a_run_is_exported(folder):
     weights = load_file(folder / "exports/a1/student.safetensors")
     trained = load_file(folder / "runs/a1/student.safetensors")
     assert all(torch.equal(value, trained[name]) for name, value in weights.items())
-    evaluate(folder, "run=runs/a*", "export=exports/b").refused("export is for the student of one run")

@@ -72,23 +72,41 @@ def test_a_flow_beside_itself(folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("flows=[] data=digits", ["flows must name at least one teacher"]),
+        ("flows=[] data=digits", ["flows=[] must be a name or a list of some, such as 'flows=[runs/A,runs/B*]'"]),
         ("flows=[runs/rf1]", ["add data=NAME"]),
         ("flows=[runs/rf3] data=digits", ["flows: runs/rf3 is neither a file in conf/teacher nor a run folder"]),
         ("flows=[runs/rf1] teacher=digits", ["one of them"]),
         ("flows=[runs/rf1] run=runs/rf1", ["one of them"]),
-        ("flows=[runs/rf1] data=digits solver=euler", ["solver is for teacher=NAME"]),
+        (
+            "flows=[runs/rf1] data=digits solver=euler",
+            ["solver has no effect on 'flows=[NAME,NAME]'; it is for teacher=NAME"],
+        ),
         ("flows=[runs/rf1] data=digits steps=0", ["steps=0 must be whole numbers from 1 on"]),
         (
             "flows=[runs/rf1] data=digits flow_samples=1000000000000",
             ["flow_samples=1000000000000 (lower it)", "GB of memory"],
+        ),
+        (
+            "flows=[runs/rf1] data=digits weights=raw",
+            ["weights has no effect on 'flows=[NAME,NAME]'; it is for run=RUN"],
+        ),
+        ("flows=5 data=digits", ["flows: 5 is neither a file in conf/teacher nor a run folder"]),
+        ("flows=true data=digits", ["flows=True must be a name or a list of some"]),
+        ("flows=[runs/rf1] data=digits distilled=[]", ["distilled=[] must be a name or a list of some"]),
+        ("flows=[runs/rf1] data=digits flows_folder=true", ["flows_folder=True must be the name of a file or folder"]),
+        (
+            "flows=[runs/rf1] data=digits flows_folder=runs/rf1/config.yaml",
+            ["cannot write runs/rf1/config.yaml/flows.json"],
         ),
         ("flows=[runs/rf1] data=digits flow_samples=1", ["flow_samples must be an integer of at least 2, got 1"]),
         ("flows=[runs/rf1] data=digits path_steps=few", ["path_steps must be an integer of at least 1, got 'few'"]),
         ("flows=[runs/rf1] data=digits data.conditional=false", ["num_classes=10, the data digits 0"]),
         ("flows=[runs/rf1] data=digits distilled=runs/two*", ["distilled=runs/two* names no run"]),
         ("flows=[runs/rf1] data=digits distilled=runs/other", ["the teacher of runs/other is digits_rf2", "rf1 ("]),
-        ("run=runs/rf1 distilled=runs/one0", ["distilled is for flows=[...]"]),
+        (
+            "run=runs/rf1 distilled=runs/one0",
+            ["distilled has no effect on run=RUN; it is for 'flows=[NAME,NAME]' distilled=RUN"],
+        ),
     ],
 )
 def test_misuse(folder, options, message):

@@ -3,7 +3,6 @@
 import json
 
 from end_to_end_tools import RUN, STUDENT, copied, run, snapshot, train
-from misuse_tools import attempt
 from page_tools import Page
 
 
@@ -39,15 +38,3 @@ def test_csv_alone_is_enough_for_pictures_curves_and_a_report(finished, tmp_path
     assert curves[1][:2] == ["denoising_student", "0, 1"]
     (trace,) = (table for table in page.tables if table[0][0] == "run")
     assert {len(cell) for row in trace[1:] for cell in row[2:4]} == {64}
-
-
-def test_misuse(finished, tmp_path):
-    attempt(finished, "evaluate.py", "run=runs/none*", f"report={tmp_path}/r.html").refused(
-        "run=runs/none* names no run"
-    )
-    attempt(finished, "evaluate.py", "run=runs/run", "report=true").refused("report=True is a web page; name it like")
-    ended = attempt(finished, "evaluate.py", "run=runs/run", f"report={tmp_path}/r.html", "steps=[1,2]")
-    ended.refused("a report is made of runs that are measured already", "without steps")
-    ended = attempt(finished, "evaluate.py", "teacher=digits", f"report={tmp_path}/r.html")
-    ended.refused("a report is made of runs that are measured already: say 'run=[runs/*]' report=...")
-    assert not list(tmp_path.glob("*.html"))

@@ -79,16 +79,30 @@ def test_a_teacher_at_several_numbers_is_drawn(folder):
     assert imread(folder / "runs/teacher-digits/quality.png").shape[:2] == (600, 840)
 
 
+def test_each_run_is_measured_at_the_numbers_that_it_can_take(folder):
+    """And what it can't is said in one line each, before the measurement."""
+    ended = run(folder, "evaluate.py", "run=[runs/few0,runs/one]", "steps=[1,2,5]", "comparison=null", *SETTINGS).ok()
+    assert [line for line in ended.out.splitlines() if line.startswith("not measured: ")] == [
+        "not measured: steps=5: the students of runs/few0 take 1, 2, 3 or 4",
+        "not measured: steps=2: the student of runs/one takes 1, and no other number",
+        "not measured: steps=5: the student of runs/one takes 1, and no other number",
+    ]
+    rows = [line.split() for line in ended.out[ended.out.index("fingerprint") :].splitlines()]
+    assert [(row[0], row[3]) for row in rows if row[1:2] == ["student"]] == [("few0", "1"), ("few0", "2"), ("one", "1")]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("run=runs/few0 steps=[1,5]", ["steps=5: the students of runs/few0 take 1, 2, 3 or 4"]),
-        ("run=[runs/few0,runs/one] steps=[1,2]", ["steps=2: the student of runs/one takes 1, and no other number"]),
+        (
+            "run=runs/few0 steps=[5,6]",
+            ["steps=5: the students of runs/few0 take 1, 2, 3 or 4; steps=6: the students of"],
+        ),
         ("run=runs/few0 steps=few", ["steps=few must be whole numbers from 1 on", "steps=[1,2,4]"]),
         ("run=runs/few0 steps=[1,[2]]", ["steps=[1, [2]] must be whole numbers"]),
         ("run=runs/few0 steps=[0]", ["steps=[0] must be whole numbers"]),
         ("run=runs/few0 steps=[]", ["steps=[] must be whole numbers"]),
-        ("run=runs/few0 solver=euler", ["solver is for teacher=NAME; runs and flows are sampled as their configs say"]),
+        ("run=runs/few0 solver=euler", ["solver has no effect on run=RUN; it is for teacher=NAME"]),
     ],
 )
 def test_what_can_not_be_measured_is_refused_before_anything_is(folder, options, message):

@@ -14,7 +14,7 @@ from diffusion.time_laws import Start, Uniform
 from launch.flow_paths import control_points, draw_flow_paths, planar
 from launch.flows import FlowMeasurement, Run, end_teacher, load_chain, place, report
 from launch.folder import RunFolder
-from launch.measure import Evaluation
+from launch.measure import Evaluation, Weights
 from lightning_modules import BezierDistillation, FlowDistillation
 from metrics.flow_chain import from_json, to_json
 
@@ -49,7 +49,7 @@ def curved(teachers, **options):
 
 def run(method, name, **options):
     config = {"name": name, "seed": method.seed, "method": {"name": method.name, "seed": method.seed, **options}}
-    return Run(RunFolder(f"runs/{name}"), config, method, "ema")
+    return Run(RunFolder(f"runs/{name}"), config, method, Weights("ema"))
 
 
 @pytest.fixture(scope="module")

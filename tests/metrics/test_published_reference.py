@@ -11,7 +11,7 @@ from PIL import Image
 from diffusion.seeds import sample_labels, sample_noise
 from launch.flows import FlowMeasurement
 from launch.folder import RunFolder
-from launch.measure import Evaluation, checked
+from launch.measure import Evaluation, Weights, checked
 from metrics.distances import frechet_distance
 from metrics.images import to_uint8
 from metrics.reference import published_reference
@@ -45,7 +45,7 @@ def settings(file, **changes):
 def test_a_run_is_measured_and_drawn_without_images(file, tmp_path):
     evaluation = Evaluation(settings(file), NoImages(), CPU, tmp_path)
     method = SimpleNamespace(sample=sampler, nfe=1, teacher=None, exported=dict)
-    (record,) = evaluation.run(method, RunFolder(tmp_path / "run"), "raw")
+    (record,) = evaluation.run(method, RunFolder(tmp_path / "run"), Weights("raw"))
     assert (record.subject, record.metric) == ("student", "fid_stub")
     assert record.fingerprint["reference"] == sha256(file.read_bytes()).hexdigest()
     seeds = torch.arange(30)
@@ -72,12 +72,12 @@ def test_without_a_reference_the_images_are_asked_for(file, tmp_path):
 def test_what_does_not_fit_is_refused_before_training(file, tmp_path):
     for metric in ("kid", "precision", "w2"):
         with pytest.raises(ValueError, match=f"{metric} compare with .*or set evaluation.reference=null"):
-            checked(settings(file, metrics=["fid", metric]))
+            checked(settings(file, metrics=["fid", metric]), NoImages())
     message = (
         "no reference statistics at .*gone.npz; add download=true to fetch https://x/y.npz, or put the file there$"
     )
     with pytest.raises(FileNotFoundError, match=message):
-        checked(settings(tmp_path / "gone.npz"))
+        checked(settings(tmp_path / "gone.npz"), NoImages())
     with pytest.raises(FileNotFoundError, match="gone.npz; put the file there$"):
         published_reference({"file": tmp_path / "gone.npz", "url": None}, Stub())
     for options in ({"url": "x"}, {"file": file, "sigma": 3}):
@@ -91,4 +91,4 @@ def test_what_does_not_fit_is_refused_before_training(file, tmp_path):
     with pytest.raises(
         ValueError, match="other.npz has 2048 features, the stub extractor 8; choose statistics made by"
     ):
-        checked(settings(tmp_path / "other.npz"))
+        checked(settings(tmp_path / "other.npz"), NoImages())

@@ -1,0 +1,227 @@
+"""What evaluate.py can't do: one clear line, before anything is measured or written; and what it leaves out with a line."""
+
+import shutil
+from functools import partial
+
+import pytest
+from end_to_end_tools import RUN, STUDENT, copied, in_call, read_json, run, snapshot, train, with_data
+from misuse_tools import attempt
+from omegaconf import OmegaConf
+from page_tools import Page
+from permission_tools import bound_by_permissions
+
+SMALL = ("num_samples=20", "blocks=1", "device=cpu")
+WEIGHTLESS = "teacher=digits teacher.weights=null"
+
+
+def evaluate(folder, *arguments, **options):
+    return run(folder, "evaluate.py", *arguments, **options)
+
+
+@pytest.fixture(scope="module")
+def folder(finished, tmp_path_factory):
+    """Two complete runs, some with a damaged or foreign config, and folders and files that are no run."""
+    folder = copied(finished, tmp_path_factory.mktemp("misuse_evaluate"))
+    (folder / RUN).rename(folder / "runs/a1")
+    shutil.copytree(folder / "runs/a1", folder / "runs/a2")
+    (folder / "runs/teacher-other").mkdir()
+    (folder / "mine.html").write_text("mine")
+    (folder / "file").write_text("a file")
+    stored = OmegaConf.load(folder / "runs/a1/config.yaml")
+    configs = {
+        "empty": "",
+        "list": "- 1",
+        "secret": "method: {name: '${oc.env:HOME}'}",
+        "half": OmegaConf.to_yaml(OmegaConf.masked_copy(stored, ["method", "seed", "name"])),
+        "foreign": OmegaConf.to_yaml(OmegaConf.merge(stored, {"data": {"_target_": "shutil.copy", "src": "file"}})),
+    }
+    for name, text in configs.items():
+        (folder / f"odd/{name}").mkdir(parents=True)
+        (folder / f"odd/{name}/config.yaml").write_text(text)
+        shutil.copytree(folder / "runs/a1/checkpoints", folder / f"odd/{name}/checkpoints")
+    (folder / "odd/cut").mkdir()
+    shutil.copytree(folder / "runs/a1", folder / "odd/cut", dirs_exist_ok=True)
+    best = folder / "odd/cut/checkpoints/best.ckpt"
+    best.write_bytes(best.read_bytes()[:5000])
+    for name in ("evaluation", "quality"):
+        shutil.copytree(folder / "runs/a1", folder / f"odd/blocked-{name}")
+    (folder / "odd/blocked-evaluation/evaluation").write_text("a file where a folder should be")
+    (folder / "odd/blocked-quality/evaluation/quality.png").mkdir(parents=True)
+    return folder
+
+
+REPORT = "run=[runs/*] report=r.html"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        # what to measure
+        ("", ["run=runs/NAME", "teacher=NAME", "flows=[NAME,NAME]", "one of them"]),
+        ("run=runs/a1 teacher=digits", ["one of them"]),
+        ("run=runs/none", ["run=runs/none names no run", "config.yaml"]),
+        ("run=runs/teacher-other", ["run=runs/teacher-other names no run"]),
+        ("run=[runs/a1,runs/b*]", ["run=runs/b* names no run"]),
+        ("run=5", ["run=5 names no run"]),
+        ("run=true", ["run=True must be a name or a list of some, such as 'run=[runs/A,runs/B*]'"]),
+        ("run=[]", ["run=[] must be a name or a list of some"]),
+        ("run=[[runs/a1]]", ["run=[['runs/a1']] must be a name or a list of some"]),
+        ("run={a:1}", ["run={'a': 1} must be a name or a list of some"]),
+        # how
+        ("run=runs/a1 steps=3", ["steps=3: the student of runs/a1 takes 1, and no other number"]),
+        ("run=runs/a1 steps=true", ["steps=True must be whole numbers from 1 on"]),
+        ("run=runs/a1 weights=ema_0.5", ["ema_0.5", "ema_500kimg"]),
+        ("run=runs/a1 weights=5", ["5", "ema_500kimg"]),
+        ("run=runs/a1 checkpoint=first", ["no checkpoint at runs/a1/checkpoints/first.ckpt"]),
+        ("run=runs/a1 num_samples=5", ["num_samples=5", "at least 10 samples"]),
+        ("run=runs/a1 metrics=[lpips]", ["metrics lpips are unknown; choose among fid"]),
+        ("run=runs/a1 device=abacus", ["device=abacus", "cpu"]),
+        ("teacher=digits teacher.weights=gone.safetensors", ["no weights at", "gone.safetensors"]),
+        (f"{WEIGHTLESS} steps=0", ["steps=0 must be whole numbers from 1 on"]),
+        (f"{WEIGHTLESS} steps=few", ["steps=few must be whole numbers from 1 on"]),
+        (f"{WEIGHTLESS} steps=[]", ["steps=[] must be whole numbers from 1 on"]),
+        (f"{WEIGHTLESS} steps=true", ["steps=True must be whole numbers from 1 on"]),
+        (f"{WEIGHTLESS} solver=dpm", ["teacher.solver='dpm' is unknown"]),
+        (f"{WEIGHTLESS} evaluation=points", ["the points extractor reads uint8 images (N, 2, 1, 1)", "(1, 1, 8, 8)"]),
+        # what the task does not use
+        ("run=runs/a1 solver=euler", ["solver has no effect on run=RUN; it is for teacher=NAME"]),
+        (
+            "run=runs/a1 data=cifar10",
+            ["data has no effect on run=RUN; it is for teacher=NAME, teacher=NAME check=true"],
+        ),
+        ("run=runs/a1 seed=0", ["seed has no effect on run=RUN; it is for teacher=NAME"]),
+        ("run=runs/a1 batch_size=16", ["batch_size has no effect on run=RUN"]),
+        ("run=runs/a1 check=true", ["check has no effect on run=RUN; it is for teacher=NAME check=true"]),
+        ("run=runs/a1 comparison=here", ["comparison has no effect on run=RUN; it is for 'run=[RUN,RUN]'"]),
+        ("run=runs/a1 path_steps=5", ["path_steps has no effect on run=RUN; it is for 'flows=[NAME,NAME]'"]),
+        ("run=runs/a* export=exports/b", ["export has no effect on 'run=[RUN,RUN]'; it is for run=RUN"]),
+        (f"{WEIGHTLESS} weights=raw", ["weights has no effect on teacher=NAME; it is for run=RUN"]),
+        (f"{WEIGHTLESS} check=true num_samples=20", ["num_samples has no effect on teacher=NAME check=true"]),
+        (f"{REPORT} steps=[1,2]", ["steps has no effect on 'run=[runs/*]' report=FILE.html; it is for run=RUN"]),
+        (f"{REPORT} teacher=digits", ["teacher has no effect on 'run=[runs/*]' report=FILE.html"]),
+        (
+            "teacher=digits report=r.html",
+            ["a report is made of runs that are measured already: say 'run=[runs/*]' report"],
+        ),
+        # where to write
+        (
+            "run=odd/blocked-evaluation",
+            ["cannot write odd/blocked-evaluation/evaluation/metrics.json: Not a directory"],
+        ),
+        ("run=odd/blocked-quality", ["cannot write odd/blocked-quality/evaluation/quality.png: it is a folder"]),
+        ("run=[runs/a1,runs/a2] comparison=file", ["cannot write file/convergence.json: Not a directory"]),
+        ("run=[runs/a1,runs/a2] comparison=true", ["comparison=True must be the name of a file or folder"]),
+        ("run=runs/a1 export=true", ["export=True must be the name of a file or folder"]),
+        ("run=runs/a1 export=file/a1", ["cannot write file/a1: Not a directory"]),
+        ("run=runs/a1 export=runs/a2", ["export=runs/a2 exists already"]),
+        ("run=runs/a1 report=true", ["report=True must be the name of a file or folder"]),
+        ("run=runs/a1 report=page", ["report=page is a web page; name it like report=report.html"]),
+        ("run=runs/a1 report=mine.html", ["report=mine.html exists and is no report of this program"]),
+        ("run=runs/a1 report=file/r.html", ["cannot write file/r.html: Not a directory"]),
+        ("run=runs/none* report=r.html", ["run=runs/none* names no run"]),
+        ("run=[] report=r.html", ["run=[] must be a name or a list of some"]),
+        # runs that are damaged, or from elsewhere
+        ("run=odd/empty", ["odd/empty/config.yaml is not the config of a run (it is empty)"]),
+        ("run=odd/list", ["odd/list/config.yaml is not the config of a run (it is a list)"]),
+        ("run=odd/half", ["odd/half/config.yaml lacks data, evaluation"]),
+        ("run=odd/secret", ["odd/secret/config.yaml holds ${oc.env:HOME}, which is not resolved"]),
+        ("run=odd/cut checkpoint=best", ["odd/cut/checkpoints/best.ckpt is damaged or cut short"]),
+        (
+            "run=[odd/cut,odd/empty] checkpoint=best",
+            ["odd/cut/checkpoints/best.ckpt is damaged", "; odd/empty/config.yaml is not the config"],
+        ),
+    ],
+)
+def test_misuse(folder, options, message):
+    before = snapshot(folder)
+    attempt(folder, "evaluate.py", *options.split()).refused("error: evaluate: ", *message)
+    assert snapshot(folder) == before
+
+
+def test_what_is_switched_off_is_not_in_the_way(folder, tmp_path):
+    """A script may say so for every task."""
+    copied(folder, tmp_path)
+    off = ("check=false", "download=false", "solver=null", "export=null", "teacher=none", "comparison=null")
+    evaluate(tmp_path, "run=runs/a1", *off, *SMALL).ok()
+
+
+def test_a_run_that_can_not_be_measured_does_not_keep_others_from_it(folder, tmp_path):
+    copied(folder, tmp_path)
+    shutil.copytree(folder / "odd", tmp_path / "odd")
+    ended = evaluate(tmp_path, "run=[odd/cut,runs/a1,odd/list]", "checkpoint=best", "comparison=null", *SMALL).ok()
+    said = [line for line in ended.out.splitlines() if line.startswith("not measured: ")]
+    assert len(said) == 2
+    assert "odd/cut/checkpoints/best.ckpt is damaged or cut short" in said[0]
+    assert "odd/list/config.yaml is not the config of a run" in said[1]
+    assert "student (ema_500kimg)" in ended.out
+
+
+def test_an_extractor_that_can_not_read_the_data_is_refused_before_pairs_are_sampled(tmp_path):
+    ended = train(tmp_path, *STUDENT, "evaluation=points")
+    ended.refused("the points extractor reads uint8 images (N, 2, 1, 1), got torch.uint8 (1, 1, 8, 8)")
+    assert not (tmp_path / "data/trajectories").exists()
+
+
+def test_a_read_only_run_is_refused_before_it_is_measured(folder, tmp_path):
+    copied(folder, tmp_path)
+    for place in (tmp_path / "runs/a1", tmp_path / "runs"):
+        place.chmod(0o555)
+    try:
+        ended = evaluate(tmp_path, "run=runs/a1", *SMALL, before=bound_by_permissions)
+        ended.refused("cannot write runs/a1/evaluation/metrics.json: Permission denied")
+        ended = evaluate(tmp_path, *WEIGHTLESS.split(), *SMALL, before=bound_by_permissions)
+        ended.refused("cannot write runs/teacher-digits/metrics.json: Permission denied")
+    finally:
+        for place in (tmp_path / "runs/a1", tmp_path / "runs"):
+            place.chmod(0o755)
+
+
+def full(original, path, data):
+    raise OSError(f"cannot write {path}: no space")
+
+
+def of_a2(path, data):
+    return "a2" in str(path)
+
+
+def test_the_table_is_printed_where_writing_fails(folder, tmp_path):
+    """Of everything that was measured before it."""
+    copied(folder, tmp_path)
+    broken = partial(in_call, "metrics.records:write_file", 1, full, of_a2)
+    ended = evaluate(tmp_path, "run=[runs/a1,runs/a2]", *SMALL, before=broken)
+    ended.refused("cannot write runs/a2/evaluation/metrics.json: no space")
+    rows = [line.split()[:2] for line in ended.out[ended.out.index("fingerprint") :].splitlines()]
+    assert [row for row in rows if row[1:] == ["student"]] == [["a1", "student"], ["a2", "student"]]
+
+
+def test_a_finished_training_does_not_end_at_a_cache_that_can_not_be_written(finished, tmp_path):
+    with_data(finished, tmp_path, "measured", "statistics")
+    (tmp_path / "data/measured").write_text("a file where a folder should be")
+    (tmp_path / "data/statistics").write_text("a file where a folder should be")
+    ended = train(tmp_path, *STUDENT).ok()
+    for name in ("measured", "statistics"):
+        assert f"warning: cannot write data/{name}/" in ended.err
+    assert read_json(tmp_path / RUN / "metrics.json") == read_json(finished / RUN / "metrics.json")
+
+
+def stop(original, *args):
+    raise KeyboardInterrupt
+
+
+def test_an_unfinished_run_is_marked_and_its_values_are_no_result(finished, tmp_path):
+    with_data(finished, tmp_path)
+    train(tmp_path, *STUDENT, before=partial(in_call, "lightning_modules:DenoisingStudent.training_step", 8, stop))
+    ended = evaluate(tmp_path, f"run={RUN}", "device=cpu").ok()
+    assert "student (ema_500kimg, after 4 of 13 training steps)" in ended.out
+    (half,) = (r for r in read_json(tmp_path / RUN / "evaluation/metrics.json") if r["subject"] == "student")
+    assert half["training"] == {"step": 4, "reached": 6, "total": 13}
+    train(tmp_path, *STUDENT).ok()
+    evaluate(tmp_path, f"run={RUN}", "report=r.html").ok()
+    page = Page((tmp_path / "r.html").read_text())
+    assert "evaluation/metrics.json has values after 4 of 13 training steps, left out" in page.text
+    (final,) = (r for r in read_json(tmp_path / RUN / "metrics.json") if r["subject"] == "student")
+    (row,) = (row for row in page.tables[0] if row[0] == "denoising_student")
+    assert float(row[4].split()[0]) == pytest.approx(final["mean"], rel=1e-2)
+    assert half["mean"] != pytest.approx(final["mean"], rel=2e-2)
+    evaluate(tmp_path, f"run={RUN}", "device=cpu").ok()  # measured again it takes the old one's place
+    assert read_json(tmp_path / RUN / "evaluation/metrics.json") == read_json(tmp_path / RUN / "metrics.json")
