@@ -38,17 +38,21 @@ def finish(
         method.to(device)
         evaluation = Evaluation(settings, data, device)
         records = evaluation.run(method, folder, weights)
-        if rank_and_world()[0] == 0:  # first of all: what follows may meet a full disk
-            print(f"\n{folder.path}\n\n{table(records)}", flush=True)
-        lines = curve_lines(method, data, device, trainer.callbacks)
-        evaluation.pictures(folder.path, samplers(method, folder))
+        try:
+            lines = curve_lines(method, data, device, trainer.callbacks)
+            evaluation.pictures(folder.path, samplers(method, folder))
+            if rank_and_world()[0] == 0:
+                export(method, training, records, folder)
+                if lines:
+                    save_records(folder.monitoring, lines)
+                save_records(folder.metrics, records)
+                if (folder.path / "metrics.csv").exists():  # a choice of conf/logger
+                    curves = reference_lines(folder.monitoring)
+                    draw_curves(folder.path / "metrics.csv", folder.path / "curves.png", curves)
+        finally:  # also where the disk was full
+            if rank_and_world()[0] == 0:
+                print(f"\n{folder.path}\n\n{table(records)}", flush=True)
         if rank_and_world()[0] == 0:
-            export(method, training, records, folder)
-            if lines:
-                save_records(folder.monitoring, lines)
-            save_records(folder.metrics, records)
-            if (folder.path / "metrics.csv").exists():  # a choice of conf/logger
-                draw_curves(folder.path / "metrics.csv", folder.path / "curves.png", reference_lines(folder.monitoring))
             for board in boards:
                 board.log_final(records, folder.path, method.total_steps - 1, own_convergence(folder))
     except BaseException:
