@@ -98,7 +98,7 @@ def measurable(cfg: DictConfig, folders: Sequence[Path], counts: Sequence[int]) 
     for path in folders:
         try:
             folder, stored, method, _ = trained(cfg, path)
-            checked(build(stored.evaluation) | overrides(cfg), build(stored.data))
+            checked(settings(cfg, folder, stored), build(stored.data))
         except EXPECTED as error:
             lines.append(about(path, error))
             continue
@@ -155,7 +155,7 @@ def evaluate_run(cfg: DictConfig, path: Path, counts: list[int], device: Any) ->
         from launch.export import export, portable
 
         student = portable(method, stored, data.num_classes)  # what can't be exported is refused before it is measured
-    evaluation = Evaluation(build(stored.evaluation) | overrides(cfg), data, device)
+    evaluation = Evaluation(settings(cfg, folder, stored), data, device)
     records = evaluation.run(method.to(device), folder, weights, counts)
 
     def leave() -> None:
@@ -227,6 +227,19 @@ def evaluate_flows(cfg: DictConfig, device: Any) -> None:
         students = (read(path).method.to(device) for path in paths)
         draw_flow_paths(folder / "paths.png", flows, students, evaluation, cfg.path_steps)
         print(f"{folder}/paths.png written")
+
+
+def settings(cfg: DictConfig, folder: Any, stored: DictConfig) -> dict[str, Any]:
+    """How a run is measured: as its config says, or by another file of conf/evaluation."""
+    from launch.build import build
+    from launch.measure import measures_nothing
+
+    chosen = build(cfg.evaluation if "evaluation" in cfg else stored.evaluation) | overrides(cfg)
+    if measures_nothing(chosen):
+        raise ValueError(
+            f"{folder.path} was trained with evaluation=none: say how to measure it, as by +evaluation=pixels"
+        )
+    return chosen
 
 
 def overrides(cfg: DictConfig) -> dict[str, Any]:

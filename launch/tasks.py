@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 _HOW = {"num_samples", "blocks", "metrics", "device", "download", "steps"}
-_RUNS = _HOW | {"run", "weights", "checkpoint"}
+_RUNS = _HOW | {"run", "weights", "checkpoint", "evaluation"}
 _CHOSEN = {"teacher", "data", "seed"}
 _FLOWS = _HOW | {"flows", "data", "evaluation", "seed", "flows_folder", "flow_samples", "path_steps"}
 USES = {

@@ -73,7 +73,7 @@ REPORT = "run=[runs/*] report=r.html"
         ("run=runs/a1 weights=ema_0.5", ["ema_0.5", "ema_500kimg"]),
         ("run=runs/a1 weights=5", ["5", "ema_500kimg"]),
         ("run=runs/a1 checkpoint=first", ["no checkpoint at runs/a1/checkpoints/first.ckpt"]),
-        ("run=runs/a1 num_samples=5", ["num_samples=5", "at least 10 samples"]),
+        ("run=runs/a1 num_samples=5", ["num_samples must be a whole number of at least 10, got 5"]),
         ("run=runs/a1 metrics=[lpips]", ["metrics lpips are unknown; choose among fid"]),
         ("run=runs/a1 device=abacus", ["device=abacus", "cpu"]),
         ("teacher=digits teacher.weights=gone.safetensors", ["no weights at", "gone.safetensors"]),
