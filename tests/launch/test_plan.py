@@ -119,7 +119,7 @@ def test_what_would_run_is_planned(options, tmp_path):
         (["batch_size=15", "trainer.devices=2"], "batch_size=15"),
         (["trainer.accelerator=abacus"], "abacus"),
         (["method=disback", "callbacks.checkpoints.every_n_steps=0"], "every_n_steps"),
-        (["data=cifar10", "callbacks.metrics.num_samples=1"], "num_samples=1"),
+        (["data=cifar10", "callbacks.metrics.num_samples=1"], "num_samples must be a whole number of at least 10, got 1"),
         (["evaluation.metrics=[fib]"], "metrics fib are unknown"),
         (["method=diff_instruct", "data=imagenet64", "trainer.precision=16-mixed",
           "recipe=disback_imagenet64_gan", "method=disback"], "method.gan"),
