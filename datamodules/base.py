@@ -13,6 +13,7 @@ from torch import Tensor
 from datamodules.loading import Batch, BatchLoader, endless_loader
 from datamodules.packing import PackedImages
 from diffusion.seeds import derive_seed, philox
+from metrics.files import check_name
 from metrics.images import from_uint8
 from networks.checks import check_counts
 
@@ -65,6 +66,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         verify: bool = False,
     ):
         super().__init__()
+        check_name("data.name", name, root)
         check_counts(batch_size=batch_size, resolution=resolution, channels=channels)
         check_counts(0, seed=seed, num_classes=num_classes, num_workers=num_workers)
         self.name = name

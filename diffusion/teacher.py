@@ -14,6 +14,7 @@ from diffusion.denoiser import Denoiser
 from diffusion.preconditioning import Preconditioning
 from diffusion.solvers import SOLVERS, check_solver, evaluations
 from diffusion.student_sampling import Sampling
+from metrics.files import check_name
 from networks.source import Source
 from networks.weights import hash_form, hash_state, load_weights
 
@@ -45,6 +46,7 @@ class Teacher:
         conditional: bool = True,
         licence: str = "unknown",
     ):
+        check_name("teacher.name", name, "data")
         options = dict(solver_options or {})
         check_solver("teacher", solver, options)
         self.name = name

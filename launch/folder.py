@@ -114,8 +114,11 @@ class RunFolder:
         return OmegaConf.to_container(self.read_config())
 
     def check(self, config: dict[str, Any]) -> None:
-        """Errors: ValueError where a run with another config is here, showing the first difference with both values."""
+        """Errors: ValueError where a run with another config is here, showing the first difference with both values, and where
+        there is a config.yaml of something else."""
         if not self.begun():
+            if self.config.exists():
+                self.read_config()
             return
         changes = differences(self.plain_config(), config)
         changes = [change for change in changes if change[0] not in FREE]
@@ -172,7 +175,8 @@ def identity(config: Mapping[str, Any], method: str) -> dict[str, str]:
 
     config: the run's, plain. A stage has the config of the run that it is a part of, and a method of its own.
     """
-    chosen = {key: config[key] for key in ("method", "seed", "batch_size")} | {"data": config["data"]["name"]}
+    chosen = {key: config.get(key) for key in ("method", "seed", "batch_size")}
+    chosen["data"] = (config.get("data") or {}).get("name")
     text = json.dumps(_without_places(chosen), sort_keys=True, default=str)
     return {"method": method, "config": hashlib.sha256(text.encode()).hexdigest()[:16]}
 

@@ -9,7 +9,18 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from metrics.files import check_name
+
 LONGEST = 120  # file systems take names of up to 255 bytes
+
+
+def run_folder(name: Any) -> str:
+    """runs/NAME; runs/ alone of what is no such name, which Hydra makes before the program can refuse the name."""
+    try:
+        check_name("name", str(name), "runs", several=True)
+    except ValueError:
+        return "runs"
+    return f"runs/{name}"
 
 
 def run_name(name: str, options: str) -> str:
@@ -47,5 +58,5 @@ def picture_set(path: str, resolution: int) -> str:
 
 def register_resolvers() -> None:
     """Make these functions known to conf/ (sweeps' folders, recipes, evaluate.yaml's data, image_folder)."""
-    for resolver in (run_name, joined, data_of, picture_set):
+    for resolver in (run_folder, run_name, joined, data_of, picture_set):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)

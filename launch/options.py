@@ -1,5 +1,6 @@
 """All options of a program at once, before anything is built of them."""
 
+import re
 from collections.abc import Mapping
 from typing import Any, TypedDict, get_type_hints
 
@@ -14,6 +15,7 @@ from launch.measure import EvaluationOptions
 from launch.option_types import UnknownOption, check_targets, check_value
 from launch.trainer_options import TrainerOptions
 from lightning_modules import Method
+from metrics.files import check_name
 
 
 class RunOptions(TypedDict):
@@ -45,6 +47,15 @@ def check_run(cfg: DictConfig) -> None:
                 f"recipe={recipe} is for another method: {error.key} is unknown to {error.owner}"
             ) from None
         raise
+
+    check_name("name", cfg.name, "runs", several=True)
+    if HydraConfig.initialized() and any(re.match(r"[+~]*folder\b", o) for o in HydraConfig.get().overrides.task):
+        raise ValueError("folder is not an option: name=NAME makes it runs/NAME")
+    if cfg.callbacks.get("checkpoints") is None:
+        raise ValueError(
+            "callbacks.checkpoints=null would lose the training, since a checkpoint is what is evaluated: put it back; "
+            "callbacks.checkpoints.every_n_steps says how often one is written"
+        )
 
 
 def _recipe(name: str) -> Any:

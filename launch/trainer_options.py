@@ -42,7 +42,7 @@ REFUSED = {
     "use_distributed_sampler": "the data modules give each process its share themselves",
     "fast_dev_run": "it leaves out checkpoints and loggers, which the end of a run needs; use trainer=debug",
     "barebones": "it leaves out checkpoints and loggers, which the end of a run needs; use callbacks=none",
-    "enable_checkpointing": "callbacks.checkpoints=null leaves checkpoints out",
+    "enable_checkpointing": "the final evaluation is made from a checkpoint; callbacks.checkpoints says how often one is written",
     "enable_progress_bar": "callbacks.progress shows progress in images; null leaves it out",
     "enable_model_summary": "plan=true shows the sizes of the networks",
     "logger": "choose with logger=NAME (conf/logger)",

@@ -17,6 +17,18 @@ from typing import Any
 
 _TEMPORARY = re.compile(r"(.+)\.tmp-(\d+)-([0-9a-f]{8})")  # name, process, its space
 _DAY = 24 * 3600  # seconds
+_LONGEST = 255  # bytes of a name in most file systems
+
+
+def check_name(option: str, name: str, below: str, several: bool = False) -> None:
+    """Refuse a name that is no folder, or with `several` no path of some, below the folder `below`."""
+    parts = name.split("/")
+    plain = all(part.strip() and part not in (".", "..") and part.isprintable() for part in parts)
+    if not plain or len(parts) > 1 + several * len(parts) or max(len(part.encode()) for part in parts) > _LONGEST:
+        what = "a folder, or one in others (a/b)," if several else "one folder"
+        raise ValueError(
+            f"{option}={name!r} must name {what} below {below}/, not empty, without .. and at most {_LONGEST} long"
+        )
 
 
 def write_file(path: str | Path, data: bytes) -> None:
