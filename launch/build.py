@@ -78,10 +78,9 @@ def build_trainer(config: DictConfig, method: Method, folder: RunFolder, here: b
     processes = process_count(options["devices"], options["num_nodes"], options["accelerator"])
     if here:
         check_present(options["devices"], options["accelerator"])
-    if config.batch_size % processes:
-        raise ValueError(
-            f"batch_size={config.batch_size} can't be shared by the {processes} processes of trainer.devices"
-        )
+    for option, count in (("batch_size", config.batch_size), ("method.held_out", config.method.get("held_out") or 0)):
+        if count % processes:
+            raise ValueError(f"{option}={count} can't be shared by the {processes} processes of trainer.devices")
     options["strategy"] = choose_strategy(options["strategy"], processes)
     owner = identity(OmegaConf.to_container(config, resolve=True), method.name)
     options, own = translated(options, method, folder.path, here, owner)

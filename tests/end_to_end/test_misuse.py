@@ -51,6 +51,7 @@ def folder(finished, tmp_path_factory):
         ("trainer.devices=x", ["trainer.devices='x': give a positive number"]),
         ("trainer.accelerator=abacus", ["accelerator='abacus'", "cpu"]),
         ("batch_size=15 trainer.devices=2", ["batch_size=15", "2 processes of trainer.devices"]),
+        ("method.held_out=15 trainer.devices=2", ["method.held_out=15 can't be shared by the 2 processes"]),
         ("trainer.strategy=dpp", ["trainer.strategy=dpp is unknown; choose auto, averaged, ddp, ddp_find_unused"]),
         ("trainer.strategy=fsdp", ["trainer.strategy=fsdp is not supported: it cuts one network into pieces"]),
         ("callbacks.requeue.every_n_steps=0", ["Requeue: every_n_steps must be at least 1, got 0"]),
