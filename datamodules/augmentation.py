@@ -6,8 +6,10 @@ that say so, mirroring among them. They are all zero for an image that is left a
 learns from changed images without ever drawing one.
 """
 
+import inspect
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -111,10 +113,18 @@ def check_augment(probability: float | None, network: nn.Module) -> None:
         raise ValueError(f"method.augment must be null or a probability in (0, 1], got {probability!r}")
     known = getattr(network, "augment_dim", 0)
     if known != LABELS:
+        takes_it = "augment_dim" in inspect.signature(type(network)).parameters
+        choose = "set that" if takes_it else "take a teacher with such a network (teacher=ffhq64)"
         raise ValueError(
             f"method.augment={probability} needs a SongUNet or DhariwalUNet with teacher.network.augment_dim={LABELS}, got a "
-            f"{type(network).__name__} with {known}: set that, or method.augment=null"
+            f"{type(network).__name__} with {known}: {choose}, or method.augment=null"
         )
+
+
+def check_unmirrored(probability: float | None, data: Any) -> None:
+    """Errors: ValueError where the data mirror images as well, of which the network would not be told."""
+    if probability is not None and getattr(data, "flip", False):
+        raise ValueError(f"method.augment={probability} mirrors images, and tells the network: set data.flip=false")
 
 
 def _each(values: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Training a teacher: denoising score matching as in EDM (arXiv 2206.00364, section 5)."""
 
+import pytorch_lightning as pl
 from torch import Tensor
 
-from datamodules.augmentation import augmented, check_augment
+from datamodules.augmentation import augmented, check_augment, check_unmirrored
 from diffusion.losses import denoising_score_matching, log_normal_sigmas
 from diffusion.student_sampling import Sampling
 from diffusion.teacher import Teacher
@@ -32,6 +33,10 @@ class Pretrain(Method):
         self.sampler = teacher  # its schedule and solver draw the samples
         self.student = teacher.student().train()
         self.p_mean, self.p_std, self.augment = p_mean, p_std, augment
+
+    def training_data(self, data: pl.LightningDataModule) -> pl.LightningDataModule:
+        check_unmirrored(self.augment, data)
+        return super().training_data(data)
 
     def drawn(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         batch = augmented(batch, self.augment, self.seed)

@@ -1,8 +1,9 @@
 """Rectified flow and reflow (Liu et al., arXiv 2209.03003)."""
 
+import pytorch_lightning as pl
 from torch import Tensor
 
-from datamodules.augmentation import augmented, check_augment
+from datamodules.augmentation import augmented, check_augment, check_unmirrored
 from diffusion.losses import REGRESSIONS, regression
 from diffusion.seeds import position_noise
 from diffusion.teacher import Teacher
@@ -26,6 +27,10 @@ class RectifiedFlow(FlowStudent):
         check_augment(augment, teacher.denoiser.network)
         self.follow(teacher, label_dropout=True)
         self.times, self.loss, self.augment = times, loss, augment
+
+    def training_data(self, data: pl.LightningDataModule) -> pl.LightningDataModule:
+        check_unmirrored(self.augment, data)
+        return super().training_data(data)
 
     def drawn(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return augmented(batch, self.augment, self.seed)

@@ -206,6 +206,7 @@ def test_what_is_no_probability_is_refused(value):
 )
 def test_a_network_that_could_not_be_told_is_refused(network):
     check_augment(None, network)
-    found = f"got a {type(network).__name__} with 0: set that, or method.augment=null"
+    choose = "set that" if isinstance(network, SongUNet) else "take a teacher with such a network"
+    found = f"got a {type(network).__name__} with 0: {choose}"
     with pytest.raises(ValueError, match=f"needs a .* with teacher.network.augment_dim=9, {found}"):
         check_augment(0.12, network)
