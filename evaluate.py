@@ -15,7 +15,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from launch.command_line import check_choices, run
+from launch.command_line import check_choices, follow_teacher, run
 from launch.names import register_resolvers
 from launch.notice import stoppable
 
@@ -366,5 +366,6 @@ def main(cfg: DictConfig) -> None:
 
 if __name__ == "__main__":
     register_resolvers()
+    follow_teacher()
     with stoppable("evaluate"):
         run(main)

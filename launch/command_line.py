@@ -7,7 +7,8 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra._internal import utils
@@ -21,6 +22,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from launch.names import data_of
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
 _SHOWN = 3  # suggestions at most
 _LISTED = 12  # choices at most; of more the folder is named
 _ALIKE = 0.6  # difflib's ratio from which names are worth a suggestion
@@ -75,8 +79,29 @@ def check_choices() -> None:
     for override in OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task)):
         group, name = override.key_or_group, override.value() if not override.is_delete() else None
         options = _choices(group)
-        if options and isinstance(name, str) and name not in options:
+        if options and isinstance(name, str) and not _found(group, name):
             raise ValueError(_missing_choice(group, name, options, [override]))
+
+
+def follow_teacher() -> None:
+    """Add to the command of evaluate.py, which names a teacher and no data, the data set that the teacher is named after.
+
+    conf/evaluate.yaml says the same by an interpolation, but below one Hydra takes no `override`, by which a data config that is
+    derived from another one chooses its evaluation.
+    """
+    given = {override.key_or_group: override for override in _given() if not override.is_sweep_override()}
+    if "teacher" in given and "data" not in given and isinstance(given["teacher"].value(), str):
+        data = data_of(given["teacher"].value())
+        if any((folder / "data" / f"{data}.yaml").is_file() for folder in _config_folders(given)):
+            sys.argv.append(f"data={data}")
+
+
+def _config_folders(given: Mapping[str, Override]) -> Iterator[Path]:
+    yield PROJECT_ROOT / "conf"
+    if _arguments().config_dir:
+        yield Path(_arguments().config_dir)
+    for place in given["hydra.searchpath"].value() if "hydra.searchpath" in given else ():
+        yield Path(str(place).removeprefix("file://"))
 
 
 def chosen_by_itself(group: str) -> str | None:
@@ -84,7 +109,14 @@ def chosen_by_itself(group: str) -> str | None:
     hydra = HydraConfig.get()
     name = hydra.runtime.choices.get(group)
     typed = any(override.lstrip("+~").startswith(f"{group}=") for override in hydra.overrides.task)
-    return name if not typed and name in _choices(group) else None
+    return name if not typed and name and _found(group, name) else None
+
+
+def _found(group: str, name: str) -> bool:
+    """Whether a composed config has found this choice, also in folders that hydra.searchpath adds."""
+    sources = HydraConfig.get().runtime.config_sources
+    folders = [Path(source.path) for source in sources if source.schema == "file"]
+    return any((folder / group / f"{name}.yaml").is_file() for folder in folders)
 
 
 def _missing_choice(group: str, name: str, options: Sequence[str], given: Iterable[Override]) -> str:

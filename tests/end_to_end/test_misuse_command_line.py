@@ -64,6 +64,20 @@ def test_evaluation(tmp_path, options, message):
     attempt(tmp_path, "evaluate.py", *options.split()).refused(*message)
 
 
+@pytest.mark.parametrize("place", ["--config-dir={}", "hydra.searchpath=[file://{}]"])
+def test_a_data_set_derived_from_another_is_found_by_its_teacher(tmp_path, place):
+    """With an evaluation of its own, which its data config overrides."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "my_own.yaml").write_text(
+        "defaults: [image_folder, {override /evaluation@_global_.evaluation: digits}, _self_]\npath: mine\nresolution: 16"
+    )
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "my_own.yaml").write_text("defaults: [image_folder, _self_]\nweights: null")
+    message = "no mine16 images: neither data/mine16 nor mine exists"
+    attempt(tmp_path, "evaluate.py", place.format(tmp_path), "teacher=my_own").refused(message)
+    attempt(tmp_path, "train.py", place.format(tmp_path), "data=my_own", "method=pretrain").refused(message)
+
+
 def whole_traces() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
 
