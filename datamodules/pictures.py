@@ -32,13 +32,13 @@ class Rules:
     """What becomes of pictures that are not plain RGB of 8 bits per channel.
 
     depth: refuse pictures of more bits, or round their values to 8. background: the colour behind transparent parts, a name
-    of CSS or #rrggbb. max_aspect: the longest side allowed, in shortest sides; None: any.
+    of CSS or red, green and blue from 0 to 255. max_aspect: the longest side allowed, in shortest sides; None: any.
 
     Errors: ValueError naming the option.
     """
 
     depth: str = "refuse"
-    background: str = "white"
+    background: str | list[int] = "white"
     max_aspect: float | None = None
 
     def __post_init__(self):
@@ -52,12 +52,13 @@ class Rules:
     @property
     def colour(self) -> tuple[int, int, int]:
         try:
-            colour = ImageColor.getrgb(self.background)
-        except (ValueError, AttributeError, TypeError):
+            colour = tuple(ImageColor.getrgb(self.background) if isinstance(self.background, str) else self.background)
+        except (ValueError, TypeError):
             colour = ()
-        if len(colour) != 3:
+        if len(colour) != 3 or not all(type(value) is int and 0 <= value <= 255 for value in colour):
             raise ValueError(
-                f"data.background={self.background!r} is no colour; give a name such as white or black, or '#rrggbb'"
+                f"data.background={self.background!r} is no colour; give a name such as white or black, or [RED,GREEN,BLUE] "
+                "from 0 to 255"
             )
         return colour
 

@@ -190,7 +190,7 @@ class PictureDataModule(FileDataModule):
         *,
         path: str,
         depth: str = "refuse",
-        background: str = "white",
+        background: str | list[int] = "white",
         max_aspect: float | None = None,
         **common,
     ):

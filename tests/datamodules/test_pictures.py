@@ -115,7 +115,7 @@ TRANSPARENT = {
 
 @pytest.mark.parametrize("kind", TRANSPARENT)
 @pytest.mark.parametrize(
-    ("background", "colour"), [("white", (255, 255, 255)), ("black", (0, 0, 0)), ("#0a141e", (10, 20, 30))]
+    ("background", "colour"), [("white", (255, 255, 255)), ("black", (0, 0, 0)), ([10, 20, 30], (10, 20, 30))]
 )
 def test_nothing_of_a_hidden_colour_is_left(kind, background, colour):
     ground = np.broadcast_to(np.array(colour, np.uint8), (SIDE, SIDE, 3))
@@ -218,6 +218,8 @@ def test_each_kind_is_counted_and_its_first_named(capsys):
         ({"background": "whiet"}, "data.background='whiet' is no colour; give a name such as white"),
         ({"background": None}, "data.background=None is no colour"),
         ({"background": "#ff000080"}, "data.background='#ff000080' is no colour"),
+        ({"background": [0, 0, 256]}, r"data.background=\[0, 0, 256\] is no colour; .* or \[RED,GREEN,BLUE\] from 0"),
+        ({"background": 5}, "data.background=5 is no colour"),
         ({"max_aspect": 0.5}, "data.max_aspect=0.5 must be a number of at least 1, or null"),
         ({"max_aspect": True}, "data.max_aspect=True must be a number"),
     ],
