@@ -67,6 +67,7 @@ def trained(cfg: DictConfig, path: Path, counts: Sequence[int] = ()) -> tuple[An
 
     counts: numbers of steps of which the student takes the last one. Errors: ValueError for one that it can't take.
     """
+    from launch import option_types
     from launch.build import build_seeded
     from launch.folder import RunFolder
     from launch.measure import choose_steps, load_student
@@ -76,6 +77,8 @@ def trained(cfg: DictConfig, path: Path, counts: Sequence[int] = ()) -> tuple[An
     stored = folder.read_config()
     if lacking := [part for part in ("method", "data", "evaluation", "seed") if part not in stored]:
         raise ValueError(f"{folder.config} lacks {', '.join(lacking)}; restore or remove it")
+    for part in (stored.method, stored.data, stored.evaluation):
+        option_types.check_targets(part)  # before any of them is built
     if cfg.download:
         fetch(OmegaConf.to_container(stored))
     method = build_seeded(stored.method, stored.seed)
@@ -333,6 +336,9 @@ def evaluate(cfg: DictConfig, chosen: Sequence[str]) -> None:
 
         print(write_report(named_path(cfg, "report"), patterns))
         return
+    from launch.options import check_measurement
+
+    check_measurement(cfg)
     device = chosen_device(cfg.device)
     if cfg.teacher:
         if "data" not in cfg:

@@ -1,7 +1,7 @@
 """All options of a program at once, before anything is built of them."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, get_type_hints
 
 import pytorch_lightning as pl
@@ -36,6 +36,43 @@ class RunOptions(TypedDict):
     logger: Mapping[str, Logger | None]
 
 
+class _Chosen(TypedDict, total=False):
+    data: pl.LightningDataModule
+    evaluation: EvaluationOptions
+
+
+class MeasurementOptions(_Chosen):
+    """Those of evaluate.py; of what is Any launch/tasks.py and evaluate.py say themselves what may stand there."""
+
+    check: bool
+    download: bool
+    batch_size: int
+    seed: int
+    num_samples: int | None
+    blocks: int | None
+    metrics: Sequence[str] | None
+    flow_samples: int
+    path_steps: int
+    solver: str | None
+    checkpoint: str | None
+    device: str
+    teacher: Teacher | dict[str, None] | None
+    run: Any
+    weights: Any
+    steps: Any
+    comparison: Any
+    report: Any
+    export: Any
+    flows: Any
+    distilled: Any
+    flows_folder: Any
+
+
+def check_measurement(cfg: DictConfig) -> None:
+    """Errors: ValueError for an option of evaluate.py that is unknown or of the wrong type."""
+    _check(cfg, MeasurementOptions, "evaluate.py")
+
+
 def check_run(cfg: DictConfig) -> None:
     """Errors: ValueError for an option of train.py that is unknown, missing or of the wrong type."""
     try:
@@ -66,9 +103,10 @@ def _recipe(name: str) -> Any:
 def _check(cfg: DictConfig, options: type, program: str) -> None:
     kinds = get_type_hints(options)
     for name, kind in kinds.items():
-        if name not in cfg:
+        if name not in cfg and name in options.__required_keys__:
             raise ValueError(f"{name} is missing: {program} needs it")
-        check_value(name, cfg[name], kind)
+        if name in cfg:
+            check_value(name, cfg[name], kind)
     for name in cfg:
         if name not in kinds:
             # What a method's config puts beside it for its options to choose from, such as time_laws.

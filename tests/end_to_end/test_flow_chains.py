@@ -99,7 +99,7 @@ def test_a_flow_beside_itself(folder, tmp_path):
             ["cannot write runs/rf1/config.yaml/flows.json"],
         ),
         ("flows=[runs/rf1] data=digits flow_samples=1", ["flow_samples must be an integer of at least 2, got 1"]),
-        ("flows=[runs/rf1] data=digits path_steps=few", ["path_steps must be an integer of at least 1, got 'few'"]),
+        ("flows=[runs/rf1] data=digits path_steps=few", ["path_steps=few: give a whole number"]),
         ("flows=[runs/rf1] data=digits data.conditional=false", ["num_classes=10, the data digits 0"]),
         ("flows=[runs/rf1] data=digits distilled=runs/two*", ["distilled=runs/two* names no run"]),
         ("flows=[runs/rf1] data=digits distilled=runs/other", ["the teacher of runs/other is digits_rf2", "rf1 ("]),

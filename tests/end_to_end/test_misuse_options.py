@@ -62,6 +62,32 @@ def test_a_run_below_a_folder_of_runs(tmp_path):
     attempt(tmp_path, "train.py", *PRETRAIN, "name=tries/a", "plan=true").ok()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("check=no", "check=no: say true or false"),
+        ("download=no", "download=no: say true or false"),
+        ("seed=true", "seed=true: give a whole number"),
+        ("num_samples=1e3", "num_samples=1000.0: give a whole number or null"),
+        ("blocks=many", "blocks=many: give a whole number or null"),
+        ("metrics=fid", "metrics=fid: give a list of texts or null"),
+        ("solver=5", "solver=5: give text or null"),
+        ("device=0", "device=0: give text"),
+        ("data.conditional=no", "data.conditional=no: say true or false"),
+        ("teacher.conditional=off", "teacher.conditional=off: say true or false"),
+        ("teacher.schedule.rho=inf", "teacher.schedule.rho=inf: give a finite number"),
+        ("+teacher.foo=1", "teacher.foo is unknown: Teacher takes name, "),
+        ("evaluation.batch_size=yes", "evaluation.batch_size=yes: give a whole number"),
+        ("teacher.name=../x", "teacher.name='../x' must name one folder"),
+    ],
+)
+def test_evaluate(tmp_path, options, message):
+    attempt(tmp_path, "evaluate.py", "teacher=digits", "teacher.weights=null", options).refused(
+        "error: evaluate: ", message
+    )
+    assert not snapshot(tmp_path)
+
+
 @pytest.mark.parametrize("target", ["shutil.copy", "pathlib.Path.touch", "launch.folder.shutil.copy"])
 @pytest.mark.parametrize("part", ["method", "data", "evaluation.extractor", "method.teacher.network"])
 def test_a_foreign_runs_config_runs_nothing(finished, tmp_path, target, part):

@@ -184,7 +184,7 @@ def test_a_bad_path_is_refused_and_left_as_it_is(options, uninterrupted, tmp_pat
         ("method.labels=mine", ("method.labels must be one of uniform, data",)),
         ("teacher.conditional=false", ("num_classes in use=0", "choose a teacher that fits the data")),
         ("callbacks.clock=null", ("put callbacks.clock back",)),
-        ("method.gan={generator:1}", ("method", "missing 2 required keyword-only arguments: 'fake' and 'sigmas'")),
+        ("method.gan={generator:1}", ("method.gan.fake is missing: method.gan needs it",)),
     ],
 )
 def test_misuse(options, tmp_path, option, parts):

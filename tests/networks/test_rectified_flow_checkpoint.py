@@ -189,5 +189,7 @@ def test_matrices_of_odd_shapes_are_named(file):
     for shape in ((), (2, 2, 2, 2)):
         content["model"][names[number]] = content["ema"]["shadow_params"][number] = torch.zeros(shape)
         torch.save(content, file)
-        with pytest.raises(ValueError, match="does not fit this SongUNet: missing: .*qkv.weight; unexpected: .*NIN_0.W"):
+        with pytest.raises(
+            ValueError, match="does not fit this SongUNet: missing: .*qkv.weight; unexpected: .*NIN_0.W"
+        ):
             teacher(file)
