@@ -47,10 +47,10 @@ class OnTheWay(TypedDict, total=False):
 
 
 class EvaluationOptions(TypedDict, total=False):
-    """conf/evaluation. Which are missing, and what null means, `checked` says."""
+    """conf/evaluation. Which are missing, and what null and a text for a list mean, `checked` says."""
 
     extractor: FeatureExtractor | None
-    metrics: Sequence[str] | None
+    metrics: Sequence[str] | str | None
     num_samples: int
     blocks: int
     batch_size: int
@@ -218,9 +218,16 @@ def measures_nothing(settings: Mapping[str, Any]) -> bool:
 
 
 def leave_out_measurement(cfg: DictConfig) -> None:
-    """In place: with evaluation=none a run measures nothing on the way either."""
-    if measures_nothing(cfg.evaluation) and cfg.callbacks:
+    """In place: with evaluation=none a run measures nothing on the way either. Errors: ValueError for one that can't measure."""
+    if not measures_nothing(cfg.evaluation):
+        _check_extractor(cfg.evaluation)
+    elif cfg.callbacks:
         cfg.callbacks.metrics = None
+
+
+def _check_extractor(settings: Mapping[str, Any]) -> None:
+    if settings.get("extractor", "missing") is None:
+        raise ValueError(f"evaluation.extractor=null: without one nothing can be measured; {WAYS_OUT}")
 
 
 def needs_images(settings: Mapping[str, Any]) -> bool:
@@ -236,8 +243,7 @@ def checked(settings: dict[str, Any], data: Any) -> dict[str, Any]:
     """
     if measures_nothing(settings):
         return {}
-    if settings.get("extractor", "missing") is None:
-        raise ValueError(f"evaluation.extractor=null: without one nothing can be measured; {WAYS_OUT}")
+    _check_extractor(settings)
     final = {"reference": None, "labels": "uniform"} | {
         key: value for key, value in settings.items() if key != "training"
     }

@@ -55,7 +55,7 @@ def folder(tmp_path_factory):
             "evaluation.num_samples=0",
             ["evaluation.num_samples must be a whole number of at least 10, got 0", *WAYS_OUT],
         ),
-        ("evaluation.num_samples=1e12", ["evaluation.num_samples must be a whole number", "got 1000000000000.0"]),
+        ("evaluation.num_samples=1e12", ["evaluation.num_samples=1000000000000.0: give a whole number"]),
         ("evaluation.num_samples=1000000000000", ["evaluation.num_samples=1000000000000 in blocks=3", "lower them"]),
         ("evaluation.blocks=100000000000", ["evaluation.num_samples=10000 in blocks=100000000000", "lower them"]),
         (

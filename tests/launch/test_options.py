@@ -87,7 +87,7 @@ ROWS = {
         ("method.betas=null", "method.betas=null: give a list of 2 finite numbers"),
         ("teacher.network.channel_mult=[1,x]", "teacher.network.channel_mult=[1,x]: give a list of whole numbers"),
         ("teacher.network.channel_mult=3", "teacher.network.channel_mult=3: give a list of whole numbers"),
-        ("evaluation.metrics=fid", "evaluation.metrics=fid: give a list of texts or null"),
+        ("evaluation.metrics=5", "evaluation.metrics=5: give a list of texts, text or null"),
         ("callbacks.ema.averages=[{decay:x}]", f"callbacks.ema.averages[0].decay=x: {NUMBER}"),
         ("evaluation.training=null", "evaluation.training=null: give {every_kimg: ..., num_samples: ...}"),
         # what is built
