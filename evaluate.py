@@ -101,7 +101,7 @@ def measurable(cfg: DictConfig, folders: Sequence[Path], counts: Sequence[int]) 
     for path in folders:
         try:
             folder, stored, method, _ = trained(cfg, path)
-            checked(settings(cfg, folder, stored), build(stored.data))
+            checked(settings(cfg, stored), build(stored.data))
         except EXPECTED as error:
             lines.append(about(path, error))
             continue
@@ -158,7 +158,7 @@ def evaluate_run(cfg: DictConfig, path: Path, counts: list[int], device: Any) ->
         from launch.export import export, portable
 
         student = portable(method, stored, data.num_classes)  # what can't be exported is refused before it is measured
-    evaluation = Evaluation(settings(cfg, folder, stored), data, device)
+    evaluation = Evaluation(settings(cfg, stored), data, device)
     records = evaluation.run(method.to(device), folder, weights, counts)
 
     def leave() -> None:
@@ -175,7 +175,7 @@ def evaluate_teacher(cfg: DictConfig, device: Any) -> Measured:
 
     steps = asked_steps(cfg) or [None]
     data, teacher = build(cfg.data), build_seeded(cfg.teacher, cfg.seed)
-    evaluation = Evaluation(build(cfg.evaluation) | overrides(cfg), data, device)
+    evaluation = Evaluation(settings(cfg), data, device)
     records = [record for count in steps for record in evaluation.teacher(teacher, count)]
     records += evaluation.real()
     return Measured(records, evaluation, {"teacher": teacher.sample}, teacher_folder(cfg))
@@ -223,7 +223,7 @@ def evaluate_flows(cfg: DictConfig, device: Any) -> None:
     folder = named_path(cfg, "flows_folder")
     for name in ("flows.json", "flows.png", "paths.png"):
         check_writable(folder / name)
-    evaluation = Evaluation(build(cfg.evaluation) | overrides(cfg), data, device)
+    evaluation = Evaluation(settings(cfg), data, device)
     measurement = FlowMeasurement(flows, evaluation, samples=cfg.flow_samples, path_steps=cfg.path_steps)
     print(f"\n{report(measurement.run(steps, map(read, paths)), folder)}")
     if planar(evaluation.shape):
@@ -232,16 +232,17 @@ def evaluate_flows(cfg: DictConfig, device: Any) -> None:
         print(f"{folder}/paths.png written")
 
 
-def settings(cfg: DictConfig, folder: Any, stored: DictConfig) -> dict[str, Any]:
-    """How a run is measured: as its config says, or by another file of conf/evaluation."""
+def settings(cfg: DictConfig, stored: DictConfig | None = None) -> dict[str, Any]:
+    """How to measure: as the command says, else as a run's config does. Errors: ValueError for evaluation=none."""
     from launch.build import build
     from launch.measure import measures_nothing
 
     chosen = build(cfg.evaluation if "evaluation" in cfg else stored.evaluation) | overrides(cfg)
     if measures_nothing(chosen):
-        raise ValueError(
-            f"{folder.path} was trained with evaluation=none: say how to measure it, as by +evaluation=pixels"
+        way_out = (
+            "choose another one" if stored is None else "it was trained so; choose another one by +evaluation=pixels"
         )
+        raise ValueError(f"evaluation=none measures nothing: {way_out}")
     return chosen
 
 

@@ -82,6 +82,7 @@ REPORT = "run=[runs/*] report=r.html"
         (f"{WEIGHTLESS} steps=[]", ["steps=[] must be whole numbers from 1 on"]),
         (f"{WEIGHTLESS} steps=true", ["steps=True must be whole numbers from 1 on"]),
         (f"{WEIGHTLESS} solver=dpm", ["teacher.solver='dpm' is unknown"]),
+        (f"{WEIGHTLESS} evaluation=none", ["evaluation=none measures nothing: choose another one"]),
         (f"{WEIGHTLESS} evaluation=points", ["the points extractor reads uint8 images (N, 2, 1, 1)", "(1, 1, 8, 8)"]),
         # what the task does not use
         ("run=runs/a1 solver=euler", ["solver has no effect on run=RUN; it is for teacher=NAME"]),
@@ -211,7 +212,8 @@ def stop(original, *args):
 def test_an_unfinished_run_is_marked_and_its_values_are_no_result(finished, tmp_path):
     with_data(finished, tmp_path)
     train(tmp_path, *STUDENT, before=partial(in_call, "lightning_modules:DenoisingStudent.training_step", 8, stop))
-    ended = evaluate(tmp_path, f"run={RUN}", "device=cpu").ok()
+    ended = evaluate(tmp_path, f"run={RUN}", "export=half", "device=cpu").ok()
+    assert "| training | 4 of 13 steps of 16 images, seed 0 |" in (tmp_path / "half/README.md").read_text()
     assert "student (ema_500kimg, after 4 of 13 training steps)" in ended.out
     (half,) = (r for r in read_json(tmp_path / RUN / "evaluation/metrics.json") if r["subject"] == "student")
     assert half["training"] == {"step": 4, "reached": 6, "total": 13}

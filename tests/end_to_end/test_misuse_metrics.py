@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from end_to_end_tools import PRETRAIN, RUN, read_csv, snapshot, train
+from end_to_end_tools import PRETRAIN, RUN, read_csv, run, snapshot, train
 from misuse_tools import attempt
 from PIL import Image
 
@@ -95,3 +95,7 @@ def test_a_run_without_a_measurement_is_complete_and_all_else_copes(folder):
     assert {"student.safetensors", "samples.png", "interpolation.png", "samples", "curves.png"} <= left
     again = train(folder, *PICTURES, "evaluation=none").ok()
     assert "is complete:\n\nnothing was measured, by evaluation=none" in again.out
+    ended = run(folder, "evaluate.py", f"run={RUN}")
+    ended.refused("evaluation=none measures nothing: it was trained so; choose another one by +evaluation=pixels")
+    ended = run(folder, "evaluate.py", f"run={RUN}", "+evaluation=pixels", "num_samples=20", "blocks=1").ok()
+    assert "fd_pixels" in ended.out

@@ -47,9 +47,9 @@ def curved(teachers, **options):
     return BezierDistillation(teachers, **common | {"drift_times": Uniform(), "shared": False} | options)
 
 
-def run(method, name, **options):
+def run(method, name, training=None, **options):
     config = {"name": name, "seed": method.seed, "method": {"name": method.name, "seed": method.seed, **options}}
-    return Run(RunFolder(f"runs/{name}"), config, method, Weights("ema"))
+    return Run(RunFolder(f"runs/{name}"), config, method, Weights("ema", training))
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +130,12 @@ def test_samples_by_another_solver_are_noted(flows, evaluation):
     other.steps = 2
     chain = FlowMeasurement(flows[:1], evaluation, samples=8, path_steps=2).run([1], [run(distilled(other), "a")])
     assert chain.notes == ("runs/a was trained on samples of flow_heun at 3 NFE, not flow_heun at 23 NFE",)
+
+
+def test_a_student_measured_while_it_was_trained_is_noted(flows, evaluation):
+    half = run(distilled(flows[0]), "a", training={"step": 4, "reached": 6, "total": 13})
+    chain = FlowMeasurement(flows[:1], evaluation, samples=8, path_steps=2).run([1], [half])
+    assert chain.notes == ("runs/a was measured after 4 of 13 training steps",)
 
 
 def test_a_chain_survives_its_file(chain, tmp_path):
