@@ -4,10 +4,13 @@ import json
 import shutil
 
 import pytest
-from end_to_end_tools import RUN, read_json, run, snapshot, with_data
+import torch
+from end_to_end_tools import RUN, read_checkpoint, read_json, run, snapshot, with_data
 from matplotlib.image import imread
 from misuse_tools import attempt
 from omegaconf import OmegaConf
+
+from launch.folder import identity
 
 SETTINGS = ("device=cpu", "num_samples=20", "blocks=2")
 
@@ -26,6 +29,9 @@ def folder(finished, tmp_path_factory):
         if target:
             config.method._target_, config.method.name = target, "few"
         OmegaConf.save(config, folder / "runs" / name / "config.yaml")
+        whose = identity(OmegaConf.to_container(config), config.method.name)
+        for path in (folder / "runs" / name / "checkpoints").glob("*.ckpt"):
+            torch.save(read_checkpoint(path) | {"run": whose}, path)
     return folder
 
 
