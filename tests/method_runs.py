@@ -4,7 +4,6 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
-from unittest import mock
 
 import pytorch_lightning as pl
 from hydra import initialize_config_dir
@@ -12,7 +11,6 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from support_matrix import METHODS, ROOT, Case
 from torch import Tensor
 
-from datamodules import TrajectoryDataModule
 from launch.build import build, build_seeded, build_trainer
 from launch.folder import RunFolder
 from launch.names import register_resolvers
@@ -75,8 +73,7 @@ def train(
     """Train in the current folder, as train.py does; `callbacks` come after all others; resume: a checkpoint."""
     cfg = config(name, changes or {}, data)
     images, method = build(cfg.data), build_seeded(cfg.method, cfg.seed)
-    with mock.patch.dict(TrajectoryDataModule.__init__.__kwdefaults__, shard_size=4):  # a shard is sampled whole
-        training = method.training_data(images)
+    training = method.training_data(images)
     folder = RunFolder(cfg.folder)
     stages = build_stages(cfg, method, images, folder)
     trainer = build_trainer(cfg, method, folder)

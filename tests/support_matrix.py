@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -23,7 +22,6 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from published_files import PUBLISHED
 
 from callbacks.network_form import denoisers
-from datamodules import TrajectoryDataModule
 from launch.build import build, build_seeded, build_trainer, check_fit
 from launch.folder import RunFolder
 from launch.names import register_resolvers
@@ -174,8 +172,7 @@ def run(case: Case, data_options: list[str]) -> None:
     cfg = case.config(data_options)
     data, method = build(cfg.data), build_seeded(cfg.method, cfg.seed)
     check_fit(method, data)
-    with mock.patch.dict(TrajectoryDataModule.__init__.__kwdefaults__, shard_size=BATCH):  # a shard is sampled whole
-        training = method.training_data(data)
+    training = method.training_data(data)
     folder = RunFolder(cfg.folder)
     data.check_source()
     stages = build_stages(cfg, method, data, folder)

@@ -19,7 +19,7 @@ from metrics.statistics import save_statistics
 sys.path.append(str(ROOT / "tests" / "datamodules"))
 from edm_files import edm_zip
 
-SIDE = 16  # pixels; a shard of trajectories is sampled whole
+SIDE = 16  # pixels
 CIFAR = (
     "data=cifar10",
     "data.path=data/cifar10-32x32.zip",
