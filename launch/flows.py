@@ -43,13 +43,11 @@ class Run(NamedTuple):
 class FlowMeasurement:
     """Measures flows, and the students distilled from them, on the noise and labels of the first `samples` evaluation seeds.
 
-    Errors: ValueError for no flow, for one that differs from the others or the data in size or classes, or where nothing or only
-    published statistics stand for the data.
+    Errors: ValueError for no flow, for one that differs from the others or the data in size or classes, or where only published
+    statistics stand for the data.
     """
 
     def __init__(self, flows: Sequence[Teacher], evaluation: Evaluation, *, samples: int, path_steps: int):
-        if not evaluation.measures:
-            raise ValueError("flows are measured by distances, and evaluation=none has none: choose another")
         if not evaluation.has_images:
             raise ValueError("flows are measured against the real images themselves: set evaluation.reference=null")
         for flow in flows:

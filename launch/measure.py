@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +36,7 @@ from metrics.records import Record, load_records, save_records
 from metrics.reference import Reference, published_reference, reference_statistics
 from metrics.sample_pictures import draw_final, shape_of
 from metrics.sampling import Sampler
-from networks.checks import check_choice
+from networks.checks import check_choice, check_memory
 from networks.weights import check_state, hash_state
 
 
@@ -259,7 +260,10 @@ def checked(settings: dict[str, Any], data: Any) -> dict[str, Any]:
         published_reference(final["reference"], final["extractor"])
     # A fast one would be compiled for a single image.
     exact = getattr(final["extractor"], "exact", None) or final["extractor"]
-    exact(torch.zeros(1, *shape_of(data), dtype=torch.uint8))
+    exact.to("cpu")(torch.zeros(1, *shape_of(data), dtype=torch.uint8))  # after training it is on the run's device
+    at_once = min(final["batch_size"], final["num_samples"])
+    noise = 16 * math.prod(shape_of(data))  # bytes of an image's: the words that it is made of, and itself
+    check_memory(noise * at_once, f"evaluation.batch_size={at_once} (lower it): the noise of a batch")
     return final
 
 

@@ -63,6 +63,11 @@ def folder(tmp_path_factory):
             ["evaluation.num_samples=2000000000", "GB of memory"],
         ),
         ("evaluation.training.num_samples=5", ["callbacks.metrics.num_samples must be a whole number of at least 10"]),
+        (
+            "evaluation.num_samples=2000000 evaluation.batch_size=1000000000 data.resolution=2048",
+            ["evaluation.batch_size=2000000 (lower it)", "GB of memory"],
+        ),
+        ("evaluation=digits", ["the digits extractor reads uint8 images (N, 1, 8, 8)", *WAYS_OUT]),
         ("evaluation.labels=fair", ["evaluation.labels must be one of uniform, data, got 'fair'"]),
         ("evaluation=inception", ["no inception-v3-compat weights at weights/", "add download=true", *WAYS_OUT]),
     ],
@@ -95,7 +100,13 @@ def test_a_run_without_a_measurement_is_complete_and_all_else_copes(folder):
     assert {"student.safetensors", "samples.png", "interpolation.png", "samples", "curves.png"} <= left
     again = train(folder, *PICTURES, "evaluation=none").ok()
     assert "is complete:\n\nnothing was measured, by evaluation=none" in again.out
-    ended = run(folder, "evaluate.py", f"run={RUN}")
-    ended.refused("evaluation=none measures nothing: it was trained so; choose another one by +evaluation=pixels")
+    planned = train(folder, *PICTURES, "evaluation=none", "name=planned", "plan=true").ok()
+    assert "missing\n  nothing" in planned.out
+    attempt(folder, "evaluate.py", f"run={RUN}").refused(
+        "evaluation=none measures nothing: it was trained so; choose another one by +evaluation=pixels"
+    )
+    attempt(folder, "evaluate.py", "teacher=digits", "evaluation=none").refused("evaluation=none", "choose another")
     ended = run(folder, "evaluate.py", f"run={RUN}", "+evaluation=pixels", "num_samples=20", "blocks=1").ok()
     assert "fd_pixels" in ended.out
+    run(folder, "evaluate.py", "run=[runs/*]", "report=report.html").ok()
+    assert "not measured (run)" in (folder / "report.html").read_text()
