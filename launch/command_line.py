@@ -62,15 +62,17 @@ def explained(error: BaseException) -> str:
         return _missing_choice(*error.missing_cfg_file.rpartition("/")[::2], error.options, given)
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} can't be read: {_joined(error.message.partition('See http')[0])}; say KEY=VALUE"
-    unknown = re.match(r"(?:In '[^']*': )?Could not (?:override|delete)[^']*'([^']+)'", _message(error))
-    if unknown:
-        return _unknown_key(unknown[1].partition("@")[0])
     for override in given:
         group = override.key_or_group
         if (override.is_delete() or override.value() is None) and _choices(group):
-            optional = not override.is_delete() and _composes([f"~{group}"])
-            choose = f"say ~{group} to leave it out" if optional else _one_of(group, _choices(group))
-            return f"{override.input_line}: {group} can't be {'null' if optional else 'left out'}; {choose}"
+            needed = group in _compose([])  # the others have no part of their own in the config
+            if needed or not override.is_delete():
+                optional = not needed and _composes([f"~{group}"])
+                choose = f"say ~{group} to leave it out" if optional else _one_of(group, _choices(group))
+                return f"{override.input_line}: {group} can't be {'null' if optional else 'left out'}; {choose}"
+    unknown = re.match(r"(?:In '[^']*': )?Could not (?:override|delete)[^']*'([^']+)'", _message(error))
+    if unknown:
+        return _unknown_key(unknown[1].partition("@")[0])
     return _joined(_message(error).partition("Config search path:")[0])
 
 

@@ -38,6 +38,8 @@ from launch.command_line import nearest
         ("method.teacher=null", ["needs a teacher", "teacher=NAME"]),
         ("data=null", ["data can't be left out", "digits"]),
         ("~data", ["data can't be left out", "digits"]),
+        ("logger=null", ["logger can't be left out; choose logger=NAME: csv, default"]),
+        ("~callbacks", ["callbacks is missing: train.py needs it"]),
         ("recipe=null", ["say ~recipe to leave it out"]),
         # no options
         ("data", ["'data' can't be read", "say KEY=VALUE"]),
