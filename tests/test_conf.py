@@ -22,7 +22,7 @@ from launch.folder import RunFolder
 from launch.measure import SETTINGS, leave_out_measurement
 from launch.names import data_of, register_resolvers
 from launch.teachers import expand_teachers
-from metrics import extractors
+from metrics import fidelity
 from networks import save_weights
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -48,7 +48,7 @@ def _conf():
 def _one_inception():
     """Its network takes a second to build, and every config of images has two."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(extractors, "Inception", functools.cache(extractors.Inception))
+        patch.setattr(fidelity, "_network", functools.cache(fidelity._network))
         yield
 
 
