@@ -12,6 +12,8 @@ from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch import Tensor, nn
 
+from launch.meeting import announced
+
 BUCKET = 25 << 20  # bytes, DDP's: large enough for the network's speed, small enough to start early
 
 
@@ -41,7 +43,8 @@ class Counted(DDPStrategy):
         self._launcher = Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     def setup_distributed(self) -> None:
-        super().setup_distributed()
+        with announced(self.num_nodes, self.num_processes):
+            super().setup_distributed()
         # Words between hosts would wait for the device in NCCL's queue.
         self._hosts = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 

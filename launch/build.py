@@ -10,6 +10,7 @@ from pytorch_lightning.callbacks import Checkpoint
 
 from diffusion.teacher import Teacher
 from launch.folder import RunFolder, identity
+from launch.meeting import check_machines
 from launch.option_types import check_targets
 from launch.processes import LeavesSignals, check_present, choose_strategy, process_count
 from launch.trainer_options import check_options, translated
@@ -78,6 +79,7 @@ def build_trainer(config: DictConfig, method: Method, folder: RunFolder, here: b
     processes = process_count(options["devices"], options["num_nodes"], options["accelerator"])
     if here:
         check_present(options["devices"], options["accelerator"])
+        check_machines(options["num_nodes"])
     for option, count in (("batch_size", config.batch_size), ("method.held_out", config.method.get("held_out") or 0)):
         if count % processes:
             raise ValueError(f"{option}={count} can't be shared by the {processes} processes of trainer.devices")

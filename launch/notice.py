@@ -41,21 +41,22 @@ class Notice:
 
     def __init__(self) -> None:
         self.given: signal.Signals | None = None
+        self.job = "this run"
         self.decides = self.training = False
         self._heeded = self._ends = False
         self._process = 0
         self._last = 0.0
 
     @contextmanager
-    def heeded(self, decides: bool) -> Iterator[None]:
+    def heeded(self, decides: bool, job: str = "this run") -> Iterator[None]:
         """Within the block the signals give notice. Only the main thread can take them.
 
         Errors: Stopped, also at once where notice was given before.
         """
-        outer = self.decides, self._heeded, self._process
+        outer = self.job, self.decides, self._heeded, self._process
         here = threading.current_thread() is threading.main_thread()
         handlers = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGALRM) if here}
-        self.decides, self.training, self._heeded, self._process = decides, False, True, os.getpid()
+        self.job, self.decides, self.training, self._heeded, self._process = job, decides, False, True, os.getpid()
         for number in handlers:
             signal.signal(number, self._lose_patience if number == signal.SIGALRM else self._take)
         try:
@@ -66,7 +67,7 @@ class Notice:
                 signal.alarm(0)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            self.decides, self._heeded, self._process = outer
+            self.job, self.decides, self._heeded, self._process = outer
             self.training = False
 
     @property
@@ -83,6 +84,14 @@ class Notice:
     def end_if_given(self) -> None:
         if self.given and self._heeded and not self.training and (self.decides or self.given != signal.SIGUSR1):
             self._end("what is on disk is kept")
+
+    def end_now(self, number: int) -> None:
+        """End the process from another thread, with the line: the main thread is in a call that hears no signal."""
+        self.given = self.given or signal.Signals(number)
+        code = self.code
+        if self.decides:
+            code = _said(self.job, "what is on disk is kept")
+        os._exit(code)
 
     def _take(self, number: int, _: Any) -> None:
         if os.getpid() != self._process:  # a data loader's worker, say, which has inherited this
@@ -124,7 +133,7 @@ def stoppable(job: str) -> Iterator[None]:
     """
     decides = is_rank_zero()
     try:
-        with NOTICE.heeded(decides):
+        with NOTICE.heeded(decides, job):
             yield
     except Stopped as end:
         sys.exit(_said(job, str(end)) if decides else NOTICE.code)

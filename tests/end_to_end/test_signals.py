@@ -286,6 +286,31 @@ def test_a_process_ends_soon_after_the_one_that_started_it(alone, tmp_path):
     assert "Traceback" not in running.err.read_text()
 
 
+def soon():
+    import launch.meeting
+
+    launch.meeting.EVERY = 0.2
+
+
+def test_who_waits_for_other_machines_says_so_and_can_be_ended(alone, tmp_path):
+    """In a call that no signal interrupts."""
+    with_data(alone, tmp_path)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    before = partial(in_job, soon, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    running = start(tmp_path, "train.py", *OPTIONS, "trainer.num_nodes=2", before=before)
+    limit = time.monotonic() + 60
+    while "waiting" not in running.err.read_text() and time.monotonic() < limit:
+        time.sleep(0.1)
+    where = f"MASTER_ADDR=127.0.0.1, MASTER_PORT={port}, NODE_RANK=0"
+    assert f"waiting for the 2 processes of trainer.num_nodes=2 machines ({where}): start" in running.err.read_text()
+    os.kill(running.process.pid, signal.SIGINT)
+    ended = running.wait()
+    assert (ended.code, ended.err.count("Traceback")) == (130, 0)
+    assert "runs/run: interrupted, what is on disk is kept; the same command goes on" in ended.out
+
+
 def test_other_processes_forked_from_this_one_take_signals_as_ever():
     """A data loader's worker: it ends with the process it works for, but not by the terminal's Ctrl-C."""
     notice = Notice()

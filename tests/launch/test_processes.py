@@ -8,6 +8,7 @@ import pytest
 from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
 from launch.averaging import AveragedGradients, CountedDDP
+from launch.meeting import check_machines, waiting_line
 from launch.names import run_name
 from launch.notice import Notice, Stopped
 from launch.processes import check_present, children_ended, choose_strategy, find_each_other, process_count
@@ -120,6 +121,26 @@ def test_another_number_of_started_processes_is_refused(started):
     started(**TORCHRUN, RANK="0", LOCAL_RANK="0")
     with pytest.raises(ValueError, match="torchrun started 4 processes, but"):
         choose_strategy("auto", 1)
+
+
+def test_several_machines_need_an_address(started):
+    started()
+    check_machines(1)
+    with pytest.raises(
+        ValueError, match="trainer.num_nodes=2 needs MASTER_ADDR and MASTER_PORT: start the same command"
+    ):
+        check_machines(2)
+    started(MASTER_ADDR="10.0.0.1")
+    with pytest.raises(ValueError, match="trainer.num_nodes=2 needs MASTER_PORT: "):
+        check_machines(2)
+    started(MASTER_ADDR="10.0.0.1", MASTER_PORT="2000", NODE_RANK="1")
+    check_machines(2)
+    assert (
+        "4 processes of trainer.num_nodes=2 machines (MASTER_ADDR=10.0.0.1, MASTER_PORT=2000, NODE_RANK=1): start"
+        in (waiting_line(2, 2))
+    )
+    started(**SRUN, SLURM_PROCID="3")
+    check_machines(2)
 
 
 @pytest.mark.parametrize("change", [{"SLURM_NTASKS": "1"}, {"SLURM_JOB_NAME": "interactive"}])
