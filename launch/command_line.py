@@ -57,6 +57,11 @@ def _reported(function: Callable[[], Any]) -> Any:
 
 def explained(error: BaseException) -> str:
     """One line for an error of composing a config."""
+    if isinstance(error, OSError) and error.filename and not Path(error.filename).is_dir():
+        return (
+            f"the folder {error.filename} can't be made ({error.strerror}): move away what is in its place, start the command "
+            "in a folder that can be written to, or choose another name=..."
+        )
     given = _given()
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         return _missing_choice(*error.missing_cfg_file.rpartition("/")[::2], error.options, given)

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from launch.locks import take
 from launch.names import names_in
-from metrics.files import inside, write_file
+from metrics.files import check_writable, inside, write_file
 from metrics.records import Record, load_records
 from metrics.tables import table
 from networks.bounds import check_aliases
@@ -115,7 +115,11 @@ class RunFolder:
 
     def check(self, config: dict[str, Any]) -> None:
         """Errors: ValueError where a run with another config is here, showing the first difference with both values, and where
-        there is a config.yaml of something else."""
+        there is a config.yaml of something else; OSError where a run that is not complete could not be written to.
+        """
+        if not self.complete():
+            check_writable(self.config)
+            check_writable(self.last)
         if not self.begun():
             if self.config.exists():
                 self.read_config()

@@ -12,8 +12,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from launch.ranks import is_rank_zero
@@ -43,7 +44,8 @@ class Notice:
         self.given: signal.Signals | None = None
         self.job = "this run"
         self.decides = self.training = False
-        self._heeded = self._ends = False
+        self._heeded = False
+        self._how: str | None = None  # it ends, once it does
         self._process = 0
         self._last = 0.0
 
@@ -59,12 +61,14 @@ class Notice:
         self.job, self.decides, self.training, self._heeded, self._process = job, decides, False, True, os.getpid()
         for number in handlers:
             signal.signal(number, self._lose_patience if number == signal.SIGALRM else self._take)
+        hook, sys.unraisablehook = sys.unraisablehook, partial(self._swallowed, sys.unraisablehook)
         try:
             self.end_if_given()
             yield
         finally:
+            sys.unraisablehook = hook
             if handlers:
-                signal.alarm(0)
+                signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             self.job, self.decides, self._heeded, self._process = outer
@@ -107,18 +111,25 @@ class Notice:
             self.end_if_given()
         elif number != signal.SIGUSR1 and now - self._last > _APART:
             self._last = now
-            if self._ends:  # somebody does not want to wait for the cleaning up either
+            if self._how:  # somebody does not want to wait for the cleaning up either
                 os._exit(self.code or 1)
             self._end("in the middle of a step, whose work is lost")
 
     def _lose_patience(self, *_: Any) -> None:
         if os.getpid() == self._process:
             signal.alarm(PATIENCE)  # should something on the way swallow this one
-            self._end(f"in a step of more than {PATIENCE} s, whose work is lost")
+            self._end(self._how or f"in a step of more than {PATIENCE} s, whose work is lost")
 
     def _end(self, how: str) -> None:
-        self._ends = True
+        self._how = how
         raise Stopped(how)
+
+    def _swallowed(self, hook: Callable[[Any], None], unraisable: Any) -> None:
+        """Where the signal came in a finaliser, or in a weak reference's callback, nothing passes on: again, outside of it."""
+        if issubclass(unraisable.exc_type, Stopped):
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+        else:
+            hook(unraisable)
 
 
 NOTICE = Notice()

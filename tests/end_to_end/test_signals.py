@@ -26,7 +26,7 @@ from end_to_end_tools import (
     with_data,
 )
 
-from launch.notice import Notice
+from launch.notice import Notice, Stopped
 
 OPTIONS = (*PRETRAIN, "callbacks.checkpoints.every_n_steps=100", "callbacks.requeue.every_n_steps=2")
 STEP = "lightning_modules:Pretrain.training_step"
@@ -284,6 +284,22 @@ def test_a_process_ends_soon_after_the_one_that_started_it(alone, tmp_path):
         time.sleep(0.1)
     assert running.err.read_text().count("error: runs/run: ") == 1
     assert "Traceback" not in running.err.read_text()
+
+
+def test_a_signal_in_a_finaliser_is_not_lost():
+    """Python lets no exception out of one."""
+    notice = Notice()
+
+    class Finalised:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+    with pytest.raises(Stopped), notice.heeded(decides=True):
+        thing = Finalised()
+        del thing
+        time.sleep(20)
+    assert notice.code == 143
 
 
 def soon():
