@@ -29,12 +29,17 @@ def expand_teachers(cfg: DictConfig) -> None:
         return
     if isinstance(names, str) or not OmegaConf.is_list(names):
         raise ValueError(f"method.teachers={names} must be a list, such as 'method.teachers=[digits_rf1,digits_rf2]'")
-    if cfg.get("teacher") and "teacher" not in cfg.method:
+    teacher = cfg.get("teacher") or {}
+    if "name" in teacher and "teacher" not in cfg.method:
         raise ValueError(f"teacher={cfg.teacher.name} has no effect here: name the teachers in method.teachers")
+    changes = {} if "name" in teacher else teacher  # what trainer=debug changes of any teacher
     with open_dict(cfg):
         cfg.method.teachers = [
-            name if OmegaConf.is_dict(name) else teacher_config(name, "method.teachers") for name in names
+            name if OmegaConf.is_dict(name) else OmegaConf.merge(teacher_config(name, "method.teachers"), changes)
+            for name in names
         ]
+        if changes:
+            cfg.teacher = {}
 
 
 def _is_teacher(cfg: DictConfig) -> bool:

@@ -141,3 +141,28 @@ def test_weights_that_are_there_are_checked(tmp_path):
         planned("teacher.weights=small.safetensors")
     with pytest.raises(ValueError, match="does not fit this SongUNet"):
         planned("teacher.network.model_channels=8")
+
+
+METHODS = {
+    **{
+        name: [f"method={name}"]
+        for name in ("pretrain", "denoising_student", "diff_instruct", "disback", "progressive", "sfd")
+    },
+    **{name: [f"method={name}"] for name in ("rectified_flow", "reflow", "flow_distill", "bezier")},
+    **{
+        f"b_dense {host}": ["method=b_dense", f"method/host={host}"]
+        for host in ("denoising_student", "progressive", "sfd")
+    },
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_debug_shrinks_all_that_takes_time(method):
+    text = planned(*METHODS[method], "trainer=debug")
+    assert "10 steps of 16 images" in text
+    before = re.search(r"([\d,]+) before the first step", text)
+    assert int((before[1] if before else "0").replace(",", "")) <= (
+        1200 if method == "bezier" else 600
+    )  # of two teachers
+    stored = re.search(r"([\d,]+) stored samples", text)
+    assert int(stored[1] if stored else "0") <= 160
