@@ -44,7 +44,7 @@ def dpm_solver_pp(
 
     Errors: ValueError for impossible options, at the call and not at the first state.
     """
-    if order not in (1, 2, 3):
+    if not isinstance(order, int) or not 1 <= order <= 3:
         raise ValueError(f"order must be 1, 2 or 3, got {order!r}")
     if not isinstance(lower_order_final, bool):
         raise ValueError(f"lower_order_final must be true or false, got {lower_order_final!r}")

@@ -119,17 +119,18 @@ def test_a_profile_is_written_into_the_runs_folder(profile, says, tmp_path, monk
 
 def test_what_moves_a_run_by_rounding_alone_may_change_on_the_way(tmp_path):
     folder = RunFolder(tmp_path)
-    begun = {"trainer": {"precision": "32-true", "micro_batch": None}}
+    method = {"method": {"name": "any"}}
+    begun = method | {"trainer": {"precision": "32-true", "micro_batch": None}}
     folder.claim(begun)
     folder.checkpoints.mkdir()
     folder.last.touch()
-    changed = {key.removeprefix("trainer."): 4 for key in FREE}
-    folder.check({"trainer": {"precision": "32-true"} | changed})
+    changed = {key.removeprefix("trainer."): 4 for key in FREE if key.startswith("trainer.")}
+    folder.check(method | {"trainer": {"precision": "32-true"} | changed})
     assert folder.read_config() == begun
     with pytest.raises(
         ValueError, match=r"started with trainer.precision='32-true', but .*'bf16-mixed'; choose another name"
     ):
-        folder.check({"trainer": {"precision": "bf16-mixed"} | changed})
+        folder.check(method | {"trainer": {"precision": "bf16-mixed"} | changed})
 
 
 def test_a_run_without_checkpoints_keeps_none(tmp_path, monkeypatch):
