@@ -14,13 +14,14 @@ from datamodules.packing import PackedImages
 from datamodules.trajectory_store import DTYPES, TrajectoryStore, decode
 from diffusion.seeds import HELD_OUT_SEEDS, TRAIN_SEEDS, sample_labels, sample_noise
 from diffusion.teacher import Teacher
-from networks.checks import check_counts
+from networks.checks import check_counts, check_memory
 
 __all__ = ["TrajectoryDataModule", "TrajectoryStore", "decode"]
 
 # States travel as integers of the same width: Lightning's precision plugins convert floats before they are transferred.
 _BITS = {"uint8": torch.uint8, "float16": torch.int16, "float32": torch.int32}
 _RANGE_SAMPLES = 64
+_ORDER_BYTES = 16  # of each sample: its random word and its place
 
 
 def _fetch(stores: Sequence[TrajectoryStore], position: int, indices: np.ndarray) -> Batch:
@@ -65,6 +66,8 @@ class TrajectoryDataModule(pl.LightningDataModule):
     ):
         super().__init__()
         check_counts(pairs=pairs, held_out=held_out, batch_size=batch_size)
+        for option, count in (("method.pairs", pairs), ("method.held_out", held_out)):
+            check_memory(_ORDER_BYTES * count, f"{option}={count} (lower it): the order of the samples")
         check_counts(0, seed=seed)
         keep = None if keep is None else tuple(keep)
         options = {

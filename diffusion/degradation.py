@@ -27,6 +27,10 @@ def node_steps(nodes: int, steps: int, spacing: str) -> list[int]:
     """
     check_counts(**{"method.nodes": nodes, "method.degradation.steps": steps})
     check_choice("method.degradation.spacing", spacing, SPACINGS)
+    if nodes > steps:
+        raise ValueError(
+            f"method.nodes={nodes} do not fit into method.degradation.steps={steps}: take fewer nodes or more steps"
+        )
     share = np.arange(1, nodes + 1) / nodes
     chosen = [round(step) for step in (steps**share if spacing == "geometric" else steps * share)]
     if sorted(set(chosen)) != chosen or chosen[0] < 1:

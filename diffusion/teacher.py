@@ -15,8 +15,13 @@ from diffusion.preconditioning import Preconditioning
 from diffusion.solvers import SOLVERS, check_solver, evaluations
 from diffusion.student_sampling import Sampling
 from metrics.files import check_name
+from networks.checks import check_memory
 from networks.source import Source
 from networks.weights import hash_form, hash_state, load_weights
+
+_LEVEL_BYTES = (
+    300  # of a noise level: float64 in several tensors of the schedule, and its text, by which samples are known
+)
 
 
 class Teacher:
@@ -128,7 +133,12 @@ class Teacher:
         through: levels that must be among them. Each replaces the one nearest to it in ln(sigma), so the number of steps stays.
         Errors: ValueError where two would replace the same one, the highest, or the zero.
         """
-        sigmas = self.schedule(self.steps if steps is None else steps)
+        steps = self.steps if steps is None else steps
+        if type(steps) is int:
+            check_memory(
+                _LEVEL_BYTES * steps, f"{steps} solver steps of teacher {self.name} (lower them): their noise levels"
+            )
+        sigmas = self.schedule(steps)
         places = [(sigmas[:-1].log() - math.log(level)).abs().argmin().item() for level in through]
         if len({0, *places}) <= len(places):
             raise ValueError(

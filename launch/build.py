@@ -1,5 +1,6 @@
 """From a config to objects. The one place that instantiates."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,7 +16,7 @@ from launch.option_types import check_targets
 from launch.processes import LeavesSignals, check_present, choose_strategy, process_count
 from launch.trainer_options import check_options, translated
 from lightning_modules import Method
-from networks.checks import check_counts
+from networks.checks import check_counts, check_memory
 
 
 def build(node: DictConfig | None) -> Any:
@@ -83,6 +84,9 @@ def build_trainer(config: DictConfig, method: Method, folder: RunFolder, here: b
     for option, count in (("batch_size", config.batch_size), ("method.held_out", config.method.get("held_out") or 0)):
         if count % processes:
             raise ValueError(f"{option}={count} can't be shared by the {processes} processes of trainer.devices")
+    if here:  # a device's share of the images and as much noise, float32: the least that a step holds
+        share = 2 * 4 * math.prod(method.image_shape) * config.batch_size // processes
+        check_memory(share, f"batch_size={config.batch_size} (lower it): the images and noise of a step")
     options["strategy"] = choose_strategy(options["strategy"], processes)
     owner = identity(OmegaConf.to_container(config, resolve=True), method.name)
     options, own = translated(options, method, folder.path, here, owner)
