@@ -166,7 +166,6 @@ def test_the_u_shaped_law_has_its_density():
         (lambda: UShaped(0), "positive a"),
         (lambda: Grid(0), "method.steps"),
         (lambda: StartOrLater(1.5), "must lie in [0, 1]"),
-        (lambda: StartOrLater("half"), "must lie in [0, 1]"),
     ],
 )
 def test_impossible_laws_are_refused(make, message):

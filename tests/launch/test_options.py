@@ -149,6 +149,7 @@ ROWS = {
         ("method.prediction_times=null", "method.prediction_times=null: give a config of type Start "),
     ],
     "method=diff_instruct": [
+        ("method.sigma_init=big", f"method.sigma_init=big: {NUMBER}"),
         ("method.two_sided=no", f"method.two_sided=no: {TRUTH}"),
         ("method.gan={generator:1}", "method.gan.fake is missing: method.gan needs it"),
         (
@@ -173,7 +174,11 @@ ROWS = {
         ),
     ],
     "method=progressive": [("method.clip=no", f"method.clip=no: {TRUTH}")],
-    "method=b_dense": [("method.weights=5", "method.weights=5: give text or a list of finite numbers")],
+    "method=b_dense": [
+        ("method.weights=5", "method.weights=5: give text or a list of finite numbers"),
+        ("method.weights=[a,1,1,1]", "method.weights=[a,1,1,1]: give text or a list of finite numbers"),
+        ("method.auxiliary=much", f"method.auxiliary=much: {NUMBER} or null"),
+    ],
     f"{STUDENT} logger=wandb": [
         ("logger.wandb.offline=no", f"logger.wandb.offline=no: {TRUTH}"),
         ("logger.wandb.log_model=all", f"logger.wandb.log_model=all: {TRUTH}"),
@@ -181,6 +186,7 @@ ROWS = {
         ("logger.wandb.group=3", f"logger.wandb.group=3: {TEXT} or null, here in quotes of its own: \"'3'\""),
         ("+logger.wandb.mode=disabled", "logger.wandb.mode is unknown: "),
     ],
+    "method=pretrain": [("method.augment=true", f"method.augment=true: {NUMBER} or null")],
     "method=pretrain data=image_folder data.path=pictures": [
         ("data.path=2024", f"data.path=2024: {TEXT}, here in quotes of its own: \"'2024'\""),
         ("data.name=null", f"data.name=null: {TEXT}"),
