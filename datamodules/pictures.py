@@ -17,7 +17,10 @@ from datamodules.loading import CORES
 from networks.bounds import check_growth
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-FACTOR = 256  # a blank page is some hundred times as large as its file
+FACTOR = 256  # a drawing on a plain ground is some hundred times as large as its file
+FLOOR = (
+    1 << 27
+)  # bytes that any picture may have decoded, a blank page of 33 megapixels too; several are decoded at once
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 CENTRE_CROP = "the middle square, Pillow's Lanczos to the resolution, as EDM's dataset_tool --transform=center-crop"
@@ -101,7 +104,7 @@ def decode(
     notes, mend = {}, way_out or "replace it or take it out"
     try:
         image = Image.open(BytesIO(content), formats=formats)
-        check_growth(4 * math.prod(image.size), len(content), "it", factor=FACTOR)
+        check_growth(4 * math.prod(image.size), len(content), "it", factor=FACTOR, floor=FLOOR)
         _check_aspect(image, where, rules)
         if (frames := getattr(image, "n_frames", 1)) > 1:
             notes["hold several frames or pages, of which the first is used"] = f"{frames} of them"

@@ -130,7 +130,7 @@ class DiffInstruct(InTurns):
         loss = self.take(step, batch)
         if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
             # Of both turns: these steps may always meet the same one.
-            self.log_means(self.diagnostics, self.trainer.global_step)
+            self.log_means(self.diagnostics, stepped=True)
         return loss
 
     def take(self, turn: Callable[..., Tensor], batch: dict[str, Tensor]) -> Tensor:

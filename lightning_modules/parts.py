@@ -59,17 +59,17 @@ class InParts(pl.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         self.notes.clear()
         loss = self.batch_loss(self.drawn(batch))
-        self.log_means(self.notes, self.trainer.global_step + 1)
+        self.log_means(self.notes)
         return loss
 
     # -- of several processes --------------------------------------------------------------------------------------
 
-    def log_means(self, means: Mapping[str, Tensor | float], step: int) -> None:
-        """Log means over the batch, given those over this process's share; `step`: the optimiser's, this one counted.
+    def log_means(self, means: Mapping[str, Tensor | float], *, stepped: bool = False) -> None:
+        """Log means over the batch, given those over this process's share; stepped: whether after the optimiser's step.
 
         Of several processes only at the steps whose values are written: to average them takes a collective.
         """
-        if rank_and_world()[1] == 1 or step % self.trainer.log_every_n_steps == 0:
+        if rank_and_world()[1] == 1 or (self.trainer.global_step + (not stepped)) % self.trainer.log_every_n_steps == 0:
             self.log_dict(averaged(means, self.device))
 
     # -- the parts -------------------------------------------------------------------------------------------------
