@@ -57,6 +57,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", weights_only: b
 def check_owner(path: str | Path, content: Mapping[str, Any], owner: Mapping[str, str]) -> None:
     """Raises ValueError for another run's checkpoint; one from before checkpoints said whose they are is accepted."""
     stored = content.get("run", owner)
+    stored = stored if isinstance(stored, dict) else {}
     for key, what in (("method", "method"), ("config", "configuration")):
         if stored.get(key) != owner[key]:
             raise ValueError(

@@ -2,7 +2,9 @@
 
 import io
 import os
+import random
 import shutil
+import signal
 import time
 from functools import partial
 
@@ -23,6 +25,7 @@ from end_to_end_tools import (
     train,
     with_data,
 )
+from kill_series import kill_series
 from omegaconf import OmegaConf
 
 OPTIONS = (
@@ -180,3 +183,12 @@ def test_the_comparison_sees_a_difference(uninterrupted, tmp_path):
     train(tmp_path, *OPTIONS, before=partial(in_call, "lightning_modules.base:seed_step", 5, left_out)).ok()
     with pytest.raises(AssertionError):
         assert_same_run(tmp_path / RUN, uninterrupted / RUN)
+
+
+@pytest.mark.slow  # a dozen commands
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_short_series_at_random_moments(uninterrupted, tmp_path, number):
+    """`python tests/kill_series.py` makes long ones."""
+    draw = partial(random.Random(number).uniform, 0.3, 6)
+    for count in range(2):
+        kill_series(tmp_path / str(count), uninterrupted, OPTIONS, number, kills=3, draw=draw)
