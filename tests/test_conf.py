@@ -100,6 +100,9 @@ def override(file: Path) -> list[str]:
         return [f"data={data if known else 'image_folder'}", f"teacher={option}", *conditional, *small(option)]
     if group == "method/host":
         return ["method=b_dense", f"{group}={option}"]
+    if group == "shrink/method":  # debug_METHOD[_HOST]
+        method, _, host = option.removeprefix("debug_").replace("b_dense_", "b_dense ").partition(" ")
+        return ["trainer=debug", f"method={method}", *([f"method/host={host}"] if host else [])]
     if group == "recipe":  # METHOD[_HOST]_DATA[_VARIANT]
         data = next(path.stem for path in (CONF / "data").glob("*.yaml") if f"_{path.stem}" in option)
         method, _, variant = option.partition(f"_{data}")

@@ -71,7 +71,7 @@ def test_a_data_set_derived_from_another_is_found_by_its_teacher(tmp_path, place
     """With an evaluation of its own, which its data config overrides."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "my_own.yaml").write_text(
-        "defaults: [image_folder, {override /evaluation@_global_.evaluation: digits}, _self_]\npath: mine\nresolution: 16"
+        "defaults: [image_folder, {override /evaluation@_global_.evaluation: pixels}, _self_]\npath: mine\nresolution: 16"
     )
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher" / "my_own.yaml").write_text("defaults: [image_folder, _self_]\nweights: null")
