@@ -27,6 +27,15 @@ FREE = (
     "logger.tensorboard._target_",
     "data.verify",
 )
+# Options that came after runs had begun, with what those runs had in effect; what their data were packed by stays as it is.
+EARLIER = {
+    "evaluation.labels": "uniform",
+    "callbacks.metrics.labels": "uniform",
+    "data.background": "white",
+    "data.class_order": "text",
+    "data.depth": "refuse",
+    "data.max_aspect": 10,
+}
 
 
 class RunFolder:
@@ -125,7 +134,11 @@ class RunFolder:
                 self.read_config()
             return
         changes = differences(self.plain_config(), config)
-        changes = [change for change in changes if change[0] not in FREE]
+        changes = [
+            (key, was, now)
+            for key, was, now in changes
+            if key not in FREE and (was is not None or key not in EARLIER or now != EARLIER[key])
+        ]
         if changes:
             (key, was, now), *others = changes
             more = f" (also changed: {', '.join(name for name, *_ in others)})" if others else ""

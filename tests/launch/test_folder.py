@@ -42,6 +42,15 @@ def test_a_changed_config_is_refused_with_both_values(tmp_path):
         folder.check({"seed": 1, "method": {"lr": 1e-3, "betas": [0.9, 0.99]}, "new": 3})
 
 
+def test_a_run_from_before_an_option_goes_on_with_what_it_had_in_effect(tmp_path):
+    folder = begun(tmp_path)
+    folder.config.write_text(OmegaConf.to_yaml(CONFIG | {"evaluation": {"blocks": 3}, "data": {"name": "pictures"}}))
+    data = {"name": "pictures", "depth": "refuse", "verify": True}
+    folder.check(CONFIG | {"evaluation": {"blocks": 3, "labels": "uniform"}, "data": data})
+    with pytest.raises(ValueError, match=r"started with evaluation.labels=None, but .*'data'; choose"):
+        folder.check(CONFIG | {"evaluation": {"blocks": 3, "labels": "data"}, "data": data})
+
+
 def test_a_folder_without_checkpoint_may_be_used_again(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.check(CONFIG)
