@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from launch.command_line import check_choices, follow_teacher, run
+from launch.command_line import check_choices, follow_teacher, run, typed_options
 from launch.names import register_resolvers
 from launch.notice import stoppable
 
@@ -158,12 +157,13 @@ def evaluate_run(cfg: DictConfig, path: Path, counts: list[int], device: Any) ->
         from launch.export import export, portable
 
         student = portable(method, stored, data.num_classes)  # what can't be exported is refused before it is measured
+        target = named_path(cfg, "export")
     evaluation = Evaluation(settings(cfg, stored), data, device)
     records = evaluation.run(method.to(device), folder, weights, counts)
 
     def leave() -> None:
-        export(cfg.export, student, method, folder, weights.name, records)
-        print(f"{cfg.export} written", flush=True)
+        export(target, student, method, folder, weights.name, records)
+        print(f"{target} written", flush=True)
 
     leaves = None if student is None else leave
     return Measured(records, evaluation, samplers(method, folder, counts), path / "evaluation", leaves)
@@ -368,7 +368,7 @@ def main(cfg: DictConfig) -> None:
 
     with reported("evaluate"):
         check_choices()
-        evaluate(cfg, HydraConfig.get().overrides.task)
+        evaluate(cfg, typed_options())
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from networks.weights import check_numbers
+
 RAW = "raw"
 _PREFIX = "student."
 
@@ -121,6 +123,7 @@ class EMA(pl.Callback):
             if list(values) != list(parameters):
                 odd = sorted(values.keys() ^ parameters.keys())
                 raise ValueError(f"EMA: {name} in the checkpoint averages another student: only one of them has {odd}")
+            check_numbers(f"EMA: {name} in the checkpoint", values, student)
             pairs = zip(values.values(), parameters.values(), strict=True)
             if any(v.device != p.device or v.stride() != p.stride() for v, p in pairs):
                 self._values[name] = {

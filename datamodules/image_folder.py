@@ -31,6 +31,8 @@ class ImageFolder(PictureDataModule, PixelDataModule):
         super().__init__(name, root, path=path, max_aspect=max_aspect, **common)
         if class_order not in CLASS_ORDERS:
             raise ValueError(f"data.class_order={class_order!r} is unknown; choose one of {', '.join(CLASS_ORDERS)}")
+        if class_order != "text" and not self.classes:
+            raise ValueError(f"data.class_order={class_order} has no effect without classes; set data.num_classes")
         self.class_order = class_order
 
     @property

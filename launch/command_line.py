@@ -81,9 +81,14 @@ def explained(error: BaseException) -> str:
     return _joined(_message(error).partition("Config search path:")[0])
 
 
+def typed_options() -> list[str]:
+    """The options of the command, without Hydra's own, as they were typed: with their interpolations."""
+    return OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+
+
 def check_choices() -> None:
     """Errors: ValueError where the command names a choice that is not there for an optional group, which Hydra passes over."""
-    for override in OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task)):
+    for override in OverridesParser.create().parse_overrides(typed_options()):
         group, name = override.key_or_group, override.value() if not override.is_delete() else None
         options = _choices(group)
         if options and isinstance(name, str) and not _found(group, name):
@@ -115,7 +120,7 @@ def chosen_by_itself(group: str) -> str | None:
     """What an optional group holds that the command does not name; None where it holds nothing."""
     hydra = HydraConfig.get()
     name = hydra.runtime.choices.get(group)
-    typed = any(override.lstrip("+~").startswith(f"{group}=") for override in hydra.overrides.task)
+    typed = any(override.lstrip("+~").startswith(f"{group}=") for override in typed_options())
     return name if not typed and name and _found(group, name) else None
 
 

@@ -126,6 +126,11 @@ class RunFolder:
         """Errors: ValueError where a run with another config is here, showing the first difference with both values, and where
         there is a config.yaml of something else; OSError where a run that is not complete could not be written to.
         """
+        outer = next(
+            (p for p in self.path.parents if (p / "checkpoints").is_dir() and (p / "config.yaml").is_file()), None
+        )
+        if outer is not None:
+            raise ValueError(f"{self.path} lies inside a run's folder, {outer}; choose another name=...")
         if not self.complete():
             check_writable(self.config)
             check_writable(self.last)

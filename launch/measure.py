@@ -37,7 +37,7 @@ from metrics.reference import Reference, published_reference, reference_statisti
 from metrics.sample_pictures import draw_final, shape_of
 from metrics.sampling import Sampler
 from networks.checks import check_choice, check_memory
-from networks.weights import check_state, hash_state
+from networks.weights import check_numbers, check_state, hash_state
 
 
 class OnTheWay(TypedDict, total=False):
@@ -281,10 +281,12 @@ def load_student(
     """
     checkpoint, content = _chosen(method, folder, checkpoint)
     name, state = student_state(content, weights)
+    file = folder.checkpoints / f"{checkpoint}.ckpt"
+    check_numbers(file, state, method.student)
     try:
         method.student.load_state_dict(state)
     except RuntimeError:
-        check_state(folder.checkpoints / f"{checkpoint}.ckpt", state, method.student)
+        check_state(file, state, method.student)
         raise
     method.on_load_checkpoint(content)  # in progressive distillation the round, hence the number of steps
     step = content["global_step"]

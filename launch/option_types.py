@@ -8,6 +8,7 @@ import difflib
 import importlib
 import inspect
 import math
+import os
 import re
 import types
 import typing
@@ -19,10 +20,10 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 # A config names what is built of it, and that of a run may be somebody else's. So nothing is built but classes of these
-# packages, functions of these modules, and what is named here.
+# packages and of those that the user's environment adds, and functions of these modules.
 PACKAGES = ("callbacks", "datamodules", "diffusion", "lightning_modules", "metrics", "networks")
 FUNCTIONS = ("callbacks.wandb_logger", "diffusion.schedules")
-OTHERS: set[str] = set()
+ADDED = "STILLHOUSE_PACKAGES"
 
 _TARGET, _PARTIAL = "_target_", "_partial_"
 _PLAIN = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
@@ -82,10 +83,11 @@ def _constructors(target: type) -> Iterator[Any]:
 
 
 def _target(name: str, key: str) -> Any:
-    if name not in OTHERS and name.partition(".")[0] not in PACKAGES:
+    packages = [*PACKAGES, *filter(None, os.environ.get(ADDED, "").split(","))]
+    if name.partition(".")[0] not in packages:
         raise ValueError(
-            f"{key}._target_={name} is not built: a config may name classes of {', '.join(PACKAGES)} alone; what is your "
-            "own belongs into one of these"
+            f"{key}._target_={name} is not built: a config may name classes of {', '.join(packages)} alone; for a package of "
+            f"your own set {ADDED}={name.partition('.')[0]} in the environment"
         )
     module, _, last = name.rpartition(".")
     try:
@@ -93,11 +95,11 @@ def _target(name: str, key: str) -> Any:
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{key}._target_={name} does not exist ({error})") from error
     home = getattr(target, "__module__", "")
-    if name not in OTHERS and not (
-        (isinstance(target, type) and home.partition(".")[0] in PACKAGES)
+    if not (
+        (isinstance(target, type) and home.partition(".")[0] in packages)
         or (inspect.isfunction(target) and home in FUNCTIONS)
     ):
-        raise ValueError(f"{key}._target_={name} is not built: it is no class of {', '.join(PACKAGES)}")
+        raise ValueError(f"{key}._target_={name} is not built: it is no class of {', '.join(packages)}")
     return target
 
 

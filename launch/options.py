@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import Logger
 
 from diffusion.teacher import Teacher
+from launch.command_line import typed_options
 from launch.measure import EvaluationOptions
 from launch.option_types import UnknownOption, check_targets, check_value
 from launch.trainer_options import TrainerOptions
@@ -86,7 +87,7 @@ def check_run(cfg: DictConfig) -> None:
         raise
 
     check_name("name", cfg.name, "runs", several=True)
-    if HydraConfig.initialized() and any(re.match(r"[+~]*folder\b", o) for o in HydraConfig.get().overrides.task):
+    if HydraConfig.initialized() and any(re.match(r"[+~]*folder\b", o) for o in typed_options()):
         raise ValueError("folder is not an option: name=NAME makes it runs/NAME")
     if cfg.callbacks.get("checkpoints") is None:
         raise ValueError(

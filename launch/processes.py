@@ -27,6 +27,7 @@ from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.trainer.connectors.signal_connector import _SignalConnector
 
 from launch.averaging import AveragedGradients, CountedDDP
+from launch.command_line import typed_options
 from launch.errors import collective
 from launch.notice import NOTICE, stopped_by
 from launch.ranks import started_processes, under_torchrun
@@ -238,7 +239,7 @@ def one_job(*trainers: pl.Trainer) -> Iterator[None]:
     folders = [f"--config-dir={s.path}" for s in hydra.runtime.config_sources if s.provider == "command-line"]
     shared = ("hydra.searchpath=", "hydra/sweeper=", "hydra.sweeper.trial=")  # all processes of a trial give it up
     search = [override for override in hydra.overrides.hydra if override.startswith(shared)]
-    sys.argv = [argv[0], f"--config-name={hydra.job.config_name}", *folders, *hydra.overrides.task, *search]
+    sys.argv = [argv[0], f"--config-name={hydra.job.config_name}", *folders, *typed_options(), *search]
     try:
         launchers = [trainer.strategy.launcher for trainer in trainers]
         with _watched(launchers, os.path.relpath(hydra.runtime.output_dir)), children_ended(*launchers):

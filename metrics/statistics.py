@@ -4,6 +4,7 @@ import io
 import sys
 import zipfile
 import zlib
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -69,11 +70,12 @@ class RunningGaussian:
 def save_statistics(path: str | Path, mu: Tensor, cov: Tensor, identity: str | None = None) -> None:
     """Write mean (D,) and covariance (D, D) as EDM's reference files hold them: an npz with `mu` and `sigma`, float64.
 
-    identity: names what they were made of, and is kept beside them.
+    identity: names what they were made of, and is kept beside them with a hash of both.
     """
     buffer = io.BytesIO()
-    named = {} if identity is None else {"identity": np.array(identity)}
-    np.savez(buffer, mu=mu.double().cpu().numpy(), sigma=cov.double().cpu().numpy(), **named)
+    numbers = mu.double().cpu().numpy(), cov.double().cpu().numpy()
+    named = {} if identity is None else {"identity": np.array(identity), "sha256": np.array(_hash(*numbers))}
+    np.savez(buffer, mu=numbers[0], sigma=numbers[1], **named)
     write_file(path, buffer.getvalue())
 
 
@@ -89,11 +91,13 @@ def load_statistics(path: str | Path, identity: str | None = None) -> tuple[Tens
     if not path.is_file():
         raise FileNotFoundError(f"no reference statistics at {path}; give the path of an npz with mu and sigma")
     try:
-        mu, cov, stored = read_arrays(path, ("mu", "sigma", "identity"))
+        mu, cov, stored, digest = read_arrays(path, ("mu", "sigma", "identity", "sha256"))
         if mu is None or cov is None:
             raise ValueError("it has no " + ("mu" if mu is None else "sigma"))
         if identity is not None and stored is not None and str(stored) != identity:
             raise ValueError("it was made of other images or by another extractor")
+        if digest is not None and str(digest) != _hash(mu, cov):
+            raise ValueError("its numbers have changed: they do not have its SHA-256")
         mu, cov = _real(mu, "mu"), _real(cov, "sigma")
         check_covariance(mu, cov)
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
@@ -102,6 +106,10 @@ def load_statistics(path: str | Path, identity: str | None = None) -> tuple[Tens
             "or fetch it again"
         ) from error
     return mu, cov
+
+
+def _hash(mu: np.ndarray, cov: np.ndarray) -> str:
+    return sha256(mu.tobytes() + cov.tobytes()).hexdigest()
 
 
 def _real(array: np.ndarray, name: str) -> Tensor:

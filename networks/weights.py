@@ -84,10 +84,19 @@ def _is_of_its_card(path: Path) -> bool:
     return isinstance(blocks, list | tuple) and unchanged(path, 0, path.stat().st_size, card["sha256"], blocks)
 
 
+def check_numbers(file: str | Path, state: Mapping[str, Tensor], module: nn.Module) -> None:
+    """Errors: ValueError, one line, for integers in `state`, read from `file`, where the module has weights.
+
+    Numbers of 8 bits mean nothing without the scales that belong to them; torch would take both without a word.
+    """
+    own = module.state_dict()
+    _report(file, module, {"of another kind": _not_numbers(own, state)})
+
+
 def check_state(file: str | Path, state: Mapping[str, Tensor], module: nn.Module) -> None:
     """Errors: ValueError, one line, where a name or shape in `state`, read from `file`, is not that of the module.
 
-    Neither are integers taken for weights, nor numbers of 8 bits, which mean nothing without the scales that belong to them.
+    And as `check_numbers`.
     """
     own = module.state_dict()
     problems = {
@@ -98,12 +107,20 @@ def check_state(file: str | Path, state: Mapping[str, Tensor], module: nn.Module
             for name in sorted(own.keys() & state.keys())
             if state[name].shape != own[name].shape
         ],
-        "of another kind": [
-            f"{name} {_kind(state[name])} instead of {_kind(own[name])}"
-            for name in sorted(own.keys() & state.keys())
-            if own[name].is_floating_point() and not (state[name].is_floating_point() and state[name].itemsize > 1)
-        ],
+        "of another kind": _not_numbers(own, state),
     }
+    _report(file, module, problems)
+
+
+def _not_numbers(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    return [
+        f"{name} {_kind(state[name])} instead of {_kind(own[name])}"
+        for name in sorted(own.keys() & state.keys())
+        if own[name].is_floating_point() and not (state[name].is_floating_point() and state[name].itemsize > 1)
+    ]
+
+
+def _report(file: str | Path, module: nn.Module, problems: Mapping[str, list[str]]) -> None:
     if any(problems.values()):
         found = "; ".join(f"{problem}: {_shorten(names)}" for problem, names in problems.items() if names)
         raise ValueError(f"{file} does not fit this {type(module).__name__}: {found}; check the network's options")

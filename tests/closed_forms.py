@@ -167,6 +167,7 @@ class MixtureData(pl.LightningDataModule):
     """Batches {"image", "position"} of the mixture, each a function of its place in the run alone, as of a real data set."""
 
     num_classes = 0
+    verify = False
 
     def __init__(self, batch_size: int):
         super().__init__()

@@ -22,8 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launch.option_types import OTHERS
-
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (
     "name=run",
@@ -49,9 +47,9 @@ RUN = Path("runs/run")
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))),
+    "STILLHOUSE_PACKAGES": "cheap_extractor,end_to_end_spy,few_step_method",  # of tests' own
     "WANDB_SILENT": "true",
 }
-TARGETS = ("cheap_extractor.Cheap", "few_step_method.FewSteps")  # of tests' own, which configs may name here
 LIMIT = 300  # seconds; for machines that are busy with other things
 _PRELOAD = [
     "pytest",
@@ -187,7 +185,6 @@ def become(folder: Path, script: str, arguments: tuple[str, ...], out: Path, err
         os.dup2(handle, descriptor)
         os.close(handle)
     sys.argv = [str(ROOT / script), *arguments]
-    OTHERS.update(TARGETS)
 
 
 def find(target: str) -> tuple[Any, str]:

@@ -100,6 +100,13 @@ def test_class_folders_are_numbered_as_asked_and_it_is_said(tmp_path, capsys, or
         module(tmp_path, num_classes=3, class_order=other).reference()
 
 
+def test_an_order_of_no_classes_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"data.class_order=natural has no effect without classes; set data.num_classes"
+    ):
+        module(tmp_path, class_order="natural")
+
+
 def test_a_link_to_a_folder_around_it_is_passed_over(tmp_path, capsys):
     folder = folder_of(
         tmp_path / "my_photos", {f"c{i % 2}/{i}.png": encoded(pattern(16, 16, shift=i)) for i in range(6)}

@@ -196,6 +196,7 @@ def test_a_sweep_over_seeds_gives_a_run_each(finished, tmp_path):
         assert len(history(offline)) == 13
 
 
+@pytest.mark.slow
 def test_a_sweep_over_numbers_of_processes_is_not_repeated_by_the_second(finished, tmp_path):
     """A job in two processes, then one that must not think that it is still a process of that."""
     with_data(finished, tmp_path)

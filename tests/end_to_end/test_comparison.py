@@ -64,6 +64,7 @@ def test_several_runs_are_compared_with_the_first(folder):
     assert picture.shape[1] > 2 * picture.shape[0]
 
 
+@pytest.mark.slow
 def test_runs_without_curves_are_named_and_the_table_stands(folder):
     shutil.copytree(folder / "runs/fast0", folder / "runs/other")
     (folder / "runs/other/metrics.csv").unlink()

@@ -93,6 +93,7 @@ def test_a_teacher_at_several_steps_and_by_another_solver(folder):
         assert (folder / "runs/teacher-digits" / name).stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_values_do_not_depend_on_the_batch_size(finished, tmp_path):
     """One process at batches of 20, 7 and 1: the same seeds make the same samples."""
     records = []
@@ -110,6 +111,7 @@ CARD = ROOT / "pretrained" / "digits_teacher.json"
 
 
 @pytest.mark.skipif(not CARD.exists(), reason="pretrained/digits_teacher is not there yet")
+@pytest.mark.slow
 def test_the_pretrained_teacher_is_what_its_card_says(finished, tmp_path):
     """The first of its blocks, measured again."""
     with_data(finished, tmp_path)

@@ -1,8 +1,11 @@
 """The sweep over Bezier curves that issue 5 asks for."""
 
+import pytest
 from end_to_end_tools import train, with_data
 from flow_runs import write_run
 from omegaconf import OmegaConf
+
+pytestmark = pytest.mark.slow  # many processes from the beginning
 
 
 def test_every_curve_has_its_run(finished, tmp_path):

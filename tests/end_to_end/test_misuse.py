@@ -129,6 +129,17 @@ def as_before_the_name(content: dict) -> None:
     content["state_dict"][name] = content["state_dict"][name][:-1].clone()
 
 
+def of_integers(content: dict) -> None:
+    """Which torch would take for weights without a word."""
+    weights = content["state_dict"]
+    weights |= {name: (100 * value).to(torch.int8) for name, value in weights.items() if value.ndim > 1}
+
+
+def of_integer_averages(content: dict) -> None:
+    for average in content["callbacks"]["EMA"]["averages"].values():
+        average |= {name: (100 * value).to(torch.int8) for name, value in average.items() if value.ndim > 1}
+
+
 def without_weights(content: dict) -> None:
     del content["state_dict"]
 
@@ -142,6 +153,7 @@ def not_json(path: Path) -> None:
 
 
 LAST = "runs/run/checkpoints/last.ckpt"
+BEST = "runs/run/checkpoints/best.ckpt"
 WAY_OUT = ["put an older copy back, or remove last.ckpt"]
 OWN = "put the run's own last.ckpt back"
 
@@ -155,14 +167,16 @@ OWN = "put the run's own last.ckpt back"
         (LAST, changed(of_another_method), (), ["of another method (sfd, and this run's is denoising_student)", OWN]),
         (LAST, changed(of_another_config), (), ["of another configuration (0000000000000000, and this run's is", OWN]),
         (LAST, changed(as_before_the_name), (), ["does not fit this DenoisingStudent", "of another shape"]),
+        (LAST, changed(of_integers), (), ["does not fit this DenoisingStudent: of another kind", "int8"]),
+        (BEST, changed(of_integer_averages), (), ["does not fit this Denoiser: of another kind", "int8"]),
         (LAST, changed(without_weights), (), ["has no state_dict", *WAY_OUT]),
         (LAST, changed(without_optimiser), (), ["can't be resumed, it lacks optimizer_states", *WAY_OUT]),
         ("runs/run/config.yaml", not_json, (), ["can't be read", "restore or remove it"]),
-        ("data/trajectories/*/shard-00000.npy", truncated, ("name=new",), ["delete this file and run again"]),
+        ("data/trajectories/*/shard-00000*.npy", truncated, ("name=new",), ["delete this file and run again"]),
         ("data/digits/images.npy", truncated, ("name=new",), ["delete the folder data/digits and run again"]),
         ("data/digits/meta.json", not_json, ("name=new",), ["delete the folder data/digits and run again"]),
         ("runs/run/student.safetensors", truncated, ("name=new", "teacher.weights={}"), ["damaged, cut short"]),
-        ("runs/run/student.safetensors", of_another_shape, ("name=new", "teacher.weights={}"), ["of another shape"]),
+        ("runs/run/student.safetensors", of_another_shape, ("name=new", "teacher.weights={}"), ["is not that of"]),
         ("data/statistics/*.npz", truncated, ("name=new",), ["data/statistics/"]),
     ],
 )
@@ -200,8 +214,8 @@ def nearly_full(free):
 def test_pairs_that_do_not_fit_are_not_begun(finished, tmp_path):
     with_data(finished, tmp_path, "trajectories")
     before = snapshot(tmp_path)
-    ended = train(tmp_path, *STUDENT, before=partial(nearly_full, 60_000))
-    ended.refused("disk too small for data/trajectories/", "needed 65.7 kB, free 60 kB", "free space")
+    ended = train(tmp_path, *STUDENT, before=partial(nearly_full, 3_000))
+    ended.refused("disk too small for data/trajectories/", "needed 4.26 kB, free 3 kB", "free space")
     assert before.items() <= snapshot(tmp_path).items()
     assert not (tmp_path / "data" / "trajectories").exists()
 

@@ -57,7 +57,6 @@ def test_one_that_is_wrong_fails_with_one_line(tmp_path):
 
 
 def test_what_cannot_be_checked_is_said(tmp_path):
-    run(tmp_path, "evaluate.py", "run=runs/x", "check=true").refused("check=true", "teacher=NAME")
     run(
         tmp_path, "evaluate.py", "teacher=digits", "check=true", "data.conditional=false", "teacher.conditional=true"
     ).refused("teacher digits has num_classes=10, the data digits 0")

@@ -29,6 +29,7 @@ def test_a_run_leaves_its_distances_and_scatter_plots(pretrained):
     assert min(imread(folder / "interpolation.png").shape[:2]) > 300
 
 
+@pytest.mark.slow
 def test_its_student_is_a_teacher_and_is_measured_beside_the_run(pretrained):
     weights = f"teacher.weights={RUN}/student.safetensors"
     sfd = ("method=sfd", "method.lr=1e-4", weights, *(o for o in OPTIONS if not o.startswith(("name=", "teacher.w"))))

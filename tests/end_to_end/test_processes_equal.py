@@ -144,6 +144,7 @@ def killed(original, *args):
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_process_and_goes_on_exactly(two, tmp_path):
     folder, _ = two
     with_data(folder, tmp_path)

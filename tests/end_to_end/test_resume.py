@@ -89,6 +89,7 @@ def of_checkpoint(source, target):
     return str(target).endswith(".ckpt")
 
 
+@pytest.mark.slow
 def test_killed_twice_at_arbitrary_steps(uninterrupted, tmp_path):
     with_data(uninterrupted, tmp_path)
     for step in (5, 10):
@@ -152,6 +153,7 @@ def test_killed_while_pairs_are_made(uninterrupted, tmp_path):
     assert_same_run(tmp_path / RUN, uninterrupted / RUN)
 
 
+@pytest.mark.slow
 def test_training_a_teacher_resumes_too(uninterrupted, tmp_path):
     alone, killed_once = (with_data(uninterrupted, tmp_path / name) for name in ("alone", "killed"))
     train(alone, *PRETRAIN).ok()

@@ -189,6 +189,7 @@ def nothing():
     pass
 
 
+@pytest.mark.slow
 def test_srun_starts_the_processes_and_a_signal_to_one_of_them_is_enough(alone, tmp_path, scontrol):
     """One folder, as of one process; the notice is seen at the next step at which ranks ask each other."""
     with_data(alone, tmp_path)
@@ -207,6 +208,7 @@ def test_srun_starts_the_processes_and_a_signal_to_one_of_them_is_enough(alone, 
     assert len(read_csv(tmp_path / RUN / "metrics.csv")) == 13
 
 
+@pytest.mark.slow
 def test_srun_starts_a_sweep_job_after_job(alone, tmp_path):
     with_data(alone, tmp_path)
     options = [option for option in OPTIONS if not option.startswith(("name=", "method.kimg="))]

@@ -75,6 +75,7 @@ def test_seeds_of_equal_options_have_their_mean_and_deviation(swept):
         assert row[4] == shown(middle, 2**0.5 * abs(means[0] - middle))
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_with_what_is_missing(swept, tmp_path):
     """Killed in its second job: the first says that it is complete, the second resumes, the others run."""
     folder, _ = swept

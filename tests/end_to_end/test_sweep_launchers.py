@@ -2,8 +2,11 @@
 
 import json
 
+import pytest
 from end_to_end_tools import PRETRAIN, STUDENT, assert_same_run, read_csv, train
 from omegaconf import OmegaConf
+
+pytestmark = pytest.mark.slow  # many processes from the beginning
 
 SHORT = ("callbacks.grid=null",)
 TINY = tuple(option for option in STUDENT if not option.startswith("name="))

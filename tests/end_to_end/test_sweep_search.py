@@ -14,6 +14,8 @@ from omegaconf import OmegaConf
 
 from launch.study import open_study
 
+pytestmark = pytest.mark.slow  # many processes from the beginning
+
 FOLDER = "runs/search"
 PLAIN = ("-m", "hydra/sweeper=search", f"hydra.sweep.dir={FOLDER}", *PRETRAIN, "callbacks.grid=null")
 PRUNER = ("hydra.sweeper.pruner=median", "hydra.sweeper.n_startup_trials=1", "hydra.sweeper.pruner_warmup=0")

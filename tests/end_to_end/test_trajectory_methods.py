@@ -185,7 +185,7 @@ def test_b_dense_on_progressive_distillation_is_killed(options, finished, tmp_pa
     run(tmp_path, "evaluate.py", f"run=runs/{name}", "device=cpu").ok()
     measured = read_json(tmp_path / f"runs/{name}/evaluation/metrics.json")
     assert [r["nfe"] for r in measured if r["subject"] == "student"] == [2]
-    refused = run(tmp_path, "evaluate.py", f"run=runs/{name}", "steps=[4,1]", "device=cpu")
+    refused = run(tmp_path, "evaluate.py", f"run=runs/{name}", "steps=1", "device=cpu")
     refused.refused("error: evaluate: ", f"steps=1: runs/{name} has students of 4 steps so far")
     train(tmp_path, *options[name]).ok()
     assert_same_run(tmp_path / "runs" / name, finished / "runs" / name)
@@ -206,6 +206,7 @@ def assert_close(ours, theirs):
     assert apart.max() < 2e-5
 
 
+@pytest.mark.slow
 def test_two_processes_that_are_killed_on_the_way_do_what_one_does(options, teacher, finished, tmp_path):
     """B-DENSE on SFD, when both have trajectories under way; test_methods_in_processes.py has all methods without a kill.
 
@@ -244,7 +245,8 @@ def test_quality_against_the_number_of_steps(finished, name, counts):
     found = student_records(folder / "evaluation/metrics.json")
     assert list(found) == counts
     (final,) = student_records(folder / "metrics.json").values()
-    assert found[final["nfe"]] == final  # to the last bit: the other students have left no trace
+    # To the last bit: the other students have left no trace. A round's student, kept when it was done, has no step.
+    assert found[final["nfe"]] | {"training": None} == final | {"training": None}
     assert len({tuple(r["values"]) for r in found.values()}) == 3
     assert imread(folder / "evaluation/quality.png").shape[:2] == (600, 840)
     assert imread(folder / "evaluation/samples.png").shape[1] > 1.4 * imread(folder / "samples.png").shape[1]
@@ -253,9 +255,9 @@ def test_quality_against_the_number_of_steps(finished, name, counts):
 @pytest.mark.parametrize(
     ("name", "steps", "message"),
     [
-        ("progressive", "[1,3]", ["steps=3: runs/progressive has students of 4, 2, 1 steps so far"]),
-        ("progressive", "8", ["steps=8: runs/progressive has students of 4, 2, 1 steps so far"]),
-        ("sfd_v", "[3,4]", ["steps=4: the student of runs/sfd_v was trained for 1, 2, 3", "method.steps=[...]"]),
+        ("progressive", "3", ["steps=3: runs/progressive has students of 4, 2, 1 steps so far"]),
+        ("progressive", "[8,3]", ["steps=8: runs/progressive has students of 4, 2, 1 steps so far"]),
+        ("sfd_v", "4", ["steps=4: the student of runs/sfd_v was trained for 1, 2, 3", "method.steps=[...]"]),
         ("sfd", "1", ["steps=1: the student of runs/sfd was trained for 2;", "method.steps=[...]"]),
     ],
 )
@@ -299,7 +301,7 @@ def test_the_second_stage_of_sfd(finished, options, tmp_path):
 
 @pytest.mark.parametrize("host", ["progressive", "sfd"])
 def test_debugging_in_bfloat16(finished, options, tmp_path, host):
-    """Both hosts with their own settings: in ten steps there are five rounds."""
+    """Both hosts with their own settings: in ten steps there are four rounds."""
     with_data(finished, tmp_path)
     network = [o for o in options["sfd"] if o.startswith("teacher.")]
     chosen = ("name=debug", "method=b_dense", f"method/host={host}", "trainer=debug", "trainer.precision=bf16-mixed")
@@ -313,7 +315,7 @@ def test_debugging_in_bfloat16(finished, options, tmp_path, host):
     state = leaves(read_checkpoint(last(tmp_path, "debug")))
     assert {value.dtype for key, value in state.items() if "network." in key} == {torch.float32}
     if host == "progressive":
-        assert list(dict.fromkeys(row["progress/steps"] for row in rows)) == ["16.0", "8.0", "4.0", "2.0", "1.0"]
+        assert list(dict.fromkeys(row["progress/steps"] for row in rows)) == ["8.0", "4.0", "2.0", "1.0"]
         assert float(rows[0]["loss/branch1"]) < 1e-12
 
 

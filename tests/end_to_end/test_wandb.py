@@ -142,6 +142,7 @@ def agent_environment(file):
     os.environ.update(agent | {"WANDB_MODE": "offline"})
 
 
+@pytest.mark.slow
 def test_a_run_of_the_agent_is_the_agents_run(finished, tmp_path):
     """Its id wins over the run's own, also later without the agent; a searched group keeps its name in the config."""
     with_data(finished, tmp_path)

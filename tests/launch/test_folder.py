@@ -51,6 +51,13 @@ def test_a_run_from_before_an_option_goes_on_with_what_it_had_in_effect(tmp_path
         folder.check(CONFIG | {"evaluation": {"blocks": 3, "labels": "data"}, "data": data})
 
 
+def test_a_run_within_another_one_is_refused(tmp_path):
+    outer = begun(tmp_path)
+    for name in ("a", "checkpoints", "degradation/a"):
+        with pytest.raises(ValueError, match=rf"{name} lies inside a run's folder, .*run; choose another name"):
+            RunFolder(outer.path / name).check(CONFIG)
+
+
 def test_a_folder_without_checkpoint_may_be_used_again(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.check(CONFIG)

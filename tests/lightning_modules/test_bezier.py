@@ -128,6 +128,7 @@ def test_it_learns_the_last_teachers_map_in_one_step(tmp_path, options, precisio
     assert held_out_error(module) < 0.2 * before
 
 
+@pytest.mark.slow
 def test_the_drift_of_a_bent_path_carries_noise_to_the_end_points(tmp_path):
     """The continuity equation: the fitted drift's ODE has the law of P_n at t = 1, although its paths are other ones."""
     flows = teachers()

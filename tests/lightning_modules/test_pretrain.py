@@ -138,6 +138,7 @@ def test_misuse():
 
 
 @pytest.mark.parametrize("law", ["eight_gaussians", "checkerboard"])
+@pytest.mark.slow
 def test_it_learns_points_of_the_plane_with_the_perceptron_that_they_have(law, tmp_path):
     torch.manual_seed(0)
     data = Planar(law, root=str(tmp_path), batch_size=256, points=20_000)

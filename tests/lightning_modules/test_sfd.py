@@ -332,6 +332,7 @@ def test_its_export_is_a_plain_network_of_the_largest_number(several):
 # -- two stages -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_student_of_five_steps_teaches_one_of_a_single_step(tmp_path):
     """Its Euler steps, the first of them analytic, are the second teacher's path: the two grids have the same levels."""
     first = method(steps=5, kimg=1.6)

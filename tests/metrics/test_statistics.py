@@ -106,5 +106,9 @@ def test_statistics_say_what_they_are_of(tmp_path):
     load_statistics(tmp_path / "a.npz", "extractor A, images B")
     with pytest.raises(ValueError, match="a.npz is damaged .*it was made of other images or by another extractor"):
         load_statistics(tmp_path / "a.npz", "extractor A, images C")
+    content = dict(np.load(tmp_path / "a.npz"))
+    np.savez(tmp_path / "a.npz", **content | {"mu": content["mu"] + 1})
+    with pytest.raises(ValueError, match="a.npz is damaged .*its numbers have changed: they do not have its SHA-256"):
+        load_statistics(tmp_path / "a.npz", "extractor A, images B")
     save_statistics(tmp_path / "a.npz", torch.zeros(2), torch.eye(2))  # as EDM's, and ours of earlier versions
     load_statistics(tmp_path / "a.npz", "extractor A, images B")
