@@ -30,6 +30,11 @@ class DownsampledImageNet(PixelDataModule):
 
     get = "get Imagenet64_train_part1_npz.zip and part2 and set data.path to their folder"
 
+    @property
+    def places(self) -> list[Path]:
+        # What lies deeper is not read, such as data/ and runs/ where data.path is the current folder.
+        return sorted(file for file in self.path.iterdir() if file.is_file()) if self.path.is_dir() else [self.path]
+
     def source(self) -> Source:
         batches = _found(self.path)
         way_out = "get all files of the training images again"

@@ -109,7 +109,7 @@ def test_another_resolution_or_a_file_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["npz", "pickle", "zip"])
-def test_a_batch_replaced_by_another_is_seen(tmp_path, kind):
+def test_a_batch_replaced_by_another_is_seen(tmp_path, capsys, kind):
     def write(parts):
         files = {f"train_data_batch_{i}.npz": npz(part) for i, part in enumerate(parts, 1)}
         if kind == "pickle":
@@ -120,6 +120,9 @@ def test_a_batch_replaced_by_another_is_seen(tmp_path, kind):
 
     write(PARTS[1:])
     module(tmp_path, num_classes=0).reference()
+    folder_of(tmp_path / "a" / "runs", {"metrics.csv": b"of training, in the same folder"})
+    module(tmp_path, num_classes=0).check_source()
+    assert "comparing" not in capsys.readouterr().out
     write(PARTS[1:])
     module(tmp_path, num_classes=0).check_source()
     write(PARTS[:0:-1])
