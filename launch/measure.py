@@ -37,7 +37,7 @@ from metrics.reference import Reference, published_reference, reference_statisti
 from metrics.sample_pictures import draw_final, shape_of
 from metrics.sampling import Sampler
 from networks.checks import check_choice, check_memory
-from networks.weights import check_numbers, check_state, hash_state
+from networks.weights import checked_load, hash_state
 
 
 class OnTheWay(TypedDict, total=False):
@@ -281,13 +281,8 @@ def load_student(
     """
     checkpoint, content = _chosen(method, folder, checkpoint)
     name, state = student_state(content, weights)
-    file = folder.checkpoints / f"{checkpoint}.ckpt"
-    check_numbers(file, state, method.student)
-    try:
+    with checked_load(folder.checkpoints / f"{checkpoint}.ckpt", state, method.student):
         method.student.load_state_dict(state)
-    except RuntimeError:
-        check_state(file, state, method.student)
-        raise
     method.on_load_checkpoint(content)  # in progressive distillation the round, hence the number of steps
     step = content["global_step"]
     if reached is None:

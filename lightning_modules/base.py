@@ -15,7 +15,7 @@ from diffusion.student_sampling import Sampling
 from diffusion.teacher import Teacher
 from lightning_modules.parts import InParts
 from networks.compiling import eager
-from networks.weights import check_numbers, check_state
+from networks.weights import checked_load
 
 
 class Method(InParts):
@@ -169,12 +169,8 @@ class Method(InParts):
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
         """Errors: ValueError, one line, for a checkpoint of other names, shapes or kinds of numbers."""
         file = (self._trainer and self._trainer.ckpt_path) or "the checkpoint"
-        check_numbers(file, state_dict, self)
-        try:
+        with checked_load(file, state_dict, self):
             return super().load_state_dict(state_dict, strict, assign)
-        except RuntimeError:
-            check_state(file, state_dict, self)
-            raise
 
     def configure_optimizers(self) -> Any:
         return self.adam(self.student.parameters())

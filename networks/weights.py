@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,20 @@ def _is_of_its_card(path: Path) -> bool:
         return True
     blocks = card.get("blocks", ())
     return isinstance(blocks, list | tuple) and unchanged(path, 0, path.stat().st_size, card["sha256"], blocks)
+
+
+@contextmanager
+def checked_load(file: str | Path, state: Mapping[str, Tensor], module: nn.Module) -> Iterator[None]:
+    """Around the block that loads `state`, read from `file`, into the module: its errors are those of `check_state`.
+
+    Names and shapes are looked at only after torch refused them, since a module may take others than its own.
+    """
+    check_numbers(file, state, module)
+    try:
+        yield
+    except RuntimeError:
+        check_state(file, state, module)
+        raise
 
 
 def check_numbers(file: str | Path, state: Mapping[str, Tensor], module: nn.Module) -> None:
