@@ -15,8 +15,8 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from launch.command_line import check_choices, follow_teacher, run, typed_options
-from launch.names import register_resolvers
-from launch.notice import stoppable
+from launch.run.names import register_resolvers
+from launch.signals import stoppable
 
 PICTURES = ("samples.png", "interpolation.png", "quality.png")
 
@@ -67,10 +67,10 @@ def trained(cfg: DictConfig, path: Path, counts: Sequence[int] = ()) -> tuple[An
     counts: numbers of steps of which the student takes the last one. Errors: ValueError for one that it can't take.
     """
     from launch import option_types
-    from launch.build import build_seeded
-    from launch.folder import RunFolder
-    from launch.measure import choose_steps, load_student
-    from launch.sources import fetch
+    from launch.evaluate.measure import choose_steps, load_student
+    from launch.run.build import build_seeded
+    from launch.run.folder import RunFolder
+    from launch.run.sources import fetch
 
     folder = RunFolder(path)
     stored = folder.read_config()
@@ -92,9 +92,9 @@ def measurable(cfg: DictConfig, folders: Sequence[Path], counts: Sequence[int]) 
 
     Errors: ValueError where nothing can be.
     """
-    from launch.build import build
     from launch.errors import EXPECTED
-    from launch.measure import checked
+    from launch.evaluate.measure import checked
+    from launch.run.build import build
 
     found, lines = [], []
     for path in folders:
@@ -147,14 +147,14 @@ def evaluate_runs(cfg: DictConfig, folders: Sequence[Path], device: Any) -> Iter
 
 
 def evaluate_run(cfg: DictConfig, path: Path, counts: list[int], device: Any) -> Measured:
-    from launch.build import build
-    from launch.measure import Evaluation, samplers
+    from launch.evaluate.measure import Evaluation, samplers
+    from launch.run.build import build
 
     folder, stored, method, weights = trained(cfg, path, counts)
     data = build(stored.data)
     student = None
     if cfg.export is not None:
-        from launch.export import export, portable
+        from launch.evaluate.export import export, portable
 
         student = portable(method, stored, data.num_classes)  # what can't be exported is refused before it is measured
         target = named_path(cfg, "export")
@@ -170,8 +170,8 @@ def evaluate_run(cfg: DictConfig, path: Path, counts: list[int], device: Any) ->
 
 
 def evaluate_teacher(cfg: DictConfig, device: Any) -> Measured:
-    from launch.build import build, build_seeded
-    from launch.measure import Evaluation
+    from launch.evaluate.measure import Evaluation
+    from launch.run.build import build, build_seeded
 
     steps = asked_steps(cfg) or [None]
     data, teacher = build(cfg.data), build_seeded(cfg.teacher, cfg.seed)
@@ -186,8 +186,8 @@ def teacher_folder(cfg: DictConfig) -> Path:
 
 
 def check_teacher(cfg: DictConfig, device: Any) -> None:
-    from launch.build import build, build_seeded
-    from launch.check import check
+    from launch.evaluate.self_test import check
+    from launch.run.build import build, build_seeded
 
     teacher = build_seeded(cfg.teacher, cfg.seed)
     print(f"\n{check(teacher, build(cfg.data), teacher_folder(cfg), device)}")
@@ -195,14 +195,14 @@ def check_teacher(cfg: DictConfig, device: Any) -> None:
 
 def evaluate_flows(cfg: DictConfig, device: Any) -> None:
     from datamodules.trajectories import check_alike
-    from launch.build import build, build_seeded
-    from launch.flow_paths import draw_flow_paths, planar
-    from launch.flows import FlowMeasurement, Run, place, report
-    from launch.measure import Evaluation
-    from launch.tasks import listed
-    from launch.teachers import teacher_config
-    from metrics.files import check_writable
-    from networks.checks import check_counts
+    from launch.evaluate.flow_paths import draw_flow_paths, planar
+    from launch.evaluate.flows import FlowMeasurement, Run, place, report
+    from launch.evaluate.measure import Evaluation
+    from launch.evaluate.tasks import listed
+    from launch.run.build import build, build_seeded
+    from launch.run.teachers import teacher_config
+    from stillhouse.checks import check_counts
+    from stillhouse.files import check_writable
 
     if "data" not in cfg:
         raise ValueError("flows are measured on a data set; add data=NAME")
@@ -234,8 +234,8 @@ def evaluate_flows(cfg: DictConfig, device: Any) -> None:
 
 def settings(cfg: DictConfig, stored: DictConfig | None = None) -> dict[str, Any]:
     """How to measure: as the command says, else as a run's config does. Errors: ValueError for evaluation=none."""
-    from launch.build import build
-    from launch.measure import measures_nothing
+    from launch.evaluate.measure import measures_nothing
+    from launch.run.build import build
 
     chosen = build(cfg.evaluation if "evaluation" in cfg else stored.evaluation) | overrides(cfg)
     if measures_nothing(chosen):
@@ -266,8 +266,8 @@ def chosen_device(name: str) -> Any:
 
 def check_targets(cfg: DictConfig, folders: Sequence[Path]) -> None:
     """Refuse before anything is measured what could not be written after it. Errors: ValueError, OSError."""
-    from launch.export import check_target
-    from metrics.files import check_writable
+    from launch.evaluate.export import check_target
+    from stillhouse.files import check_writable
 
     names = ["check.json", "check.png"] if cfg.check else ["metrics.json", *PICTURES]
     targets = [folder / "evaluation" for folder in folders] or [teacher_folder(cfg)]
@@ -285,8 +285,8 @@ def check_targets(cfg: DictConfig, folders: Sequence[Path]) -> None:
 
 def keep(measured: Measured) -> None:
     """Write what was measured, with pictures, into its folder, beside what is there of other measurements."""
-    from launch import quality
-    from metrics.records import load_records, merge_records, save_records
+    from launch.evaluate import quality
+    from stillhouse.metrics.records import load_records, merge_records, save_records
 
     path = measured.folder / "metrics.json"
     stored = load_records(path) if path.exists() else []
@@ -300,8 +300,8 @@ def keep(measured: Measured) -> None:
 
 def measure_all(cfg: DictConfig, folders: Sequence[Path], device: Any) -> list:
     """All records, kept and printed: also those before an error, in measuring or writing, ended the rest."""
-    from metrics.records import merge_records
-    from metrics.tables import table
+    from stillhouse.analysis.tables import table
+    from stillhouse.metrics.records import merge_records
 
     shown: list = []
     try:
@@ -317,7 +317,7 @@ def measure_all(cfg: DictConfig, folders: Sequence[Path], device: Any) -> list:
 
 
 def compare_all(cfg: DictConfig, folders: Sequence[Path], shown: list) -> None:
-    from launch import compare, quality
+    from launch.evaluate import compare, quality
 
     students = [record for record in shown if record.subject == "student"]
     if len({record.nfe for record in students}) > 1:
@@ -327,13 +327,13 @@ def compare_all(cfg: DictConfig, folders: Sequence[Path], shown: list) -> None:
 
 def evaluate(cfg: DictConfig, chosen: Sequence[str]) -> None:
     """chosen: the options of the command line."""
-    from launch.tasks import check_used, chosen_task, listed
+    from launch.evaluate.tasks import check_used, chosen_task, listed
 
     patterns = [] if cfg.run is None else listed(cfg.run, "run")
     folders = run_folders(patterns) if cfg.report is None else []
     check_used(chosen_task(cfg, len(folders)), cfg, chosen)
     if cfg.report is not None:
-        from launch.report import write_report
+        from launch.evaluate.report import write_report
 
         print(write_report(named_path(cfg, "report"), patterns))
         return
@@ -349,7 +349,7 @@ def evaluate(cfg: DictConfig, chosen: Sequence[str]) -> None:
     if cfg.flows is None:
         check_targets(cfg, folders)
     if cfg.download:
-        from launch.sources import fetch
+        from launch.run.sources import fetch
 
         fetch(OmegaConf.to_container(cfg, resolve=True))
     if cfg.check:

@@ -12,30 +12,30 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from launch.command_line import check_choices, chosen_by_itself, run
-from launch.names import register_resolvers
-from launch.notice import stoppable
+from launch.run.names import register_resolvers
+from launch.signals import stoppable
 
-# Before torch is loaded: its C++ side warns of what launch/processes.py does on purpose.
+# Before torch is loaded: its C++ side warns of what launch/run/processes.py does on purpose.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def train(cfg: DictConfig, hydra_config: DictConfig) -> float | None:
     """The last value of the run's curve, which a search minimises; None where there is no curve or the run was pruned."""
     # Heavy imports wait until here, so that --help and TAB completion are quick.
-    from launch.build import build, build_seeded, build_trainer, check_fit
-    from launch.final import finish
-    from launch.folder import RunFolder
-    from launch.measure import check_data, checked, leave_out_measurement, needs_images
+    from launch.evaluate.measure import check_data, checked, leave_out_measurement, needs_images
     from launch.options import check_run
-    from launch.plan import plan
-    from launch.processes import one_job
-    from launch.pruning import Pruned, trial, watch
     from launch.quiet import quiet
-    from launch.ranks import is_rank_zero
-    from launch.search import check_measured, last_monitored
-    from launch.sources import fetch
-    from launch.stages import build_stages, fit_stages
-    from launch.teachers import expand_teachers
+    from launch.run.build import build, build_seeded, build_trainer, check_fit
+    from launch.run.final import finish
+    from launch.run.folder import RunFolder
+    from launch.run.plan import plan
+    from launch.run.processes import one_job
+    from launch.run.ranks import is_rank_zero
+    from launch.run.sources import fetch
+    from launch.run.stages import build_stages, fit_stages
+    from launch.run.teachers import expand_teachers
+    from launch.sweep.pruning import Pruned, trial, watch
+    from launch.sweep.search import check_measured, last_monitored
 
     quiet()
     check_choices()
@@ -94,7 +94,7 @@ def train(cfg: DictConfig, hydra_config: DictConfig) -> float | None:
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | None:
     from launch.errors import reported
-    from launch.launchers import at_once, placed
+    from launch.sweep.launchers import at_once, placed
 
     hydra_config = HydraConfig.get()
     cfg.folder = os.path.relpath(hydra_config.runtime.output_dir)

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from datamodules import TrajectoryDataModule
-from datamodules.order import EpochOrder
-from datamodules.trajectory_store import decode
-from diffusion.losses import regression
-from diffusion.seeds import sample_labels, sample_noise
+from datamodules.components.order import EpochOrder
+from datamodules.components.trajectory_store import decode
 from lightning_modules import DenoisingStudent
+from stillhouse.diffusion.losses import regression
+from stillhouse.diffusion.random_numbers import sample_labels, sample_noise
 
 DECAY = 0.999
 

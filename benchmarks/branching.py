@@ -11,10 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cases import CIFAR10, Case, compose_config
 from benchmarks.measuring import clock, summary
-from diffusion.denoiser import Denoiser
-from diffusion.seeds import sample_labels, sample_noise
-from launch.build import build_seeded
-from networks import branches_of, widen
+from launch.run.build import build_seeded
+from stillhouse.diffusion.denoiser import Denoiser
+from stillhouse.diffusion.random_numbers import sample_labels, sample_noise
+from stillhouse.networks import branches_of, widen
 
 _SIGMA = 2.0  # any: the work is the same at all noise levels
 

@@ -8,11 +8,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from benchmarks.measuring import ROOT
-from launch.build import build_seeded, build_trainer
-from launch.folder import RunFolder
-from launch.names import register_resolvers
+from launch.run.build import build_seeded, build_trainer
+from launch.run.folder import RunFolder
+from launch.run.names import register_resolvers
 from lightning_modules import Method
-from networks.weights import find_weights
+from stillhouse.checkpoints.weights import find_weights
 
 
 @dataclass(frozen=True)

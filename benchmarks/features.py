@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.measuring import clock, summary
 from benchmarks.random_inception import write_inception
-from metrics.extractors import Inception
+from stillhouse.metrics.extractors import Inception
 
 
 def measure(batches: tuple[int, ...] = (8, 32), side: int = 32, rounds: int = 3) -> dict[str, Any]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measuring import clock
-from diffusion.seeds import sample_labels, sample_noise
 from lightning_modules import DiffInstruct
+from stillhouse.diffusion.random_numbers import sample_labels, sample_noise
 
 # Turn -> the networks that it evaluates, once each, and whether with gradient; those with gradient are then trained.
 FLOOR = {

@@ -19,13 +19,13 @@ from benchmarks import score
 from benchmarks.cases import Case, compose_config
 from benchmarks.loader import Synthetic
 from benchmarks.measuring import clock, peak_memory, summary
-from diffusion.denoiser import Denoiser
-from diffusion.teacher import Teacher
-from launch.build import build_seeded, build_trainer
-from launch.folder import RunFolder
 from launch.quiet import quiet
-from launch.stages import build_stages, fit_stages
+from launch.run.build import build_seeded, build_trainer
+from launch.run.folder import RunFolder
+from launch.run.stages import build_stages, fit_stages
 from lightning_modules import Method
+from stillhouse.diffusion.denoiser import Denoiser
+from stillhouse.diffusion.teacher import Teacher
 
 _CYCLE = 2  # steps after which every method here has done all that it does: both turns, or both of SFD's intervals
 # Samples of the teacher, few and coarse.

@@ -10,8 +10,8 @@ import pytorch_lightning as pl
 from benchmarks.cases import CIFAR10, DIGITS, Case, compose_config, prepare
 from benchmarks.floor import FLOOR, Evaluations, Floor, turn_of
 from benchmarks.measuring import clock, summary
-from launch.build import build
 from launch.quiet import quiet
+from launch.run.build import build
 
 _WARMUP = 2  # cycles; the first allocates Adam's averages
 # Measured by us on another day, while other processes shared the two cores: no ratio to our figures is meant.

@@ -11,9 +11,9 @@ from benchmarks.bare_loop import BareLoop
 from benchmarks.cases import Case, compose_config, prepare
 from benchmarks.measuring import clock, summary
 from datamodules import TrajectoryDataModule
-from diffusion.seeds import sample_labels, sample_noise
 from launch.quiet import quiet
 from lightning_modules import DenoisingStudent
+from stillhouse.diffusion.random_numbers import sample_labels, sample_noise
 
 _SHARDS = 8  # of one batch each; a batch draws from all of them
 _LOSS_TOLERANCE = 0.01

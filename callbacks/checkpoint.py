@@ -14,10 +14,10 @@ from pytorch_lightning.loops.evaluation_loop import RestartStage
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.trainer.states import TrainerFn
 
-from callbacks.csv_logger import CSVLogger
-from callbacks.schedule import is_last
-from metrics.files import unfinished
-from networks.bounds import check_archive, check_tensors
+from callbacks.components.schedule import is_last
+from callbacks.loggers.csv_logger import CSVLogger
+from stillhouse.checkpoints.bounds import check_archive, check_tensors
+from stillhouse.files import unfinished
 
 _RESUMED = {"callbacks", "global_step", "loops", "optimizer_states"}  # what Lightning wants of one beside the weights
 
@@ -72,7 +72,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     Lightning's own writes a copy to the system's temporary folder and moves it: on another file system that is a plain
     copy over the old checkpoint.
 
-    owner: what `launch.folder.identity` says of the run. Checkpoints tell it, and another run's is refused.
+    owner: what `launch.run.folder.identity` says of the run. Checkpoints tell it, and another run's is refused.
     """
 
     def __init__(self, owner: Mapping[str, str] | None = None) -> None:

@@ -11,12 +11,12 @@ import pytorch_lightning as pl
 from matplotlib.figure import Figure
 from pytorch_lightning.utilities import rank_zero_only
 
+from callbacks.components.schedule import due, is_last
 from callbacks.ema import RAW
 from callbacks.generative_metrics import GenerativeMetrics, counted
-from callbacks.schedule import due, is_last
-from metrics.curve_files import read_rows
-from metrics.files import write_file
-from metrics.records import load_records
+from stillhouse.analysis.curve_files import read_rows
+from stillhouse.files import write_file
+from stillhouse.metrics.records import load_records
 
 
 class Curves(pl.Callback):

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from networks.weights import check_numbers
+from stillhouse.checkpoints.weights import check_numbers
 
 RAW = "raw"
 _PREFIX = "student."

@@ -6,16 +6,16 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from callbacks.aside import aside
 from callbacks.clock import Clock
+from callbacks.components.schedule import check_every_kimg, due
+from callbacks.components.undisturbed import aside
 from callbacks.ema import copies
-from callbacks.schedule import check_every_kimg, due
-from diffusion.seeds import MONITOR_SEEDS
-from metrics.evaluation import check_real, check_rows, check_settings, measure, needs_real_rows
-from metrics.extractors import FeatureExtractor
-from metrics.labels import DISTRIBUTIONS, check_shares, sampled_counts
-from metrics.reference import Reference, published_reference, reference_statistics
-from networks.checks import check_choice
+from stillhouse.checks import check_choice
+from stillhouse.diffusion.random_numbers import MONITOR_SEEDS
+from stillhouse.metrics.evaluation import check_real, check_rows, check_settings, measure, needs_real_rows
+from stillhouse.metrics.extractors import FeatureExtractor
+from stillhouse.metrics.labels import DISTRIBUTIONS, check_shares, sampled_counts
+from stillhouse.metrics.reference import Reference, published_reference, reference_statistics
 
 
 class GenerativeMetrics(pl.Callback):

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytorch_lightning as pl
 import torch
 
-from diffusion.denoiser import Denoiser
-from networks.compiling import compile_network, undo_compilation
+from stillhouse.diffusion.denoiser import Denoiser
+from stillhouse.networks.compiling import compile_network, undo_compilation
 
 
 class NetworkForm(pl.Callback):

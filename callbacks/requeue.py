@@ -1,4 +1,4 @@
-"""A training that was given notice by a signal (launch/notice.py) saves at the end of the step and ends."""
+"""A training that was given notice by a signal (launch/signals.py) saves at the end of the step and ends."""
 
 import signal
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from callbacks.checkpoint import Checkpoints
-from launch.notice import NOTICE, SIGNALS, Stopped
+from launch.signals import NOTICE, SIGNALS, Stopped
 
 
 class Requeue(pl.Callback):

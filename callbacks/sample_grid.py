@@ -8,11 +8,11 @@ import pytorch_lightning as pl
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from callbacks.aside import aside
+from callbacks.components.schedule import check_every_kimg, due
+from callbacks.components.undisturbed import aside
 from callbacks.ema import copies
-from callbacks.schedule import check_every_kimg, due
-from metrics.sample_pictures import draw_progress, shape_of
-from networks.checks import check_memory
+from stillhouse.checks import check_memory
+from stillhouse.pictures.samples import draw_progress, shape_of
 
 
 class SampleGrid(pl.Callback):

@@ -1,18 +1,18 @@
 """Where images and trajectories come from."""
 
-from datamodules.base import ImageDataModule
 from datamodules.celeba import CelebA
 from datamodules.cifar10 import CIFAR10
+from datamodules.components.base import ImageDataModule
+from datamodules.components.edm_zip import EDMZip
+from datamodules.components.encoded import EncodedImages, pack_encoded
+from datamodules.components.packing import PackedImages, pack
 from datamodules.data_free import DataFree
 from datamodules.digits import Digits
-from datamodules.edm_zip import EDMZip
-from datamodules.encoded import EncodedImages, pack_encoded
 from datamodules.ffhq import FFHQ
 from datamodules.image_folder import ImageFolder
 from datamodules.imagenet import ImageNet
 from datamodules.imagenet_downsampled import DownsampledImageNet
 from datamodules.lsun import LSUN
-from datamodules.packing import PackedImages, pack
 from datamodules.planar import Planar
 from datamodules.trajectories import TrajectoryDataModule, TrajectoryStore
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from datamodules.files import Files
-from datamodules.sources import PictureDataModule, PixelDataModule, Source, picture_source
+from datamodules.components.files import Files
+from datamodules.components.sources import PictureDataModule, PixelDataModule, Source, picture_source
 
 _SIZE = (178, 218)
 _BOX = (25, 57, 153, 185)  # 128x128 around x = 89, y = 121

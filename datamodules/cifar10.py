@@ -13,11 +13,11 @@ from typing import BinaryIO
 
 import numpy as np
 
-from datamodules.edm_zip import edm_source
-from datamodules.sources import PixelDataModule, Source, classes_hash
-from datamodules.unpickling import numbers, unpickle
-from networks.bounds import BoundedStream
-from networks.weights import hash_file
+from datamodules.components.edm_zip import edm_source
+from datamodules.components.sources import PixelDataModule, Source, classes_hash
+from datamodules.components.unpickling import numbers, unpickle
+from stillhouse.checkpoints.bounds import BoundedStream
+from stillhouse.checkpoints.weights import hash_file
 
 _FOLDER = "cifar-10-batches-py"
 _BATCHES = [f"data_batch_{i}" for i in range(1, 6)]

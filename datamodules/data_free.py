@@ -4,7 +4,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
-from datamodules.loading import Batch, BatchLoader, endless_loader
+from datamodules.components.loading import Batch, BatchLoader, endless_loader
 
 
 def _positions(position: int, indices: np.ndarray) -> Batch:
@@ -12,7 +12,7 @@ def _positions(position: int, indices: np.ndarray) -> Batch:
 
 
 class DataFree(pl.LightningDataModule):
-    """A batch is {"position": int64 (B,)}, from which `diffusion.seeds.position_noise` makes noise.
+    """A batch is {"position": int64 (B,)}, from which `stillhouse.diffusion.random_numbers.position_noise` makes noise.
 
     batch_size: global, over all processes.
 

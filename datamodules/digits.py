@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from datamodules.base import ImageDataModule
-from datamodules.packing import pack
+from datamodules.components.base import ImageDataModule
+from datamodules.components.packing import pack
 
 
 class Digits(ImageDataModule):

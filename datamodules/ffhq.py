@@ -2,9 +2,9 @@
 
 from PIL import Image
 
-from datamodules.edm_zip import edm_source
-from datamodules.files import Files, is_edm_zip
-from datamodules.sources import PictureDataModule, PixelDataModule, Source, picture_source
+from datamodules.components.edm_zip import edm_source
+from datamodules.components.files import Files, is_edm_zip
+from datamodules.components.sources import PictureDataModule, PixelDataModule, Source, picture_source
 
 
 class FFHQ(PictureDataModule, PixelDataModule):

@@ -4,9 +4,9 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from datamodules.files import CLASS_ORDERS, Files, class_folders, class_table, folder_classes
-from datamodules.pictures import CENTRE_CROP, centre_crop
-from datamodules.sources import PictureDataModule, PixelDataModule, Source, picture_source
+from datamodules.components.decoding import CENTRE_CROP, centre_crop
+from datamodules.components.files import CLASS_ORDERS, Files, class_folders, class_table, folder_classes
+from datamodules.components.sources import PictureDataModule, PixelDataModule, Source, picture_source
 
 
 class ImageFolder(PictureDataModule, PixelDataModule):

@@ -2,10 +2,10 @@
 
 from PIL import Image
 
-from datamodules.edm_zip import edm_source
-from datamodules.files import Files, class_folders, class_table, folder_classes, is_edm_zip
-from datamodules.pictures import CENTRE_CROP, centre_crop
-from datamodules.sources import PictureDataModule, PixelDataModule, Source, picture_source
+from datamodules.components.decoding import CENTRE_CROP, centre_crop
+from datamodules.components.edm_zip import edm_source
+from datamodules.components.files import Files, class_folders, class_table, folder_classes, is_edm_zip
+from datamodules.components.sources import PictureDataModule, PixelDataModule, Source, picture_source
 
 
 class ImageNet(PictureDataModule, PixelDataModule):

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.files import identity_of, open_zip
-from datamodules.sources import PixelDataModule, Source, classes_hash
-from datamodules.unpickling import numbers, unpickle
-from networks.bounds import array_header, check_growth
-from networks.weights import hash_file
+from datamodules.components.files import identity_of, open_zip
+from datamodules.components.sources import PixelDataModule, Source, classes_hash
+from datamodules.components.unpickling import numbers, unpickle
+from stillhouse.checkpoints.bounds import array_header, check_growth
+from stillhouse.checkpoints.weights import hash_file
 
 _CHUNK = 1024  # images
 _MAPPING = "map_clsloc.txt"

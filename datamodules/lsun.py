@@ -8,11 +8,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from datamodules.encoded import EncodedImages, pack_encoded
-from datamodules.files import Files, Pictures, identity_of
-from datamodules.sources import Hashes, PictureDataModule
-from datamodules.storage import readable
-from metrics.ranks import progress_bar
+from datamodules.components.encoded import EncodedImages, pack_encoded
+from datamodules.components.files import Files, Pictures, identity_of
+from datamodules.components.sources import Hashes, PictureDataModule
+from datamodules.components.storage import readable
+from stillhouse.ranks import progress_bar
 
 
 class LSUN(PictureDataModule):

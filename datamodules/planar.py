@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datamodules.base import ImageDataModule
-from datamodules.packing import PackedImages, pack
-from metrics.images import UINT8_RULE, to_uint8
-from networks.checks import check_choice, check_counts
+from datamodules.components.base import ImageDataModule
+from datamodules.components.packing import PackedImages, pack
+from stillhouse.checks import check_choice, check_counts
+from stillhouse.metrics.images import UINT8_RULE, to_uint8
 
 _SEED = 2025  # of the points, whatever the run's seed is
 _MODES = 8

@@ -8,13 +8,13 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
-from datamodules.base import ImageDataModule
-from datamodules.loading import Batch, BatchLoader, FixedLoader, endless_loader, fixed_loader
-from datamodules.packing import PackedImages
-from datamodules.trajectory_store import DTYPES, TrajectoryStore, decode
-from diffusion.seeds import HELD_OUT_SEEDS, TRAIN_SEEDS, sample_labels, sample_noise
-from diffusion.teacher import Teacher
-from networks.checks import check_counts, check_memory
+from datamodules.components.base import ImageDataModule
+from datamodules.components.loading import Batch, BatchLoader, FixedLoader, endless_loader, fixed_loader
+from datamodules.components.packing import PackedImages
+from datamodules.components.trajectory_store import DTYPES, TrajectoryStore, decode
+from stillhouse.checks import check_counts, check_memory
+from stillhouse.diffusion.random_numbers import HELD_OUT_SEEDS, TRAIN_SEEDS, sample_labels, sample_noise
+from stillhouse.diffusion.teacher import Teacher
 
 __all__ = ["TrajectoryDataModule", "TrajectoryStore", "decode"]
 

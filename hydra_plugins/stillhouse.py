@@ -19,7 +19,7 @@ class _Stillhouse(Sweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         from launch.errors import reported
-        from launch.jobs import Jobs
+        from launch.sweep.jobs import Jobs
 
         with reported("sweep"):
             self.jobs = Jobs(hydra_context, task_function, config)
@@ -33,14 +33,14 @@ class _Stillhouse(Sweeper):
 
 
 class Grid(_Stillhouse):
-    """Every combination of the values that the options list, then a table; see `launch.sweeps`."""
+    """Every combination of the values that the options list, then a table; see `launch.sweep.grid`."""
 
     def __init__(self, params: Mapping[str, Any] | None = None) -> None:
         super().__init__(params)
 
     def sweep(self, arguments: list[str]) -> None:
         from launch.errors import reported
-        from launch.sweeps import run_grid
+        from launch.sweep.grid import run_grid
 
         (jobs,) = BasicSweeper.split_arguments(self.overrides(arguments), None)
         with reported("sweep"):
@@ -48,7 +48,7 @@ class Grid(_Stillhouse):
 
 
 class Search(_Stillhouse):
-    """Trials that Optuna draws, one batch after the other; see `launch.search`. trial: set in each job, its number."""
+    """Trials that Optuna draws, one batch after the other; see `launch.sweep.search`. trial: set in each job, its number."""
 
     def __init__(
         self, params: Mapping[str, Any], n_trials: int, n_jobs: int, trial: int | None = None, **settings: Any
@@ -58,7 +58,7 @@ class Search(_Stillhouse):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         from launch.errors import reported
-        from launch.launchers import check_extra
+        from launch.sweep.launchers import check_extra
 
         with reported("search"):
             check_extra("optuna", "optuna", f"sweep={config.hydra.runtime.choices.get('sweep')}")
@@ -66,8 +66,8 @@ class Search(_Stillhouse):
 
     def sweep(self, arguments: list[str]) -> None:
         from launch.errors import reported
-        from launch.search import run_search
-        from launch.study import Settings
+        from launch.sweep.search import run_search
+        from launch.sweep.study import Settings
 
         with reported("search"):
             run_search(self.jobs, self.overrides(arguments), self.n_trials, self.n_jobs, Settings(**self.settings))

@@ -22,7 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from launch.names import data_of
+from launch.run.names import data_of
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 _SHOWN = 3  # suggestions at most

@@ -21,8 +21,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 # A config names what is built of it, and that of a run may be somebody else's. So nothing is built but classes of these
 # packages and of those that the user's environment adds, and functions of these modules.
-PACKAGES = ("callbacks", "datamodules", "diffusion", "lightning_modules", "metrics", "networks")
-FUNCTIONS = ("callbacks.wandb_logger", "diffusion.schedules")
+PACKAGES = ("callbacks", "datamodules", "lightning_modules", "stillhouse")
+FUNCTIONS = ("callbacks.loggers.wandb_logger", "stillhouse.diffusion.schedules")
 ADDED = "STILLHOUSE_PACKAGES"
 
 _TARGET, _PARTIAL = "_target_", "_partial_"
@@ -160,7 +160,7 @@ def _fits(value: Any, kind: Any) -> bool:
         return all(any(_fits(one, inner) for inner in _alternatives(_inside(kind))) for one in value)
     if isinstance(value, DictConfig):
         return _TARGET in value
-    return not isinstance(value, ListConfig | str | float | int | None)  # else it is built already (launch/plan.py)
+    return not isinstance(value, ListConfig | str | float | int | None)  # else it is built already (launch/run/plan.py)
 
 
 def _inside(kind: Any) -> Any:

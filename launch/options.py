@@ -10,13 +10,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import Logger
 
-from diffusion.teacher import Teacher
 from launch.command_line import typed_options
-from launch.measure import EvaluationOptions
+from launch.evaluate.measure import EvaluationOptions
 from launch.option_types import UnknownOption, check_targets, check_value
-from launch.trainer_options import TrainerOptions
+from launch.run.trainer_options import TrainerOptions
 from lightning_modules import Method
-from metrics.files import check_name
+from stillhouse.diffusion.teacher import Teacher
+from stillhouse.files import check_name
 
 
 class RunOptions(TypedDict):
@@ -43,7 +43,7 @@ class _Chosen(TypedDict, total=False):
 
 
 class MeasurementOptions(_Chosen):
-    """Those of evaluate.py; of what is Any launch/tasks.py and evaluate.py say themselves what may stand there."""
+    """Those of evaluate.py; of what is Any launch/evaluate/tasks.py and evaluate.py say themselves what may stand there."""
 
     check: bool
     download: bool

@@ -6,7 +6,7 @@ import warnings
 # What each says is so by design: see the reason beside it.
 _BY_DESIGN = (
     r"Found \d+ module\(s\) in eval mode",  # students without dropout stay in eval mode
-    r"find_unused_parameters=True was specified",  # some methods need it, launch/processes.py
+    r"find_unused_parameters=True was specified",  # some methods need it, launch/run/processes.py
     r"The `srun` command is available",  # one process may well run beside SLURM
     r"Be aware that when using `ckpt_path`.*'FindMicroBatch",  # a run may go on without it
     r".*does not have many workers",  # memory maps are slower with workers

@@ -1,8 +1,8 @@
 """One file per method."""
 
 from lightning_modules.b_dense import BDenseProgressive, BDenseSFD, BDenseStudent
-from lightning_modules.base import Method
 from lightning_modules.bezier import BezierDistillation
+from lightning_modules.components.method import Method
 from lightning_modules.denoising_student import DenoisingStudent
 from lightning_modules.diff_instruct import DiffInstruct
 from lightning_modules.disback import DisBack

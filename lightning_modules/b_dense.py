@@ -13,8 +13,8 @@ from torch import Tensor
 from lightning_modules.denoising_student import DenoisingStudent
 from lightning_modules.progressive import ProgressiveDistillation
 from lightning_modules.sfd import SFD
-from networks.branching import widen
-from networks.checks import check_counts
+from stillhouse.checks import check_counts
+from stillhouse.networks.branching import widen
 
 _RATIO = 0.3  # of geometric weights: the end point has about 0.7 of their sum
 FAMILIES = {

@@ -9,17 +9,18 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from diffusion import bezier, guides
-from diffusion.distance import Distance
-from diffusion.flow import level_of
-from diffusion.guides import END_ROWS, Guides, Matrix
-from diffusion.losses import regression
-from diffusion.seeds import sample_uniforms
-from diffusion.teacher import Teacher
-from diffusion.time_laws import TimeLaw
-from lightning_modules.flow_student import PairedFlow
-from networks.branching import plain_state, widen
-from networks.checks import check_choice, check_counts
+from lightning_modules.components.flow_student import PairedFlow
+from stillhouse.checks import check_choice, check_counts
+from stillhouse.diffusion import bezier
+from stillhouse.diffusion import control_points as guides
+from stillhouse.diffusion.control_points import END_ROWS, Guides, Matrix
+from stillhouse.diffusion.distance import Distance
+from stillhouse.diffusion.flow import level_of
+from stillhouse.diffusion.losses import regression
+from stillhouse.diffusion.random_numbers import sample_uniforms
+from stillhouse.diffusion.teacher import Teacher
+from stillhouse.diffusion.time_distributions import TimeLaw
+from stillhouse.networks.branching import plain_state, widen
 
 
 class BezierDistillation(PairedFlow):
@@ -30,9 +31,9 @@ class BezierDistillation(PairedFlow):
     its last teacher is. Where both are trained the network has two outputs, v and u, or with `shared` one, which is right for
     straight curves alone.
 
-    order, slot, end_row, shuffled: of the control points (`diffusion/guides.py`); slot is one name, or one for each guide.
+    order, slot, end_row, shuffled: as of `diffusion.control_points`; slot is one name, or one for each guide.
     weights: rows of A, null for `default_weights`; final_weights: where they have moved to at the end of training, linearly.
-    drift_times, prediction_times: the laws of t. loss, lpips_weights, lpips_resize: d (`diffusion/distance.py`).
+    drift_times, prediction_times: the laws of t. loss, lpips_weights, lpips_resize: d (`diffusion.distance`).
     """
 
     def __init__(

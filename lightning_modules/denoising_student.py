@@ -8,12 +8,12 @@ from torch import Tensor
 
 from datamodules import TrajectoryDataModule
 from datamodules.trajectories import check_store
-from diffusion.draws import one_step_sampling
-from diffusion.losses import REGRESSIONS, regression
-from diffusion.solvers import euler_step
-from diffusion.student_sampling import Sampling
-from diffusion.teacher import Teacher
-from lightning_modules.dense_targets import DenseTargets
+from lightning_modules.components.dense_targets import DenseTargets
+from stillhouse.diffusion.losses import REGRESSIONS, regression
+from stillhouse.diffusion.sampling import Sampling
+from stillhouse.diffusion.solvers import euler_step
+from stillhouse.diffusion.teacher import Teacher
+from stillhouse.diffusion.training_noise import one_step_sampling
 
 
 class DenoisingStudent(DenseTargets):

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from datamodules import DataFree
-from diffusion.draws import Draws, one_step, one_step_sampling
-from diffusion.losses import SCORE_WEIGHTINGS, noised, score_gradient, weighted_square
-from diffusion.noise_levels import NoiseLevels
-from diffusion.student_sampling import Sampling
-from diffusion.teacher import Teacher
-from lightning_modules.diffused_gan import DiffusedGAN, GANOptions
-from lightning_modules.turns import InTurns
-from metrics.ranks import averaged, gather_rows, rank_and_world
-from networks.checks import check_choice, check_counts
+from lightning_modules.components.alternating import InTurns
+from lightning_modules.components.diffused_gan import DiffusedGAN, GANOptions
+from stillhouse.checks import check_choice, check_counts
+from stillhouse.diffusion.losses import SCORE_WEIGHTINGS, noised, score_gradient, weighted_square
+from stillhouse.diffusion.noise_levels import NoiseLevels
+from stillhouse.diffusion.sampling import Sampling
+from stillhouse.diffusion.teacher import Teacher
+from stillhouse.diffusion.training_noise import Draws, one_step, one_step_sampling
+from stillhouse.ranks import averaged, gather_rows, rank_and_world
 
 
 class DiffInstruct(InTurns):

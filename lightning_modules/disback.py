@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from diffusion.degradation import DegradationPath, node_steps
-from lightning_modules.base import Method
-from lightning_modules.degradation import DegradationRecording
+from lightning_modules.components.degradation_path import DegradationPath, node_steps
+from lightning_modules.components.degradation_recording import DegradationRecording
+from lightning_modules.components.method import Method
 from lightning_modules.diff_instruct import DiffInstruct
-from metrics.ranks import averaged
-from networks.checks import check_choice, check_counts
+from stillhouse.checks import check_choice, check_counts
+from stillhouse.ranks import averaged
 
 SWITCHES = ("interval", "converged")
 

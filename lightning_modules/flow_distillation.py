@@ -2,12 +2,12 @@
 
 from torch import Tensor
 
-from diffusion.distance import Distance
-from diffusion.losses import REGRESSIONS
-from diffusion.teacher import Teacher
-from diffusion.time_laws import Grid
-from lightning_modules.flow_student import PairedFlow
-from networks.checks import check_counts
+from lightning_modules.components.flow_student import PairedFlow
+from stillhouse.checks import check_counts
+from stillhouse.diffusion.distance import Distance
+from stillhouse.diffusion.losses import REGRESSIONS
+from stillhouse.diffusion.teacher import Teacher
+from stillhouse.diffusion.time_distributions import Grid
 
 
 class FlowDistillation(PairedFlow):
@@ -15,7 +15,7 @@ class FlowDistillation(PairedFlow):
 
     In `steps` = k > 1 steps: min_v E d(v(X_t, t), X_1 - X_0), with X_t = (1 - t) X_0 + t X_1 and t in {0, 1/k, .. 1 - 1/k}; a
     sample is k Euler steps.
-    loss: d, "l2", "l1" or "huber", a sum over pixels, or for one step "lpips" or "lpips+l2" (`diffusion/distance.py`).
+    loss: d, "l2", "l1" or "huber", a sum over pixels, or for one step "lpips" or "lpips+l2" (`stillhouse/diffusion/distance.py`).
     lpips_weights, lpips_resize: as there. `pairs` and others as in `PairedFlow`.
     """
 

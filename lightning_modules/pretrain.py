@@ -3,18 +3,18 @@
 import pytorch_lightning as pl
 from torch import Tensor
 
-from datamodules.augmentation import augmented, check_augment, check_unmirrored
-from diffusion.losses import denoising_score_matching, log_normal_sigmas
-from diffusion.student_sampling import Sampling
-from diffusion.teacher import Teacher
-from lightning_modules.base import Method
+from datamodules.components.augmentation import augmented, check_augment, check_unmirrored
+from lightning_modules.components.method import Method
+from stillhouse.diffusion.losses import denoising_score_matching, log_normal_sigmas
+from stillhouse.diffusion.sampling import Sampling
+from stillhouse.diffusion.teacher import Teacher
 
 
 class Pretrain(Method):
     """Trains the network of a teacher config from scratch, or on from its weights.
 
     p_mean, p_std: ln(sigma) ~ N(p_mean, p_std^2). augment: the probability of each of EDM's augmentations, whose labels the
-    network is told (datamodules/augmentation.py). One step is one batch of images, each at one noise level.
+    network is told (datamodules/components/augmentation.py). One step is one batch of images, each at one noise level.
     """
 
     def __init__(

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from callbacks import EMA
-from diffusion.draws import Draws
-from diffusion.losses import noised
-from diffusion.preconditioning import Epsilon
-from diffusion.solvers import euler, euler_step
-from diffusion.student_sampling import Sampling
-from diffusion.teacher import Teacher
-from lightning_modules.dense_targets import DenseTargets
-from networks import load_weights, save_weights
-from networks.branching import collapse, plain_state, respread
-from networks.checks import check_choice, check_counts
+from lightning_modules.components.dense_targets import DenseTargets
+from stillhouse.checkpoints import load_weights, save_weights
+from stillhouse.checks import check_choice, check_counts
+from stillhouse.diffusion.losses import noised
+from stillhouse.diffusion.preconditioning import Epsilon
+from stillhouse.diffusion.sampling import Sampling
+from stillhouse.diffusion.solvers import euler, euler_step
+from stillhouse.diffusion.teacher import Teacher
+from stillhouse.diffusion.training_noise import Draws
+from stillhouse.networks.branching import collapse, plain_state, respread
 
 # Weights of |x - D|^2 as functions of the SNR, 1 / sigma^2 (the paper's section 4).
 WEIGHTINGS = {

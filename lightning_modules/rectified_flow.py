@@ -3,13 +3,13 @@
 import pytorch_lightning as pl
 from torch import Tensor
 
-from datamodules.augmentation import augmented, check_augment, check_unmirrored
-from diffusion.losses import REGRESSIONS, regression
-from diffusion.seeds import position_noise
-from diffusion.teacher import Teacher
-from diffusion.time_laws import TimeLaw
-from lightning_modules.flow_student import FlowStudent, PairedFlow
-from networks.checks import check_choice
+from datamodules.components.augmentation import augmented, check_augment, check_unmirrored
+from lightning_modules.components.flow_student import FlowStudent, PairedFlow
+from stillhouse.checks import check_choice
+from stillhouse.diffusion.losses import REGRESSIONS, regression
+from stillhouse.diffusion.random_numbers import position_noise
+from stillhouse.diffusion.teacher import Teacher
+from stillhouse.diffusion.time_distributions import TimeLaw
 
 _NOISE_STREAM = 1
 

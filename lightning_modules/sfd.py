@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from datamodules import DataFree
-from diffusion.draws import Draws
-from diffusion.losses import REGRESSIONS, regression
-from diffusion.schedules import karras_grid
-from diffusion.seeds import position_uniforms
-from diffusion.solvers import SOLVERS, analytic_step, check_solver, euler, euler_step
-from diffusion.student_sampling import Sampling
-from diffusion.teacher import Teacher
-from lightning_modules.dense_targets import DenseTargets
-from networks.checks import check_choice, check_counts
-from networks.step_condition import condition_on_steps, fixed_steps_state, set_steps
+from lightning_modules.components.dense_targets import DenseTargets
+from stillhouse.checks import check_choice, check_counts
+from stillhouse.diffusion.losses import REGRESSIONS, regression
+from stillhouse.diffusion.random_numbers import position_uniforms
+from stillhouse.diffusion.sampling import Sampling
+from stillhouse.diffusion.schedules import karras_grid
+from stillhouse.diffusion.solvers import SOLVERS, analytic_step, check_solver, euler, euler_step
+from stillhouse.diffusion.teacher import Teacher
+from stillhouse.diffusion.training_noise import Draws
+from stillhouse.networks.step_condition import condition_on_steps, fixed_steps_state, set_steps
 
 _CHOICE_STREAM = 4  # of a trajectory's number of steps, beside the streams of `Draws`
 

@@ -15,24 +15,24 @@ from typing import Any
 
 from benchmarks.measuring import ROOT, machine
 from benchmarks.run import table
-from launch.compare import compare_runs, draw, dumped
-from launch.flows import load_chain
-from launch.quality import compare_quality
-from launch.quality import draw as draw_quality
-from launch.trace import revision
-from metrics.convergence_tables import markdown as comparison_markdown
-from metrics.curve_files import from_json, to_json
-from metrics.files import write_file
-from metrics.flow_chain import from_json as chain_from_json
-from metrics.flow_chain import to_json as chain_to_json
-from metrics.flow_picture import draw_flows
-from metrics.flow_tables import markdown as flows_markdown
-from metrics.quality import from_json as quality_from_json
-from metrics.quality import to_json as quality_to_json
-from metrics.quality_tables import markdown as quality_markdown
-from metrics.records import Record, load_records, merge_records
-from metrics.tables import markdown
+from launch.evaluate.compare import compare_runs, draw, dumped
+from launch.evaluate.flows import load_chain
+from launch.evaluate.quality import compare_quality
+from launch.evaluate.quality import draw as draw_quality
+from launch.run.trace import revision
 from results.support import support_table
+from stillhouse.analysis.convergence_tables import markdown as comparison_markdown
+from stillhouse.analysis.curve_files import from_json, to_json
+from stillhouse.analysis.flow_chain import from_json as chain_from_json
+from stillhouse.analysis.flow_chain import to_json as chain_to_json
+from stillhouse.analysis.flow_picture import draw_flows
+from stillhouse.analysis.flow_tables import markdown as flows_markdown
+from stillhouse.analysis.quality import from_json as quality_from_json
+from stillhouse.analysis.quality import to_json as quality_to_json
+from stillhouse.analysis.quality_tables import markdown as quality_markdown
+from stillhouse.analysis.tables import markdown
+from stillhouse.files import write_file
+from stillhouse.metrics.records import Record, load_records, merge_records
 
 _SHOWN_RUNS = 12  # a longer table is folded
 SUPPORT = ROOT / "results/support.json"  # made by tests/support_matrix.py

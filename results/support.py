@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from metrics.tables import piped
+from stillhouse.analysis.tables import piped
 
 _LETTERS = {"edm": "E", "ddpm": "D", "flow": "F"}
 _TRAINED = "trained"

@@ -22,15 +22,15 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from published_files import PUBLISHED
 
 from callbacks.network_form import denoisers
-from launch.build import build, build_seeded, build_trainer, check_fit
-from launch.folder import RunFolder
-from launch.names import register_resolvers
-from launch.plan import plan
-from launch.stages import build_stages, fit_stages
-from launch.teachers import expand_teachers
+from launch.run.build import build, build_seeded, build_trainer, check_fit
+from launch.run.folder import RunFolder
+from launch.run.names import register_resolvers
+from launch.run.plan import plan
+from launch.run.stages import build_stages, fit_stages
+from launch.run.teachers import expand_teachers
 from lightning_modules import Method
-from metrics.files import write_file
-from networks.branching import BranchedConv2d
+from stillhouse.files import write_file
+from stillhouse.networks.branching import BranchedConv2d
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH, STEPS = 4, 2

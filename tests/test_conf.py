@@ -15,15 +15,15 @@ from inception_file import write_inception
 from omegaconf import OmegaConf
 from vgg_file import write_vgg16
 
-from diffusion.losses import regression
-from diffusion.time_laws import UShaped
-from launch.build import build, build_trainer, check_fit
-from launch.folder import RunFolder
-from launch.measure import SETTINGS, leave_out_measurement
-from launch.names import data_of, register_resolvers
-from launch.teachers import expand_teachers
-from metrics import fidelity
-from networks import save_weights
+from launch.evaluate.measure import SETTINGS, leave_out_measurement
+from launch.run.build import build, build_trainer, check_fit
+from launch.run.folder import RunFolder
+from launch.run.names import data_of, register_resolvers
+from launch.run.teachers import expand_teachers
+from stillhouse.checkpoints import save_weights
+from stillhouse.diffusion.losses import regression
+from stillhouse.diffusion.time_distributions import UShaped
+from stillhouse.metrics import fidelity
 
 CONF = Path(__file__).parent.parent / "conf"
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml") if "local" not in path.parts)
@@ -60,7 +60,7 @@ def torch_home(tmp_path_factory):
     write_vgg16(home / "hub/checkpoints/vgg16-397923af.pth")
     write_clip(home / f"hub/checkpoints/{Path(OmegaConf.load(CONF / 'evaluation/clip.yaml').extractor.weights).name}")
     write_dinov2(home / "hub/checkpoints/dinov2_vitb14_pretrain.pth", width=768)
-    with mock.patch("metrics.fidelity.check_hub_name"):
+    with mock.patch("stillhouse.metrics.fidelity.check_hub_name"):
         yield home
 
 
@@ -139,7 +139,7 @@ def test_every_file_composes_and_builds(file, tmp_path, monkeypatch, torch_home)
 def test_every_method_fits_the_published_teachers(data, method, monkeypatch, torch_home):
     monkeypatch.setenv("TORCH_HOME", str(torch_home))
     cfg = composed([f"data={data}", f"method={method}", *small(data)])
-    assert cfg.evaluation.extractor._target_ == "metrics.extractors.Inception"
+    assert cfg.evaluation.extractor._target_ == "stillhouse.metrics.extractors.Inception"
     images, built = build(cfg.data), build(cfg.method)
     check_fit(built, images)
     if method in FLOWS:

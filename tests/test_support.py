@@ -8,7 +8,7 @@ from hydra import initialize_config_dir
 from published_files import PUBLISHED
 from support_matrix import FAMILIES, METHODS, ROOT, TRAINED, Case, cases, covering, planned, published, run
 
-from launch.names import register_resolvers
+from launch.run.names import register_resolvers
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import torch
 from test_benchmarks import TINY, assert_spread
 
 from benchmarks import branching, run
-from networks import BranchedConv2d
 from results.readme import section
+from stillhouse.networks import BranchedConv2d
 
 
 @pytest.fixture(scope="module")

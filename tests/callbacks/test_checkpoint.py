@@ -13,8 +13,8 @@ import torch
 from tiny_module import TinyMethod, identical, trainer
 
 from callbacks.checkpoint import AtomicCheckpointIO, Checkpoints, read_checkpoint
-from callbacks.csv_logger import CSVLogger
 from callbacks.ema import EMA
+from callbacks.loggers.csv_logger import CSVLogger
 
 
 def method():

@@ -8,11 +8,11 @@ import pytorch_lightning as pl
 from test_generative_metrics import Pixels, Real
 from tiny_module import TinyMethod, trainer
 
-from callbacks.aside import aside
 from callbacks.checkpoint import Checkpoints
 from callbacks.clock import Clock
-from callbacks.csv_logger import CSVLogger
+from callbacks.components.undisturbed import aside
 from callbacks.generative_metrics import GenerativeMetrics
+from callbacks.loggers.csv_logger import CSVLogger
 
 
 class Time(pl.Callback):

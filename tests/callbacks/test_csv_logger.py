@@ -10,7 +10,7 @@ import torch
 from tiny_module import TinyMethod, trainer
 
 from callbacks.checkpoint import Checkpoints
-from callbacks.csv_logger import CSVLogger
+from callbacks.loggers.csv_logger import CSVLogger
 
 
 def rows(folder):

@@ -4,10 +4,10 @@ import pytest
 from matplotlib.image import imread
 from tiny_module import TinyMethod, trainer
 
-from callbacks.csv_logger import CSVLogger
 from callbacks.curves import Curves, draw_curves, reference_lines
 from callbacks.generative_metrics import GenerativeMetrics
-from metrics.records import Record, save_records
+from callbacks.loggers.csv_logger import CSVLogger
+from stillhouse.metrics.records import Record, save_records
 
 TABLE = """step,nimg,loss/student,heldout/loss,fid/ema_0.9,fid/raw,speed/images_per_second,kid_1k/ema_0.9
 1,1000,0.5,,,,100,

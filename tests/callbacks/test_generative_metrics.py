@@ -10,11 +10,11 @@ from process_tools import in_two_processes
 from tiny_module import TWO, TinyMethod, identical, trainer
 
 from callbacks.checkpoint import Checkpoints, read_checkpoint
-from callbacks.csv_logger import CSVLogger
 from callbacks.ema import EMA
 from callbacks.generative_metrics import GenerativeMetrics, counted
-from diffusion.seeds import MONITOR_SEEDS, sample_noise
-from metrics.statistics import RunningGaussian, save_statistics
+from callbacks.loggers.csv_logger import CSVLogger
+from stillhouse.diffusion.random_numbers import MONITOR_SEEDS, sample_noise
+from stillhouse.metrics.statistics import RunningGaussian, save_statistics
 
 AVERAGES = [{"decay": 0.5}, {"decay": 0.9}]
 

@@ -6,7 +6,7 @@ from method_runs import train
 from process_tools import in_two_processes
 
 from callbacks.network_form import align, denoisers
-from networks.compiling import compile_network, eager
+from stillhouse.networks.compiling import compile_network, eager
 
 POINTS = "eight_gaussians"  # whose networks compile in seconds
 

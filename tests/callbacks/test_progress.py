@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 from tiny_module import TinyMethod, trainer
 
 from callbacks.checkpoint import Checkpoints
-from callbacks.csv_logger import CSVLogger
+from callbacks.loggers.csv_logger import CSVLogger
 from callbacks.progress import Progress
 
 LINE = re.compile(r"step (\d+) \| ([\d.]+)/([\d.]+) kimg \| (\d+) img/s \| loss/student ([\d.e-]+) \| ([\d:]+) left")

@@ -9,7 +9,7 @@ from tiny_module import TinyMethod, trainer
 
 from callbacks.ema import EMA
 from callbacks.sample_grid import SampleGrid
-from diffusion.seeds import sample_labels, sample_noise
+from stillhouse.diffusion.random_numbers import sample_labels, sample_noise
 
 
 def fit(folder, steps, *callbacks, module=None, **options):

@@ -5,7 +5,7 @@ import wandb_tools
 from quality_tools import REAL, students, teachers
 
 from callbacks import wandb_logger
-from callbacks.wandb_logger import final_name
+from callbacks.loggers.wandb_logger import final_name
 
 
 def made(folder, **options):

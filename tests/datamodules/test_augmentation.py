@@ -8,9 +8,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from scipy import stats
 
-from datamodules.augmentation import LABELS, Augmentation, augmented, check_augment, draw
-from launch.names import register_resolvers
-from networks import MLP, SongUNet
+from datamodules.components.augmentation import LABELS, Augmentation, augmented, check_augment, draw
+from launch.run.names import register_resolvers
+from stillhouse.networks import MLP, SongUNet
 
 ROOT = Path(__file__).parents[2]
 # What AugmentPipe(p=1, xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1) of NVlabs/edm 008a4e5,

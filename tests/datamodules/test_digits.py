@@ -3,9 +3,9 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from datamodules.base import flips
+from datamodules.components.base import flips
+from datamodules.components.packing import PackedImages
 from datamodules.digits import Digits
-from datamodules.packing import PackedImages
 
 
 @pytest.fixture(scope="module")

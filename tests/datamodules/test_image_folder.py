@@ -8,7 +8,7 @@ from picture_files import encoded, folder_of, pattern, zip_of
 from PIL import Image
 
 from datamodules import ImageFolder
-from launch.names import picture_set
+from launch.run.names import picture_set
 
 FILES = {
     "cats/1.png": encoded(pattern(40, 30)),

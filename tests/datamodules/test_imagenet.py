@@ -10,7 +10,8 @@ from edm_files import edm_zip
 from picture_files import encoded, folder_of, pattern, zip_of
 from PIL import Image
 
-from datamodules import ImageNet, partial
+from datamodules import ImageNet
+from datamodules.components import partial
 
 EDM_HASH = "a9a49bf9867fc4f5e2f93653d52851150101c3fe76e516b859f0e34b74c85f14"
 EDM_LABELS = [0, 0, 1, 1, 2]

@@ -10,10 +10,11 @@ import pytest
 import torch
 from picture_files import encoded, folder_of, pattern, zip_of
 
-from datamodules import LSUN, EncodedImages, partial
-from datamodules import encoded as packing
+from datamodules import LSUN, EncodedImages
+from datamodules.components import encoded as packing
+from datamodules.components import partial
+from datamodules.components.decoding import Decoder, Rules, centre_crop
 from datamodules.lsun import LMDB
-from datamodules.pictures import Decoder, Rules, centre_crop
 
 lmdb = pytest.importorskip("lmdb")
 FORK = multiprocessing.get_context("fork")

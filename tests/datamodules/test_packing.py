@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules import partial
-from datamodules.packing import PackedImages, pack
-from datamodules.storage import check_npy, write_json, write_npy
-from networks.block_hashes import hash_range
+from datamodules.components import partial
+from datamodules.components.packing import PackedImages, pack
+from datamodules.components.storage import check_npy, write_json, write_npy
+from stillhouse.checkpoints.block_hashes import hash_range
 
 FORK = multiprocessing.get_context("fork")
 META = {"name": "toy", "classes": 3, "source": "numpy", "preprocessing": "none"}
@@ -382,14 +382,16 @@ def test_any_change_of_a_small_file_is_found_at_every_start(folder, name, how, e
 
 
 def test_of_a_long_file_a_few_blocks_are_compared_at_each_start_and_all_on_request(tmp_path, monkeypatch):
-    monkeypatch.setattr("networks.block_hashes.BLOCK", 64)
+    monkeypatch.setattr("stillhouse.checkpoints.block_hashes.BLOCK", 64)
     folder = tmp_path / "toy"
     packed = pack_toy(folder)
     data = IMAGES.tobytes()
     blocks = [sha256(data[start : start + 64]).hexdigest()[:32] for start in range(0, len(data), 64)]
     assert packed.meta["blocks"]["images.npy"] == blocks
     read = []
-    monkeypatch.setattr("networks.block_hashes.hash_range", lambda *place: read.append(place) or hash_range(*place))
+    monkeypatch.setattr(
+        "stillhouse.checkpoints.block_hashes.hash_range", lambda *place: read.append(place) or hash_range(*place)
+    )
     for _ in range(30):
         packed.verify(everything=False)
     images = [place for place in read if place[0].name == "images.npy"]
@@ -409,7 +411,7 @@ def test_of_a_long_file_a_few_blocks_are_compared_at_each_start_and_all_on_reque
 
 
 def test_a_long_file_of_an_earlier_version_has_one_hash_which_is_compared_on_request(tmp_path, monkeypatch):
-    monkeypatch.setattr("networks.block_hashes.BLOCK", 64)
+    monkeypatch.setattr("stillhouse.checkpoints.block_hashes.BLOCK", 64)
     folder = tmp_path / "toy"
     meta = pack_toy(folder).meta
     del meta["blocks"]
@@ -472,7 +474,7 @@ def test_a_really_full_disk(tmp_path, monkeypatch):
         options = {"count": 20_000, "labels": np.zeros(20_000, int)}
         with pytest.raises(OSError, match="disk too small"):
             pack_toy(tmp_path / "toy", [big] * 20, **options)
-        monkeypatch.setattr("datamodules.packing.require_space", lambda folder, needed: None)
+        monkeypatch.setattr("datamodules.components.packing.require_space", lambda folder, needed: None)
         with pytest.raises(OSError, match="No space left on device: .*toy was not written"):
             pack_toy(tmp_path / "toy", [big] * 20, **options)
         assert not list(tmp_path.iterdir())

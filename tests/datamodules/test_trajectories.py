@@ -8,7 +8,7 @@ from gaussian_teacher import GaussianTeacher
 
 from datamodules.digits import Digits
 from datamodules.trajectories import TrajectoryDataModule, TrajectoryStore, decode
-from diffusion.seeds import HELD_OUT_SEEDS, TRAIN_SEEDS, sample_labels, sample_noise
+from stillhouse.diffusion.random_numbers import HELD_OUT_SEEDS, TRAIN_SEEDS, sample_labels, sample_noise
 
 SHAPE = (2, 4, 4)
 

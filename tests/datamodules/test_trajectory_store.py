@@ -10,8 +10,8 @@ import pytest
 import torch
 from gaussian_teacher import GaussianTeacher
 
-from datamodules.trajectory_store import TrajectoryStore, decode
-from diffusion.seeds import HELD_OUT_SEEDS, TRAIN_SEEDS, sample_labels, sample_noise
+from datamodules.components.trajectory_store import TrajectoryStore, decode
+from stillhouse.diffusion.random_numbers import HELD_OUT_SEEDS, TRAIN_SEEDS, sample_labels, sample_noise
 
 FORK = multiprocessing.get_context("fork")
 SHAPE = (2, 4, 4)
@@ -235,7 +235,7 @@ def test_a_damaged_shard_is_named_and_only_it_is_sampled_again(tmp_path, how, me
 
 
 def test_a_changed_bit_is_found_in_some_shards_at_each_start_and_in_all_on_request(tmp_path, monkeypatch):
-    monkeypatch.setattr("datamodules.shards.BLOCK", 64)  # one shard has as many bytes as are read at a start
+    monkeypatch.setattr("datamodules.components.shards.BLOCK", 64)  # one shard has as many bytes as are read at a start
     store = store_of(tmp_path, count=40)
     store.fill()
     path = store.shards.path(2)
@@ -250,7 +250,7 @@ def test_a_changed_bit_is_found_in_some_shards_at_each_start_and_in_all_on_reque
         for _ in range(1000):
             store.verify(everything=False)
     found = []
-    monkeypatch.setattr("datamodules.shards.hash_range", lambda path, *_: found.append(path) or "")
+    monkeypatch.setattr("datamodules.components.shards.hash_range", lambda path, *_: found.append(path) or "")
     with pytest.raises(OSError, match="damaged"):
         store.verify(everything=False)
     assert len(found) == 1

@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy.interpolate import BPoly
 
-from diffusion import bezier
-from diffusion.guides import Guides, check_weights, default_weights
+from stillhouse.diffusion import bezier
+from stillhouse.diffusion.control_points import Guides, check_weights, default_weights
 
 T = torch.tensor([0.0, 0.125, 0.5, 0.7, 1.0], dtype=torch.float64)
 

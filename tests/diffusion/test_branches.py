@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from closed_forms import FAMILIES, BranchingCorrected, ExactNetwork, Mixture
-from diffusion import preconditioning as P
-from diffusion.denoiser import Denoiser
-from diffusion.schedules import ddpm_sigmas
-from networks import DhariwalUNet, SongUNet, collapse, widen
+from stillhouse.diffusion import preconditioning as P
+from stillhouse.diffusion.denoiser import Denoiser
+from stillhouse.diffusion.schedules import ddpm_sigmas
+from stillhouse.networks import DhariwalUNet, SongUNet, collapse, widen
 
 TINY = {"resolution": 8, "in_channels": 2, "out_channels": 2, "model_channels": 16, "channel_mult": (1, 2)}
 TINY |= {"num_blocks": 1, "attn_resolutions": (4,), "dropout": 0.0}

@@ -5,9 +5,9 @@ import pytorch_lightning as pl
 import torch
 from vgg_file import write_vgg16
 
-from diffusion.distance import DISTANCES, Distance
-from diffusion.losses import regression
-from networks import LPIPS
+from stillhouse.diffusion.distance import DISTANCES, Distance
+from stillhouse.diffusion.losses import regression
+from stillhouse.networks import LPIPS
 
 RGB = (3, 32, 32)
 GENERATOR = torch.Generator().manual_seed(3)

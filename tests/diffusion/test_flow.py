@@ -10,12 +10,12 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from closed_forms import FAMILIES, ExactNetwork, Mixture, exact_solution
-from diffusion.denoiser import Denoiser
-from diffusion.flow import between, end_state, level_of, time_of, velocity
-from diffusion.preconditioning import Velocity
-from diffusion.schedules import flow_uniform, karras
-from diffusion.solvers import euler, evaluations, flow_heun
-from diffusion.time_laws import Grid, Start, StartOrLater, Uniform, UShaped
+from stillhouse.diffusion.denoiser import Denoiser
+from stillhouse.diffusion.flow import between, end_state, level_of, time_of, velocity
+from stillhouse.diffusion.preconditioning import Velocity
+from stillhouse.diffusion.schedules import flow_uniform, karras
+from stillhouse.diffusion.solvers import euler, evaluations, flow_heun
+from stillhouse.diffusion.time_distributions import Grid, Start, StartOrLater, Uniform, UShaped
 
 
 def flow(family="velocity"):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.losses import REGRESSIONS, regression
+from stillhouse.diffusion.losses import REGRESSIONS, regression
 
 SHAPE = (3, 8, 8)
 D = 192

@@ -6,10 +6,10 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 
 from closed_forms import MEANS, Mixture, exact_solution, exact_teacher
-from diffusion import multistep
-from diffusion.multistep import dpm_solver_pp, dynamic_threshold
-from diffusion.schedules import karras, karras_grid
-from diffusion.solvers import euler
+from stillhouse.diffusion import multistep
+from stillhouse.diffusion.multistep import dpm_solver_pp, dynamic_threshold
+from stillhouse.diffusion.schedules import karras, karras_grid
+from stillhouse.diffusion.solvers import euler
 
 SIGMA_MAX = 10.0
 

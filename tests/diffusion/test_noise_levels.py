@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from diffusion.noise_levels import KarrasGrid, LogNormal
-from diffusion.schedules import karras
+from stillhouse.diffusion.noise_levels import KarrasGrid, LogNormal
+from stillhouse.diffusion.schedules import karras
 
 U = (torch.arange(10000, dtype=torch.float64) + 0.5) / 10000
 

@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from closed_forms import FAMILIES, ExactNetwork, Mixture
-from diffusion import preconditioning as P
-from diffusion.denoiser import Denoiser
-from diffusion.losses import denoising_score_matching
-from diffusion.schedules import ddpm_sigmas
+from stillhouse.diffusion import preconditioning as P
+from stillhouse.diffusion.denoiser import Denoiser
+from stillhouse.diffusion.losses import denoising_score_matching
+from stillhouse.diffusion.schedules import ddpm_sigmas
 
 
 def noisy(sigma, count=16):

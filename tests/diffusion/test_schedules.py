@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from diffusion import schedules as S
+from stillhouse.diffusion import schedules as S
 
 ALL = {
     "karras": S.karras,

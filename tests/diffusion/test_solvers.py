@@ -7,11 +7,11 @@ import torch
 from diffusers import DDIMScheduler
 
 from closed_forms import ExactNetwork, Mixture, exact_solution, exact_teacher
-from diffusion import preconditioning as P
-from diffusion.denoiser import Denoiser
-from diffusion.interpolation import slerp
-from diffusion.schedules import ddim_quadratic, ddim_uniform, flow_uniform, karras
-from diffusion.solvers import SOLVERS, analytic_step, euler, euler_step, evaluations, heun, stochastic_heun
+from stillhouse.diffusion import preconditioning as P
+from stillhouse.diffusion.denoiser import Denoiser
+from stillhouse.diffusion.interpolation import slerp
+from stillhouse.diffusion.schedules import ddim_quadratic, ddim_uniform, flow_uniform, karras
+from stillhouse.diffusion.solvers import SOLVERS, analytic_step, euler, euler_step, evaluations, heun, stochastic_heun
 
 SIGMA_MAX = 10.0
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion.preconditioning import EDM
-from diffusion.schedules import karras
-from diffusion.teacher import Teacher
-from networks.source import Source
+from stillhouse.checkpoints.published import Source
+from stillhouse.diffusion.preconditioning import EDM
+from stillhouse.diffusion.schedules import karras
+from stillhouse.diffusion.teacher import Teacher
 
 
 class Net(nn.Module):

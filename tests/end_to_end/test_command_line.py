@@ -31,7 +31,7 @@ from torch import Tensor
 from wandb_tools import history
 
 from callbacks import reference_lines
-from diffusion.seeds import MONITOR_SEEDS
+from stillhouse.diffusion.random_numbers import MONITOR_SEEDS
 
 # -- asking -----------------------------------------------------------------------------------------------------------
 

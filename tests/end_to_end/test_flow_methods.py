@@ -20,9 +20,10 @@ from end_to_end_tools import (
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from launch.build import build
-from launch.teachers import expand_teachers
-from networks import SongUNet, save_weights
+from launch.run.build import build
+from launch.run.teachers import expand_teachers
+from stillhouse.checkpoints import save_weights
+from stillhouse.networks import SongUNet
 
 COMMON = tuple(o for o in TINY if not o.startswith(("name=", "teacher.")))
 # Hidden labels are drawn by each process for itself.

@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from support_matrix import METHODS, ROOT, Case
 
 from datamodules import TrajectoryDataModule
-from launch.build import build, build_seeded, build_trainer
-from launch.folder import RunFolder
-from launch.names import register_resolvers
-from launch.stages import build_stages, fit_stages
-from networks.weights import hash_state
+from launch.run.build import build, build_seeded, build_trainer
+from launch.run.folder import RunFolder
+from launch.run.names import register_resolvers
+from launch.run.stages import build_stages, fit_stages
+from stillhouse.checkpoints.weights import hash_state
 
 BATCH, STEPS = 8, 4
 FLOWS = ("rectified_flow", "reflow", "flow_distill", "bezier")

@@ -8,7 +8,7 @@ from end_to_end_tools import PRETRAIN, RUN, read_csv, run, snapshot, train
 from misuse_tools import attempt
 from PIL import Image
 
-from metrics.records import load_records
+from stillhouse.metrics.records import load_records
 
 PICTURES = (
     *(option for option in PRETRAIN if not option.startswith("evaluation.")),

@@ -88,7 +88,7 @@ def test_evaluate(tmp_path, options, message):
     assert not snapshot(tmp_path)
 
 
-@pytest.mark.parametrize("target", ["shutil.copy", "pathlib.Path.touch", "launch.folder.shutil.copy"])
+@pytest.mark.parametrize("target", ["shutil.copy", "pathlib.Path.touch", "launch.run.folder.shutil.copy"])
 @pytest.mark.parametrize("part", ["method", "data", "evaluation.extractor", "method.teacher.network"])
 def test_a_foreign_runs_config_runs_nothing(finished, tmp_path, target, part):
     copied(finished, tmp_path)

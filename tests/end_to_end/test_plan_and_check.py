@@ -49,7 +49,10 @@ def test_a_teacher_that_is_right_passes_and_leaves_a_picture(tmp_path):
 
 
 def test_one_that_is_wrong_fails_with_one_line(tmp_path):
-    wrong = ("~teacher.preconditioning.sigma_data", "teacher.preconditioning._target_=diffusion.preconditioning.V")
+    wrong = (
+        "~teacher.preconditioning.sigma_data",
+        "teacher.preconditioning._target_=stillhouse.diffusion.preconditioning.V",
+    )
     run(tmp_path, "evaluate.py", "teacher=digits", "check=true", "device=cpu", *wrong).refused(
         "teacher digits fails its self-test", "parameterisation", "EDM 0.7", "check.png"
     )

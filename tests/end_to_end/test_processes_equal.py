@@ -23,7 +23,7 @@ from end_to_end_tools import (
 )
 from safetensors.torch import load_file
 
-from diffusion.seeds import seed_step
+from stillhouse.diffusion.random_numbers import seed_step
 
 OPTIONS = (*STUDENT, "method.lr=3e-4")
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -11,13 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from end_to_end_tools import PRETRAIN, ROOT, RUN, STUDENT, read_csv, read_json, run, train
+from edm_files import edm_zip
+from end_to_end_tools import PRETRAIN, RUN, STUDENT, read_csv, read_json, run, train
 from published_files import cifar10
 
-from metrics.statistics import save_statistics
-
-sys.path.append(str(ROOT / "tests" / "datamodules"))
-from edm_files import edm_zip
+from stillhouse.metrics.statistics import save_statistics
 
 SIDE = 16  # pixels
 CIFAR = (
@@ -97,7 +94,7 @@ def test_what_is_missing_is_said_in_one_line(tmp_path):
 def test_score_distillation_with_a_gan_reads_the_images(pretrained, tmp_path):
     """Labels and real images from the zip, a classifier on the fake score's encoder, and a path of one node."""
     with_zip(tmp_path)
-    gan = "method.gan={generator:1.0,fake:1.0,sigmas:{_target_:diffusion.noise_levels.KarrasGrid}}"
+    gan = "method.gan={generator:1.0,fake:1.0,sigmas:{_target_:stillhouse.diffusion.noise_levels.KarrasGrid}}"
     weights = f"teacher.weights={pretrained / RUN / 'student.safetensors'}"
     disback = ("method=disback", "method.nodes=1", "method.degradation.steps=2", "method.kimg=0.1", weights, gan)
     train(tmp_path, *PRETRAIN[:-1], *SHORT, *CIFAR, "teacher.steps=2", *disback).ok()

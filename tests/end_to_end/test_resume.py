@@ -127,7 +127,7 @@ def test_killed(uninterrupted, tmp_path, target, number, act, when):
 def test_killed_in_the_final_evaluation(uninterrupted, tmp_path):
     """There is last.ckpt and no metrics.json: the run goes on, and trains no step again."""
     with_data(uninterrupted, tmp_path)
-    train(tmp_path, *OPTIONS, before=partial(in_call, "launch.final:save_records", 1, killed)).killed()
+    train(tmp_path, *OPTIONS, before=partial(in_call, "launch.run.final:save_records", 1, killed)).killed()
     trained = {name: state for name, state in snapshot(tmp_path / RUN).items() if "ckpt" in name or "csv" in name}
     assert len(trained) == 3
     train(tmp_path, *OPTIONS, before=partial(in_call, STEP, 1, killed)).ok()
@@ -181,7 +181,9 @@ def test_another_batch_size_would_change_the_images_seen(uninterrupted, tmp_path
 def test_the_comparison_sees_a_difference(uninterrupted, tmp_path):
     """Training noise that is not repeated exactly: the seeding of a single step is left out."""
     with_data(uninterrupted, tmp_path)
-    train(tmp_path, *OPTIONS, before=partial(in_call, "lightning_modules.base:seed_step", 5, left_out)).ok()
+    train(
+        tmp_path, *OPTIONS, before=partial(in_call, "lightning_modules.components.method:seed_step", 5, left_out)
+    ).ok()
     with pytest.raises(AssertionError):
         assert_same_run(tmp_path / RUN, uninterrupted / RUN)
 

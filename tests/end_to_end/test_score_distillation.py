@@ -34,7 +34,7 @@ TINY_DISBACK = (
     "method.lr=1e-3",
     "method.degradation.lr=1e-3",
 )
-STAGE_1 = "lightning_modules.degradation:DegradationRecording.training_step"
+STAGE_1 = "lightning_modules.components.degradation_recording:DegradationRecording.training_step"
 STAGE_2 = "lightning_modules.diff_instruct:DiffInstruct.training_step"
 PATH = Path("data/degradation")
 
@@ -90,7 +90,7 @@ def test_the_run_leaves_its_path_its_cost_and_its_curves(uninterrupted):
     [
         pytest.param(STAGE_1, 5, ["runs/run/degradation goes on from step 3 of 8 (48 of 128 images)"], id="stage 1"),
         pytest.param(
-            "diffusion.degradation:save_weights",
+            "lightning_modules.components.degradation_path:save_weights",
             2,
             ["runs/run/degradation goes on from step 6 of 8 (96 of 128 images)"],
             id="last node",

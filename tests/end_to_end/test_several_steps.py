@@ -10,7 +10,7 @@ from matplotlib.image import imread
 from misuse_tools import attempt
 from omegaconf import OmegaConf
 
-from launch.folder import identity
+from launch.run.folder import identity
 
 SETTINGS = ("device=cpu", "num_samples=20", "blocks=2")
 

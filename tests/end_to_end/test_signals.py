@@ -26,7 +26,7 @@ from end_to_end_tools import (
     with_data,
 )
 
-from launch.notice import Notice, Stopped
+from launch.signals import Notice, Stopped
 
 OPTIONS = (*PRETRAIN, "callbacks.checkpoints.every_n_steps=100", "callbacks.requeue.every_n_steps=2")
 STEP = "lightning_modules:Pretrain.training_step"
@@ -80,7 +80,7 @@ def test_a_run_is_requeued_and_goes_on_exactly(alone, tmp_path, scontrol):
     assert "runs/run: stopped by SIGUSR1, saved after step 7; SLURM job 4711 is requeued and goes on" in ended.out
     assert scontrol.read_text() == "requeue 4711\n"
     assert timeless(tmp_path / RUN / "checkpoints/last.ckpt")["global_step"] == 7
-    ended = train(tmp_path, *OPTIONS, before=at("launch.final:load_student", 1)).ok()
+    ended = train(tmp_path, *OPTIONS, before=at("launch.run.final:load_student", 1)).ok()
     assert "stopped by SIGUSR1, what is on disk is kept" in ended.out
     assert scontrol.read_text() == "requeue 4711\n" * 2
     assert not (tmp_path / RUN / "metrics.json").exists()
@@ -99,7 +99,7 @@ def test_sigterm_and_ctrl_c_save_too_and_say_so(alone, tmp_path, scontrol):
         assert (ended.code, ended.err.count("Traceback")) == (code, 0)
         assert f"runs/run: {what}; the same command goes on" in ended.out.splitlines()
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-        ended = train(tmp_path, *OPTIONS, before=at("launch.final:load_student", 1, number))
+        ended = train(tmp_path, *OPTIONS, before=at("launch.run.final:load_student", 1, number))
         assert (ended.code, ended.err.count("Traceback")) == (code, 0)
         assert "what is on disk is kept; the same command goes on" in ended.out
     train(tmp_path, *OPTIONS).ok()
@@ -109,7 +109,7 @@ def test_sigterm_and_ctrl_c_save_too_and_say_so(alone, tmp_path, scontrol):
         "evaluate.py",
         f"run={RUN}",
         "device=cpu",
-        before=at("launch.measure:Evaluation.run", 1, signal.SIGINT),
+        before=at("launch.evaluate.measure:Evaluation.run", 1, signal.SIGINT),
     )
     assert (ended.code, ended.err) == (130, "")
     assert "evaluate: interrupted, what is on disk is kept; the same command goes on" in ended.out
@@ -267,7 +267,7 @@ def test_a_process_ends_soon_after_one_that_it_started(alone, tmp_path, number, 
     with_data(alone, tmp_path)
     options = (*OPTIONS, "trainer.devices=2")
     ended = train(
-        tmp_path, *options, before=partial(in_call, "launch.final:load_student", 1, partial(to_child, number))
+        tmp_path, *options, before=partial(in_call, "launch.run.final:load_student", 1, partial(to_child, number))
     )
     assert ended.code == code
     assert said in (ended.out + ended.err).splitlines()
@@ -305,9 +305,9 @@ def test_a_signal_in_a_finaliser_is_not_lost():
 
 
 def soon():
-    import launch.meeting
+    import launch.run.meeting
 
-    launch.meeting.EVERY = 0.2
+    launch.run.meeting.EVERY = 0.2
 
 
 def test_who_waits_for_other_machines_says_so_and_can_be_ended(alone, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from end_to_end_tools import PRETRAIN, assert_same_run, die, in_call, read_json, train
 from omegaconf import OmegaConf
 
-from metrics.tables import shown
+from stillhouse.analysis.tables import shown
 
 TINY = tuple(option for option in PRETRAIN if not option.startswith("name="))
 SWEEP = ("-m", *TINY, "callbacks.grid=null", "method.lr=1e-3,-1,2e-3", "seed=0,1")

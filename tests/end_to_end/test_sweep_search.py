@@ -12,7 +12,7 @@ import pytest
 from end_to_end_tools import PRETRAIN, TINY, copied, die, in_call, read_csv, snapshot, train
 from omegaconf import OmegaConf
 
-from launch.study import open_study
+from launch.sweep.study import open_study
 
 pytestmark = pytest.mark.slow  # many processes from the beginning
 

@@ -25,7 +25,8 @@ from matplotlib.image import imread
 from misuse_tools import attempt
 from safetensors.torch import load_file
 
-from networks import SongUNet, save_weights
+from stillhouse.checkpoints import save_weights
+from stillhouse.networks import SongUNet
 
 OPTIONS = tuple(o for o in TINY if not o.startswith(("name=", "teacher.weights=")))
 METHODS = {
@@ -153,7 +154,7 @@ def resumed(options, finished, folder, name, before, *more):
         pytest.param("lightning_modules.progressive:save_weights", 2, killed_after, None, 3, 6, id="student kept"),
         pytest.param("os:replace", 2, killed, of_weights, 3, 6, id="half a student"),
         pytest.param(f"{PROGRESSIVE}.training_step", 8, killed, None, 7, 7, id="between rounds"),
-        pytest.param("launch.final:save_records", 1, killed, None, 3, 13, id="final evaluation"),
+        pytest.param("launch.run.final:save_records", 1, killed, None, 3, 13, id="final evaluation"),
     ],
 )
 def test_progressive_distillation_is_killed(options, finished, tmp_path, target, number, act, when, every, step):

@@ -13,7 +13,7 @@ from end_to_end_tools import ROOT, RUN, STUDENT, TINY, die, in_call, read_csv, r
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from launch.names import register_resolvers
+from launch.run.names import register_resolvers
 
 SWEEP = ROOT / "conf/sweep/wandb.yaml"
 

@@ -10,10 +10,10 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from launch.build import build
-from launch.names import register_resolvers
 from launch.option_types import check_targets
 from launch.options import check_run
+from launch.run.build import build
+from launch.run.names import register_resolvers
 
 
 @cache
@@ -127,9 +127,12 @@ ROWS = {
             "method._target_=callbacks.checkpoint.os.remove",
             "method._target_=callbacks.checkpoint.os.remove does not exist",
         ),
-        ("method._target_=metrics.files.os.remove", "method._target_=metrics.files.os.remove does not exist"),
-        ("method._target_=metrics.files.Path", "method._target_=metrics.files.Path is not built: it is no class of "),
-        ("method._target_=metrics.files.write_file", "method._target_=metrics.files.write_file is not built: "),
+        ("method._target_=stillhouse.files.os.remove", "method._target_=stillhouse.files.os.remove does not exist"),
+        (
+            "method._target_=stillhouse.files.Path",
+            "method._target_=stillhouse.files.Path is not built: it is no class of ",
+        ),
+        ("method._target_=stillhouse.files.write_file", "method._target_=stillhouse.files.write_file is not built: "),
         ("method._target_=lightning_modules.Foo", "method._target_=lightning_modules.Foo does not exist"),
         ("+callbacks.foo={_target_:subprocess.run}", "callbacks.foo._target_=subprocess.run is not built: "),
         ("+laws={a:{_target_:os.system}}", "laws.a._target_=os.system is not built: "),
@@ -223,7 +226,7 @@ def test_values_that_are_right():
 
 
 def test_nothing_is_built_of_a_node_with_a_foreign_one_in_it(tmp_path):
-    node = OmegaConf.create({"_target_": "networks.MLP", "width": {"_target_": "pathlib.Path", "x": 1}})
+    node = OmegaConf.create({"_target_": "stillhouse.networks.MLP", "width": {"_target_": "pathlib.Path", "x": 1}})
     with pytest.raises(ValueError, match=r"^width=\{_target_:pathlib.Path,x:1\}: give a whole number"):
         build(node)
     listed = OmegaConf.create({"a": [{"b": {"_target_": "os.mkdir", "path": str(tmp_path / "made")}}]})

@@ -9,8 +9,8 @@ from page_tools import Page
 from PIL import Image
 from quality_tools import REAL, students, teachers, write_measured
 
-from launch.report import check_target, write_report
-from metrics.records import save_records
+from launch.evaluate.report import check_target, write_report
+from stillhouse.metrics.records import save_records
 
 TRACE = {"revision": "a" * 40, "config": "b" * 64, "weights": "c" * 64}
 

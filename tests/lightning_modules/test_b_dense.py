@@ -7,9 +7,6 @@ import pytorch_lightning as pl
 import torch
 
 from closed_forms import BranchingCorrected, Mixture, MixtureData, energy_distance, exact_teacher, fit
-from diffusion.draws import Draws
-from diffusion.seeds import sample_noise
-from diffusion.solvers import euler
 from lightning_modules import (
     SFD,
     BDenseProgressive,
@@ -19,7 +16,10 @@ from lightning_modules import (
     ProgressiveDistillation,
 )
 from lightning_modules.b_dense import branch_weights
-from networks import branches_of
+from stillhouse.diffusion.random_numbers import sample_noise
+from stillhouse.diffusion.solvers import euler
+from stillhouse.diffusion.training_noise import Draws
+from stillhouse.networks import branches_of
 
 PAIRS = {"sfd": (SFD, BDenseSFD), "progressive": (ProgressiveDistillation, BDenseProgressive)}
 PAIRS |= {"student": (DenoisingStudent, BDenseStudent)}

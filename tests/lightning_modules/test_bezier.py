@@ -3,10 +3,10 @@ import torch
 from flow_tools import COMMON, Nothing, mixture_flow
 
 from closed_forms import MEANS, Mixture, energy_distance, exact_teacher, fit
-from diffusion import bezier
-from diffusion.seeds import HELD_OUT_SEEDS, sample_noise
-from diffusion.time_laws import Start, StartOrLater, Uniform
 from lightning_modules import BezierDistillation, FlowDistillation, Reflow
+from stillhouse.diffusion import bezier
+from stillhouse.diffusion.random_numbers import HELD_OUT_SEEDS, sample_noise
+from stillhouse.diffusion.time_distributions import Start, StartOrLater, Uniform
 
 PAIRS = {"pairs": 2048, "held_out": 256, "dtype": "float32"}
 

@@ -2,11 +2,11 @@ import pytest
 import torch
 
 from closed_forms import Corrected, ExactNetwork, Mixture, exact_teacher, fit
-from diffusion.preconditioning import Epsilon, ResidualEpsilon, V
-from diffusion.schedules import cosine_uniform, ddim_quadratic
-from diffusion.seeds import HELD_OUT_SEEDS, sample_noise
-from diffusion.teacher import Teacher
 from lightning_modules import DenoisingStudent
+from stillhouse.diffusion.preconditioning import Epsilon, ResidualEpsilon, V
+from stillhouse.diffusion.random_numbers import HELD_OUT_SEEDS, sample_noise
+from stillhouse.diffusion.schedules import cosine_uniform, ddim_quadratic
+from stillhouse.diffusion.teacher import Teacher
 
 
 def method(tmp_path, teacher=None, **options):

@@ -7,15 +7,15 @@ import torch
 from torch import nn
 
 from closed_forms import MEANS, CorrectedByLevel, ExactNetwork, Mixture, energy_distance, exact_teacher, fit
-from diffusion.draws import Draws
-from diffusion.losses import denoising_score_matching, score_gradient
-from diffusion.noise_levels import KarrasGrid, LogNormal
-from diffusion.preconditioning import EDM
-from diffusion.schedules import karras
-from diffusion.seeds import sample_noise
-from diffusion.teacher import Teacher
 from lightning_modules import DiffInstruct
-from networks import SongUNet
+from stillhouse.diffusion.losses import denoising_score_matching, score_gradient
+from stillhouse.diffusion.noise_levels import KarrasGrid, LogNormal
+from stillhouse.diffusion.preconditioning import EDM
+from stillhouse.diffusion.random_numbers import sample_noise
+from stillhouse.diffusion.schedules import karras
+from stillhouse.diffusion.teacher import Teacher
+from stillhouse.diffusion.training_noise import Draws
+from stillhouse.networks import SongUNet
 
 LAW = LogNormal(-1.2, 1.2)
 OPTIONS = {"sigma_init": 2.5, "generator_sigmas": LAW, "fake_sigmas": LAW, "betas": (0.0, 0.999)}

@@ -11,13 +11,13 @@ from test_diff_instruct import OPTIONS, snapshots
 
 from callbacks import Clock
 from closed_forms import CorrectedByLevel, Mixture, energy_distance, exact_teacher, fit
-from diffusion.degradation import node_steps
-from diffusion.draws import one_step
-from diffusion.losses import denoising_score_matching
-from diffusion.seeds import sample_noise
 from lightning_modules import DiffInstruct, DisBack
-from lightning_modules.degradation import DegradationRecording
+from lightning_modules.components.degradation_path import node_steps
+from lightning_modules.components.degradation_recording import DegradationRecording
 from lightning_modules.disback import Backtracking
+from stillhouse.diffusion.losses import denoising_score_matching
+from stillhouse.diffusion.random_numbers import sample_noise
+from stillhouse.diffusion.training_noise import one_step
 
 DEGRADATION = {"steps": 64, "lr": 3e-3, "batch_size": 128, "seed": 0, "spacing": "geometric"}
 

@@ -3,9 +3,9 @@ import torch
 from flow_tools import COMMON, mixture_flow
 
 from closed_forms import Mixture, energy_distance, fit
-from diffusion.flow import between, velocity
-from diffusion.seeds import HELD_OUT_SEEDS, sample_noise
 from lightning_modules import FlowDistillation
+from stillhouse.diffusion.flow import between, velocity
+from stillhouse.diffusion.random_numbers import HELD_OUT_SEEDS, sample_noise
 
 
 def distillation(folder, teacher=None, **options):

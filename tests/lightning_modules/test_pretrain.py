@@ -8,17 +8,17 @@ from torch.utils.data import DataLoader
 
 from closed_forms import Mixture, fit
 from datamodules import Planar
-from datamodules.augmentation import augmented
-from diffusion.losses import denoising_score_matching, log_normal_sigmas
-from diffusion.preconditioning import EDM
-from diffusion.schedules import karras
-from diffusion.seeds import sample_noise
-from diffusion.teacher import Teacher
+from datamodules.components.augmentation import augmented
 from lightning_modules import Pretrain
-from metrics.extractors import Points
-from metrics.images import to_uint8
-from metrics.transport import wasserstein
-from networks import MLP
+from stillhouse.diffusion.losses import denoising_score_matching, log_normal_sigmas
+from stillhouse.diffusion.preconditioning import EDM
+from stillhouse.diffusion.random_numbers import sample_noise
+from stillhouse.diffusion.schedules import karras
+from stillhouse.diffusion.teacher import Teacher
+from stillhouse.metrics.extractors import Points
+from stillhouse.metrics.images import to_uint8
+from stillhouse.metrics.transport import wasserstein
+from stillhouse.networks import MLP
 
 
 class PointNetwork(nn.Module):

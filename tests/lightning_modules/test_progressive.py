@@ -19,14 +19,14 @@ from closed_forms import (
     exact_teacher,
     fit,
 )
-from diffusion.draws import Draws
-from diffusion.preconditioning import EDM, X0, Epsilon, V
-from diffusion.schedules import cosine_uniform, ddim_uniform, karras
-from diffusion.seeds import sample_noise
-from diffusion.solvers import euler
-from diffusion.teacher import Teacher
 from lightning_modules import ProgressiveDistillation
 from lightning_modules.progressive import WEIGHTINGS
+from stillhouse.diffusion.preconditioning import EDM, X0, Epsilon, V
+from stillhouse.diffusion.random_numbers import sample_noise
+from stillhouse.diffusion.schedules import cosine_uniform, ddim_uniform, karras
+from stillhouse.diffusion.solvers import euler
+from stillhouse.diffusion.teacher import Teacher
+from stillhouse.diffusion.training_noise import Draws
 
 PRECONDITIONINGS = {
     "edm": (EDM, karras),

@@ -4,16 +4,16 @@ from flow_tools import COMMON, Nothing, mixture_flow
 from torch import nn
 
 from closed_forms import Mixture, MixtureData, energy_distance, exact_teacher, fit
-from datamodules.augmentation import augmented
-from diffusion.flow import between, velocity
-from diffusion.preconditioning import Velocity
-from diffusion.schedules import flow_uniform
-from diffusion.seeds import HELD_OUT_SEEDS, position_noise, position_uniforms, sample_noise
-from diffusion.solvers import euler
-from diffusion.teacher import Teacher
-from diffusion.time_laws import Start, Uniform
+from datamodules.components.augmentation import augmented
 from lightning_modules import RectifiedFlow, Reflow
-from networks import SongUNet
+from stillhouse.diffusion.flow import between, velocity
+from stillhouse.diffusion.preconditioning import Velocity
+from stillhouse.diffusion.random_numbers import HELD_OUT_SEEDS, position_noise, position_uniforms, sample_noise
+from stillhouse.diffusion.schedules import flow_uniform
+from stillhouse.diffusion.solvers import euler
+from stillhouse.diffusion.teacher import Teacher
+from stillhouse.diffusion.time_distributions import Start, Uniform
+from stillhouse.networks import SongUNet
 
 
 def rectified_flow(teacher=None, **options):

@@ -9,14 +9,15 @@ from pytorch_lightning.plugins import MixedPrecision
 from torch import nn
 
 from closed_forms import BranchingCorrected, Mixture, energy_distance, exact_teacher, fit
-from diffusion.draws import Draws
-from diffusion.preconditioning import EDM
-from diffusion.schedules import karras, karras_grid
-from diffusion.seeds import sample_noise
-from diffusion.solvers import analytic_step, dpm_solver_pp, euler, euler_step, heun
-from diffusion.teacher import Teacher
 from lightning_modules import SFD
-from networks import SongUNet, load_weights, save_weights
+from stillhouse.checkpoints import load_weights, save_weights
+from stillhouse.diffusion.preconditioning import EDM
+from stillhouse.diffusion.random_numbers import sample_noise
+from stillhouse.diffusion.schedules import karras, karras_grid
+from stillhouse.diffusion.solvers import analytic_step, dpm_solver_pp, euler, euler_step, heun
+from stillhouse.diffusion.teacher import Teacher
+from stillhouse.diffusion.training_noise import Draws
+from stillhouse.networks import SongUNet
 
 
 def method(teacher=None, kimg=0.384, lr=1e-3, batch_size=32, seed=0, **options):

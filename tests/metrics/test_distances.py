@@ -10,8 +10,8 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
-import metrics.distances
-from metrics.distances import (
+import stillhouse.metrics.distances
+from stillhouse.metrics.distances import (
     BANDWIDTHS,
     frechet_distance,
     gaussian_kernel_distance,
@@ -19,7 +19,7 @@ from metrics.distances import (
     kernel_distance,
     precision_recall,
 )
-from metrics.statistics import RunningGaussian
+from stillhouse.metrics.statistics import RunningGaussian
 
 
 def rows(count, dim=8, seed=0, shift=0.0):
@@ -127,7 +127,7 @@ def test_kernel_distance_of_subsets_is_unbiased_and_seeded():
 
 @pytest.mark.parametrize("entries", [1 << 26, 700])
 def test_precision_and_recall_match_torch_fidelity_whatever_the_slabs(monkeypatch, entries):
-    monkeypatch.setattr(metrics.distances, "_ENTRIES", entries)
+    monkeypatch.setattr(stillhouse.metrics.distances, "_ENTRIES", entries)
     fake, real = rows(150, seed=1, shift=1.5), rows(130, seed=2)
     expected = prc_features_to_metric(fake.double(), real.double(), prc_neighborhood=3, verbose=False)
     precision, recall = precision_recall(fake, real)
@@ -182,7 +182,7 @@ def test_gaussian_kernel_distance_is_that_of_a_double_loop(monkeypatch):
     value = gaussian_kernel_distance(x, y)
     assert value.dtype == torch.float64
     assert value.item() == pytest.approx(expected, rel=1e-12)
-    monkeypatch.setattr(metrics.distances, "_ENTRIES", 30)  # slabs of two rows
+    monkeypatch.setattr(stillhouse.metrics.distances, "_ENTRIES", 30)  # slabs of two rows
     assert gaussian_kernel_distance(x, y).item() == pytest.approx(expected, rel=1e-12)
 
 

@@ -6,20 +6,20 @@ import pytest
 import torch
 from metric_stubs import SHAPE, Packed, Stub, sampler, stub_reference
 
-from diffusion.seeds import sample_labels, sample_noise, sample_uniforms
-from metrics.distances import (
+from stillhouse.analysis.tables import table
+from stillhouse.diffusion.random_numbers import sample_labels, sample_noise, sample_uniforms
+from stillhouse.metrics.distances import (
     frechet_distance,
     gaussian_kernel_distance,
     inception_score,
     kernel_distance,
     precision_recall,
 )
-from metrics.evaluation import choose_real, features, measure, measure_real
-from metrics.images import to_uint8
-from metrics.reference import load_reference, real_features, reference_statistics
-from metrics.statistics import RunningGaussian, save_statistics
-from metrics.tables import table
-from metrics.transport import wasserstein
+from stillhouse.metrics.evaluation import choose_real, features, measure, measure_real
+from stillhouse.metrics.images import to_uint8
+from stillhouse.metrics.reference import load_reference, real_features, reference_statistics
+from stillhouse.metrics.statistics import RunningGaussian, save_statistics
+from stillhouse.metrics.transport import wasserstein
 
 SAMPLING = {"shape": SHAPE, "num_classes": 3, "batch_size": 16, "device": "cpu"}
 ALL = ("fid", "kid", "precision", "recall", "is")

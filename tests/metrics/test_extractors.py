@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.nn import functional
 
-from metrics.digits_classifier import WEIGHTS, accuracy, digits, split
-from metrics.distances import frechet_distance
-from metrics.evaluation import printed_name
-from metrics.extractors import Digits, Pixels, Points
-from metrics.images import from_uint8, to_uint8
-from metrics.statistics import RunningGaussian
-from networks.weights import find_weights
+from stillhouse.checkpoints.weights import find_weights
+from stillhouse.metrics.digits_classifier import WEIGHTS, accuracy, digits, split
+from stillhouse.metrics.distances import frechet_distance
+from stillhouse.metrics.evaluation import printed_name
+from stillhouse.metrics.extractors import Digits, Pixels, Points
+from stillhouse.metrics.images import from_uint8, to_uint8
+from stillhouse.metrics.statistics import RunningGaussian
 
 IMAGES, LABELS = digits()
 
@@ -74,7 +74,7 @@ def test_extractor_refuses_other_images(extractor):
 
 
 def test_missing_classifier_is_named_with_the_command_that_makes_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no digit classifier at .*gone.*python -m metrics\.digits_classifier"):
+    with pytest.raises(FileNotFoundError, match=r"no digit classifier at .*gone.*python -m stillhouse\.metrics\.digits_classifier"):
         Digits(tmp_path / "gone.safetensors")
 
 

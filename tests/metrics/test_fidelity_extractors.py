@@ -7,12 +7,12 @@ import torch
 from extractor_files import write_clip, write_dinov2
 from metric_stubs import SHAPE, Packed, Stub, sampler, stub_reference
 
-from metrics.dinov2 import DINOv2
-from metrics.evaluation import measure
-from metrics.extractors import Inception, TorchFidelity
-from metrics.fidelity import check_hub_name
-from metrics.reference import reference_statistics
-from metrics.tables import table
+from stillhouse.analysis.tables import table
+from stillhouse.metrics.dinov2 import DINOv2
+from stillhouse.metrics.evaluation import measure
+from stillhouse.metrics.extractors import Inception, TorchFidelity
+from stillhouse.metrics.fidelity import check_hub_name
+from stillhouse.metrics.reference import reference_statistics
 
 GENERATOR = torch.Generator().manual_seed(3)
 # By side of the images: the entries 0, 100 and 383 of the features of two.
@@ -122,7 +122,7 @@ def test_fast_extractors_are_others_and_know_the_exact_one(folder, monkeypatch):
         return lambda images: sizes.append(len(images)) or network(images)
 
     monkeypatch.setattr("torch.compile", compiled)
-    monkeypatch.setattr("metrics.fidelity._AT_ONCE", 2)
+    monkeypatch.setattr("stillhouse.metrics.fidelity._AT_ONCE", 2)
     exact = TorchFidelity("clip-vit-b-32", folder / "clip.pt")
     both = TorchFidelity("clip-vit-b-32", folder / "clip.pt", precision="bf16", compile=True)
     fast = TorchFidelity("clip-vit-b-32", folder / "clip.pt", precision="bf16")

@@ -7,9 +7,9 @@ import pytest
 import torch
 from inception_file import write_inception
 
-from metrics.extractors import Inception
-from metrics.reference import reference_statistics
-from networks.weights import hash_file
+from stillhouse.checkpoints.weights import hash_file
+from stillhouse.metrics.extractors import Inception
+from stillhouse.metrics.reference import reference_statistics
 
 GENERATOR = torch.Generator().manual_seed(3)
 IMAGES = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=GENERATOR)
@@ -46,7 +46,7 @@ def test_features_and_logits_are_torch_fidelitys(weights, extractor, rows):
 
 
 def test_the_same_under_autocast_and_in_parts(extractor, rows, monkeypatch):
-    monkeypatch.setattr("metrics.fidelity._AT_ONCE", 2)
+    monkeypatch.setattr("stillhouse.metrics.fidelity._AT_ONCE", 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         within = extractor(IMAGES)
         logits = extractor.class_logits(within)

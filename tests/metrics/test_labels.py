@@ -6,11 +6,11 @@ import torch
 from metric_stubs import SHAPE, Packed, Stub
 from scipy import stats
 
-from diffusion.seeds import sample_labels
-from metrics.evaluation import measure, measure_real
-from metrics.images import from_uint8
-from metrics.labels import check_shares, counts_of, real_draws, sampled_counts
-from metrics.reference import reference_statistics
+from stillhouse.diffusion.random_numbers import sample_labels
+from stillhouse.metrics.evaluation import measure, measure_real
+from stillhouse.metrics.images import from_uint8
+from stillhouse.metrics.labels import check_shares, counts_of, real_draws, sampled_counts
+from stillhouse.metrics.reference import reference_statistics
 
 SEEDS = torch.arange(6000)
 

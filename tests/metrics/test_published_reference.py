@@ -8,14 +8,14 @@ import torch
 from metric_stubs import SHAPE, Stub, sampler, stub_reference
 from PIL import Image
 
-from diffusion.seeds import sample_labels, sample_noise
-from launch.flows import FlowMeasurement
-from launch.folder import RunFolder
-from launch.measure import Evaluation, Weights, checked
-from metrics.distances import frechet_distance
-from metrics.images import to_uint8
-from metrics.reference import published_reference
-from metrics.statistics import RunningGaussian, save_statistics
+from launch.evaluate.flows import FlowMeasurement
+from launch.evaluate.measure import Evaluation, Weights, checked
+from launch.run.folder import RunFolder
+from stillhouse.diffusion.random_numbers import sample_labels, sample_noise
+from stillhouse.metrics.distances import frechet_distance
+from stillhouse.metrics.images import to_uint8
+from stillhouse.metrics.reference import published_reference
+from stillhouse.metrics.statistics import RunningGaussian, save_statistics
 
 SETTINGS = {"metrics": ["fid"], "num_samples": 30, "blocks": 2, "batch_size": 16}
 CPU = torch.device("cpu")

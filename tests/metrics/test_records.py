@@ -3,7 +3,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from metrics.records import Record, load_records, merge_records, save_records
+from stillhouse.metrics.records import Record, load_records, merge_records, save_records
 
 
 def record(**changes):

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffusion.denoiser import Denoiser
-from diffusion.preconditioning import X0, Preconditioning, V
-from diffusion.schedules import karras
-from diffusion.teacher import Teacher
-from metrics.self_test import self_test
-from metrics.self_test_picture import draw_self_test
+from stillhouse.diffusion.denoiser import Denoiser
+from stillhouse.diffusion.preconditioning import X0, Preconditioning, V
+from stillhouse.diffusion.schedules import karras
+from stillhouse.diffusion.teacher import Teacher
+from stillhouse.metrics.self_test import self_test
+from stillhouse.pictures.self_test import draw_self_test
 
 CLASSES, SIDE, STD = 4, 6, 0.1
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from metrics.statistics import RunningGaussian, load_statistics, save_statistics
+from stillhouse.metrics.statistics import RunningGaussian, load_statistics, save_statistics
 
 
 def rows(count=500, dim=6):

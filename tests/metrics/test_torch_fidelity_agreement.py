@@ -10,9 +10,9 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from metrics.distances import frechet_distance, inception_score, kernel_distance, precision_recall
-from metrics.extractors import Inception
-from metrics.statistics import RunningGaussian
+from stillhouse.metrics.distances import frechet_distance, inception_score, kernel_distance, precision_recall
+from stillhouse.metrics.extractors import Inception
+from stillhouse.metrics.statistics import RunningGaussian
 
 GENERATOR = torch.Generator().manual_seed(11)
 COUNT = 5  # images on each side: Inception does seven in a second here

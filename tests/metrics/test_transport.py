@@ -3,7 +3,7 @@ from itertools import permutations
 import pytest
 import torch
 
-from metrics.transport import wasserstein
+from stillhouse.metrics.transport import wasserstein
 
 
 def rows(count, dim=2, seed=0):

@@ -5,17 +5,16 @@ import torch
 from network_tools import inputs, randomised
 
 from closed_forms import ExactNetwork, Mixture
-from networks import (
+from stillhouse.checkpoints import load_weights, save_weights
+from stillhouse.networks import (
     BranchedConv2d,
     DhariwalUNet,
     SongUNet,
     branches_of,
     collapse,
-    load_weights,
     plain_state,
     reading_all,
     respread,
-    save_weights,
     widen,
 )
 

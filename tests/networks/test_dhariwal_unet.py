@@ -4,7 +4,7 @@ import pytest
 import torch
 from network_tools import fill, inputs, noise, randomised
 
-from networks import DhariwalUNet
+from stillhouse.networks import DhariwalUNet
 
 TINY = {
     "resolution": 8,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from network_tools import inputs, randomised
 
-from networks import (
+from stillhouse.networks import (
     DiffusersUNet,
     branches_of,
     collapse,

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from networks.embeddings import FourierEmbedding, PositionalEmbedding
-from networks.layers import Attention, Downsample, ResidualBlock, Upsample, conv, group_norm, linear
+from stillhouse.networks.embeddings import FourierEmbedding, PositionalEmbedding
+from stillhouse.networks.layers import Attention, Downsample, ResidualBlock, Upsample, conv, group_norm, linear
 
 FILTERS = [(1, 1), (1, 3, 3, 1)]
 

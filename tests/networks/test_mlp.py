@@ -2,9 +2,9 @@ import pytest
 import torch
 from network_tools import randomised
 
-from diffusion import preconditioning as P
-from diffusion.denoiser import Denoiser
-from networks import (
+from stillhouse.diffusion import preconditioning as P
+from stillhouse.diffusion.denoiser import Denoiser
+from stillhouse.networks import (
     MLP,
     Discriminator,
     branches_of,

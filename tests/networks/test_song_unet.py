@@ -4,7 +4,7 @@ import pytest
 import torch
 from network_tools import fill, inputs, noise, randomised
 
-from networks import SongUNet
+from stillhouse.networks import SongUNet
 
 DDPMPP = {}
 NCSNPP = {"embedding": "fourier", "channel_mult_noise": 2, "encoder": "residual", "resample_filter": (1, 3, 3, 1)}

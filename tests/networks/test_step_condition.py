@@ -6,7 +6,7 @@ import torch._dynamo.testing  # not loaded with torch
 from network_tools import inputs, randomised
 
 from closed_forms import ExactNetwork, Mixture
-from networks import (
+from stillhouse.networks import (
     DhariwalUNet,
     SongUNet,
     branches_of,

@@ -8,18 +8,18 @@ from convergence_tools import curve, decay, write_run
 from flow_chain_tools import chain, write_chain
 from quality_tools import REAL, students, write_measured
 
-from launch.compare import compare_runs
-from launch.quality import compare_quality
-from metrics.convergence_tables import markdown
-from metrics.curve_files import from_json, to_json
-from metrics.flow_chain import from_json as chain_from_json
-from metrics.flow_chain import to_json as chain_to_json
-from metrics.flow_tables import markdown as flows_markdown
-from metrics.quality import from_json as quality_from_json
-from metrics.quality import to_json as quality_to_json
-from metrics.quality_tables import markdown as quality_markdown
-from metrics.records import save_records
+from launch.evaluate.compare import compare_runs
+from launch.evaluate.quality import compare_quality
 from results.readme import ROOT, main, section, traced_entries, updated
+from stillhouse.analysis.convergence_tables import markdown
+from stillhouse.analysis.curve_files import from_json, to_json
+from stillhouse.analysis.flow_chain import from_json as chain_from_json
+from stillhouse.analysis.flow_chain import to_json as chain_to_json
+from stillhouse.analysis.flow_tables import markdown as flows_markdown
+from stillhouse.analysis.quality import from_json as quality_from_json
+from stillhouse.analysis.quality import to_json as quality_to_json
+from stillhouse.analysis.quality_tables import markdown as quality_markdown
+from stillhouse.metrics.records import save_records
 
 README = (ROOT / "README.md").read_text()
 

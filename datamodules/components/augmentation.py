@@ -1,0 +1,175 @@
+"""EDM's augmentation of training images, which the network is told (arXiv 2206.00364, appendix F.2; first in 2006.06676).
+
+Every second image is mirrored left to right. With the probability `augment` each, independently, it is also turned upside
+down (of these again every second one), zoomed, rotated, stretched along one axis, and shifted. The network gets nine labels
+that say so, mirroring among them. They are all zero for an image that is left as it is, and zero in sampling: the network
+learns from changed images without ever drawing one.
+"""
+
+import inspect
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stillhouse.diffusion.random_numbers import position_noise, position_uniforms
+
+LABELS = 9
+_STREAM = 6  # beside the streams of `stillhouse.diffusion.training_noise.Draws`, SFD's and the flows'
+
+# EDM's, in octaves of zoom and stretch, and in widths of the image.
+_ZOOM, _STRETCH, _SHIFT = 0.2, 0.2, 0.125
+
+# Daubechies' least asymmetric wavelet with 12 taps (sym6), its low-pass filter; the taps' squares sum to 1.
+_TAPS = (
+    0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633,
+    0.4910559419267466, 0.787641141030194, 0.3379294217276218, -0.07263752278646252,
+    -0.021060292512300564, 0.04472490177066578, 0.0017677118642428036, -0.007800708325034148,
+)  # fmt: skip
+_MIDDLE = 5  # the tap that lies on a pixel
+_MARGIN = 3  # pixels around the result that the filter reads
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is done to each image of a batch, in this order; all (B,), float32, and zero for nothing.
+
+    mirror, flip: 1 where left and right, top and bottom are exchanged. zoom: in units of 0.2 octaves. rotation: in radians,
+    counter-clockwise. stretch: in units of 0.2 octaves along the axis at the angle `axis` from x, and as much shrunk across
+    it. right, down: shifts, in eighths of the image.
+    """
+
+    mirror: Tensor
+    flip: Tensor
+    zoom: Tensor
+    rotation: Tensor
+    stretch: Tensor
+    axis: Tensor
+    right: Tensor
+    down: Tensor
+
+    @property
+    def labels(self) -> Tensor:
+        """(B, 9), float32: in EDM's order, which its published networks know."""
+        turned = (self.rotation.cos() - 1, self.rotation.sin())
+        stretched = (self.stretch * self.axis.cos(), self.stretch * self.axis.sin())
+        return torch.stack([self.mirror, self.flip, self.zoom, *turned, *stretched, self.right, self.down], dim=1)
+
+    def apply(self, images: Tensor) -> Tensor:
+        """The changed images (B, C, R, R), float32, of such images; those that are only exchanged, bit for bit.
+
+        What comes in from outside is the image's reflection, and black beyond that.
+        """
+        images = torch.where(_each(self.mirror == 1), images.flip(3), images)
+        images = torch.where(_each(self.flip == 1), images.flip(2), images)
+        moved = self.labels[:, 2:].any(dim=1)
+        with torch.autocast(images.device.type, enabled=False):
+            return torch.where(_each(moved), _resampled(images, self._source_map(images.shape[-1])), images)
+
+    def _source_map(self, resolution: int) -> Tensor:
+        """(B, 2, 3): where in the image a pixel of the result comes from, (x, y) and y down, in pixels from the middle."""
+        smaller = torch.exp2(-_ZOOM * self.zoom)
+        along = torch.exp2(-_STRETCH * self.stretch)
+        square = torch.diag_embed(torch.stack([along, 1 / along], dim=1))
+        linear = smaller[:, None, None] * _turn(self.rotation - self.axis) @ square @ _turn(self.axis)
+        shift = torch.stack([self.right, self.down], dim=1)[:, :, None] * (_SHIFT * resolution)
+        return torch.cat([linear, -linear @ shift], dim=2)
+
+
+def draw(probability: float, seed: int, positions: Tensor) -> Augmentation:
+    """The augmentation of each global position (B,), int64: of (seed, its position) alone, on the positions' device."""
+    uniforms = position_uniforms(seed, positions, _STREAM, count=9)
+    mirror, flip, angle, axis, tilted, *chances = (u.float() for u in uniforms)
+    zoomed, rotated, stretched, shifted = (u < probability for u in chances)
+    zoom, stretch, right, down = position_noise(seed, positions, (4,), _STREAM + 1).unbind(1)
+    return Augmentation(
+        mirror=(mirror < 0.5).float(),
+        flip=(flip < probability / 2).float(),
+        zoom=zoom * zoomed,
+        rotation=torch.pi * (2 * angle - 1) * rotated,
+        stretch=stretch * stretched,
+        axis=torch.pi * (2 * axis - 1) * (tilted < 0.5),  # else x
+        right=right * shifted,
+        down=down * shifted,
+    )
+
+
+def augmented(batch: dict[str, Tensor], probability: float | None, seed: int) -> dict[str, Tensor]:
+    """The batch with its images changed and their labels as "augment", (B, 9); as it is where the probability is None."""
+    if probability is None:
+        return batch
+    changes = draw(probability, seed, batch["position"])
+    return {**batch, "image": changes.apply(batch["image"]), "augment": changes.labels}
+
+
+def check_augment(probability: float | None, network: nn.Module) -> None:
+    """Errors: ValueError for no probability, or for a network that could not be told."""
+    if probability is None:
+        return
+    if not 0 < probability <= 1:
+        raise ValueError(f"method.augment must be null or a probability in (0, 1], got {probability!r}")
+    known = getattr(network, "augment_dim", 0)
+    if known != LABELS:
+        takes_it = "augment_dim" in inspect.signature(type(network)).parameters
+        choose = "set that" if takes_it else "take a teacher with such a network (teacher=ffhq64)"
+        raise ValueError(
+            f"method.augment={probability} needs a SongUNet or DhariwalUNet with teacher.network.augment_dim={LABELS}, got a "
+            f"{type(network).__name__} with {known}: {choose}, or method.augment=null"
+        )
+
+
+def check_unmirrored(probability: float | None, data: Any) -> None:
+    """Errors: ValueError where the data mirror images as well, of which the network would not be told."""
+    if probability is not None and getattr(data, "flip", False):
+        raise ValueError(f"method.augment={probability} mirrors images, and tells the network: set data.flip=false")
+
+
+def _each(values: Tensor) -> Tensor:
+    return values[:, None, None, None]
+
+
+def _turn(angle: Tensor) -> Tensor:
+    """(B, 2, 2)"""
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([torch.stack([cos, -sin], dim=1), torch.stack([sin, cos], dim=1)], dim=1)
+
+
+def _resampled(images: Tensor, source: Tensor) -> Tensor:
+    """`images` (B, C, R, R) read at `source` (B, 2, 3), by way of twice the resolution, so that nothing is aliased."""
+    up, down, places = _operators(images.shape[-1], images.device)
+    fine = up @ images @ up.T
+    points = places @ source[:, :, :2].mT[:, None] + source[:, None, None, :, 2]
+    grid = (4 * points - 1) / len(up)
+    return down @ F.grid_sample(fine, grid, mode="bilinear", padding_mode="zeros", align_corners=False) @ down.T
+
+
+@cache
+def _operators(resolution: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """What every resampling of one resolution R has in common, in float32.
+
+    up (2 (3 R - 2), R): a row of pixels, reflected at its ends as often as that is clear, at twice its resolution.
+    down (R, 2 (R + 6)): back to R pixels, of a row with a margin. places (2 (R + 6), 2 (R + 6), 2): where that lies, (x, y)
+    in pixels from the middle.
+    """
+    last = resolution - 1
+    reached = torch.arange(-last, 2 * last + 1)
+    reflected = last - (last - reached.abs()).abs()
+    spread = _taps(2 * reached[0] + torch.arange(2 * len(reached)), reached)
+    up = torch.zeros(len(spread), resolution, dtype=torch.float64).index_add_(1, reflected, spread)
+    fine = torch.arange(-2 * _MARGIN, 2 * (resolution + _MARGIN))
+    down = _taps(fine, torch.arange(resolution)).T
+    y, x = torch.meshgrid(*[fine.double() / 2 - last / 2] * 2, indexing="ij")
+    return tuple(operator.float().to(device) for operator in (up, down, torch.stack([x, y], dim=-1)))
+
+
+def _taps(fine: Tensor, coarse: Tensor) -> Tensor:
+    """(len(fine), len(coarse)), float64: the filter's tap that joins the place `fine`, in half pixels, to the pixel `coarse`.
+
+    Shifts of the filter by whole pixels are orthonormal: the transpose of a matrix that refines undoes it.
+    """
+    tap = fine[:, None] - 2 * coarse + _MIDDLE
+    inside = (tap >= 0) & (tap < len(_TAPS))
+    return torch.tensor(_TAPS, dtype=torch.float64)[tap.clamp(0, len(_TAPS) - 1)] * inside

@@ -1,0 +1,141 @@
+"""Image data sets as datamodules: packed once, served as whole batches, decoded and flipped on the device."""
+
+from abc import ABC, abstractmethod
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from datamodules.components.loading import Batch, BatchLoader, endless_loader
+from datamodules.components.packing import PackedImages
+from stillhouse.checks import check_counts
+from stillhouse.diffusion.random_numbers import derive_seed, philox
+from stillhouse.files import check_name
+from stillhouse.metrics.images import from_uint8
+
+_FLIP = 1  # keeps the flips' random numbers apart from everything else that is derived from the seed
+_WORD = 0xFFFFFFFF
+
+
+def flips(seed: int, positions: Tensor) -> Tensor:
+    """A fair coin, bool (B,), for each global position (B,), int64: the same on every device and for any rank count."""
+    key = derive_seed(seed, _FLIP)
+    low, high = torch.full_like(positions, key & _WORD), torch.full_like(positions, key >> 32)
+    zero = torch.zeros_like(positions)
+    return philox((positions & _WORD, positions >> 32 & _WORD, zero, zero), (low, high))[0] >> 31 == 1
+
+
+def _fetch(packed: PackedImages, labelled: bool, position: int, indices: np.ndarray) -> Batch:
+    images, labels = packed.fetch(indices)
+    batch = {"image": images, "position": torch.arange(position, position + len(indices))}
+    return {**batch, "label": labels} if labelled else batch
+
+
+class ImageDataModule(pl.LightningDataModule, ABC):
+    """Real images of one resolution, in ROOT/NAME after `prepare_data`; the attributes are there without any image.
+
+    A batch on the device is {"image": float32 (B, C, H, W) in [-1, 1], "label": int64 (B,), "position": int64 (B,)}, the
+    label only where there are classes and `conditional` holds; `num_classes` is 0 otherwise. Positions count the images of
+    all batches and devices. `batch_size` counts all devices together. `flip` mirrors half of the images left to right.
+    `num_workers` helps only where images are decoded or the disk is slow. `verify` compares all that is packed with its hashes
+    before it is used, instead of a few blocks of each file, and so are stored trajectories and degradation nodes.
+
+    Errors: ValueError for sizes other than those of the packed images, or a batch that the devices cannot divide evenly.
+    """
+
+    packed_type: ClassVar[type] = PackedImages
+    """How the folder is read."""
+
+    def __init__(
+        self,
+        name: str,
+        root: str = "data",
+        *,
+        batch_size: int,
+        seed: int = 0,
+        resolution: int,
+        channels: int,
+        num_classes: int,
+        conditional: bool = True,
+        flip: bool = False,
+        num_workers: int = 0,
+        verify: bool = False,
+    ):
+        super().__init__()
+        check_name("data.name", name, root)
+        check_counts(batch_size=batch_size, resolution=resolution, channels=channels)
+        check_counts(0, seed=seed, num_classes=num_classes, num_workers=num_workers)
+        self.name = name
+        self.folder = Path(root) / name
+        self.batch_size = batch_size
+        self.seed = seed
+        self.resolution = resolution
+        self.channels = channels
+        self.classes = num_classes
+        self.conditional = conditional
+        self.flip = flip
+        self.num_workers = num_workers
+        self.verify = verify
+        self._packed: PackedImages | None = None
+
+    @property
+    def num_classes(self) -> int:
+        return self.classes if self.conditional else 0
+
+    @abstractmethod
+    def convert(self, folder: Path) -> None:
+        """Pack the source into `folder`, by one call of `packing.pack`."""
+
+    def check_source(self) -> None:
+        """Errors: FileNotFoundError where the images are neither packed nor there to be packed."""
+
+    def class_table(self) -> str | None:
+        """One line on which class is which, where the source says so by the names of its folders."""
+        return None
+
+    def prepare_data(self) -> None:
+        if not self.folder.exists():
+            self.convert(self.folder)
+
+    def setup(self, stage: str) -> None:
+        self.reference()
+
+    def reference(self) -> PackedImages:
+        """All real training images, with their labels if the data set has any; packed now if they are not yet."""
+        if self._packed is None:
+            self.prepare_data()
+            packed = self.packed_type(self.folder)
+            self.check_sizes(packed.meta)
+            packed.verify(everything=self.verify)
+            self._packed = packed
+        return self._packed
+
+    def check_sizes(self, meta: dict[str, Any]) -> None:
+        """Errors: ValueError where meta.json's sizes are others than the options'."""
+        for key, option, expected in (
+            ("resolution", "resolution", self.resolution),
+            ("channels", "channels", self.channels),
+            ("classes", "num_classes", self.classes),
+        ):
+            if meta[key] != expected:
+                raise ValueError(
+                    f"{option}={expected}, but {self.folder} was packed with {meta[key]}; "
+                    f"correct the option or set another name or root"
+                )
+
+    def train_dataloader(self) -> BatchLoader:
+        packed = self.reference()
+        fetch = partial(_fetch, packed, self.num_classes > 0)
+        return endless_loader(self.trainer, fetch, len(packed), self.batch_size, self.seed, self.num_workers)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        # Lightning transfers a batch before `on_train_batch_start`, hence before any seeding of that step: flips depend
+        # on the position instead of the global generator.
+        position, image = batch["position"], batch["image"]
+        if self.flip:
+            image = torch.where(flips(self.seed, position)[:, None, None, None], image.flip(-1), image)
+        return {**batch, "image": from_uint8(image)}

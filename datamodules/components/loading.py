@@ -1,0 +1,111 @@
+"""From an order to batches in a Lightning loop: whole batches by index, at the exact place where training stands."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from datamodules.components.order import EpochOrder, RankBatches, fixed_batches
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+"""That this process may use."""
+
+Batch = dict[str, Tensor]
+Fetch = Callable[[int, np.ndarray], Batch]
+"""(position of the first item, items) -> batch on the CPU; with workers it must survive pickling."""
+
+
+class _WholeBatches:
+    """Hands the loader a whole batch at a time."""
+
+    def __init__(self, fetch: Fetch):
+        self.fetch = fetch
+
+    def __getitems__(self, batch: tuple[int, np.ndarray]) -> Batch:
+        return self.fetch(*batch)
+
+
+def _unchanged(batch: Batch) -> Batch:
+    return batch
+
+
+class BatchLoader:
+    """A loader whose place is asked for anew whenever an iteration begins.
+
+    Lightning starts a new iteration at every epoch (`limit_train_batches`) and after a resume. This is no DataLoader, so
+    Lightning neither replaces the sampler, which knows its rank, nor advises workers, which are slower here.
+    """
+
+    def __init__(
+        self,
+        fetch: Fetch,
+        batches: Callable[[], Iterable[tuple[int, np.ndarray]]],
+        pin_memory: bool = False,
+        num_workers: int = 0,
+    ):
+        self.fetch = fetch
+        self.batches = batches
+        self.pin_memory = pin_memory
+        self.num_workers = num_workers
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty: the place is the trainer's count of batches. Says to Lightning that a resume is exact."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from DataLoader(
+            _WholeBatches(self.fetch),
+            batch_sampler=self.batches(),
+            collate_fn=_unchanged,
+            num_workers=min(self.num_workers, CORES),  # more would only be in each other's way
+            pin_memory=self.pin_memory,
+            generator=torch.Generator(),  # else each iteration would draw from the global random state
+        )
+
+
+class FixedLoader(BatchLoader):
+    def __len__(self) -> int:
+        return len(list(self.batches()))
+
+
+def batches_seen(trainer: pl.Trainer | None) -> int:
+    """Training batches done, restored before a resumed loop asks for its loader.
+
+    `processed`, not `ready`: `ready` also counts the batch that an exception interrupted, which would then be skipped.
+    """
+    return 0 if trainer is None else trainer.fit_loop.epoch_loop.batch_progress.total.processed
+
+
+def _placement(trainer: pl.Trainer | None) -> tuple[int, int, bool]:
+    if trainer is None:
+        return 0, 1, False
+    return trainer.global_rank, trainer.world_size, trainer.strategy.root_device.type == "cuda"
+
+
+def endless_loader(
+    trainer: pl.Trainer | None, fetch: Fetch, count: int, batch_size: int, seed: int, num_workers: int = 0
+) -> BatchLoader:
+    """Shuffled batches for ever, from the first that the trainer has not processed. None: one process, from batch 0."""
+    rank, world_size, pin_memory = _placement(trainer)
+    order = EpochOrder(count, seed)
+    RankBatches(order, batch_size, rank, world_size)  # an impossible batch size is refused now
+
+    def batches() -> RankBatches:
+        return RankBatches(order, batch_size, rank, world_size, start=batches_seen(trainer))
+
+    return BatchLoader(fetch, batches, pin_memory, num_workers)
+
+
+def fixed_loader(trainer: pl.Trainer | None, fetch: Fetch, count: int, batch_size: int) -> FixedLoader:
+    """Every item once, in order, divided evenly over the ranks."""
+    rank, world_size, pin_memory = _placement(trainer)
+    batches: Any = fixed_batches(count, batch_size, rank, world_size)
+    return FixedLoader(fetch, lambda: batches, pin_memory)

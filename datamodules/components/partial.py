@@ -1,0 +1,175 @@
+"""A folder that is filled bit by bit, by one process at a time, and goes on where a killed one stopped."""
+
+import errno
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from datamodules.components.storage import named_if_full, write_json
+from stillhouse.checkpoints.block_hashes import BLOCK, BlockHashes
+from stillhouse.checkpoints.bounds import parse_json
+
+NOTE_SECONDS = 10.0
+"""Work that a killed process loses at most."""
+
+_NOTE, _LOCK = "progress.json", "lock"
+
+Blocks = Callable[[int], Iterable[tuple[int, dict[str, Any]]]]
+"""From item `start` on: (number of items, the bytes that they add to each file)."""
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[Path | None]:
+    """The partial folder beside `folder`, for the block to fill and rename; None where `folder` is there already.
+
+    One process has it at a time; another one waits here until the first is done or dead. An error removes it; a killed or
+    interrupted process leaves it to the next.
+    """
+    partial = folder.with_name(f"{folder.name}.partial")
+    lock = None
+    while lock is None and not folder.is_dir():
+        lock = _locked(partial, folder)
+    if lock is None:
+        yield None
+        return
+    try:
+        if folder.is_dir():  # finished between the look and the lock
+            shutil.rmtree(partial)
+            yield None
+            return
+        with named_if_full(folder):
+            yield partial
+        (folder / _LOCK).unlink(missing_ok=True)
+    except Exception:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
+
+
+def _locked(partial: Path, folder: Path) -> int | None:
+    """A descriptor that holds the lock of the partial folder; None where that folder went while we waited."""
+    partial.mkdir(parents=True, exist_ok=True)
+    path = partial / _LOCK
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except FileNotFoundError:
+        return None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                reason = os.strerror(error.errno)
+                raise OSError(
+                    f"{folder} lies on a disk without file locks ({reason}); set data.root to another"
+                ) from error
+            print(f"{folder}: another process makes it, waiting", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.path.samestat(os.fstat(lock), os.stat(path)):
+            return lock
+    except FileNotFoundError:
+        pass
+    except BaseException:
+        os.close(lock)
+        raise
+    os.close(lock)
+    return None
+
+
+class _Growing:
+    """A file to append to; `hashes` are of what follows the header."""
+
+    def __init__(self, path: Path, header: bytes):
+        self.path, self.header = path, header
+        self.hashes = BlockHashes()
+        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+
+    def begin(self) -> None:
+        self._file.seek(0)
+        self._file.truncate()
+        self._file.write(self.header)
+        self.hashes = BlockHashes()
+
+    def resume(self, size: int, digest: str) -> bool:
+        """Go on after `size` bytes if they are those of `digest`: read again, for a crash may have lost them."""
+        self._file.seek(0)
+        if self._file.read(len(self.header)) != self.header:
+            return False
+        while self.hashes.size < size and (block := self._file.read(min(size - self.hashes.size, BLOCK))):
+            self.hashes.update(block)
+        if (self.hashes.size, self.hashes.whole) != (size, digest):
+            return False
+        self._file.seek(len(self.header) + size)
+        self._file.truncate()
+        return True
+
+    def append(self, data: bytes | memoryview) -> None:
+        # Written, not mapped: on a full disk a write raises OSError, whereas a store to a mapped page kills the process.
+        data = memoryview(data).cast("B")
+        self.hashes.update(data)
+        self._file.write(data)
+
+    def sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def grow(partial: Path, headers: dict[str, bytes], identity: str | None, blocks: Blocks) -> dict[str, BlockHashes]:
+    """Files of the `partial` folder, header first, then what `blocks` adds; the hashes of what follows each header.
+
+    `identity` names source and options: work that was noted under the same one goes on, after its bytes have been read and
+    compared with the note; any other begins anew, as it always does with None.
+    """
+    for path in partial.iterdir():
+        if path.name not in (_NOTE, _LOCK, *headers):
+            path.unlink()
+    files = {name: _Growing(partial / name, header) for name, header in headers.items()}
+    try:
+        done = _resumed(partial / _NOTE, files, identity)
+        if done:
+            print(f"{partial}: going on after {done:,} images", flush=True)
+        else:
+            for file in files.values():
+                file.begin()
+        noted = time.monotonic()
+        for items, data in blocks(done):
+            for name, part in data.items():
+                files[name].append(part)
+            done += items
+            if identity is not None and time.monotonic() - noted >= NOTE_SECONDS:
+                _write_note(partial / _NOTE, files, identity, done)
+                noted = time.monotonic()
+        for file in files.values():
+            file.sync()
+        (partial / _NOTE).unlink(missing_ok=True)
+        return {name: file.hashes for name, file in files.items()}
+    finally:
+        for file in files.values():
+            file.close()
+
+
+def _write_note(path: Path, files: dict[str, _Growing], identity: str, done: int) -> None:
+    for file in files.values():
+        file.sync()  # a note must never be ahead of the bytes
+    written = {name: [file.hashes.size, file.hashes.whole] for name, file in files.items()}
+    write_json(path, {"identity": identity, "images": done, "files": written})
+
+
+def _resumed(path: Path, files: dict[str, _Growing], identity: str | None) -> int:
+    """Images that are there already; 0 where nothing can be gone on with."""
+    try:
+        note = parse_json(path.read_bytes())
+        if note["identity"] != identity or set(note["files"]) != set(files):
+            return 0
+        return note["images"] if all(file.resume(*note["files"][name]) for name, file in files.items()) else 0
+    except (OSError, ValueError, TypeError, KeyError):  # none, or cut short
+        return 0

@@ -1,0 +1,91 @@
+"""Run folders to a comparison of their convergence."""
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from launch.evaluate.groups import Essence, essence, labels, measured_alike, other_differences
+from launch.run.folder import RunFolder
+from launch.run.trace import student_trace
+from stillhouse.analysis.convergence import Comparison
+from stillhouse.analysis.convergence_picture import draw_convergence
+from stillhouse.analysis.convergence_tables import text
+from stillhouse.analysis.curve import Curve
+from stillhouse.analysis.curve_files import read_curve, to_json
+from stillhouse.files import inside, write_file
+
+
+def compare_runs(paths: Sequence[Path], *, metric: str | None = None, weights: str | None = None) -> Comparison:
+    """The comparison of the runs' curves; the first run's group is the baseline, the notes say which runs are left out.
+
+    metric: such as fid_digits_2k (None: that of the first curve). weights: as for `read_curve`.
+
+    Errors: ValueError where no run, or none of the baseline, has a curve.
+    """
+    configs = [RunFolder(path).plain_config() for path in paths]
+    essences = [essence(config) for config in configs]
+    groups = labels(essences)
+    curves: dict[tuple[str, int], Curve] = {}
+    left_out: list[str] = []
+    for path, config, own, group in zip(paths, configs, essences, groups, strict=True):
+        try:
+            seed = config.get("seed", 0)
+            _check(path, essences[0], own, curves.get((group, seed)))
+            curve = read_curve(path, group, seed, metric=metric, weights=weights)
+            curve = replace(curve, trace=student_trace(RunFolder(path).final_records()))
+        except (ValueError, OSError) as error:
+            left_out.append(f"{path} left out of the comparison: {error}")
+            continue
+        metric = curve.metric
+        curves[group, seed] = curve
+    if groups[0] not in (group for group, _ in curves):
+        raise ValueError("\n".join([f"no curve of the baseline {groups[0]}", *left_out]))
+    notes = [*_differences(groups, essences, {group for group, _ in curves}), *left_out]
+    return Comparison(tuple(curves.values()), groups[0], tuple(notes))
+
+
+def _check(path: Path, first: Essence, own: Essence, twin: Curve | None) -> None:
+    """Errors: ValueError for a run whose curve should not stand beside those of the first one's group."""
+    RunFolder(path).check_complete()
+    if key := measured_alike(first, own):
+        raise ValueError(f"its {key} is {own.get(key)}, but the first run's is {first.get(key)}")
+    if twin is not None:
+        raise ValueError(f"it has the configuration and the seed of {twin.name}")
+
+
+def _differences(groups: Sequence[str], essences: Sequence[Essence], present: set[str]) -> list[str]:
+    """A note for every group of another method whose common options differ from the baseline's."""
+    notes = []
+    for group, own in dict(zip(groups, essences, strict=True)).items():
+        others = other_differences(essences[0], own)
+        if group in present and own.get("method.name") != essences[0].get("method.name") and others:
+            notes.append(f"{group} has other options in common with {groups[0]}: {'; '.join(others)}")
+    return notes
+
+
+def report(paths: Sequence[Path], folder: Path, *, weights: str | None = None) -> str:
+    """Write convergence.json and convergence.png into `folder`; returns the tables, or why there are none."""
+    try:
+        comparison = compare_runs(paths, weights=weights)
+    except ValueError as error:
+        return f"convergence not compared: {error}"
+    write_file(folder / "convergence.json", dumped(to_json(comparison)))
+    draw(folder / "convergence.png", comparison, paths)
+    return f"{text(comparison)}\n\n{folder}/convergence.json and convergence.png written"
+
+
+def draw(path: Path, comparison: Comparison, paths: Sequence[Path]) -> None:
+    """The picture, with the teacher's value on the seeds of the curves."""
+    from callbacks.curves import reference_lines  # which imports Lightning
+
+    lines: dict[str, float] = {}
+    for folder in reversed(paths):
+        with suppress(ValueError, OSError):  # of a run that is left out
+            lines |= reference_lines(inside(folder, "monitoring.json")).get(comparison.metric, {})
+    draw_convergence(path, comparison, {k: v for k, v in lines.items() if k.startswith("teacher")})
+
+
+def dumped(content: dict) -> bytes:
+    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()

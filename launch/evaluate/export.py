@@ -1,0 +1,166 @@
+"""A trained student as a folder that plain diffusers samples, on machines where this project is not installed."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import diffusers
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from launch.evaluate.model_card import readme
+from launch.evaluate.portable_student import NETWORKS, PRECONDITIONINGS, Student
+from launch.run.folder import RunFolder
+from launch.run.teachers import students_teacher
+from lightning_modules import Method
+from stillhouse.checkpoints.weights import PROJECT_ROOT, save_weights
+from stillhouse.diffusion.random_numbers import sample_noise
+from stillhouse.files import check_writable, unfinished
+from stillhouse.metrics.records import Record
+from stillhouse.networks.diffusers_unet import DiffusersUNet
+
+_PREFIX = "stillhouse_"  # diffusers puts the modules of all local folders into one package
+_IMPORT = re.compile(r"^from stillhouse\.(?:(\w+)\.)?(\w+) import", re.MULTILINE)
+_PROBES = 2  # samples that the copy has to share with the original
+_LEVELS = 5  # powers of ten, from the highest noise level down, where it has to estimate the same, as on sampling's own levels
+_TOLERANCE = 16 * torch.finfo(torch.float32).eps  # what rounding may do to one evaluation, of the size of its terms
+
+
+def check_target(path: str | Path) -> Path:
+    """Errors: ValueError for a path where something is already, OSError for one that can't be written."""
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"export={path} exists already; choose another folder, or remove it")
+    check_writable(path / "README.md" if path.exists() else path)
+    return path
+
+
+def portable(method: Method, stored: DictConfig, num_classes: int) -> Student:
+    """The student as it samples now, on the CPU, with its own copy of the weights.
+
+    Errors: ValueError for a method that does not say in numbers how it is sampled, or parts that diffusers can't be given.
+    """
+    network = dict(students_teacher(stored)["network"])
+    network = {"name": str(network.pop("_target_")).rpartition(".")[2], **network}
+    # The student's own, which may be another one than its teacher's.
+    reading = method.student.preconditioning
+    preconditioning = {"name": type(reading).__name__, **reading.options()}
+    for part, known in ((network, NETWORKS), (preconditioning, PRECONDITIONINGS)):
+        if part["name"] not in known:
+            raise ValueError(
+                f"export: {part['name']} is not among the parts that a folder can carry ({', '.join(known)})"
+            )
+    sampling = method.sampling()
+    student = Student(
+        network=network,
+        preconditioning=preconditioning,
+        sampling=vars(sampling) | {"options": dict(sampling.options), "sigmas": list(sampling.sigmas)},
+        num_classes=num_classes,
+    )
+    student.denoiser.network.load_state_dict(method.exported())
+    check_alike(student, method)
+    return student.eval()
+
+
+@torch.no_grad()
+def check_alike(student: Student, method: Method) -> None:
+    """Errors: ValueError where the copy samples or estimates other images than the method, by more than float32's rounding."""
+    device = next(method.student.parameters()).device
+    noise, labels = (None if values is None else values.to(device) for values in student.inputs(torch.arange(_PROBES)))
+    student.to(device)
+    sampled = method.sample(noise, labels), student.generate(noise, labels)
+    levels = [sigma for sigma in student.path.sigmas if sigma]
+    bound = _TOLERANCE * len(levels) * (1 + sampled[0].abs().max().item())
+    _check_equal(*sampled, bound, method, "images differ")
+    training = method.student.training
+    method.student.eval()
+    for level in [*levels, *(levels[0] * 10.0**-k for k in range(1, _LEVELS))]:
+        sigma = noise.new_full((), level)
+        x = 0.5 * sample_noise(torch.arange(_PROBES), student.image_shape, stream=1).to(device) + sigma * noise
+        theirs, ours = method.student(x, sigma, labels), student(x, sigma, labels)
+        kept = method.student.preconditioning(sigma).skip * x
+        bound = _TOLERANCE * (kept.abs().max() + (theirs - kept).abs().max()).item()
+        _check_equal(theirs, ours, bound, method, f"estimates at noise level {level:.4g} differ")
+    method.student.train(training)
+    student.to("cpu")
+
+
+def _check_equal(theirs: Tensor, ours: Tensor, bound: float, method: Method, text: str) -> None:
+    worst = (ours - theirs).abs().max().item()
+    if not worst <= bound:
+        raise ValueError(
+            f"export: the copy's {text} from those of {method.name} by {worst:.2g}, where rounding explains {bound:.2g}: "
+            "it would be another student, and nothing was written"
+        )
+
+
+def export(
+    target: str | Path, student: Student, method: Method, folder: RunFolder, weights: str, records: Sequence[Record]
+) -> None:
+    """Write the folder, whole or not at all: pipeline, weights, the run's config, and README.md as its card.
+
+    weights: the name of the student's weights. records: its measurements, and those that belong beside them.
+    Errors: ValueError for an occupied `target`, OSError where the disk refuses.
+    """
+    target = check_target(target)
+    try:
+        with unfinished(target) as temporary:
+            student.save_pretrained(temporary / "student")
+            copy_modules(temporary / "student")
+            if isinstance(student.denoiser.network, DiffusersUNet):
+                plain_unet(student.denoiser.network).save_pretrained(temporary / "unet")
+            index = {
+                "_class_name": ["pipeline", "StudentPipeline"],
+                "_diffusers_version": diffusers.__version__,
+                "student": [f"{_PREFIX}student", "Student"],
+            }
+            (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+            shutil.copyfile(Path(__file__).with_name("portable_pipeline.py"), temporary / "pipeline.py")
+            card = {"run": folder.name, "method": method.name, "weights": weights, "licence": method.licence}
+            save_weights(temporary / "student.safetensors", student.denoiser.network.state_dict(), card)
+            for path in temporary.glob("*/*.safetensors"):
+                shutil.copymode(path.with_name("config.json"), path)  # its owner alone could read it
+            stored = folder.read_config()
+            (temporary / "config.yaml").write_text(OmegaConf.to_yaml(stored))
+            (temporary / "README.md").write_text(readme(student, method, stored, weights, method.licence, records))
+            if (PROJECT_ROOT / "LICENSE").is_file():
+                shutil.copyfile(PROJECT_ROOT / "LICENSE", temporary / "LICENSE-code")
+            os.replace(temporary, target)
+    except OSError as error:
+        raise OSError(f"cannot write {target}: {error}; free some space there or choose another folder") from error
+
+
+def plain_unet(network: DiffusersUNet) -> diffusers.UNet2DModel:
+    """The network as diffusers' own, of unit noise at a time index as there; a copy."""
+    unet = diffusers.UNet2DModel(**network.config)
+    state = {re.sub(r"^embed\.layer", "time_embedding.linear_", name): t for name, t in network.state_dict().items()}
+    unet.load_state_dict(state)
+    return unet
+
+
+def copy_modules(folder: Path) -> None:
+    """stillhouse_student.py and every module of this project that it needs, with imports of each other alone."""
+    root = Path(__file__).with_name("portable_student.py")
+    texts: dict[str, str] = {}
+    waiting = [("student", root)]
+    while waiting:
+        name, path = waiting.pop()
+        if name in texts:
+            continue
+        text = path.read_text()
+        texts[name] = _IMPORT.sub(rf"from .{_PREFIX}\2 import", text)
+        waiting += [
+            (module, PROJECT_ROOT / "stillhouse" / room / f"{module}.py") for room, module in _IMPORT.findall(text)
+        ]
+    # Of a local folder diffusers copies only the modules that the first one names, not those that these name.
+    others = sorted(set(texts) - {"student"})
+    named = [f"from .{_PREFIX}{name} import __name__ as _{name}  # noqa" for name in others]
+    texts["student"] = "\n".join(
+        [texts["student"].rstrip(), "", "# For diffusers, which copies what is named here.", *named, ""]
+    )
+    for name, text in texts.items():
+        (folder / f"{_PREFIX}{name}.py").write_text(text)

@@ -1,0 +1,137 @@
+"""Which runs are the same but for their seed, and how the others differ."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from launch.run.names import names_in
+
+# Leaves of a run's config, or what they begin with, that change neither its training nor what its curve is measured by.
+_NO_MATTER = (
+    "seed",
+    "name",
+    "folder",
+    "logger",
+    "hydra",
+    *(f"callbacks.{name}" for name in ("checkpoints", "guard", "progress", "grid", "curves", "metrics.batch_size")),
+    *(f"evaluation.{name}" for name in ("num_samples", "blocks", "batch_size", "metrics")),
+    *(f"trainer.{name}" for name in ("log_every_n_steps", "validate_every_n_steps")),
+    "data.root",
+    "data.batch_size",  # a copy
+    "method.store",
+)
+_MEASURED_ON = ("data.", "evaluation.extractor", "evaluation.labels", "evaluation.training.num_samples")
+
+# Options that choose how many evaluations a student takes: another number is another place on the same line.
+_STEPS = ("method.steps", "method.end_steps")
+_NAMES = ("name", "folder")
+_WATCHED = ("evaluation.training", "callbacks.metrics", "callbacks.grid")  # how a run's curve is made, not how it ends
+
+Essence = dict[str, str]
+
+
+def essence(config: Mapping[str, Any]) -> Essence:
+    """What matters of a plain config: {dotted key: value}, equal for runs that differ by their seed alone.
+
+    Not the devices: results do not depend on them, but seconds do.
+    """
+    folder = str(config.get("folder"))
+    found = {}
+    for key, value in _leaves(config):
+        ours = key.rpartition(".")[2] == "seed" or any(_within(key, k) for k in _NO_MATTER)
+        if not ours:
+            text = value if isinstance(value, str) else json.dumps(value)
+            inside = text == folder or text.startswith(f"{folder}/")
+            found[key] = text.replace(folder, "FOLDER", 1) if inside else text
+    return found
+
+
+def trained_alike(own: Essence) -> Essence:
+    """An essence without the student's number of steps, and without what is measured on the way.
+
+    A list of steps stays, since a network for several is trained otherwise.
+    """
+    counted = {key: text for key, text in own.items() if not (key in _STEPS and text.isdigit())}
+    return {key: text for key, text in counted.items() if not any(_within(key, k) for k in _WATCHED)}
+
+
+def labels(essences: Sequence[Essence]) -> list[str]:
+    """Each run's group: its method's name and, where a method has several groups, the options that set them apart."""
+    names = [one.get("method.name", "") for one in essences]
+    found = []
+    for name, one in zip(names, essences, strict=True):
+        same = [other for other, method in zip(essences, names, strict=True) if method == name]
+        keys = _differing(dict.fromkeys(key for other in same for key in other), same)
+        keys = [key for key in keys if not _told(key, keys, same)]
+        found.append(" ".join([name, *(f"{_short(key, keys)}={one.get(key, 'absent')}" for key in keys)]))
+    return found
+
+
+def other_differences(baseline: Essence, other: Essence) -> list[str]:
+    """Options that two methods both have, with other values, "lr 1e-05, not 1e-04": perhaps not meant to differ."""
+    common = [k for k in baseline if k in other and k != "method.name" and not k.endswith("_target_")]
+    keys = _differing(common, (baseline, other))
+    return [f"{_short(key, keys)} {other[key]}, not {baseline[key]}" for key in keys]
+
+
+def measured_alike(baseline: Essence, other: Essence) -> str | None:
+    """None, or the first option by which two runs' curves are measured on other data or by other features."""
+    keys = dict.fromkeys(key for one in (baseline, other) for key in one if key.startswith(_MEASURED_ON))
+    return next((k for k in keys if baseline.get(k) != other.get(k)), None)
+
+
+def options_that_differ(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str | None]]:
+    """{dotted key: each run's value as text, None where it has none}, without names, and copies such as method.seed.
+
+    configs: by the name of the run's folder, which as a part of a path is no difference.
+    """
+    runs = []
+    for name, config in configs.items():
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in _leaves(config)}
+        runs.append({k: "FOLDER" if name in text.split("/") else text for k, text in texts.items() if k not in _NAMES})
+    keys = _differing(dict.fromkeys(key for run in runs for key in run), runs)
+    return {key: [run.get(key) for run in runs] for key in keys}
+
+
+def _leaves(node: Any, key: str = "") -> list[tuple[str, Any]]:
+    """Of dicts, and of lists of named configs, which are a leaf of their names too."""
+    names = names_in(node)
+    if not isinstance(node, dict) and names is None:
+        return [(key, node)]
+    parts = node.items() if isinstance(node, dict) else enumerate(_unnamed(config) for config in node)
+    inner = [leaf for k, v in parts for leaf in _leaves(v, f"{key}.{k}" if key else str(k))]
+    return inner if names is None else [(key, names), *inner]
+
+
+def _unnamed(config: dict) -> dict:
+    return {key: value for key, value in config.items() if key != "name"}
+
+
+def _within(key: str, parent: str) -> bool:
+    return key == parent or key.startswith(f"{parent}.")
+
+
+def _differing(keys: Iterable[str], runs: Sequence[Essence]) -> list[str]:
+    """Those in which runs differ, without copies of one option (teacher.steps and method.teacher.steps)."""
+    found: dict[tuple, str] = {}
+    for key in keys:
+        values = tuple(run.get(key) for run in runs)
+        if len(set(values)) > 1:
+            found.setdefault((key.rpartition(".")[2], values), key)
+    return list(found.values())
+
+
+def _told(key: str, keys: Sequence[str], runs: Sequence[Essence]) -> bool:
+    """Whether the names of the config or list that `key` lies in, which differ too, tell apart all runs that `key` does."""
+    names = [k for k in keys if k != key and _within(key, k.removesuffix(".name"))]
+    return any(len({r.get(k) for r in runs}) == len({(r.get(k), r.get(key)) for r in runs}) for k in names)
+
+
+def _short(key: str, keys: Sequence[str]) -> str:
+    """Its last part, unless another of `keys` ends alike: of method.teacher.name, teacher."""
+    last = _last(key)
+    return last if sum(_last(k) == last for k in keys) == 1 else key
+
+
+def _last(key: str) -> str:
+    return key.removesuffix(".name").rpartition(".")[2]

@@ -1,0 +1,341 @@
+"""What a run or a teacher is worth: samples of fixed seeds -> metrics, a table and pictures."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from callbacks import check_owner, read_checkpoint, student_state
+from launch.run.folder import RunFolder, identity
+from launch.run.precision import allow_tf32
+from launch.run.trace import traced
+from lightning_modules import Method
+from stillhouse.checkpoints.weights import checked_load, hash_state
+from stillhouse.checks import check_choice, check_memory
+from stillhouse.diffusion.teacher import Teacher
+from stillhouse.files import write_cache
+from stillhouse.metrics.evaluation import (
+    check_features,
+    check_real,
+    check_rows,
+    check_settings,
+    measure,
+    measure_real,
+    needs_real_rows,
+)
+from stillhouse.metrics.extractors import FeatureExtractor
+from stillhouse.metrics.fidelity import WAYS_OUT
+from stillhouse.metrics.labels import DISTRIBUTIONS, check_shares, sampled_counts
+from stillhouse.metrics.records import Record, load_records, save_records
+from stillhouse.metrics.reference import Reference, published_reference, reference_statistics
+from stillhouse.metrics.sampling import Sampler
+from stillhouse.pictures.samples import draw_final, shape_of
+from stillhouse.ranks import from_rank_zero, rank_and_world
+
+
+class OnTheWay(TypedDict, total=False):
+    """Of measurements during training."""
+
+    every_kimg: float
+    num_samples: int
+
+
+class EvaluationOptions(TypedDict, total=False):
+    """conf/evaluation. Which are missing, and what null and a text for a list mean, `checked` says."""
+
+    extractor: FeatureExtractor | None
+    metrics: Sequence[str] | str | None
+    num_samples: int
+    blocks: int
+    batch_size: int
+    reference: Mapping[str, str | None] | None
+    labels: str
+    training: OnTheWay
+
+
+SETTINGS = EvaluationOptions.__annotations__.keys() - {"training"}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Which of a run's weights a student has. name: an average's, or raw. training: see `Record.training`."""
+
+    name: str
+    training: dict[str, int] | None = None
+
+
+class Evaluation:
+    """The settings of one evaluation (conf/evaluation) with the data set's reference: what all subjects share.
+
+    With published statistics (evaluation.reference) the data's images are never asked for: no floor is measured, and no picture
+    shows them. Blocks of seeds begin at `first_seed`. With evaluation=none there are pictures alone.
+    """
+
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        data: Any,
+        device: torch.device,
+        cache: str | Path = "data",
+        first_seed: int = 0,
+    ):
+        allow_tf32(False)
+        self.settings = checked(settings, data)
+        self.data, self.device, self.first_seed = data, device, first_seed
+        self.cache = Path(cache)
+        self.measures = bool(self.settings)
+        check_data(self.settings, data)
+        if not self.measures:
+            self.has_images = data.folder.exists()
+            return
+        self.extractor = self.settings.pop("extractor").to(device)
+        published, labels = self.settings.pop("reference"), self.settings.pop("labels")
+        self.has_images = published is None
+        self.class_counts = sampled_counts(labels, data)
+        self.reference: Reference
+        if published is not None:
+            self.reference = published_reference(published, self.extractor).to(device)
+            return
+        self.reference = reference_statistics(
+            data.reference(),
+            self.extractor,
+            self.cache / "statistics",
+            keep_features=needs_real_rows(self.settings["metrics"]),
+            device=device,
+        )
+        if not first_seed:  # on the way GenerativeMetrics has said it
+            check_shares(labels, data)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return shape_of(self.data)
+
+    def _common(self, num_classes: int) -> dict[str, Any]:
+        return {
+            "reference": self.reference,
+            "extractor": self.extractor,
+            "num_classes": num_classes,
+            "class_counts": self.class_counts if num_classes else None,
+            "device": self.device,
+            "first_seed": self.first_seed,
+            **self.settings,
+        }
+
+    def run(self, method: Method, folder: RunFolder, weights: Weights, counts: Sequence[int] = ()) -> list[Record]:
+        """Records of a method's teacher, its student and real images, all against the same reference.
+
+        The student's weights are in place already; `weights` says which they are. counts: numbers of
+        steps to measure the student at, one after the other (none: the method's own).
+        """
+        if not self.measures:
+            return []
+        students = [] if counts else self.student(method, folder, weights)
+        for count in counts:
+            weights = choose_steps(method, folder, count, weights)
+            students += self.student(method, folder, weights)
+        teacher = self.teacher(method.teacher) if method.teacher else []
+        return teacher + students + self.real()
+
+    def student(self, method: Method, folder: RunFolder, weights: Weights) -> list[Record]:
+        """Records of a method's student as it samples now."""
+        records = measure(
+            method.sample,
+            name=folder.name,
+            subject="student",
+            nfe=method.nfe,
+            shape=self.shape,
+            weights=weights.name,
+            teacher=method.teacher.name if method.teacher else None,
+            **self._common(self.data.num_classes),
+        )
+        records = traced(records, folder.config, hash_state(method.exported()))
+        return [replace(record, training=weights.training) for record in records]
+
+    def teacher(self, teacher: Teacher, steps: int | None = None) -> list[Record]:
+        """Records of a teacher; kept on disk by all that they depend on, since a sweep asks for the same ones again."""
+        teacher.to(self.device)
+        key = self._teacher_key(teacher, steps)
+        path = self.cache / "measured" / f"{teacher.name}-{key[:16]}.json"
+        stored = from_rank_zero(lambda: load_records(path) if path.exists() else None)
+        if stored is not None:
+            return stored
+        records = measure(
+            lambda noise, labels: teacher.sample(noise, labels, steps),
+            name=teacher.name,
+            subject="teacher",
+            nfe=teacher.nfe(steps),
+            shape=self.shape,
+            steps=len(teacher.sigmas(steps)) - 1,
+            solver=teacher.solver_name,
+            **self._common(teacher.num_classes),
+        )
+        records = traced(records, key, teacher.hash)
+        from_rank_zero(lambda: write_cache(lambda: save_records(path, records)))
+        return records
+
+    def _teacher_key(self, teacher: Teacher, steps: int | None) -> str:
+        """A hash of all that the measurement depends on."""
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
+        key = {
+            "teacher": teacher.hash,
+            "form": teacher.form,
+            "solver": teacher.solver_name,
+            "sigmas": teacher.sigmas(steps).tolist(),
+            "num_classes": teacher.num_classes,
+            "extractor": self.extractor.hash,
+            "reference": self.reference.hash,
+            "device": device,
+            **self.settings,
+        }
+        if teacher.num_classes and self.class_counts:
+            key["class_counts"] = self.class_counts
+        if self.first_seed:
+            key["first_seed"] = self.first_seed
+        return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+
+    def real(self) -> list[Record]:
+        """The floor: real images against all real images; none where there are only their statistics."""
+        if not self.has_images:
+            return []
+        records = measure_real(self.data.reference(), name=self.data.name, **self._common(self.data.num_classes))
+        return traced(records, None, None)
+
+    def pictures(self, folder: Path, samplers: dict[str, Sampler]) -> None:
+        """samples.png and interpolation.png in `folder`, of samplers {title: function of (noise, labels)}."""
+        if rank_and_world()[0] == 0:
+            draw_final(folder, samplers, self.data, self.device, with_real=self.has_images)
+
+
+def measures_nothing(settings: Mapping[str, Any]) -> bool:
+    """Whether these are those of evaluation=none."""
+    return settings.get("extractor") is None and settings.get("metrics") is None
+
+
+def leave_out_measurement(cfg: DictConfig) -> None:
+    """In place: with evaluation=none a run measures nothing on the way either. Errors: ValueError for one that can't measure."""
+    if not measures_nothing(cfg.evaluation):
+        _check_extractor(cfg.evaluation)
+    elif cfg.callbacks:
+        cfg.callbacks.metrics = None
+
+
+def _check_extractor(settings: Mapping[str, Any]) -> None:
+    if settings.get("extractor", "missing") is None:
+        raise ValueError(f"evaluation.extractor=null: without one nothing can be measured; {WAYS_OUT}")
+
+
+def needs_images(settings: Mapping[str, Any]) -> bool:
+    """Whether a measurement looks at the data's images or labels: published statistics do in their place, but for labels."""
+    published = settings.get("reference") and settings.get("labels") != "data"
+    return not published and not measures_nothing(settings)
+
+
+def checked(settings: dict[str, Any], data: Any) -> dict[str, Any]:
+    """The settings of a final evaluation, without those of measurements on the way; empty where nothing is to be measured.
+
+    Errors: ValueError for impossible ones, also for an extractor that can't read images as the data's.
+    """
+    if measures_nothing(settings):
+        return {}
+    _check_extractor(settings)
+    final = {"reference": None, "labels": "uniform"} | {
+        key: value for key, value in settings.items() if key != "training"
+    }
+    if odd := SETTINGS.symmetric_difference(final):
+        raise ValueError(
+            f"evaluation needs {', '.join(sorted(SETTINGS))}; unknown or missing: {', '.join(sorted(odd))}"
+        )
+    check_settings(**{key: value for key, value in final.items() if key not in ("extractor", "reference", "labels")})
+    check_choice("evaluation.labels", final["labels"], DISTRIBUTIONS)
+    check_features(final["extractor"].dim, final["num_samples"], final["blocks"], has_images=final["reference"] is None)
+    if final["reference"] is not None:
+        check_rows(final["metrics"])
+        published_reference(final["reference"], final["extractor"])
+    # A fast one would be compiled for a single image.
+    exact = getattr(final["extractor"], "exact", None) or final["extractor"]
+    exact.to("cpu")(torch.zeros(1, *shape_of(data), dtype=torch.uint8))  # after training it is on the run's device
+    at_once = min(final["batch_size"], final["num_samples"])
+    noise = 16 * math.prod(shape_of(data))  # bytes of an image's: the words that it is made of, and itself
+    check_memory(noise * at_once, f"evaluation.batch_size={at_once} (lower it): the noise of a batch")
+    return final
+
+
+def load_student(
+    method: Method,
+    folder: RunFolder,
+    weights: str | None = None,
+    checkpoint: str | None = None,
+    reached: int | None = None,
+) -> Weights:
+    """Put a run's trained student into `method`; returns which weights were taken.
+
+    checkpoint: "last", or "best" by held-out loss (default: best where the method has it). weights: an average's name or
+    "raw" (default: the run's first average). reached: steps behind the run, where the caller knows.
+    """
+    checkpoint, content = _chosen(method, folder, checkpoint)
+    name, state = student_state(content, weights)
+    with checked_load(folder.checkpoints / f"{checkpoint}.ckpt", state, method.student):
+        method.student.load_state_dict(state)
+    method.on_load_checkpoint(content)  # in progressive distillation the round, hence the number of steps
+    step = content["global_step"]
+    if reached is None:
+        another = not folder.complete() and checkpoint != "last" and folder.last.exists()
+        reached = read_checkpoint(folder.last)["global_step"] if another else step
+    total = method.total_steps
+    return Weights(name, {"step": step, "reached": total if folder.complete() else reached, "total": total})
+
+
+def check_data(settings: Mapping[str, Any], data: Any) -> None:
+    """Refuse data of too few images for the metrics of `checked` settings; packs them where they are not yet."""
+    if needs_images(settings):
+        check_real(settings["metrics"], len(data.reference()), settings["num_samples"])
+
+
+def _chosen(method: Method, folder: RunFolder, checkpoint: str | None) -> tuple[str, dict[str, Any]]:
+    """Name and content of the checkpoint; for a damaged best.ckpt that nobody asked for, last.ckpt, which is then said."""
+    asked = checkpoint is not None
+    checkpoint = checkpoint or ("best" if method.monitor and folder.best.exists() else "last")
+    path = folder.checkpoints / f"{checkpoint}.ckpt"
+    try:
+        content = read_checkpoint(path)
+    except ValueError as error:
+        if asked or checkpoint == "last":
+            raise
+        if rank_and_world()[0] == 0:
+            print(f"{error}. Until then last.ckpt is taken, not the best one by held-out loss", flush=True)
+        return _chosen(method, folder, "last")
+    check_owner(path, content, identity(folder.plain_config(), method.name))
+    return checkpoint, content
+
+
+def choose_steps(method: Method, folder: RunFolder, count: int, weights: Weights) -> Weights:
+    """Let the student take `count` steps; returns the weights that are then in place, `weights` before.
+
+    Errors: ValueError for a number that the run has no student for.
+    """
+    name = method.choose_steps(count, folder.path)
+    return Weights(name) if name else weights
+
+
+def samplers(method: Method, folder: RunFolder, counts: Sequence[int] = ()) -> dict[str, Sampler]:
+    """What a run's pictures show: its teacher, if it has one, and its student, at each of several numbers of steps."""
+    teacher = {"teacher": method.teacher.sample} if method.teacher else {}
+    if len(counts) < 2:
+        return teacher | {"student": method.sample}
+
+    def at(count: int) -> Sampler:
+        def sample(noise: Tensor, labels: Tensor | None) -> Tensor:
+            method.choose_steps(count, folder.path)  # another column's were in place
+            return method.sample(noise, labels)
+
+        return sample
+
+    # A title is broken at its spaces, but not between a number and its unit.
+    return teacher | {f"student, {count}\N{NO-BREAK SPACE}NFE": at(count) for count in counts}

@@ -1,0 +1,114 @@
+"""The README.md of an exported student, which is also its card on a model hub."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_modules import Method
+from stillhouse.analysis.tables import markdown, piped
+from stillhouse.diffusion.sampling import Sampling
+from stillhouse.metrics.records import Record
+from stillhouse.networks.diffusers_unet import DiffusersUNet
+
+_USE = """\
+```python
+import torch
+from diffusers import DiffusionPipeline
+
+folder = "."  # this folder
+pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+images = pipe(seeds=[0, 1, 2]).images  # image i is a function of seed i alone
+images = pipe(batch_size=4, generator=torch.Generator().manual_seed(0)).images
+tensors = pipe(seeds=range(4), output_type="pt").images  # float32 in about [-1, 1]
+```
+
+It needs torch, numpy and diffusers; `trust_remote_code` lets it run the Python files in this folder, which you can read. The
+network computes in float32. In Stillhouse, `student.safetensors` is a teacher's `weights`.
+"""
+
+_UNET = """\
+`unet` holds the network alone, for `UNet2DModel.from_pretrained(folder, subfolder="unet")`; its predictions become images in
+`student/stillhouse_preconditioning.py`.
+"""
+
+
+def readme(
+    student: Any, method: Method, stored: DictConfig, weights: str, licence: str, records: Sequence[Record]
+) -> str:
+    """student: what is exported. records: what it was measured as, and beside."""
+    path: Sampling = student.path
+    config = OmegaConf.to_container(stored, resolve=True)
+    teacher = f"distilled from the teacher `{method.teacher.name}`" if method.teacher else "trained on images"
+    labels = f", conditioned on {student.num_classes} classes" if student.num_classes else ""
+    channels, side, _ = student.image_shape
+    kind = {1: "grey", 2: "points of the plane", 3: "RGB"}.get(channels, f"{channels} channels")
+    facts = [
+        ("method", method.name),
+        ("data", f"{config['data']['name']}, {side}x{side}, {kind}{labels}"),
+        ("teacher", method.teacher.name if method.teacher else "none"),
+        ("network evaluations per image (NFE)", str(method.nfe)),
+        (
+            "sampling",
+            f"{path.solver} over noise levels {', '.join(f'{sigma:.4g}' for sigma in _shortened(path.sigmas))}",
+        ),
+        ("weights", f"{weights}, {sum(p.numel() for p in student.parameters()):,} parameters"),
+        ("training", f"{_steps(method, records)} steps of {method.batch_size} images, seed {method.seed}"),
+        ("licence of the weights", licence),
+    ]
+    measured = markdown(records) if records else "Not measured."
+    return "\n".join(
+        [
+            "---",
+            f"license: {_tag(licence)}",
+            "library_name: diffusers",
+            "tags: [diffusion-distillation, stillhouse]",
+            "---",
+            "",
+            f"# {config['name']}",
+            "",
+            f"A {method.nfe}-step student for {config['data']['name']}, {teacher} by `{method.name}`.",
+            "",
+            _licence_note(licence),
+            "",
+            *piped([["", ""], *map(list, facts)]),
+            "",
+            "## Use",
+            "",
+            _USE,
+            *([_UNET] if isinstance(student.denoiser.network, DiffusersUNet) else []),
+            "## Metrics",
+            "",
+            "Values compare only where their fingerprints agree.",
+            "",
+            measured,
+            "",
+            "The run's configuration is in `config.yaml`.",
+            "",
+        ]
+    )
+
+
+def _steps(method: Method, records: Sequence[Record]) -> str:
+    """Those behind the weights: all of them, unless they were measured while training went on."""
+    half = next((record.training for record in records if record.unfinished), None)
+    return f"{half['step']:,} of {half['total']:,}" if half else f"{method.total_steps:,}"
+
+
+def _shortened(sigmas: Sequence[float], most: int = 8) -> Sequence[float]:
+    return sigmas if len(sigmas) <= most else [*sigmas[: most // 2], *sigmas[-most // 2 :]]
+
+
+def _tag(licence: str) -> str:
+    return "other" if " " in licence or licence == "unknown" else licence.lower()
+
+
+def _licence_note(licence: str) -> str:
+    code = "The code in this folder is under Apache-2.0 (LICENSE-code)"
+    if "NC" in licence.upper().split("-"):
+        return f"**Non-commercial use only**: the weights derive from a teacher under {licence}. {code}."
+    if licence == "unknown":
+        return (
+            f"**The teacher's licence is not known**: ask its authors before you use or pass on these weights. {code}."
+        )
+    return f"The weights are under {licence}, as the teacher's. {code}."

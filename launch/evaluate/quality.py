@@ -1,0 +1,163 @@
+"""Measured folders to a comparison of quality against the number of network evaluations (NFE)."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from launch.evaluate.compare import dumped
+from launch.evaluate.groups import essence, labels, trained_alike
+from launch.run.folder import RunFolder
+from stillhouse.analysis.quality import Quality, Value, measured_lines, teacher_label, to_json
+from stillhouse.analysis.quality_picture import draw_quality
+from stillhouse.analysis.quality_tables import text
+from stillhouse.analysis.tables import short
+from stillhouse.files import inside, write_file
+from stillhouse.metrics.records import Record, load_records
+
+
+def compare_quality(paths: Sequence[Path], *, like: Record | None = None, weights: str | None = None) -> Quality:
+    """The values in metrics.json and evaluation/metrics.json of runs, and in metrics.json of teachers (no config.yaml).
+
+    Runs that differ by their seed or number of steps alone are one group. like: a record of the metric and fingerprint
+    to take (None: the first student's). weights: the copy to take where a run has several at one NFE (None: that of its
+    final evaluation). What is left out, the notes say.
+
+    Errors: FileNotFoundError for a folder without measurements, ValueError where no student's value is left.
+    """
+    notes: list[str] = []
+    measured: dict[Path, tuple[list[Record], list[Record]]] = {}
+    for path in paths:
+        try:
+            measured[path] = _stored(path, notes)
+        except ValueError as error:
+            notes.append(f"{path} left out: {error}")
+    like = like or next((r for final, again in measured.values() for r in (*final, *again) if _student(r)), None)
+    if like is None:
+        raise ValueError("\n".join(["no value of a student; measure runs by evaluate.py run=...", *notes]))
+
+    values: dict[tuple, Value] = {}
+    groups = _groups(paths)
+    for path, (final, again) in measured.items():
+        notes += _unlike(path, "student" if path in groups else "teacher", (*final, *again), like)
+        for record in _chosen(final, again, like, weights) if path in groups else ():
+            group, seed = groups[path]
+            value = Value(
+                RunFolder(path).name,
+                group,
+                seed,
+                record.nfe,
+                record.mean,
+                record.fingerprint.get("weights"),
+                record.trace,
+            )
+            twin = values.setdefault((group, seed, record.nfe), value)
+            if twin is not value:
+                notes.append(f"{path} at {record.nfe} NFE left out: {twin.name} has its configuration, seed and NFE")
+    if not values:
+        raise ValueError("\n".join([f"no student's {like.metric} with one fingerprint", *notes]))
+    everything = [record for final, again in measured.values() for record in (*final, *again)]
+    comparable = [record for record in everything if record.kind == like.kind]
+    for record in comparable:
+        if record.subject == "teacher":
+            value = Value(record.name, teacher_label(record), None, record.nfe, record.mean, None, record.trace)
+            twin = values.setdefault((value.group, None, value.nfe), value)
+            if twin.mean != value.mean:
+                notes.append(
+                    f"{value.group} at {value.nfe} NFE has two values, {twin.mean:.4g} and {value.mean:.4g}, perhaps of "
+                    "other weights; the second is left out"
+                )
+    floor = next((record.mean for record in comparable if record.subject == "real"), None)
+    return Quality(like.metric, like.comparable, tuple(values.values()), floor, tuple(dict.fromkeys(notes)))
+
+
+def _stored(path: Path, notes: list[str]) -> tuple[list[Record], list[Record]]:
+    """(records of a run's final evaluation, or of a teacher; those that evaluate.py made of a run's final weights).
+
+    Errors: ValueError for a run that is not complete or for damaged records.
+    """
+    folder = RunFolder(path)
+    if not folder.config.is_file():
+        if not folder.metrics.is_file():
+            raise FileNotFoundError(f"{path} holds neither a run nor a measured teacher; give folders that do")
+        return load_records(inside(path, folder.metrics.name)), []
+    final, (again, unfinished) = folder.final_records(), folder.later_records()
+    notes += [f"{path}: {line}" for line in unfinished]
+    return final, again
+
+
+def _groups(paths: Iterable[Path]) -> dict[Path, tuple[str, int]]:
+    """The runs' labels and seeds."""
+    runs = [path for path in dict.fromkeys(paths) if RunFolder(path).config.is_file()]
+    configs = [RunFolder(path).plain_config() for path in runs]
+    groups = labels([trained_alike(essence(config)) for config in configs])
+    seeds = [config.get("seed", 0) for config in configs]
+    return dict(zip(runs, zip(groups, seeds, strict=True), strict=True))
+
+
+def _student(record: Record) -> bool:
+    return record.subject == "student"
+
+
+def _chosen(final: list[Record], again: list[Record], like: Record, weights: str | None) -> list[Record]:
+    """One record of a run's student per NFE, ascending: of `weights`, else of those that its final evaluation took."""
+    # By weights, not by `Record.identity`: that has the folder's name, and folders are renamed.
+    found: dict[int, dict[str | None, Record]] = {}
+    for record in filter(_student, (*final, *again)):
+        if record.kind == like.kind:
+            found.setdefault(record.nfe, {})[record.fingerprint.get("weights")] = record
+    chosen = []
+    for nfe, kinds in sorted(found.items()):
+        finals = sorted(filter(_student, final), key=lambda record: record.nfe != nfe)
+        order = [weights, *(record.fingerprint.get("weights") for record in finals), *kinds]
+        chosen.append(kinds[next(kind for kind in order if kind in kinds)])
+    return chosen
+
+
+def _unlike(path: Path, subject: str, records: Iterable[Record], like: Record) -> list[str]:
+    """Notes for a folder's values with other fingerprints, unless it has one that compares at the same place."""
+    own = [record for record in records if record.subject == subject and record.metric == like.metric]
+    if not own:
+        return [f"{path} left out: no {like.metric} of a {subject}"]
+    present = {(record.solver, record.nfe) for record in own if record.kind == like.kind}
+    apart: dict[str, list[int]] = {}
+    for record in own:
+        if (record.solver, record.nfe) not in present:
+            apart.setdefault(_differences(record, like), []).append(record.nfe)
+    return [f"{path} at {_listed(counts)} NFE left out: {how}" for how, counts in apart.items()]
+
+
+def _differences(record: Record, like: Record) -> str:
+    """num_samples 200, not 2000"""
+    ours, theirs = record.comparable, like.comparable
+    keys = [key for key in dict.fromkeys([*ours, *theirs]) if ours.get(key) != theirs.get(key)]
+    return ", ".join(f"{key} {short(ours.get(key))}, not {short(theirs.get(key))}" for key in keys)
+
+
+def _listed(counts: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(set(counts))))
+
+
+def report(paths: Sequence[Path], folder: Path, *, like: Record | None = None, weights: str | None = None) -> str:
+    """Write quality.json and quality.png into `folder`; returns the table, or why there is none."""
+    try:
+        quality = compare_quality(paths, like=like, weights=weights)
+    except ValueError as error:
+        return f"quality against NFE not compared: {error}"
+    write_file(folder / "quality.json", dumped(to_json(quality)))
+    draw(folder / "quality.png", quality)
+    return f"{text(quality)}\n\n{folder}/quality.json and quality.png written"
+
+
+def draw(path: Path, quality: Quality) -> None:
+    draw_quality(path, quality.metric, quality.lines, floor=quality.floor)
+
+
+def draw_measured(path: Path, records: Sequence[Record]) -> None:
+    """Draw one measurement's records where it was made at several numbers of steps, with its spread over blocks.
+
+    The metric is the first one, of a student where there is one.
+    """
+    like = next(filter(_student, records), records[0])
+    lines = measured_lines(records, like)
+    if any(len(line.points) > 1 for line in lines):
+        floor = next((r.mean for r in records if r.subject == "real" and r.kind == like.kind), None)
+        draw_quality(path, like.metric, lines, floor=floor, spread="blocks of evaluation seeds")

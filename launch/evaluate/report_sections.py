@@ -1,0 +1,202 @@
+"""The parts of a report, each made by what makes it elsewhere too."""
+
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from launch.evaluate import compare, quality
+from launch.evaluate.gather import Gathered
+from launch.evaluate.groups import essence, measured_alike, options_that_differ
+from stillhouse.analysis.convergence_tables import notes as convergence_notes
+from stillhouse.analysis.convergence_tables import sections as convergence_sections
+from stillhouse.analysis.cost import Priced, cost_rows
+from stillhouse.analysis.cost_picture import draw_cost
+from stillhouse.analysis.quality_tables import quality_heading, quality_rows
+from stillhouse.analysis.report_page import Block, Gallery, Heading, Notes, Picture, Section, Table, Text
+from stillhouse.analysis.seed_tables import seed_rows
+from stillhouse.analysis.tables import by_fingerprint, fingerprint_line
+from stillhouse.metrics.records import Record
+
+
+def sections(gathered: Gathered) -> list[Section]:
+    """In the order in which they are read; one without content is left out."""
+    parts = {
+        "Results": results(gathered),
+        "Quality against NFE": quality_against_nfe(gathered),
+        "Quality against cost": quality_against_cost(gathered),
+        "Convergence": convergence(gathered),
+        "Samples": samples(gathered),
+        "Differences of configs": differences(gathered),
+        "Where the values come from": traces(gathered),
+        "Left out": [Notes(gathered.left_out)] if gathered.left_out else [],
+    }
+    return [Section(title, blocks) for title, blocks in parts.items() if blocks]
+
+
+def results(gathered: Gathered) -> list[Block]:
+    """One table per fingerprint, seeds together; the single runs folded away."""
+    blocks: list[Block] = []
+    for line, labelled in _fingerprints(gathered):
+        blocks.append(Table(seed_rows(labelled), caption=line))
+        runs = [(record.name, seed, record) for _, seed, record in labelled if record.subject == "student"]
+        if len(runs) > 1:
+            blocks.append(Table(seed_rows(runs), folded="Every run by itself, ± over blocks of evaluation seeds"))
+    return blocks
+
+
+def _fingerprints(gathered: Gathered) -> list[tuple[str, list[tuple[str, int | None, Record]]]]:
+    """(what a fingerprint says, all its records with their label and, of students, the seed)."""
+    labelled = {
+        id(record): (run.label, run.seed, record)
+        for run in gathered.runs
+        for record in run.records
+        if record.subject == "student"
+    }
+    others = [record for run in gathered.runs for record in run.records if record.subject != "student"]
+    others += [record for records in gathered.teachers.values() for record in records]
+    labelled |= {id(record): (record.name, None, record) for record in others}
+    tables = by_fingerprint(record for _, _, record in labelled.values())
+    return [(line, [labelled[id(record)] for record in records]) for line, records in tables]
+
+
+def quality_against_nfe(gathered: Gathered) -> list[Block]:
+    """For the first metric of each fingerprint that students were measured by."""
+    blocks: list[Block] = []
+    for like in _first_students(gathered):
+        paths = [run.path for run in gathered.runs if any(record.kind == like.kind for record in run.records)]
+        paths += [p for p, records in gathered.teachers.items() if any(record.kind == like.kind for record in records)]
+        compared = quality.compare_quality(paths, like=like)
+        heading = quality_heading(compared)
+        picture = _drawn(partial(quality.draw, quality=compared))
+        blocks += [
+            Heading(heading),
+            Picture(picture, f"Plot: {heading}", "Less is better for fid and kid; bars are one standard deviation."),
+            Table(quality_rows(compared), caption=fingerprint_line(compared.fingerprint)),
+            Notes(compared.notes),
+        ]
+    return blocks
+
+
+def quality_against_cost(gathered: Gathered) -> list[Block]:
+    blocks: list[Block] = []
+    for like in _first_students(gathered):
+        runs = [
+            Priced(f"{run.label}, {record.nfe} NFE", run.seed, record.mean, run.costs)
+            for run in gathered.runs
+            for record in run.final
+            if record.subject == "student" and record.kind == like.kind
+        ]
+        if len(runs) < 2 or not any(cost is not None for run in runs for cost in run.costs.values()):
+            continue
+        picture = _drawn(partial(draw_cost, metric=like.metric, runs=runs))
+        blocks += [
+            Heading(f"{like.metric} against the cost of training, with all that had to be prepared"),
+            Picture(
+                picture,
+                f"Plot of {like.metric} against images, seconds and network evaluations of training",
+                "Faint dots are runs, large ones means over seeds. Seconds compare only on one machine.",
+            ),
+            Table(cost_rows(runs, like.metric), caption=fingerprint_line(like.comparable)),
+        ]
+    return blocks
+
+
+def convergence(gathered: Gathered) -> list[Block]:
+    """One comparison for all runs whose curves are measured alike."""
+    blocks: list[Block] = []
+    waiting = list(gathered.runs)
+    while waiting:
+        first = essence(waiting[0].config)
+        together = [run for run in waiting if measured_alike(first, essence(run.config)) is None]
+        waiting = [run for run in waiting if run not in together]
+        blocks += _compared([run.path for run in together])
+    return blocks
+
+
+def _compared(paths: list[Path]) -> list[Block]:
+    """The baseline is the first run's group that has a curve."""
+    why = []
+    for number, path in enumerate(paths):
+        try:
+            compare.compare_runs([path])
+        except ValueError as error:
+            why.append(" ".join(str(error).split()))
+            continue
+        ordered = [path, *paths[:number], *paths[number + 1 :]]
+        comparison = compare.compare_runs(ordered)
+        picture = _drawn(partial(compare.draw, comparison=comparison, paths=ordered))
+        (heading, rows), *more = convergence_sections(comparison)
+        caption = (
+            "Lines: medians over seeds of smoothed curves; bands: from the least to the greatest; dots: measurements."
+        )
+        return [
+            Heading(heading),
+            Picture(picture, f"Curves of {comparison.metric} against updates, images and seconds", caption),
+            Table(rows),
+            *(Table(body, folded=line) for line, body in more),
+            Notes(convergence_notes(comparison)),
+        ]
+    return [Text("No curves to compare."), Notes(why)]
+
+
+def samples(gathered: Gathered) -> list[Block]:
+    """The final grid of each group's first seed at each number of evaluations: the same noise in all of one data set."""
+    shown: dict[str, dict[tuple, Picture]] = {}
+    for run in sorted(gathered.runs, key=lambda run: run.seed):
+        data = str((run.config.get("data") or {}).get("name", "data"))
+        if run.samples is None:
+            continue
+        student = run.student
+        how = f"{student.nfe} NFE, {student.metric} {student.mean:.4g}" if student else "not measured"
+        picture = Picture(run.samples, f"Final samples of {run.name}", f"{run.label}: {how} ({run.name})")
+        shown.setdefault(data, {}).setdefault((run.label, student and student.nfe), picture)
+    blocks: list[Block] = [
+        Text("Rows share their noise in all pictures of one data set; one seed of each group is shown.")
+    ]
+    for data, pictures in shown.items():
+        blocks += [Heading(data), Gallery(list(pictures.values()))]
+    return blocks if shown else []
+
+
+def differences(gathered: Gathered) -> list[Block]:
+    """Options with several values, then, folded away, those that some runs have and others lack."""
+    found = options_that_differ({run.name: run.config for run in gathered.runs})
+    header = ["option", *(run.name for run in gathered.runs)]
+    several, lacking = [], []
+    for key, values in found.items():
+        row = [key, *("–" if value is None else value for value in values)]
+        (several if len(set(values) - {None}) > 1 else lacking).append(row)
+    blocks: list[Block] = [Table([header, *several], words=True)] if several else []
+    if lacking:
+        blocks.append(Table([header, *lacking], words=True, folded=f"{len(lacking)} options that only some runs have"))
+    return [Text("Only options in which runs differ; – where a run has none."), *blocks] if blocks else []
+
+
+def traces(gathered: Gathered) -> list[Block]:
+    rows = [["run", "git revision", "config.yaml (SHA-256)", "student's weights (hash)", "of training step"]]
+    for run in gathered.runs:
+        trace: dict[str, Any] = (run.student and run.student.trace) or {}
+        training = run.student and run.student.training
+        step = f"{training['step']} of {training['total']}" if training else "unknown"
+        rows.append([run.name, *(trace.get(key) or "unknown" for key in ("revision", "config", "weights")), step])
+    return [Table(rows, caption="As the final evaluation found them.", words=True)]
+
+
+def _first_students(gathered: Gathered) -> list[Record]:
+    """Of each fingerprint the first record of a student, which names the metric."""
+    found: dict[str, Record] = {}
+    for run in gathered.runs:
+        for record in run.records:
+            if record.subject == "student":
+                found.setdefault(record.comparable_id, record)
+    return list(found.values())
+
+
+def _drawn(draw: Callable[[Path], Any]) -> bytes:
+    """The PNG that `draw` writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "picture.png"
+        draw(path)
+        return path.read_bytes()

@@ -1,0 +1,74 @@
+"""check=true: a teacher's self-test, as a table, JSON and a picture."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from launch.run.build import check_teacher
+from stillhouse.analysis.tables import aligned
+from stillhouse.diffusion.teacher import Teacher
+from stillhouse.files import write_file
+from stillhouse.metrics.images import from_uint8
+from stillhouse.metrics.self_test import SelfTest, self_test
+from stillhouse.pictures.self_test import draw_self_test
+
+IMAGES = 64
+
+
+def check(teacher: Teacher, data: Any, folder: Path, device: torch.device) -> str:
+    """The report; check.json and check.png are in `folder`.
+
+    Errors: ValueError where a check fails, after all has been written.
+    """
+    check_teacher(teacher, data)
+    result = self_test(teacher, known_images(data), range(IMAGES), device)
+    write_file(folder / "check.json", (json.dumps(content(teacher, result), indent=1) + "\n").encode())
+    draw_self_test(folder / "check.png", result, teacher.name)
+    text = report(result, folder)
+    if result.failed:
+        print(text)
+        failed = "; ".join(f"{one.name} ({one.text})" for one in result.failed)
+        raise ValueError(
+            f"teacher {teacher.name} fails its self-test: {failed}; see {folder}/check.png and correct its config"
+        )
+    return text
+
+
+def known_images(data: Any) -> tuple[Tensor, Tensor | None] | None:
+    """The same real images every time, float32 in [-1, 1], with their labels; None where the data set is not here."""
+    try:
+        packed = data.reference()
+    except FileNotFoundError:
+        return None
+    order = torch.randperm(len(packed), generator=torch.Generator().manual_seed(0))
+    images, labels = packed.fetch(order[:IMAGES].numpy())
+    return from_uint8(images), labels
+
+
+def content(teacher: Teacher, result: SelfTest) -> dict[str, Any]:
+    """What check.json holds."""
+    return {
+        "teacher": teacher.name,
+        "hash": teacher.hash,
+        "images": f"{len(result.images)} {'real ones' if result.real else 'of its own samples'}",
+        "checks": [{"name": one.name, "passed": one.passed, "text": one.text} for one in result.checks],
+        "levels": [{"sigma": one.sigma, "error": one.error, "linear": one.linear} for one in result.levels],
+        "readings": result.readings,
+    }
+
+
+def report(result: SelfTest, folder: Path) -> str:
+    header = ["sigma", "", "error in x0", "linear", "in eps", "in v", "in velocity"]
+    rows = [
+        [f"{one.sigma:.4g}", "", *(f"{value:.4f}" for value in (one.error, one.linear, one.eps, one.v, one.velocity))]
+        for one in result.levels
+    ]
+    marks = {True: "passed", False: "FAILED", None: "not made"}
+    checks = [["check", "", "what was found"], *([one.name, marks[one.passed], one.text] for one in result.checks)]
+    width = max(len(row[0]) for row in checks)
+    lines = [f"{name.ljust(width)}  {mark:8}  {text}" for name, mark, text in checks]
+    images = "real images" if result.real else "its own samples: no real images are here"
+    return "\n".join([*aligned([header, *rows]), "", *lines, "", f"on {images}; {folder}/check.png written"])

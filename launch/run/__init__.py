@@ -1,0 +1,1 @@
+"""One training run: build, folder, stages, trainer options, plan."""

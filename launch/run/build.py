@@ -1,0 +1,119 @@
+"""From a config to objects. The one place that instantiates."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import pytorch_lightning as pl
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import Checkpoint
+
+from launch.option_types import check_targets
+from launch.run.folder import RunFolder, identity
+from launch.run.meeting import check_machines
+from launch.run.processes import LeavesSignals, check_present, choose_strategy, process_count
+from launch.run.trainer_options import check_options, translated
+from lightning_modules import Method
+from stillhouse.checks import check_counts, check_memory
+from stillhouse.diffusion.teacher import Teacher
+
+
+def build(node: DictConfig | None) -> Any:
+    """The object (or dict of objects) that a config node describes; plain containers only reach constructors.
+
+    Errors: ValueError before anything is built, as `launch.option_types.check_node`.
+    """
+    check_targets(node)
+    return instantiate(node, _convert_="all")
+
+
+def build_seeded(node: DictConfig, seed: int) -> Any:
+    """As `build`, with random weights from `seed` alone: without it each process of torch would draw others.
+
+    So a run that is measured again has the teacher that it was trained on, even one with random weights.
+
+    Errors: ValueError for a seed of 2^32 or more.
+    """
+    if seed >= 1 << 32:
+        raise ValueError(f"seed={seed} is too large for numpy; choose one from 0 to {(1 << 32) - 1}")
+    pl.seed_everything(seed, workers=True, verbose=False)
+    return build(node)
+
+
+def check_fit(method: Method, data: Any) -> None:
+    """Errors: ValueError where network and data differ in size or classes, which may show only after training."""
+    network = method.student.network
+    pairs = [("resolution", network.resolution, data.resolution), ("channels", network.in_channels, data.channels)]
+    if data.num_classes:
+        pairs.append(("num_classes", network.num_classes, data.num_classes))
+    if method.teacher is not None:
+        pairs.append(("num_classes in use", method.teacher.num_classes, data.num_classes))
+    _check_equal("the network", pairs, data)
+
+
+def check_teacher(teacher: Teacher, data: Any) -> None:
+    """Errors: ValueError where a teacher's images differ from the data's in size or classes."""
+    keys = ("resolution", "channels", "num_classes")
+    _check_equal(f"teacher {teacher.name}", [(key, getattr(teacher, key), getattr(data, key)) for key in keys], data)
+
+
+def _check_equal(owner: str, pairs: Iterable[tuple[str, int, int]], data: Any) -> None:
+    for option, ours, theirs in pairs:
+        if ours != theirs:
+            labels = ", or set data.conditional=true" if option.startswith("num_classes") and not theirs else ""
+            raise ValueError(
+                f"{owner} has {option}={ours}, the data {data.name} {theirs}: choose a teacher that fits the data{labels}"
+            )
+
+
+def build_trainer(config: DictConfig, method: Method, folder: RunFolder, here: bool = True) -> pl.Trainer:
+    """A Trainer for endless loaders, in the run folder, with its strategy chosen by the number of processes.
+
+    here: whether the run is for this machine, and is refused where that lacks something; else the Trainer can't train.
+    """
+    options = dict(build(config.trainer))
+    check_options(options)
+    intervals = ("validate_every_n_steps", "log_every_n_steps")
+    check_counts(**{f"trainer.{key}": options[key] for key in intervals})
+    validate_every = options.pop("validate_every_n_steps")
+    processes = process_count(options["devices"], options["num_nodes"], options["accelerator"])
+    if here:
+        check_present(options["devices"], options["accelerator"])
+        check_machines(options["num_nodes"])
+    for option, count in (("batch_size", config.batch_size), ("method.held_out", config.method.get("held_out") or 0)):
+        if count % processes:
+            raise ValueError(f"{option}={count} can't be shared by the {processes} processes of trainer.devices")
+    if here:  # a device's share of the images and as much noise, float32: the least that a step holds
+        share = 2 * 4 * math.prod(method.image_shape) * config.batch_size // processes
+        check_memory(share, f"batch_size={config.batch_size} (lower it): the images and noise of a step")
+    options["strategy"] = choose_strategy(options["strategy"], processes)
+    owner = identity(OmegaConf.to_container(config, resolve=True), method.name)
+    options, own = translated(options, method, folder.path, here, owner)
+    if not here:
+        accelerator = "cpu" if options["accelerator"] in ("gpu", "cuda") else options["accelerator"]
+        options |= {"accelerator": accelerator, "devices": 1, "num_nodes": 1, "strategy": "auto"}
+    # Those of the options first: what they switch on for a step is off when the others measure after it.
+    callbacks = own + [callback for callback in build(config.callbacks).values() if callback is not None]
+    loggers = [logger for logger in build(config.logger).values() if logger is not None]
+    try:
+        trainer = pl.Trainer(
+            **options,
+            enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+            max_steps=method.total_steps,
+            max_epochs=-1,
+            val_check_interval=validate_every,
+            check_val_every_n_epoch=None,
+            limit_val_batches=1.0 if method.monitor else 0,
+            num_sanity_val_steps=0,
+            default_root_dir=folder.path,
+            callbacks=callbacks,
+            logger=loggers,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+    except TypeError as error:  # an unknown option, or one of another type
+        raise ValueError(f"trainer: {error}") from error
+    trainer._signal_connector = LeavesSignals(trainer)
+    return trainer

@@ -1,0 +1,115 @@
+"""What stands at the end of every training run: its measurement, pictures, exported weights and table."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from callbacks import GenerativeMetrics, WandbRun, draw_curves, reference_lines
+from launch.evaluate.compare import compare_runs
+from launch.evaluate.measure import Evaluation, load_student, samplers
+from launch.run.folder import RunFolder
+from launch.run.plan import evaluations_before
+from lightning_modules import Method
+from stillhouse.analysis.convergence_tables import curve_rows
+from stillhouse.analysis.tables import table
+from stillhouse.checkpoints.weights import save_weights
+from stillhouse.diffusion.random_numbers import MONITOR_SEEDS
+from stillhouse.metrics.records import Record, save_records
+from stillhouse.ranks import rank_and_world
+
+
+def finish(
+    method: Method, data: Any, training: Any, settings: dict[str, Any], folder: RunFolder, trainer: pl.Trainer
+) -> None:
+    """Measure the trained student beside its teacher and real images, and leave the results in the run folder.
+
+    training: what it was trained on. All ranks sample; rank zero writes. metrics.json comes after all that makes a run
+    complete.
+    """
+    boards = [logger for logger in trainer.loggers if isinstance(logger, WandbRun)]
+    try:
+        weights = load_student(method, folder, reached=method.total_steps)
+        device = trainer.strategy.root_device
+        method.to(device)
+        evaluation = Evaluation(settings, data, device)
+        records = evaluation.run(method, folder, weights)
+        try:
+            lines = curve_lines(method, data, device, trainer.callbacks)
+            evaluation.pictures(folder.path, samplers(method, folder))
+            if rank_and_world()[0] == 0:
+                export(method, training, records, folder)
+                if lines:
+                    save_records(folder.monitoring, lines)
+                save_records(folder.metrics, records)
+                if (folder.path / "metrics.csv").exists():  # a choice of conf/logger
+                    curves = reference_lines(folder.monitoring)
+                    draw_curves(folder.path / "metrics.csv", folder.path / "curves.png", curves)
+        finally:  # also where the disk was full
+            if rank_and_world()[0] == 0:
+                print(f"\n{folder.path}\n\n{table(records)}", flush=True)
+        if rank_and_world()[0] == 0:
+            for board in boards:
+                board.log_final(records, folder.path, method.total_steps - 1, own_convergence(folder))
+    except BaseException:
+        for board in boards:
+            board.close(failed=True)
+        raise
+    for board in boards:
+        board.close()
+
+
+def curve_lines(method: Method, data: Any, device: torch.device, callbacks: Sequence[pl.Callback]) -> list[Record]:
+    """What the run's curve is to be compared with: its teacher and real images, measured as GenerativeMetrics does."""
+    records = []
+    for monitor in callbacks:
+        if isinstance(monitor, GenerativeMetrics):
+            evaluation = Evaluation(monitor.settings(), data, device, first_seed=MONITOR_SEEDS)
+            records += evaluation.teacher(method.teacher) if method.teacher else []
+            records += evaluation.real()
+    return records
+
+
+def own_convergence(folder: RunFolder) -> list[list[str]] | None:
+    """The run's row of a comparison, under its header; None for a run without a curve."""
+    try:
+        return curve_rows(compare_runs([folder.path]))
+    except (ValueError, OSError):
+        return None
+
+
+def export(method: Method, training: Any, records: list[Record], folder: RunFolder) -> None:
+    """student.safetensors and its card: the evaluated weights, readable as any teacher's.
+
+    The card's network_evaluations are those of the whole training, with all that had to be there before its first step.
+    """
+    weights = method.exported()
+    images = method.total_steps * method.batch_size
+    card = {
+        "run": folder.name,
+        "method": method.name,
+        "command": command(),
+        "seed": method.seed,
+        "steps": method.total_steps,
+        "kimg": images / 1000,
+        "network_evaluations": evaluations_before(method, training) + images * sum(method.evaluations.values()),
+        "parameters": sum(
+            weights[name].numel() for name, _ in method.student.network.named_parameters() if name in weights
+        ),
+        "teacher": method.teacher.name if method.teacher else None,
+        "licence": method.licence,
+        "metrics": {
+            f"{r.metric}/{r.subject}": {"nfe": r.nfe, "mean": r.mean, "std": r.std, "values": r.values} for r in records
+        },
+    }
+    save_weights(folder.path / "student.safetensors", weights, card, replace=True)
+
+
+def command() -> str:
+    """The command line of this run, as a user would repeat it beside train.py."""
+    overrides = [argument for argument in sys.argv[1:] if not argument.startswith("--config-name")]
+    return shlex.join(["python", Path(sys.argv[0]).name, *overrides])

@@ -1,0 +1,226 @@
+"""A run's folder: its config is written once, and everything after must agree with it."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from launch.run.locks import take
+from launch.run.names import names_in
+from stillhouse.analysis.tables import table
+from stillhouse.checkpoints.bounds import check_aliases
+from stillhouse.files import check_writable, inside, write_file
+from stillhouse.metrics.records import Record, load_records
+
+# Of a run that has begun these may change: they move its results by rounding at most. config.yaml keeps the first values.
+FREE = (
+    "trainer.micro_batch",
+    "trainer.compile",
+    "trainer.channels_last",
+    "trainer.profile",
+    "logger.tensorboard._target_",
+    "data.verify",
+)
+# Options that came after runs had begun, with what those runs had in effect; what their data were packed by stays as it is.
+EARLIER = {
+    "evaluation.labels": "uniform",
+    "callbacks.metrics.labels": "uniform",
+    "data.background": "white",
+    "data.class_order": "text",
+    "data.depth": "refuse",
+    "data.max_aspect": 10,
+}
+
+
+class RunFolder:
+    """runs/NAME with config.yaml, checkpoints/, metrics.csv, metrics.json and pictures, and a folder for each stage."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.checkpoints = self.path / "checkpoints"
+        self.last = self.checkpoints / "last.ckpt"
+        self.best = self.checkpoints / "best.ckpt"
+        self.metrics = self.path / "metrics.json"
+        self.monitoring = self.path / "monitoring.json"
+        self.preparation = self.path / "preparation.json"
+        self.pruned = self.path / "pruned.json"
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    def begun(self) -> bool:
+        """Whether there is training to lose, also of a stage: what failed before its first checkpoint may be used again."""
+        return self.last.exists() or self.metrics.exists() or any(self.path.glob("*/checkpoints/last.ckpt"))
+
+    def complete(self) -> bool:
+        """The final evaluation is written last."""
+        return self.metrics.exists()
+
+    def resume(self) -> Path | None:
+        """The checkpoint that training goes on from, None at the beginning."""
+        return self.last if self.last.exists() else None
+
+    def check_complete(self) -> None:
+        """Errors: ValueError for a run that is not."""
+        if not self.complete():
+            raise ValueError("it is not complete; the command that started it resumes it")
+
+    def final_records(self) -> list[Record]:
+        """Of the final evaluation. Errors: ValueError for a run that is not complete, and for damaged ones."""
+        self.check_complete()
+        return load_records(inside(self.path, self.metrics.name))
+
+    def later_records(self) -> tuple[list[Record], list[str]]:
+        """(those that evaluate.py made of the final weights; lines on others that are left out, made while training went on).
+
+        Errors: ValueError for damaged ones.
+        """
+        path = inside(self.path, "evaluation/metrics.json")
+        found = load_records(path) if path.is_file() else []
+        unfinished = {f"{r.training['step']} of {r.training['total']}": None for r in found if r.unfinished}
+        lines = [f"{path.relative_to(self.path)} has values after {at} training steps, left out" for at in unfinished]
+        return [record for record in found if not record.unfinished], lines
+
+    def report(self) -> str:
+        """The table of the final evaluation."""
+        return table(self.final_records())
+
+    def read_config(self) -> DictConfig:
+        """Its plain values, as train.py wrote them.
+
+        Errors: FileNotFoundError where the folder holds no run; ValueError for a config that can't be read or is none of a
+        run, and for one with interpolations: those of a stranger could show this machine's environment.
+        """
+        if not self.config.is_file():
+            raise FileNotFoundError(f"{self.path} holds no run (no config.yaml); give a folder that train.py made")
+        inside(self.path, self.config.name)
+        try:
+            check_aliases(self.config.read_text())
+            config = OmegaConf.load(self.config)
+            plain = OmegaConf.to_container(config)
+            found = re.search(r"\$\{[^}]*\}?", json.dumps(plain))
+        except Exception as error:
+            reason = str(error) if type(error) is ValueError else type(error).__name__
+            raise ValueError(f"{self.config} can't be read ({reason}); restore or remove it") from error
+        if found:
+            raise ValueError(
+                f"{self.config} holds {found[0]}, which is not resolved: the config of a run has plain values; put one there"
+            )
+        if odd := _odd(plain):
+            raise ValueError(f"{self.config} is not the config of a run ({odd}); restore or remove it")
+        return config
+
+    def plain_config(self) -> dict[str, Any]:
+        """The same in plain containers."""
+        return OmegaConf.to_container(self.read_config())
+
+    def check(self, config: dict[str, Any]) -> None:
+        """Errors: ValueError where a run with another config is here, showing the first difference with both values, and where
+        there is a config.yaml of something else; OSError where a run that is not complete could not be written to.
+        """
+        outer = next(
+            (p for p in self.path.parents if (p / "checkpoints").is_dir() and (p / "config.yaml").is_file()), None
+        )
+        if outer is not None:
+            raise ValueError(f"{self.path} lies inside a run's folder, {outer}; choose another name=...")
+        if not self.complete():
+            check_writable(self.config)
+            check_writable(self.last)
+        if not self.begun():
+            if self.config.exists():
+                self.read_config()
+            return
+        changes = differences(self.plain_config(), config)
+        changes = [
+            (key, was, now)
+            for key, was, now in changes
+            if key not in FREE and (was is not None or key not in EARLIER or now != EARLIER[key])
+        ]
+        if changes:
+            (key, was, now), *others = changes
+            more = f" (also changed: {', '.join(name for name, *_ in others)})" if others else ""
+            raise ValueError(
+                f"this run was started with {key}={was!r}, but this command has {key}={now!r}{more}; "
+                "choose another name=..., or remove the folder"
+            )
+
+    def claim(self, config: dict[str, Any]) -> None:
+        """Write the config of a run that has not begun; that of one that has begun is never touched."""
+        if not self.begun():
+            write_file(self.config, OmegaConf.to_yaml(OmegaConf.create(config)).encode())
+
+    @contextmanager
+    def held(self, config: dict[str, Any]) -> Iterator[None]:
+        """`claim` it, and keep other processes out: a second job of a sweep, or the same command twice.
+
+        Errors: ValueError where another process trains this run.
+        """
+        if self.config.exists():
+            os.close(self._lock())  # before a run that has not begun is claimed anew
+        self.claim(config)
+        lock = self._lock()
+        try:
+            yield
+        finally:
+            os.close(lock)
+
+    def _lock(self) -> int:
+        lock = take(self.config, needed=False)
+        if lock is None:
+            raise ValueError("another process trains this run: wait for it, or choose another name=...")
+        return lock
+
+
+def _odd(config: Any) -> str:
+    """What a run's config would not hold; nothing where all is well. Of the parts only the method must be there."""
+    if not isinstance(config, dict) or not config:
+        return "it is empty" if config in ({}, []) else "it is a list"
+    if not isinstance(config.get("method"), dict):
+        return "it names no method"
+    parts = [key for key in ("data", "evaluation", "trainer", "teacher") if not isinstance(config.get(key) or {}, dict)]
+    seed = config.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        return f"seed is {seed!r}"
+    return f"{parts[0]} is {config[parts[0]]!r:.50}" if parts else ""
+
+
+def identity(config: Mapping[str, Any], method: str) -> dict[str, str]:
+    """What a checkpoint says of its run: the method's name, and a hash of the options that its weights come from.
+
+    config: the run's, plain. A stage has the config of the run that it is a part of, and a method of its own.
+    """
+    chosen = {key: config.get(key) for key in ("method", "seed", "batch_size")}
+    chosen["data"] = (config.get("data") or {}).get("name")
+    text = json.dumps(_without_places(chosen), sort_keys=True, default=str)
+    return {"method": method, "config": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+
+def _without_places(value: Any) -> Any:
+    """Without the folders where data lie: a run may be moved."""
+    if isinstance(value, Mapping):
+        return {str(key): _without_places(part) for key, part in value.items() if key not in ("root", "store")}
+    return [_without_places(part) for part in value] if isinstance(value, list) else value
+
+
+def differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, old value, new value) of every leaf that differs between two plain configs; absent counts as None.
+
+    Lists of other named configs differ by their names.
+    """
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(k for k in new if k not in old)]
+        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{key}.{k}" if key else str(k))]
+    was, now = names_in(old), names_in(new)
+    if was is not None and was == now:
+        return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in differences(a, b, f"{key}.{i}")]
+    if was is not None and now is not None:
+        return [(key, was, now)]
+    return [] if old == new else [(key, old, new)]

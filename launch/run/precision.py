@@ -1,0 +1,90 @@
+"""trainer.precision: what the networks compute in while they train. All else is in float32 or better, whatever it says.
+
+32-true: float32, also in matrix products and convolutions on a GPU. tf32: float32 numbers, whose products and convolutions
+a GPU rounds to TF32 (10 bits of mantissa) in training steps. bf16-mixed, 16-mixed: the networks run under autocast in training
+steps, 16-mixed with a scaled loss.
+
+In float32 (or float64) under every one of them:
+- weights, gradients, the optimiser's moments and the averages (`callbacks/ema.py`);
+- noise levels, preconditioning and the combination of a network's output with its input (`diffusion/denoiser.py`), and with
+  them all estimates, their differences, score gradients and solvers' states;
+- losses (`stillhouse/diffusion/losses.py`), and the embedding of noise levels in the networks;
+- everything outside of a training step: stored teacher samples, held-out losses, samples, feature extraction and metrics.
+  So a metric does not depend on this option but by what was learned under it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins.precision import MixedPrecision, Precision
+
+from lightning_modules import Method
+from stillhouse.checks import check_choice
+
+PRECISIONS = ("32-true", "tf32", "bf16-mixed", "16-mixed")
+_AMPERE = (8, 0)  # the first GPUs that have TF32 and bfloat16
+
+
+class TrainingAutocast(MixedPrecision):
+    """Mixed precision of training steps alone: validation, and with it what checkpoints are chosen by, is in float32."""
+
+    @contextmanager
+    def val_step_context(self) -> Iterator[None]:
+        yield
+
+
+class TensorFloat32(pl.Callback):
+    """Allows TF32 inside of training steps; it must come before all callbacks that compute."""
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        allow_tf32(True)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        allow_tf32(False)
+
+    def on_exception(self, *args: Any) -> None:
+        allow_tf32(False)
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Torch's own default is a mixture: yes for convolutions, no for matrix products."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+
+def device_kind(accelerator: str) -> tuple[str, tuple[int, int]]:
+    """("cuda", its capability) or ("cpu", (0, 0)): where trainer.accelerator will compute."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return "cuda", torch.cuda.get_device_capability()
+    return "cpu", (0, 0)
+
+
+def check_precision(precision: str, device: str, capability: tuple[int, int]) -> None:
+    """Errors: ValueError for a precision that is unknown, or that the device lacks."""
+    check_choice("trainer.precision", precision, PRECISIONS)
+    if precision == "tf32" and (device != "cuda" or capability < _AMPERE):
+        lacks, instead = "an NVIDIA GPU of compute capability 8.0 or higher", "32-true"
+    elif precision == "16-mixed" and device != "cuda":
+        lacks, instead = "an NVIDIA GPU", "bf16-mixed or 32-true"
+    elif precision == "bf16-mixed" and device == "cuda" and capability < _AMPERE:
+        lacks, instead = "an NVIDIA GPU of compute capability 8.0 or higher", "16-mixed or 32-true"
+    else:
+        return
+    found = f"a GPU of capability {capability[0]}.{capability[1]}" if device == "cuda" else "a CPU"
+    raise ValueError(
+        f"trainer.precision={precision} needs {lacks}, and this is {found}: set trainer.precision={instead}"
+    )
+
+
+def precision_plugin(precision: str, device: str, method: Method) -> Precision:
+    """Errors: ValueError for a method that can't be trained in this precision."""
+    if precision not in ("bf16-mixed", "16-mixed"):
+        return Precision()
+    if precision == "16-mixed" and getattr(method, "gan", None) is not None:
+        raise ValueError(
+            "trainer.precision=16-mixed would lose the gradient that method.gan takes of its images, which no loss scale "
+            "protects: set trainer.precision=bf16-mixed"
+        )
+    return TrainingAutocast(precision, device)

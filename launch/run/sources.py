@@ -1,0 +1,74 @@
+"""What a config needs from elsewhere: published weights, data sets and statistics. Fetched on request alone (download=true)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.run.ranks import is_rank_zero
+from stillhouse.checkpoints.download import download
+from stillhouse.checkpoints.weights import find_weights
+
+_FILES = ("file", "path", "weights")  # the key beside `url` that says where its file lies
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file that a config names together with its address. product: what is made of it, and does in its place."""
+
+    option: str
+    file: Path
+    url: str
+    sha256: str | None = None
+    product: Path | None = None
+
+    @property
+    def missing(self) -> bool:
+        return not (exists(self.file) or (self.product is not None and exists(self.product)))
+
+
+def exists(path: Path) -> bool:
+    """Whether a file or folder is in the current folder or, for weights, in the project's."""
+    try:
+        return path.expanduser().exists() or bool(find_weights(path))
+    except FileNotFoundError:
+        return False
+
+
+def sources(config: dict[str, Any]) -> list[Source]:
+    """Each file with an address in a resolved config, once: in nodes with `url` and one of `file`, `path` and `weights`."""
+    found = {source.file: source for source in (*_walk(config, "", None), *_perceptual(config.get("method") or {}))}
+    return list(found.values())
+
+
+def fetch(config: dict[str, Any]) -> None:
+    """Download what is missing, in the first process alone; errors as `download`."""
+    for source in sources(config) if is_rank_zero() else ():
+        if source.missing:
+            print(f"{source.option}: fetching {source.url} to {source.file}", flush=True)
+            download(source.url, source.file, source.sha256)
+
+
+def _perceptual(method: dict[str, Any]) -> Iterator[Source]:
+    if "lpips" in str(method.get("loss")):
+        from stillhouse.networks.lpips import URL, vgg16_file
+
+        yield Source("method.lpips_weights", vgg16_file(method.get("lpips_weights")), URL)
+
+
+def _walk(node: Any, option: str, product: Path | None) -> Iterator[Source]:
+    if isinstance(node, list):
+        for index, part in enumerate(node):
+            yield from _walk(part, f"{option}[{index}]", None)
+    if not isinstance(node, dict):
+        return
+    place = next((key for key in _FILES if node.get(key)), None)
+    if node.get("url") and place:
+        if {"name", "root"} <= set(node):  # a data set, which is packed there
+            product = Path(node["root"]) / str(node["name"])
+        yield Source(option, Path(node[place]), node["url"], node.get("sha256"), product)
+    for key, part in node.items():
+        if key == "source" and not node.get("weights"):  # a network with random weights needs none
+            continue
+        made = Path(node["weights"]) if key == "source" else None
+        yield from _walk(part, f"{option}.{key}" if option else str(key), made)

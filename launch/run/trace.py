@@ -1,0 +1,36 @@
+"""Where a measured value comes from: the code's revision, the configuration, the weights."""
+
+import functools
+import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from stillhouse.checkpoints.weights import PROJECT_ROOT, hash_file
+from stillhouse.metrics.records import Record
+
+
+@functools.cache
+def revision() -> str | None:
+    """Hash of the checked-out commit, with -dirty where tracked files differ from it; None outside a git clone."""
+    if not (PROJECT_ROOT / ".git").exists():  # installed, perhaps inside a clone of something else
+        return None
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return found.stdout.strip() or None
+
+
+def traced(records: Sequence[Record], config: Path | str | None, weights: str | None) -> list[Record]:
+    """The records with their trace, see `Record.trace`. config: the run's config.yaml, or a hash of the settings."""
+    if isinstance(config, Path):
+        config = hash_file(config) if config.is_file() else None
+    trace = {"revision": revision(), "config": config, "weights": weights}
+    return [replace(record, trace=trace) for record in records]
+
+
+def student_trace(records: Sequence[Record]) -> dict[str, str | None] | None:
+    """The trace of the first student among them."""
+    return next((record.trace for record in records if record.subject == "student"), None)

@@ -1,0 +1,162 @@
+"""A search over options (conf/sweep): trials that Optuna draws, what each minimises, and when one is given up."""
+
+import math
+import sys
+from collections.abc import Sequence
+
+import yaml
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig
+
+from launch.evaluate.measure import measures_nothing
+from launch.run.folder import RunFolder
+from launch.sweep.grid import NO_MATTER, report
+from launch.sweep.jobs import Job, Jobs
+from launch.sweep.study import Settings, alone, distributions, open_study, settled
+from stillhouse.analysis.curve_files import read_curve
+from stillhouse.checks import check_counts
+from stillhouse.files import write_file
+
+
+def run_search(jobs: Jobs, overrides: Sequence[Override], n_trials: int, n_jobs: int, settings: Settings) -> None:
+    """Bring the study in the search's folder to `n_trials` trials, complete or pruned, `n_jobs` at a time.
+
+    Trials that were killed come first, and resume. One that fails is told so, and another is drawn at the next call.
+
+    Errors: ValueError for impossible settings or another study, SystemExit 1, after the table, where a trial failed.
+    """
+    check_counts(**{"hydra.sweeper.n_trials": n_trials, "hydra.sweeper.n_jobs": n_jobs})
+    if jobs.config.plan:
+        raise ValueError("plan=true is for runs: a search has none before it has trained others; leave sweep=NAME out")
+    space = distributions(overrides)
+    if not space:
+        raise ValueError("a search needs an option to search over, such as 'method.lr=tag(log,interval(1e-5,1e-3))'")
+    fixed = [one.input_line for one in overrides if not one.is_sweep_override()]
+    with alone(jobs.folder):
+        study = open_study(jobs.folder)
+        drawn_from = {key: str(value) for key, value in space.items()}
+        chosen = dict(line.split("=", 1) for line in fixed if "=" in line and not NO_MATTER.match(line))
+        settled(study, drawn_from | chosen)
+        search = _Search(jobs, study, space, fixed, settings)
+        try:
+            search.run(n_trials, n_jobs)
+        finally:
+            search.report()
+    if any(job.error for job in search.made.values()):
+        sys.exit(1)
+
+
+class _Search:
+    def __init__(self, jobs: Jobs, study, space: dict, fixed: list[str], settings: Settings) -> None:
+        self.jobs, self.study, self.space, self.fixed, self.settings = jobs, study, space, fixed, settings
+        self.made: dict[int, Job] = {}  # of this call, by the trial's number
+
+    def run(self, n_trials: int, n_jobs: int) -> None:
+        killed, settled_before = [], 0
+        for trial in self.study.get_trials():
+            if trial.state.name == "RUNNING" and set(trial.params) == set(self.space):
+                killed.append(trial.number)
+            elif not trial.state.is_finished():  # killed while it was drawn
+                self.study.tell(trial.number, state=_state("FAIL"))
+            settled_before += trial.state.name in ("COMPLETE", "PRUNED")
+        left = max(n_trials - settled_before, 0)
+        while killed or left > 0:
+            numbers = [killed.pop(0) for _ in range(min(n_jobs, len(killed)))]
+            while len(numbers) < min(n_jobs, left):
+                numbers.append(self._draw())
+            left -= len(numbers)
+            self._launch(numbers)
+
+    def _draw(self) -> int:
+        number = len(self.study.get_trials(deepcopy=False))
+        self.study.sampler = self.settings.sampler(number)
+        return self.study.ask(self.space).number
+
+    def _launch(self, numbers: list[int]) -> None:
+        trials = self.study.get_trials()
+        batch: dict[tuple, list[int]] = {}
+        for number in numbers:
+            self.made[number] = self._job(trials[number])
+            # The same draw twice is one run, which two jobs at once would fight for.
+            batch.setdefault(self.made[number].overrides, []).append(number)
+        launched = [self.made[same[0]] for same in batch.values()]
+        for job in launched:
+            job.overrides = (*job.overrides, f"hydra.sweeper.trial={job.options['trial']}")
+        self.jobs.launch(launched, first=numbers[0])
+        for job, same in zip(launched, batch.values(), strict=True):
+            for number in same:
+                self.made[number].error, self.made[number].value = job.error, job.value
+                self._tell(number, job)
+
+    def _tell(self, number: int, job: Job) -> None:
+        if job.state == "pruned":
+            self.study.tell(number, state=_state("PRUNED"))
+        elif job.state == "complete" and job.value is not None and math.isfinite(job.value):
+            self.study.tell(number, job.value)
+        else:
+            self.study.tell(number, state=_state("FAIL"))
+
+    def _job(self, trial) -> Job:
+        drawn = {key: _text(trial.params[key]) for key in self.space}
+        overrides = [*self.fixed, *(f"{key}={value}" for key, value in drawn.items())]
+        return self.jobs.job(overrides, {"trial": str(trial.number)} | drawn)
+
+    def report(self) -> None:
+        """The table of all trials, with the best one, which best.yaml holds too."""
+        trials = [trial for trial in self.study.get_trials() if set(trial.params) == set(self.space)]
+        rows = []
+        for trial in trials:
+            job = self.made.get(trial.number) or self._job(trial)
+            job.value = trial.value if trial.state.name == "COMPLETE" else None
+            if trial.state.name == "FAIL" and job.error is None:
+                job.error = "in an earlier call"
+            rows.append(job)
+        best = min((job for job in rows if job.value is not None), key=lambda job: job.value, default=None)
+        closing = "no trial is complete yet"
+        if best is not None:
+            options = {key: value for key, value in best.options.items() if key != "trial"}
+            found = {"run": str(best.folder.path), "trial": int(best.options["trial"]), "value": best.value}
+            text = yaml.safe_dump(found | {"options": options}, sort_keys=False)
+            write_file(self.jobs.folder / "best.yaml", text.encode())
+            told = " ".join(f"{key}={value}" for key, value in options.items())
+            closing = f"best: trial {found['trial']} with {best.value:.4g}, {told}, in {best.folder.path}"
+        report(rows, self.jobs.folder / "search.md", closing)
+
+
+def _state(name: str):
+    from optuna.trial import TrialState
+
+    return TrialState[name]
+
+
+def _text(value: str | int | float) -> str:
+    return value if isinstance(value, str) else repr(value)
+
+
+def check_measured(cfg: DictConfig) -> None:
+    """Errors: ValueError, before training, for a run of a search that would leave no curve."""
+    missing = [f"{key}=null" for key in ("logger.csv", "callbacks.metrics") if not _selected(cfg, key)]
+    if measures_nothing(cfg.evaluation):
+        missing = ["evaluation=none"]
+    if missing:
+        raise ValueError(f"a search minimises what a run's curve ends at, and with {missing[0]} there is no curve")
+
+
+def last_monitored(folder: RunFolder, needed: bool) -> float | None:
+    """The last value of a run's curve, of the first average or the weights as trained; None for a run without a curve.
+
+    It is of the monitoring seeds, by which runs may be chosen, never of those of the final evaluation.
+
+    Errors: with `needed`, those of `read_curve`.
+    """
+    try:
+        return read_curve(folder.path, folder.name, seed=0).values[-1]
+    except (OSError, ValueError):
+        if needed:
+            raise
+        return None
+
+
+def _selected(cfg: DictConfig, key: str) -> bool:
+    group, name = key.split(".")
+    return bool(cfg[group]) and cfg[group].get(name) is not None

@@ -1,0 +1,145 @@
+"""A search's study in Optuna: SQLite in the search's folder, seen by the search and by each of its jobs."""
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+
+from launch.run.locks import take
+from stillhouse.checks import check_counts
+
+if TYPE_CHECKING:
+    import optuna
+
+NAME = "search"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How trials are drawn and given up; conf/hydra/sweeper/search.yaml explains each. Errors: ValueError."""
+
+    seed: int
+    n_startup_trials: int
+    pruner: str | None
+    pruner_warmup: float
+
+    def __post_init__(self) -> None:
+        check_counts(0, **{"hydra.sweeper.seed": self.seed, "hydra.sweeper.n_startup_trials": self.n_startup_trials})
+        if self.pruner not in (None, "median"):
+            raise ValueError(f"hydra.sweeper.pruner={self.pruner} is unknown; choose median or null")
+        if not 0 <= self.pruner_warmup <= 1:
+            raise ValueError(f"hydra.sweeper.pruner_warmup={self.pruner_warmup} must be a fraction, from 0 to 1")
+
+    def made_pruner(self, images: int) -> "optuna.pruners.BasePruner":
+        """For runs of `images`."""
+        import optuna
+
+        if self.pruner is None:
+            return optuna.pruners.NopPruner()
+        return optuna.pruners.MedianPruner(self.n_startup_trials, n_warmup_steps=round(self.pruner_warmup * images))
+
+    def sampler(self, number: int) -> "optuna.samplers.BaseSampler":
+        """That of trial `number`: with one of its own a study that goes on draws what it would have drawn at once."""
+        import optuna
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return optuna.samplers.TPESampler(
+                seed=self.seed + number, n_startup_trials=self.n_startup_trials, constant_liar=True
+            )
+
+
+def open_study(folder: Path, pruner: "optuna.pruners.BasePruner | None" = None) -> "optuna.Study":
+    """The study in `folder`/study.db, made where there is none.
+
+    Errors: ValueError for a file that holds something else.
+    """
+    import optuna
+    import sqlalchemy
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    path = folder / "study.db"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        storage = optuna.storages.RDBStorage(
+            f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": 60}}, skip_compatibility_check=False
+        )
+        return optuna.create_study(
+            storage=storage, study_name=NAME, direction="minimize", load_if_exists=True, pruner=pruner
+        )
+    except (sqlalchemy.exc.DatabaseError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is no study that this Optuna reads ({reason}); move it away or restore it") from error
+
+
+def distributions(overrides: Iterable[Override]) -> dict[str, Any]:
+    """{key: Optuna's distribution} of the overrides that are sweeps, in Hydra's grammar.
+
+    interval(a, b), int(interval(a, b)) and, behind tag(log, ...), their logarithm; range(a, b, step); choice(...) or a list.
+
+    Errors: ValueError for anything else.
+    """
+    from optuna import distributions as found
+
+    made = {}
+    for override in overrides:
+        if not override.is_sweep_override():
+            continue
+        key, value = override.get_key_element(), override.value()
+        unknown = getattr(value, "tags", set()) - {"log"}
+        try:
+            if unknown:
+                raise ValueError(f"the tag {', '.join(sorted(unknown))} means nothing here; there is log")
+            if isinstance(value, IntervalSweep):
+                whole = isinstance(value.start, int) and isinstance(value.end, int)
+                kind = found.IntDistribution if whole else found.FloatDistribution
+                made[key] = kind(value.start, value.end, log="log" in value.tags)
+            elif isinstance(value, RangeSweep) and not value.shuffle and not value.tags:
+                made[key] = _ordered(list(override.sweep_iterator()), value.step)
+            else:
+                made[key] = found.CategoricalDistribution(list(dict.fromkeys(override.sweep_string_iterator())))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{override.input_line}: {error}") from error
+    return made
+
+
+def _ordered(values: list, step: float) -> Any:
+    from optuna import distributions as found
+
+    if not values:
+        raise ValueError("this range is empty")
+    kind = found.IntDistribution if all(isinstance(value, int) for value in values) else found.FloatDistribution
+    return kind(min(values), max(values), step=abs(step))
+
+
+def settled(study: "optuna.Study", identity: dict[str, Any]) -> None:
+    """Note what the study searches, the first time; errors: ValueError where it was begun with something else."""
+    stored = study.user_attrs.get("identity")
+    if stored is None:
+        study.set_user_attr("identity", identity)
+    elif stored != identity:
+        was, now = (
+            ", ".join(f"{k}={v}" for k, v in one.items() if other.get(k) != v) or "no such option"
+            for one, other in ((stored, identity), (identity, stored))
+        )
+        raise ValueError(
+            f"this search was begun with {was}, but this command has {now}; give it another folder by hydra.sweep.dir=..."
+        )
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock. Errors: ValueError where another process has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = take(folder / "lock")
+    if lock is None:
+        raise ValueError(f"{folder}: another process runs this search; wait for it, or choose another hydra.sweep.dir")
+    try:
+        yield
+    finally:
+        os.close(lock)

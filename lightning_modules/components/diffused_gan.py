@@ -1,0 +1,69 @@
+"""DMD2's GAN on diffused images (arXiv 2405.14867, released ImageNet-64 code), an addition to score distillation."""
+
+from typing import TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stillhouse.diffusion.denoiser import Denoiser
+from stillhouse.diffusion.losses import noised
+from stillhouse.diffusion.noise_levels import NoiseLevels
+from stillhouse.diffusion.training_noise import Draws
+from stillhouse.networks import Discriminator
+
+
+class GANOptions(TypedDict):
+    """method.gan; see `DiffusedGAN`."""
+
+    generator: float
+    fake: float
+    sigmas: NoiseLevels
+
+
+class DiffusedGAN(nn.Module):
+    """A classifier of noised real and generated images, on the encoder of the fake score, which it trains along.
+
+    unet: the fake score's network. generator, fake: weights of the two losses, on the scale of those they are added to.
+    sigmas: the law of the noise level.
+    """
+
+    def __init__(self, unet: nn.Module, *, generator: float, fake: float, sigmas: NoiseLevels):
+        super().__init__()
+        for option, value in (("generator", generator), ("fake", fake)):
+            if not value > 0:
+                raise ValueError(
+                    f"method.gan.{option} must be a positive number, got {value!r}; method.gan=null: no GAN"
+                )
+        self.generator, self.fake, self.sigmas = generator, fake, sigmas
+        self.discriminator = Discriminator(unet)
+
+    def realism(self, score: Denoiser, images: Tensor, sigma: Tensor, noise: Tensor, labels: Tensor | None) -> Tensor:
+        """Logits (B, 1) of images (B, C, H, W) with noise of the levels sigma (B,)."""
+        return self.discriminator(score.encode(noised(images, sigma, noise), sigma, labels))
+
+    def image_gradient(
+        self, score: Denoiser, images: Tensor, draws: Draws, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Weighted d softplus(-logit) / d images, (B, C, H, W), and the loss: none of it reaches score or classifier."""
+        with torch.enable_grad():
+            leaf = images.detach().requires_grad_()
+            logits = self.realism(score, leaf, draws.gan_sigma(self.sigmas), draws.gan_noise, labels)
+            loss = F.softplus(-logits).sum()
+            gradient = torch.autograd.grad(loss, leaf)[0]
+        return self.generator * gradient, loss.detach() / len(images)
+
+    def classification(
+        self,
+        score: Denoiser,
+        images: Tensor,
+        labels: Tensor | None,
+        real: Tensor,
+        real_labels: Tensor | None,
+        draws: Draws,
+    ) -> Tensor:
+        """softplus(logit of generated) + softplus(-logit of real images), a mean over the batch; not weighted."""
+        sigma = draws.gan_sigma(self.sigmas)
+        generated = self.realism(score, images, sigma, draws.gan_noise, labels)
+        found_real = self.realism(score, real, sigma, draws.real_noise, real_labels)
+        return (F.softplus(generated) + F.softplus(-found_real)).mean()

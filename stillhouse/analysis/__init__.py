@@ -1,0 +1,1 @@
+"""From records and curves to comparisons: tables, plots and the report."""

@@ -1,0 +1,116 @@
+"""How far flows from one noise lie apart, and how bent each one is: what repeated rectification adds up to.
+
+A flow is a teacher, and Phi(x0) is what its solver makes of the noise x0. Distances are sums over pixels.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stillhouse.diffusion.flow import time_of, velocity
+from stillhouse.diffusion.teacher import Teacher
+from stillhouse.metrics.sampling import Sampler, inputs
+from stillhouse.ranks import progress_bar
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The mean of a quantity over samples and its standard error, None where there is one sample."""
+
+    mean: float
+    error: float | None
+
+    @property
+    def root(self) -> float:
+        return math.sqrt(self.mean)
+
+
+def estimate(values: Tensor) -> Estimate:
+    """Of values (N,)."""
+    values = values.double()
+    error = (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else None
+    return Estimate(values.mean().item(), error)
+
+
+def squares(ours: Tensor, theirs: Tensor) -> Tensor:
+    """|a - b|^2 of each pair of images (N, C, H, W): (N,), float64. Errors: ValueError for other shapes than each other's."""
+    if ours.shape != theirs.shape:
+        raise ValueError(f"samples {tuple(ours.shape)} and {tuple(theirs.shape)} have no pairs to compare")
+    return (ours.double() - theirs.double()).square().flatten(1).sum(1)
+
+
+def ends(
+    sample: Sampler,
+    seeds: Tensor,
+    *,
+    shape: Sequence[int],
+    num_classes: int,
+    batch_size: int,
+    device: torch.device | str,
+    class_counts: Sequence[int] | None = None,
+) -> Tensor:
+    """What `sample(noise, labels)` makes of the seeds (N,), int64: (N, C, H, W), float32, on the CPU.
+
+    Errors: ValueError where images contain NaN or infinity.
+    """
+    batches = inputs(seeds.to(device), shape, num_classes, batch_size, class_counts)
+    images = torch.cat([sample(*batch).float().cpu() for batch in batches])
+    if not images.isfinite().all():
+        raise ValueError("samples contain NaN or infinity: the sampler has diverged")
+    return images
+
+
+def euler_path(teacher: Teacher, noise: Tensor, labels: Tensor | None, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """States X_t and velocities v(X_t, t), both (B, C, H, W), float64, at the beginning of each of so many Euler steps.
+
+    They are of equal length in t, from the time of the teacher's highest noise level, where X_t is the noise, to 1. A last
+    pair holds the end X_1 and, again, the last velocity.
+    """
+    first = teacher.sigmas()[0]
+    start = time_of(first.item())
+    denoiser, labels = teacher.denoiser, labels if teacher.conditional else None
+    z = noise.double() * (start * denoiser.preconditioning.prior_std(first).item())
+    for t in torch.linspace(start, 1, steps + 1, dtype=torch.float64)[:-1].tolist():
+        with torch.no_grad():
+            v = velocity(denoiser, z, z.new_full((len(z),), t), labels)
+        yield z, v
+        z = z + (1 - start) / steps * v
+    yield z, v
+
+
+def bend(teacher: Teacher, noise: Tensor, labels: Tensor | None, steps: int) -> Tensor:
+    """int |X_1 - X_0 - v(X_t, t)|^2 dt along each path from noise (B, C, H, W): (B,), float64, zero for straight ones.
+
+    Its mean is the straightness S of rectified flow (arXiv 2209.03003), by the states of `steps` Euler steps; the
+    flow's time is taken as a whole, from 0 to 1, where its network begins a little later. As X_1 - X_0 is then the mean of the
+    velocities, the integral is their variance along the path.
+    """
+    mean, total = torch.zeros_like(noise, dtype=torch.float64), torch.zeros(len(noise), dtype=torch.float64)
+    for count, (_, v) in zip(range(1, steps + 1), euler_path(teacher, noise, labels, steps), strict=False):
+        away = v - mean  # Welford's recurrence, which does not subtract large numbers
+        mean = mean + away / count
+        total = total + (away * (v - mean)).flatten(1).sum(1).cpu()
+    return total / steps
+
+
+def straightness(
+    teacher: Teacher,
+    seeds: Tensor,
+    steps: int,
+    *,
+    batch_size: int,
+    device: torch.device | str,
+    class_counts: Sequence[int] | None = None,
+    label: str | None = None,
+) -> Estimate:
+    """S over the noise and labels of the seeds (N,), int64. label: names a progress bar."""
+    shape = (teacher.channels, teacher.resolution, teacher.resolution)
+    values = []
+    with progress_bar(len(seeds), label) as bar:
+        for noise, labels in inputs(seeds.to(device), shape, teacher.num_classes, batch_size, class_counts):
+            values.append(bend(teacher, noise, labels, steps))
+            bar.update(len(noise))
+    return estimate(torch.cat(values))

@@ -1,0 +1,121 @@
+"""Records as text: values with unlike fingerprints never share a table."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from stillhouse.metrics.records import SUBJECTS, Record, comparable_id
+
+
+def table(records: Iterable[Record]) -> str:
+    """Aligned plain text: one table per fingerprint, each under a line that names it and what sets it apart."""
+    groups = by_fingerprint(records)
+    if not groups:
+        return "nothing was measured, by evaluation=none"
+    return "\n\n".join("\n".join([heading, *aligned(_rows(group))]) for heading, group in groups)
+
+
+def markdown(records: Iterable[Record]) -> str:
+    """The same tables for a README."""
+    return "\n\n".join("\n".join([*piped(_rows(group)), "", heading]) for heading, group in by_fingerprint(records))
+
+
+def aligned(rows: list[list[str]]) -> list[str]:
+    """Lines of plain text for a header and a body; the first two columns are words, the others numbers."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+
+
+def piped(rows: list[list[str]]) -> list[str]:
+    """The same in markdown, where a | or the end of a line inside a cell would begin another one."""
+    header, *body = ([" ".join(cell.replace("|", r"\|").splitlines()) for cell in row] for row in rows)
+    rule = ["---", "---", *["---:"] * (len(header) - 2)]
+    return [f"| {' | '.join(cells)} |" for cells in (header, rule, *body)]
+
+
+def by_fingerprint(records: Iterable[Record]) -> list[tuple[str, list[Record]]]:
+    """Records that may share a table, under a line that names their fingerprint and what sets it apart."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record.comparable_id, []).append(record)
+    prints = [group[0].comparable for group in groups.values()]
+    keys = dict.fromkeys(key for p in prints for key in p)
+    differing = [key for key in keys if len({repr(p.get(key)) for p in prints}) > 1]
+    return [(fingerprint_line(group[0].comparable, differing), group) for group in groups.values()]
+
+
+def fingerprint_line(comparable: dict[str, Any], differing: Sequence[str] = ()) -> str:
+    """The name of a fingerprint (see `Record.comparable`) and what it says; `differing`: keys that set it apart."""
+
+    def show(keys: Iterable[str]) -> str:
+        return ", ".join(f"{key} {short(comparable.get(key))}" for key in keys)
+
+    common = [key for key in comparable if key not in differing]
+    text = f"fingerprint {comparable_id(comparable)}"
+    if differing:
+        text += f", not to be compared with the others: {show(differing)}"
+    return f"{text} ({show(common)})" if common else text
+
+
+def short(value: Any) -> str:
+    """Hashes by their first 8 digits."""
+    text = str(value)
+    return text[:8] if len(text) == 64 else text
+
+
+def _rows(records: list[Record]) -> list[list[str]]:
+    """Header and body; one row per subject, one column per metric."""
+    metrics = list(dict.fromkeys(record.metric for record in records))
+    subjects: dict[tuple, dict[str, Record]] = {}
+    for r in records:
+        key = (r.name, r.subject, r.fingerprint.get("weights"), r.nfe, r.steps, r.solver)
+        subjects.setdefault(key, {})[r.metric] = r
+    order = sorted(subjects.values(), key=lambda row: _rank(next(iter(row.values()))))
+    body = []
+    for row in order:
+        r = next(iter(row.values()))
+        values = [shown(row[metric].mean, row[metric].std) if metric in row else "–" for metric in metrics]
+        body.append([r.name, subject(r), str(r.nfe), *values, rate(r), _speed_up(r, records)])
+    return [["name", "subject", "NFE", *metrics, "images/s", "speed-up"], *body]
+
+
+def _rank(record: Record) -> tuple:
+    return SUBJECTS.index(record.subject), -record.nfe if record.subject == "teacher" else 0
+
+
+def subject(record: Record) -> str:
+    """student (ema_0.999), student (raw, after 6 of 13 training steps), teacher (heun, 10 steps), real."""
+    notes = [record.fingerprint.get("weights") if record.subject == "student" else None, record.solver]
+    notes.append(f"{record.steps} steps" if record.steps and record.steps > 1 else None)
+    if record.unfinished:
+        notes.append(f"after {record.training['step']} of {record.training['total']} training steps")
+    how = ", ".join(note for note in notes if note)
+    return f"{record.subject} ({how})" if how else record.subject
+
+
+def shown(mean: float, std: float | None) -> str:
+    if not std:
+        return f"{mean:.4g}"
+    decimals = min(max(1 - math.floor(math.log10(std)), 0), 6)  # two digits of the spread
+    return f"{mean:.{decimals}f} ± {std:.{decimals}f}"
+
+
+def rate(record: Record) -> str:
+    """Images per second."""
+    rate = record.images_per_second
+    return "–" if rate is None else f"{rate:,.{0 if rate >= 100 else 1}f}"
+
+
+def _speed_up(record: Record, records: list[Record]) -> str:
+    """Sampling speed over that of the student's teacher at its most evaluations; nothing where that is ambiguous."""
+    teachers = [
+        r for r in records if r.subject == "teacher" and r.images_per_second and record.teacher in (None, r.name)
+    ]
+    if record.subject != "student" or not record.images_per_second or len({r.name for r in teachers}) != 1:
+        return "–"
+    slowest = max(teachers, key=lambda r: r.nfe)
+    return f"{record.images_per_second / slowest.images_per_second:.1f}x"

@@ -1,0 +1,261 @@
+"""EDM's published networks (Karras et al. 2022): pickles that carry their own source code, none of which is run here."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stillhouse.checkpoints.inert_pickle import DamagedPickle, Record, RefusedPickle, read_pickle, shown
+from stillhouse.checkpoints.pickled_tensors import Storages, parameter_of, tensor_of
+from stillhouse.checkpoints.published import Source, check_equal
+from stillhouse.networks.dhariwal_unet import DhariwalAttention, DhariwalUNet
+from stillhouse.networks.layers import Downsample
+from stillhouse.networks.song_unet import SongUNet
+
+CHANNELS_PER_HEAD = 64  # of EDM's ADM, which has no option for it
+_LONGEST = 200  # letters of a layer's name
+# Class in the file: our preconditioning, and what their attributes are called here.
+PRECONDITIONINGS = {
+    "EDMPrecond": ("EDM", {"sigma_data": "sigma_data"}),
+    "VPPrecond": ("VP", {"beta_d": "beta_d", "beta_min": "beta_min", "M": "timesteps"}),
+    "VEPrecond": ("VE", {}),
+}
+# Their names of our layers, within the network and within a block.
+_OUTER = {
+    "embed.noise": "map_noise",
+    "embed.label": "map_label",
+    "embed.augment": "map_augment",
+    "embed.layer1": "map_layer0",
+    "embed.layer2": "map_layer1",
+    "norm_out": "out_norm",
+    "conv_out": "out_conv",
+}
+_INNER = {
+    "norm_in": "norm0",
+    "conv_in": "conv0",
+    "shift": "affine",
+    "modulate": "affine",
+    "norm_out": "norm1",
+    "conv_out": "conv1",
+    "skip": "skip",
+    "attention.norm": "norm2",
+    "attention.qkv": "qkv",
+    "attention.proj": "proj",
+}
+
+
+class EDMPickle(Source):
+    """A network pickle as EDM publishes them, or as its training writes them (network-snapshot-*.pkl).
+
+    What the file says of its preconditioning, size, classes, resampling and heads must be what is configured, and so must
+    every name and shape; dropout and hidden labels, which sampling does not see, are the configured network's own.
+    """
+
+    def read(
+        self, file: Path, network: nn.Module, preconditioning: nn.Module
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        if not isinstance(network, SongUNet | DhariwalUNet):
+            raise ValueError(
+                f"{file} holds a SongUNet or a DhariwalUNet of EDM, not a {type(network).__name__}: set teacher.network"
+            )
+        outer = _ema(file)
+        try:
+            inner = _child(outer, "model")
+            _check_preconditioning(file, outer, preconditioning)
+            state = dict(_tensors(inner))
+            _check_network(file, outer, inner, state, network)
+        except DamagedPickle as error:
+            raise OSError(f"{file} has another layout than EDM's networks ({error}); fetch it again") from error
+        return converted(state, network), {"class": f"{outer.name} of {inner.name}"}
+
+
+def converted(state: Mapping[str, Tensor], network: SongUNet | DhariwalUNet) -> dict[str, Tensor]:
+    """EDM's tensors, by its names below `model.`, as ours; what the network does not have keeps its name."""
+    own = {edm_name(name, network): (name, value) for name, value in network.state_dict().items()}
+    result = {}
+    for name, value in state.items():
+        if name.endswith("resample_filter"):
+            continue
+        ours, like = own.get(name, (name, value))
+        if name not in own or value.numel() != like.numel():  # `check_state` has the message
+            result[ours] = value
+            continue
+        if (
+            "qkv" in name and value.ndim and len(value) % 3 == 0
+        ):  # theirs are q0, k0, v0, q1, ...; ours all q, all k, all v
+            value = value.unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1)
+        if (
+            value.ndim == 4 and like.ndim == 2 and value.shape[2:] == (1, 1)
+        ):  # attention: a convolution there, linear here
+            value = value.flatten(1)
+        result[ours] = value.contiguous()
+    return result
+
+
+def edm_name(name: str, network: SongUNet | DhariwalUNet) -> str:
+    """EDM's name, below `model.`, of the parameter or buffer that `network` calls `name`."""
+    *path, leaf = name.split(".")
+    if path[0] == "stem":
+        return f"enc.{_square(network.resolution)}_conv.{leaf}"
+    if path[0] not in ("encoder", "decoder", "heads"):
+        return f"{_OUTER['.'.join(path)]}.{leaf}"
+    part, size, *rest = path
+    if part == "heads":
+        return f"dec.{_square(size)}_aux_{rest[0]}.{leaf}"
+    if part == "decoder":
+        kind, index, *layer = rest
+        entry = f"in{index}" if int(size) == network.encoder_resolution else "up"
+        block = entry if kind == "entry" else f"block{index}"
+    elif isinstance(network, DhariwalUNet):
+        index, *layer = rest
+        first = int(size) < network.resolution  # that block shrinks
+        block = "down" if first and index == "0" else f"block{int(index) - first}"
+    elif rest[0] == "inject":
+        kind = "residual" if network.encoder[size].inject.conv.kernel_size == (3, 3) else "skip"
+        return f"enc.{_square(size)}_aux_{kind}.{leaf}"
+    else:
+        kind, *layer = rest
+        block = kind if kind == "down" else f"block{layer.pop(0)}"
+    return f"{part[:3]}.{_square(size)}_{block}.{_INNER['.'.join(layer)]}.{leaf}"
+
+
+def _square(size: int | str) -> str:
+    return f"{size}x{size}"
+
+
+def _ema(file: Path) -> Record:
+    """The averaged network of the file. Errors: OSError for a damaged file, ValueError for one that wants more than data."""
+    try:
+        with open(file, "rb") as stream:
+            makers = {**_MAKERS, "torch.storage._load_from_bytes": Storages()}
+            content = read_pickle(stream, file.stat().st_size, makers)
+    except DamagedPickle as error:
+        raise OSError(f"{file} is damaged, cut short or no pickle ({error}); delete it and fetch it again") from error
+    except RefusedPickle as error:
+        raise ValueError(
+            f"{file} was refused: it has {error}, which no network of EDM needs; nothing in it was executed"
+        ) from error
+    if not isinstance(content, dict) or not isinstance(content.get("ema"), Record):
+        raise ValueError(
+            f"{file} holds no averaged network ('ema'); take a published file or a network-snapshot of EDM's"
+        )
+    return content["ema"]
+
+
+def _attributes(module: Any) -> dict[str, Any]:
+    if not isinstance(module, Record) or not isinstance(module.state, dict):
+        raise DamagedPickle("what should be a layer is none")
+    return module.state
+
+
+def _children(module: Any) -> dict[str, Any]:
+    children = _attributes(module).get("_modules")
+    if not isinstance(children, dict):
+        raise DamagedPickle("a layer has no list of layers")
+    return {name: child for name, child in children.items() if child is not None}
+
+
+def _child(module: Record, name: str) -> Record:
+    children = _children(module)
+    if name not in children:
+        raise DamagedPickle(f"it has no {name}")
+    _attributes(children[name])
+    return children[name]
+
+
+def _tensors(root: Record) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by their dotted names."""
+    reached, waiting = set(), [("", root)]
+    while waiting:
+        prefix, module = waiting.pop()
+        if id(module) in reached:
+            raise DamagedPickle("a layer is held twice")
+        if len(prefix) > _LONGEST:
+            raise DamagedPickle(f"its layers {shown(prefix)} are nested too deeply")
+        reached.add(id(module))
+        for group in ("_parameters", "_buffers"):
+            values = _attributes(module).get(group) or {}
+            if not isinstance(values, dict):
+                raise DamagedPickle(f"the layer {shown(prefix)} has a {type(values).__name__} of tensors")
+            for name, value in values.items():
+                if value is not None:
+                    yield f"{prefix}{name}", parameter_of(value)
+        waiting += [(f"{prefix}{name}.", child) for name, child in _children(module).items()]
+
+
+def _check_preconditioning(file: Path, outer: Record, preconditioning: nn.Module) -> None:
+    if outer.name not in PRECONDITIONINGS:
+        raise ValueError(f"{file} holds a {shown(outer.name)[1:-1]}; {', '.join(PRECONDITIONINGS)} can be read")
+    theirs, constants = PRECONDITIONINGS[outer.name]
+    check_equal(file, {"preconditioning": (theirs, type(preconditioning).__name__)})
+    have = _attributes(outer)
+    check_equal(
+        file,
+        {
+            f"preconditioning.{ours}": (have.get(name), getattr(preconditioning, ours))
+            for name, ours in constants.items()
+        },
+    )
+
+
+def _check_network(
+    file: Path, outer: Record, inner: Record, state: Mapping[str, Tensor], network: SongUNet | DhariwalUNet
+) -> None:
+    have = _attributes(outer)
+    heads = {m.norm.num_channels // m.heads for m in network.modules() if isinstance(m, DhariwalAttention)}
+    pairs = {
+        "network": (inner.name, type(network).__name__),
+        "network.resolution": (have.get("img_resolution"), network.resolution),
+        "network.in_channels": (have.get("img_channels"), network.in_channels),
+        "network.num_classes": (have.get("label_dim"), network.num_classes),
+    }
+    if heads:
+        pairs["network.channels_per_head"] = (CHANNELS_PER_HEAD, heads.pop())
+    kernel = next((m.kernel for m in network.modules() if isinstance(m, Downsample)), None)
+    filters = (value for name, value in state.items() if name.endswith("resample_filter"))
+    if kernel is not None:
+        for theirs in filters:
+            if theirs.shape != kernel.shape or not torch.allclose(theirs.float(), kernel.cpu(), atol=1e-6):
+                pairs["network.resample_filter, of taps"] = (theirs.shape[-1] if theirs.ndim else 0, kernel.shape[-1])
+    check_equal(file, pairs)
+
+
+def _persistent(meta: Any) -> Record:
+    """An object that torch_utils.persistence would rebuild from its own source code: its class's name and attributes."""
+    if not isinstance(meta, dict) or meta.get("type") != "class" or not isinstance(meta.get("class_name"), str):
+        raise DamagedPickle("an object without a class")
+    return Record(meta["class_name"], meta.get("state"))
+
+
+def _numpy_scalar(dtype: Any, data: Any) -> float | int:
+    if not isinstance(dtype, Record) or not isinstance(data, bytes) or dtype.state is None or dtype.state[1] != "<":
+        raise DamagedPickle("a number of an unknown kind")
+    return np.frombuffer(data, f"<{dtype.name}", count=1).item()
+
+
+def _numpy_dtype(code: Any, *_: Any) -> Record:
+    if code not in ("f8", "f4", "i8", "i4"):
+        raise DamagedPickle("a number of an unknown kind")
+    return Record(code)
+
+
+def _empty() -> dict:
+    """Its items follow."""
+    return {}
+
+
+# All that these files mention.
+_MAKERS = {
+    "torch_utils.persistence._reconstruct_persistent_obj": _persistent,
+    "torch.nn.modules.container.ModuleDict": lambda: Record("ModuleDict"),
+    "torch._utils._rebuild_parameter": parameter_of,
+    "torch._utils._rebuild_tensor_v2": tensor_of,
+    "collections.OrderedDict": _empty,
+    "dnnlib.util.EasyDict": _empty,
+    "numpy.dtype": _numpy_dtype,
+    "numpy.core.multiarray.scalar": _numpy_scalar,
+    "numpy._core.multiarray.scalar": _numpy_scalar,
+}

@@ -1,0 +1,49 @@
+"""Flows in the one language: X_t = (1 - t) e + t x0 is x = X_t / t at noise level sigma = (1 - t) / t.
+
+So every denoiser is a flow with velocity v(X_t, t) = (D - X_t) / (1 - t), and D = X_t + (1 - t) v is what the velocity, held
+fixed, makes of X_t at t = 1 (rectified flow, arXiv 2209.03003). Time runs from noise, t = 0, to data, t = 1; networks are read
+from `start` > 0 on, where their highest noise level lies: the released code of rectified flow takes 1e-3.
+"""
+
+from torch import Tensor
+
+from stillhouse.diffusion.denoiser import Denoiser, DenoiserFunction
+
+
+def time_of(sigma: Tensor | float) -> Tensor | float:
+    """t of a noise level, in (0, 1]."""
+    return 1 / (1 + sigma)
+
+
+def level_of(t: Tensor | float) -> Tensor | float:
+    """sigma of times t in (0, 1]."""
+    return (1 - t) / t
+
+
+def per_sample(t: Tensor, like: Tensor) -> Tensor:
+    """Times (B,) in the precision of `like` (B, ...), with as many dimensions, to be multiplied by it."""
+    return t.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
+
+
+def between(noise: Tensor, images: Tensor, t: Tensor) -> Tensor:
+    """X_t = (1 - t) X_0 + t X_1, for X_0 and X_1 (B, C, H, W) and t (B,), float64."""
+    return per_sample(1 - t, noise) * noise + per_sample(t, images) * images
+
+
+def end_state(denoiser: DenoiserFunction, z: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+    """f(z, t) = z + (1 - t) v(z, t), the estimate of X_1 (B, C, H, W), of states z of that shape at times t (B,) in (0, 1)."""
+    return denoiser(z / per_sample(t, z), level_of(t), labels)
+
+
+def velocity(
+    denoiser: Denoiser, z: Tensor, t: Tensor, labels: Tensor | None = None, augment_labels: Tensor | None = None
+) -> Tensor:
+    """v(z, t) (B, C, H, W), float32, of states z of that shape at times t (B,), float64 in (0, 1).
+
+    It is (D - z) / (1 - t) without the division of a small difference: with x = z / t and D = c_skip x + c_out F it is
+    ((c_skip / t - 1) z + c_out F) / (1 - t). A network with branches is read in its first one. augment_labels as of `Denoiser`.
+    """
+    c = denoiser.preconditioning(level_of(t))
+    from_state, from_network = (c.skip / t - 1) / (1 - t), c.out / (1 - t)
+    out = denoiser.first_branch(per_sample(c.in_ / t, z) * z, c.noise, labels, augment_labels)
+    return per_sample(from_state, z) * z + per_sample(from_network, z) * out

@@ -1,0 +1,79 @@
+"""Objectives shared by several methods. All return one value per sample, (B,): sums over pixels, as EDM's."""
+
+import torch
+from torch import Tensor
+
+from stillhouse.diffusion.denoiser import Denoiser
+
+REGRESSIONS = ("l1", "l2", "huber")
+SCORE_WEIGHTINGS = ("edm", "dmd")
+
+
+def log_normal_sigmas(count: int, mean: float, std: float, device: torch.device) -> Tensor:
+    """Training noise levels with ln(sigma) ~ N(mean, std^2), (count,): EDM's law (its table 1: -1.2, 1.2)."""
+    return (torch.randn(count, device=device) * std + mean).exp()
+
+
+def noised(images: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+    """x_sigma = x0 + sigma e, for images and noise (B, C, H, W) and sigma (B,)."""
+    return images + sigma.view(-1, 1, 1, 1) * noise
+
+
+def weighted_square(denoiser: Denoiser, error: Tensor, sigma: Tensor) -> Tensor:
+    """lambda(sigma) |error|^2, (B,), with lambda = 1 / c_out^2 (EDM, table 1), for an error (B, C, H, W) at x0."""
+    return denoiser.preconditioning.loss_weight(sigma) * error.square().flatten(1).sum(1)
+
+
+def denoising_score_matching(
+    denoiser: Denoiser,
+    images: Tensor,
+    sigma: Tensor,
+    noise: Tensor,
+    labels: Tensor | None = None,
+    augment_labels: Tensor | None = None,
+) -> Tensor:
+    """lambda(sigma) |D(x0 + sigma e, sigma) - x0|^2 (EDM equation 2) with lambda = 1 / c_out^2.
+
+    images (B, C, H, W) in [-1, 1], sigma (B,), noise like images, unit normal; both kinds of labels as of `Denoiser`.
+    """
+    estimate = denoiser(noised(images, sigma, noise), sigma, labels, augment_labels)
+    return weighted_square(denoiser, estimate - images, sigma)
+
+
+def regression(output: Tensor, target: Tensor, kind: str) -> Tensor:
+    """Distance of a student's image to its teacher's, with all norms and sums over a sample's d = C H W values.
+
+    "l2": |a - b|^2 / 2, Denoising Student's KL. "l1": the sum of |a - b|.
+    "huber": sqrt(|a - b|^2 + c^2) - c, the pseudo-Huber loss: |a - b|^2 / 2c for small differences, |a - b| (not squared,
+    and not the "l1" sum) for large ones. c = 0.00054 d as in 2-RF++'s code (arXiv 2405.20320), which divides the loss by
+    d; iCT, where it comes from (arXiv 2310.14189), has 0.00054 sqrt(d).
+
+    output, target: (..., C, H, W); the result, float32, has their leading shape. ValueError for another kind.
+    """
+    if kind not in REGRESSIONS:
+        raise ValueError(f"unknown regression loss {kind!r}; choose one of {', '.join(REGRESSIONS)}")
+    error = (output.float() - target.float()).flatten(-3)
+    if kind == "l1":
+        return error.abs().sum(-1)
+    square = error.square().sum(-1)
+    if kind == "l2":
+        return square / 2
+    c = 0.00054 * error.shape[-1]
+    return square / ((square + c**2).sqrt() + c)  # the same without cancellation
+
+
+def score_gradient(images: Tensor, fake: Tensor, target: Tensor, weighting: str) -> Tensor:
+    """Gradient at the generator's images of the integral KL between their noised law and the target's, (B, C, H, W).
+
+    images x0 (B, C, H, W); fake, target: the two denoisers' estimates of x0 from the same noised images. The gradient of
+    KL at one level is (s_fake - s_target)(x_sigma) dx0 with the scores s = (D - x_sigma) / sigma^2, so that
+
+    "edm": D_fake - D_target, the gradient weighted by sigma^2 (Diff-Instruct, arXiv 2305.18455, released code);
+    "dmd": that divided by the mean of |x0 - D_target| over a sample's pixels, and by the number of pixels, over which the
+    released code of DMD2 (arXiv 2405.14867) takes the mean.
+    """
+    difference = fake.float() - target.float()
+    if weighting == "edm":
+        return difference
+    size = (images.float() - target.float()).abs().flatten(1).mean(1).clamp_min(1e-8)
+    return difference / (size.view(-1, *[1] * (images.ndim - 1)) * images[0].numel())

@@ -1,0 +1,58 @@
+"""Laws of the noise levels at which a method compares denoisers: quantile functions, from u in (0, 1) to sigma."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stillhouse.checks import check_counts
+
+
+@dataclass(frozen=True)
+class LogNormal:
+    """ln(sigma) ~ N(mean, std^2): EDM's law for training (arXiv 2206.00364, table 1), also Diff-Instruct's."""
+
+    mean: float = -1.2
+    std: float = 1.2
+
+    def __post_init__(self) -> None:
+        if self.std <= 0:
+            raise ValueError(f"a log-normal law needs a positive std, got {self.std!r}")
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """Noise levels (B,), float32, of uniform numbers u (B,), float64 in (0, 1)."""
+        return (torch.special.ndtri(u) * self.std + self.mean).exp().float()
+
+
+@dataclass(frozen=True)
+class KarrasGrid:
+    """Uniform over the entries `first` .. `last` of `levels` levels that are linear in sigma^(1/rho), entry 0 the least.
+
+    DMD2's ImageNet-64 law (arXiv 2405.14867, released code): 1000 levels, 20 .. 980 for the generator and all for the fake
+    score.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    levels: int = 1000
+    first: int = 20
+    last: int = 980
+
+    def __post_init__(self) -> None:
+        check_counts(2, levels=self.levels)
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise ValueError(f"need 0 < sigma_min < sigma_max, got {self.sigma_min!r} and {self.sigma_max!r}")
+        if self.rho <= 0:
+            raise ValueError(f"rho must be positive, got {self.rho!r}")
+        if not 0 <= self.first <= self.last < self.levels:
+            raise ValueError(f"need 0 <= first <= last < levels={self.levels}, got {self.first!r} and {self.last!r}")
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """Noise levels (B,), float32, of uniform numbers u (B,), float64 in (0, 1)."""
+        entry = (self.first + u * (self.last - self.first + 1)).floor()
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return (low + entry / (self.levels - 1) * (high - low)).pow(self.rho).float()
+
+
+NoiseLevels = LogNormal | KarrasGrid

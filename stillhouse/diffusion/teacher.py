@@ -1,0 +1,192 @@
+"""A frozen denoiser that knows how it is sampled."""
+
+import copy
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stillhouse.checkpoints.published import Source
+from stillhouse.checkpoints.weights import hash_form, hash_state, load_weights
+from stillhouse.checks import check_memory
+from stillhouse.diffusion.denoiser import Denoiser
+from stillhouse.diffusion.preconditioning import Preconditioning
+from stillhouse.diffusion.sampling import Sampling
+from stillhouse.diffusion.solvers import SOLVERS, check_solver, evaluations
+from stillhouse.files import check_name
+
+_LEVEL_BYTES = (
+    300  # of a noise level: float64 in several tensors of the schedule, and its text, by which samples are known
+)
+
+
+class Teacher:
+    """A denoiser with its weights, schedule, solver, labels and licence.
+
+    It is deliberately no nn.Module and copies to itself: held by a LightningModule it stays out of checkpoints,
+    optimisers, averages and DDP buckets. `weights=None` leaves the network at its random initialisation, as training one needs.
+    `source`: the published file that missing weights are made of, here and once.
+
+    Errors: ValueError for an unknown solver, options it does not have or cannot take, or an impossible step count,
+    FileNotFoundError for missing weights, and those of the source.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        network: nn.Module,
+        preconditioning: Preconditioning,
+        schedule: Callable[[int], Tensor],
+        *,
+        weights: str | None = None,
+        sha256: str | None = None,
+        source: Source | None = None,
+        solver: str = "heun",
+        solver_options: Mapping[str, bool | float | None] | None = None,
+        steps: int = 18,
+        conditional: bool = True,
+        licence: str = "unknown",
+    ):
+        check_name("teacher.name", name, "data")
+        options = dict(solver_options or {})
+        check_solver("teacher", solver, options)
+        self.name = name
+        self.weights = weights
+        self.licence = licence
+        self.solver = solver
+        self.solver_options = options
+        self.schedule = schedule
+        self.steps = steps
+        self.conditional = conditional
+        if weights is not None:
+            if source is not None:
+                source.provide(weights, network, preconditioning, licence)
+            load_weights(weights, network, sha256)
+        self.denoiser = Denoiser(network, preconditioning).eval().requires_grad_(False)
+        self.sigmas()  # an impossible step count is refused now, not after an hour
+        self._hash: str | None = None
+
+    def __deepcopy__(self, memo: dict) -> "Teacher":
+        return self
+
+    @property
+    def resolution(self) -> int:
+        return self.denoiser.network.resolution
+
+    @property
+    def channels(self) -> int:
+        return self.denoiser.network.in_channels
+
+    @property
+    def num_classes(self) -> int:
+        """0 where labels are absent or ignored."""
+        return self.denoiser.network.num_classes if self.conditional else 0
+
+    @property
+    def solver_name(self) -> str:
+        """The solver with its options, as named in stores and fingerprints."""
+        options = ",".join(f"{key}={value}" for key, value in sorted(self.solver_options.items()))
+        return f"{self.solver}({options})" if options else self.solver
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over weights and preconditioning, 64 hex digits."""
+        if self._hash is None:
+            preconditioning = self.denoiser.preconditioning
+            settings = {
+                k: v for k, v in vars(preconditioning).items() if isinstance(v, int | float) and k != "training"
+            }
+            parts = [hash_state(self.denoiser.network), type(preconditioning).__name__, settings]
+            text = json.dumps(parts, sort_keys=True)
+            self._hash = hashlib.sha256(text.encode()).hexdigest()
+        return self._hash
+
+    @property
+    def form(self) -> str:
+        """SHA-256 over what its denoiser is beside the weights (`hash_form`), 64 hex digits: no part of `hash`, by which
+        stored trajectories of earlier versions are found, which therefore have spot checks.
+        """
+        return hash_form(self.denoiser)
+
+    def to(self, device: torch.device | str) -> "Teacher":
+        self.denoiser.to(device)
+        return self
+
+    def student(self, label_dropout: bool = True) -> Denoiser:
+        """A trainable copy of the denoiser.
+
+        label_dropout=False: training never hides a label from it, as what learns from the teacher's own samples needs.
+        """
+        denoiser = copy.deepcopy(self.denoiser).requires_grad_(True)
+        for module in () if label_dropout else denoiser.modules():
+            if hasattr(module, "label_dropout"):
+                module.label_dropout = 0.0
+        return denoiser
+
+    def sigmas(self, steps: int | None = None, through: Sequence[float] = ()) -> Tensor:
+        """The sampling noise levels: float64 on the CPU, descending, the last one zero.
+
+        through: levels that must be among them. Each replaces the one nearest to it in ln(sigma), so the number of steps stays.
+        Errors: ValueError where two would replace the same one, the highest, or the zero.
+        """
+        steps = self.steps if steps is None else steps
+        if type(steps) is int:
+            check_memory(
+                _LEVEL_BYTES * steps, f"{steps} solver steps of teacher {self.name} (lower them): their noise levels"
+            )
+        sigmas = self.schedule(steps)
+        places = [(sigmas[:-1].log() - math.log(level)).abs().argmin().item() for level in through]
+        if len({0, *places}) <= len(places):
+            raise ValueError(
+                f"teacher {self.name} has too few steps ({len(sigmas) - 1}) to pass through the noise levels "
+                f"{', '.join(f'{level:g}' for level in through)}; give it more (teacher.steps)"
+            )
+        sigmas[places] = torch.tensor(through, dtype=sigmas.dtype)
+        return sigmas
+
+    def nfe(self, steps: int | None = None) -> int:
+        return evaluations(self.solver, len(self.sigmas(steps)) - 1)
+
+    def trajectory(
+        self,
+        noise: Tensor,
+        labels: Tensor | None = None,
+        steps: int | None = None,
+        denoiser: Any = None,
+        through: Sequence[float] = (),
+    ) -> Iterator[Tensor]:
+        """States after each solver step, float64 (B, C, H, W), from unit normal `noise` of that shape.
+
+        `denoiser` (default: the teacher's) lets a network in training be sampled by the teacher's schedule and solver.
+        `through`: noise levels that the schedule is bent to, as in `sigmas`.
+        """
+        denoiser = denoiser or self.denoiser
+        sigmas = self.sigmas(steps, through)
+        x = noise.double() * denoiser.preconditioning.prior_std(sigmas[0]).item()
+        solve = SOLVERS[self.solver].solve
+        states = solve(denoiser, x, sigmas, labels if self.conditional else None, **self.solver_options)
+        while True:
+            with torch.no_grad():  # around each step alone: a generator must not leak the mode to its consumer
+                state = next(states, None)
+            if state is None:
+                return
+            yield state
+
+    def sampling(self) -> Sampling:
+        """How it is sampled, in numbers."""
+        sigmas = self.sigmas()
+        scale = self.denoiser.preconditioning.prior_std(sigmas[0]).item()
+        return Sampling(sigmas.tolist(), scale, self.solver, dict(self.solver_options))
+
+    def sample(
+        self, noise: Tensor, labels: Tensor | None = None, steps: int | None = None, denoiser: Any = None
+    ) -> Tensor:
+        """The end point of the trajectory, float32 (B, C, H, W) in about [-1, 1], not clipped."""
+        state = noise
+        for state in self.trajectory(noise, labels, steps, denoiser):  # noqa: B007
+            pass
+        return state.float()

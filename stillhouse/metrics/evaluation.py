@@ -1,0 +1,337 @@
+"""From seeds to values with error bars: sample, quantise, extract, compare."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stillhouse.checks import check_memory
+from stillhouse.diffusion.random_numbers import MONITOR_SEEDS
+from stillhouse.metrics.distances import (
+    frechet_distance,
+    gaussian_kernel_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
+from stillhouse.metrics.extractors import FeatureExtractor
+from stillhouse.metrics.fidelity import WAYS_OUT
+from stillhouse.metrics.images import UINT8_RULE
+from stillhouse.metrics.labels import described, real_draws
+from stillhouse.metrics.records import Record
+from stillhouse.metrics.reference import PackedImages, Reference, real_features
+from stillhouse.metrics.sampling import Sampler, features
+from stillhouse.metrics.statistics import RunningGaussian
+from stillhouse.metrics.transport import wasserstein
+from stillhouse.ranks import rank_and_world
+
+METRICS = ("fid", "kid", "precision", "recall", "is", "w2", "mmd")
+SHIFT_SAMPLES = 2000  # that show how far off a fast extractor is
+MOST_FOR_W2 = 5000  # samples: the time of an exact assignment grows with their cube
+LEAST_REAL = {"fid": 2, "kid": 2, "precision": 4, "recall": 4}  # real images: a covariance takes 2, a third neighbour 4
+_NEED_REAL_ROWS = {"kid", "precision", "recall", "w2", "mmd"}
+_NEED_AS_MANY_ROWS = {"w2", "mmd"}
+
+
+def measure(
+    sample: Sampler,
+    *,
+    name: str,
+    subject: str,
+    nfe: int,
+    reference: Reference,
+    extractor: FeatureExtractor,
+    num_samples: int,
+    blocks: int = 3,
+    shape: Sequence[int],
+    num_classes: int,
+    batch_size: int,
+    device: torch.device | str,
+    metrics: Sequence[str] = ("fid",),
+    weights: str | None = None,
+    precision: str = "32-true",
+    steps: int | None = None,
+    solver: str | None = None,
+    teacher: str | None = None,
+    class_counts: Sequence[int] | None = None,
+    first_seed: int = 0,
+    progress: bool = True,
+) -> list[Record]:
+    """One record per metric (of METRICS), each with one value per block and their mean and spread.
+
+    Block b samples num_samples seeds from first_seed + b * num_samples on; num_classes and class_counts say with which labels,
+    as in `sample_labels`. weights: "ema" or "raw" for a student, None for a
+    teacher; precision: that of sampling, metrics run in float32 and above. Both are noted, not applied: the caller swaps
+    weights and sets autocast. images_per_second is the median over blocks, so that compilation in the first is no matter.
+    """
+    _check(metrics, reference, extractor, num_samples, blocks, batch_size)
+    reference = reference.to(device)
+    labels = {"num_classes": num_classes, "class_counts": class_counts}
+    sampling = {"shape": shape, **labels, "batch_size": batch_size, "device": device}
+    show_shift(sample, extractor, reference, first_seed + torch.arange(min(num_samples, SHIFT_SAMPLES)), sampling, name)
+    values: list[dict[str, float]] = []
+    rates = []
+    for block in range(blocks):
+        seeds = first_seed + torch.arange(block * num_samples, (block + 1) * num_samples)
+        rows, seconds = features(
+            sample,
+            extractor,
+            seeds,
+            **sampling,
+            label=f"{name} {subject}, block {block + 1}/{blocks}" if progress else None,
+        )
+        values.append(_scores(rows, reference, extractor, metrics))
+        rates.append(num_samples / seconds)
+    fingerprint = _fingerprint(extractor, reference, num_samples, blocks, labels, weights, precision, first_seed)
+    how = {"steps": steps, "solver": solver, "teacher": teacher}
+    return _records(values, extractor, fingerprint, name, subject, nfe, statistics.median(rates), how)
+
+
+def measure_real(
+    packed: PackedImages,
+    *,
+    name: str,
+    reference: Reference,
+    extractor: FeatureExtractor,
+    num_samples: int,
+    blocks: int = 3,
+    num_classes: int,
+    batch_size: int,
+    device: torch.device | str,
+    metrics: Sequence[str] = ("fid",),
+    precision: str = "32-true",
+    class_counts: Sequence[int] | None = None,
+    first_seed: int = 0,
+    progress: bool = True,
+) -> list[Record]:
+    """The floor: what exact draws from the data set, with replacement, score at this number of samples.
+
+    Draw i depends on seed i alone, blocks are those of `measure`, and so is the distribution of classes (see `real_draws`).
+    Where w2 or mmd is measured, the draws are from the real images that those do not compare with: a set is at distance zero
+    from itself. Give the same num_classes, class_counts and precision as there: the records then carry the same fingerprint and
+    share the table.
+    """
+    _check(metrics, reference, extractor, num_samples, blocks, batch_size)
+    reference = reference.to(device)
+    seeds = first_seed + torch.arange(blocks * num_samples)
+    disjoint = _NEED_AS_MANY_ROWS.intersection(metrics)
+    among = choose_real(len(packed), num_samples)[1] if disjoint else torch.arange(len(packed))
+    labels = {"num_classes": num_classes, "class_counts": class_counts}
+    draws = real_draws(seeds, packed.labels, among, **labels).numpy()
+    label = f"{name} real" if progress else None
+    rows = real_features(packed, extractor, batch_size, device, indices=draws, label=label)
+    values = [_scores(part, reference, extractor, metrics) for part in rows.split(num_samples)]
+    fingerprint = _fingerprint(extractor, reference, num_samples, blocks, labels, None, precision, first_seed)
+    return _records(values, extractor, fingerprint, name, "real", 0, None, {})
+
+
+class _Both:
+    """The features of a fast extractor beside those of the one that it stands for."""
+
+    def __init__(self, fast: FeatureExtractor):
+        self.fast, self.exact, self.dim = fast, fast.exact, 2 * fast.dim
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return torch.cat([self.fast(images), self.exact(images)], dim=1)
+
+    def to(self, device: torch.device | str) -> "_Both":
+        self.fast.to(device)
+        return self
+
+
+def show_shift(
+    sample: Sampler,
+    extractor: FeatureExtractor,
+    reference: Reference,
+    seeds: Tensor,
+    sampling: dict[str, Any],
+    name: str,
+) -> None:
+    """At the first use of a fast extractor: say in one line, and let it keep, how far off its Frechet distance is.
+
+    Both distances are those of the images of the same seeds (n,) to one reference. Every rank must call it.
+    """
+    if getattr(extractor, "exact", None) is None or extractor.shift is not None:
+        return
+    rows, _ = features(sample, _Both(extractor), seeds, **sampling)
+    fast, exact = (_frechet(part, reference) for part in rows.split(extractor.dim, dim=1))
+    extractor.shift = fast - exact
+    if rank_and_world()[0] == 0:
+        print(
+            f"{extractor.name}: {printed_name('fid', extractor)} of {len(seeds)} samples of {name} is {exact:.5g} in float32, "
+            f"{fast:.5g} with it: a shift of {extractor.shift:+.2g}",
+            flush=True,
+        )
+
+
+def _frechet(rows: Tensor, reference: Reference) -> float:
+    gaussian = RunningGaussian(rows.shape[1], rows.device).update(rows)
+    return frechet_distance(gaussian.mean, gaussian.cov, reference.mu, reference.cov).item()
+
+
+def needs_real_rows(metrics: Sequence[str]) -> bool:
+    """Whether the reference has to keep the features of all real images."""
+    return bool(_NEED_REAL_ROWS.intersection(metrics))
+
+
+def choose_real(total: int, num_samples: int) -> tuple[Tensor, Tensor]:
+    """Indices (num_samples,) of the real images, of `total`, that w2 and mmd compare with, and those of all others."""
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
+    return order[:num_samples], order[num_samples:]
+
+
+def check_settings(
+    metrics: Sequence[str], num_samples: int, blocks: int, batch_size: int, owner: str = "evaluation"
+) -> None:
+    """Refuse before an hour of training or sampling what would fail after it. owner: where the options stand."""
+    if isinstance(metrics, str) or not metrics:
+        raise ValueError(f"{owner}.metrics must be a list of some of {', '.join(METRICS)}, got {metrics!r}; {WAYS_OUT}")
+    if unknown := [metric for metric in metrics if metric not in METRICS]:
+        raise ValueError(f"metrics {', '.join(map(str, unknown))} are unknown; choose among {', '.join(METRICS)}")
+    for option, value, least in (
+        ("num_samples", num_samples, 10),
+        ("blocks", blocks, 1),
+        ("batch_size", batch_size, 1),
+    ):
+        if type(value) is not int or value < least:
+            raise ValueError(f"{owner}.{option} must be a whole number of at least {least}, got {value!r}; {WAYS_OUT}")
+    if num_samples * blocks > MONITOR_SEEDS:
+        counts = f"{owner}.num_samples={num_samples}" + (f" in blocks={blocks}" if blocks > 1 else "")
+        raise ValueError(f"{counts} are more than the {MONITOR_SEEDS:,} seeds that there are for them; lower them")
+    if "w2" in metrics and num_samples > MOST_FOR_W2:
+        raise ValueError(
+            f"w2 takes at most {MOST_FOR_W2} samples, got num_samples={num_samples}; lower it or leave out w2"
+        )
+
+
+def check_features(dim: int, num_samples: int, blocks: int, has_images: bool) -> None:
+    """Refuse numbers of samples whose features (N, dim), and those of as many real images for all blocks, fit into no memory."""
+    together = num_samples * (blocks if has_images else 1)
+    options = f"evaluation.num_samples={num_samples}" + (f" in blocks={blocks}" if has_images else "")
+    check_memory(
+        2 * 4 * dim * together, f"{options} (lower them): features of {together:,} images"
+    )  # float32, and in parts
+
+
+def check_real(metrics: Sequence[str], total: int, num_samples: int) -> None:
+    """Refuse metrics that need more real images than there are, `total`."""
+    least = {metric: LEAST_REAL[metric] for metric in metrics if metric in LEAST_REAL}
+    if least and total < max(least.values()):
+        needy = max(least, key=least.__getitem__)
+        raise ValueError(
+            f"{needy} compares with {least[needy]} real images at least, and the data set has {total}: give more "
+            f"images, leave it out of evaluation.metrics, or train without a measurement (evaluation=none)"
+        )
+    if (halves := _NEED_AS_MANY_ROWS.intersection(metrics)) and total < 2 * num_samples:
+        raise ValueError(
+            f"{', '.join(sorted(halves))} compare with as many real images, and their floor with as many others: "
+            f"num_samples={num_samples} is more than half of the {total} real ones"
+        )
+
+
+def check_rows(metrics: Sequence[str]) -> None:
+    """Refuse metrics that compare with single real images where there are only their mean and covariance."""
+    if needy := _NEED_REAL_ROWS.intersection(metrics):
+        raise ValueError(
+            f"{', '.join(sorted(needy))} compare with the features of all real images, and this reference has only their "
+            "mean and covariance; leave them out of the metrics, or set evaluation.reference=null and have the images"
+        )
+
+
+def _check(
+    metrics: Sequence[str],
+    reference: Reference,
+    extractor: FeatureExtractor,
+    num_samples: int,
+    blocks: int,
+    batch_size: int,
+) -> None:
+    check_settings(metrics, num_samples, blocks, batch_size)
+    if len(reference.mu) != extractor.dim:
+        raise ValueError(
+            f"the reference has {len(reference.mu)} features, the {extractor.name} extractor {extractor.dim}; "
+            "use statistics made by this extractor"
+        )
+    if reference.features is None:
+        check_rows(metrics)
+    if reference.features is not None:
+        check_real(metrics, len(reference.features), num_samples)
+    if not (reference.mu.isfinite().all() and reference.cov.isfinite().all()):
+        raise ValueError(
+            "the statistics of the real images contain NaN or infinity: make or fetch them again (evaluation.reference, or "
+            "data/statistics)"
+        )
+
+
+def printed_name(metric: str, extractor: FeatureExtractor) -> str:
+    """What a metric of METRICS is called in these features: fid_digits, fd_pixels, and fid of Inception's alone."""
+    name = getattr(extractor, "frechet_name", metric) if metric == "fid" else metric
+    return name + extractor.metric_suffix
+
+
+def _scores(
+    rows: Tensor, reference: Reference, extractor: FeatureExtractor, metrics: Sequence[str]
+) -> dict[str, float]:
+    scores = {}
+    if "fid" in metrics:
+        scores["fid"] = torch.tensor(_frechet(rows, reference), dtype=torch.float64)
+    if "kid" in metrics:
+        scores["kid"] = kernel_distance(rows, reference.features).mean()
+    if {"precision", "recall"}.intersection(metrics):
+        scores["precision"], scores["recall"] = precision_recall(rows, reference.features)
+    if _NEED_AS_MANY_ROWS.intersection(metrics):
+        chosen = choose_real(len(reference.features), len(rows))[0]
+        real = reference.features[chosen.to(rows.device)]
+        if "w2" in metrics:
+            scores["w2"] = torch.tensor(wasserstein(rows.cpu(), real.cpu()))
+        if "mmd" in metrics:
+            scores["mmd"] = gaussian_kernel_distance(rows, real)
+    if "is" in metrics:
+        scores["is"] = inception_score(extractor.class_logits(rows)).mean()
+    return {metric: scores[metric].item() for metric in metrics}
+
+
+def _fingerprint(
+    extractor: FeatureExtractor,
+    reference: Reference,
+    num_samples: int,
+    blocks: int,
+    labels: dict[str, Any],
+    weights: str | None,
+    precision: str,
+    first_seed: int,
+) -> dict[str, object]:
+    return {
+        "extractor": extractor.name,
+        "extractor_hash": extractor.hash,
+        "reference": reference.hash,
+        "num_samples": num_samples,
+        "seeds": [first_seed, first_seed + blocks * num_samples - 1],
+        "labels": described(**labels),
+        "uint8": UINT8_RULE,
+        "precision": precision,
+        "weights": weights,
+    }
+
+
+def _records(
+    values: list[dict[str, float]],
+    extractor: FeatureExtractor,
+    fingerprint: dict[str, object],
+    name: str,
+    subject: str,
+    nfe: int,
+    rate: float | None,
+    how: dict[str, object],
+) -> list[Record]:
+    records = []
+    for metric in values[0]:
+        series = [block[metric] for block in values]
+        std = statistics.stdev(series) if len(series) > 1 else None
+        printed = printed_name(metric, extractor)
+        mean = statistics.fmean(series)
+        shift = getattr(extractor, "shift", None) if metric == "fid" else None
+        records.append(Record(name, printed, subject, nfe, mean, std, series, rate, fingerprint, **how, shift=shift))
+    return records

@@ -1,0 +1,156 @@
+"""Real images as the other side of every comparison."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stillhouse.files import write_cache
+from stillhouse.metrics.extractors import FeatureExtractor
+from stillhouse.metrics.statistics import RunningGaussian, load_statistics, save_statistics
+from stillhouse.ranks import from_rank_zero, gather_rows, progress_bar, share
+
+
+class PackedImages(Protocol):
+    """What is needed of a packed data set (datamodules.components.packing)."""
+
+    hash: str
+    labels: np.ndarray | None
+
+    def __len__(self) -> int: ...
+
+    def fetch(self, indices: np.ndarray) -> tuple[Tensor, Tensor | None]: ...
+
+
+_PUBLISHED = {"file", "url", "sha256"}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Features of the real images: mean `mu` (D,) and covariance `cov` (D, D), float64, and where kept all rows (N, D).
+
+    `hash` names the images (or the statistics file) that they come from.
+    """
+
+    mu: Tensor
+    cov: Tensor
+    hash: str
+    features: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> "Reference":
+        rows = None if self.features is None else self.features.to(device)
+        return Reference(self.mu.to(device), self.cov.to(device), self.hash, rows)
+
+
+def real_features(
+    packed: PackedImages,
+    extractor: FeatureExtractor,
+    batch_size: int,
+    device: torch.device | str,
+    *,
+    indices: np.ndarray | None = None,
+    label: str | None = None,
+) -> Tensor:
+    """Features (n, D) of the images at `indices` (default: all), in that order, on every rank; all ranks share the work."""
+    total = len(packed) if indices is None else len(indices)
+    parts = list(_batches(packed, extractor, batch_size, device, indices, label))
+    rows = torch.cat(parts) if parts else torch.zeros(0, extractor.dim, device=device)
+    return gather_rows(rows, total)
+
+
+def reference_statistics(
+    packed: PackedImages,
+    extractor: FeatureExtractor,
+    cache_folder: str | Path | None = None,
+    *,
+    keep_features: bool = False,
+    batch_size: int = 512,
+    device: torch.device | str = "cpu",
+    label: str | None = None,
+) -> Reference:
+    """The reference of all images of a packed data set; every rank must call it, and all share the work.
+
+    With `cache_folder` mean and covariance are kept there, named by the hashes of extractor and images, and found again.
+    `keep_features` also keeps all rows, which KID, precision and recall compare with; they are computed each time. Where the
+    extractor is a fast one, the reference is that of the exact one.
+
+    Raises ValueError for a damaged cache file, which is left as it is.
+    """
+    extractor = getattr(extractor, "exact", None) or extractor
+    cache = None
+    if cache_folder is not None:
+        cache = Path(cache_folder) / f"{extractor.name}-{extractor.hash[:16]}-{packed.hash[:16]}.npz"
+        identity = f"extractor {extractor.hash}, images {packed.hash}"
+        cached = from_rank_zero(lambda: load_statistics(cache, identity) if cache.exists() else None)
+        if cached is not None and not keep_features:
+            return Reference(*cached, packed.hash).to(device)
+    rows = None
+    if keep_features:
+        rows = real_features(packed, extractor, batch_size, device, label=label)
+        gaussian = RunningGaussian(extractor.dim, device).update(rows)
+    else:
+        gaussian = RunningGaussian(extractor.dim, device)
+        for part in _batches(packed, extractor, batch_size, device, None, label):
+            gaussian.update(part)
+        gaussian = gaussian.merged()
+    if cache is not None and cached is None:
+        from_rank_zero(lambda: write_cache(lambda: save_statistics(cache, gaussian.mean, gaussian.cov, identity)))
+    return Reference(gaussian.mean, gaussian.cov, packed.hash, rows)
+
+
+def load_reference(path: str | Path) -> Reference:
+    """A published reference (npz with mu and sigma, as EDM's), on the CPU, named by the SHA-256 of the file."""
+    mu, cov = load_statistics(path)
+    return Reference(mu, cov, sha256(Path(path).read_bytes()).hexdigest())
+
+
+def published_reference(options: Mapping[str, Any], extractor: FeatureExtractor) -> Reference:
+    """What `evaluation.reference` asks for, on the CPU: with it nothing is compared with the images themselves.
+
+    options: `file`, and where known its `url` and `sha256`. Raises FileNotFoundError for a missing file, OSError for one with
+    another hash, ValueError for other options, a damaged file or statistics of another extractor.
+    """
+    if "file" not in options or not options.keys() <= _PUBLISHED:
+        raise ValueError(
+            f"evaluation.reference has {', '.join(map(str, options))}; give file=PATH.npz and at most url and sha256"
+        )
+    path, url, expected = (options.get(key) for key in ("file", "url", "sha256"))
+    path = Path(path).expanduser()
+    if not path.is_file():
+        fetch = f"add download=true to fetch {url}, or put the file there" if url else "put the file there"
+        raise FileNotFoundError(f"no reference statistics at {path}; {fetch}")
+    reference = load_reference(path)
+    if expected is not None and reference.hash != str(expected).lower():
+        raise OSError(
+            f"{path} has SHA-256 {reference.hash}, expected {expected}; fetch it again or correct evaluation.reference.sha256"
+        )
+    if len(reference.mu) != extractor.dim:
+        raise ValueError(
+            f"{path} has {len(reference.mu)} features, the {extractor.name} extractor {extractor.dim}; "
+            "choose statistics made by this extractor"
+        )
+    return reference
+
+
+def _batches(
+    packed: PackedImages,
+    extractor: FeatureExtractor,
+    batch_size: int,
+    device: torch.device | str,
+    indices: np.ndarray | None,
+    label: str | None,
+) -> Iterator[Tensor]:
+    """Features of this rank's share, batch by batch."""
+    indices = np.arange(len(packed)) if indices is None else indices
+    mine = indices[share(len(indices))]
+    extractor = extractor.to(device)
+    with progress_bar(len(mine), label) as bar:
+        for start in range(0, len(mine), batch_size):
+            batch = mine[start : start + batch_size]
+            yield extractor(packed.fetch(batch)[0].to(device))
+            bar.update(len(batch))

@@ -1,0 +1,37 @@
+"""Architectures, and what wraps them."""
+
+from stillhouse.networks.branching import (
+    BranchedConv2d,
+    branches_of,
+    collapse,
+    plain_state,
+    reading_all,
+    respread,
+    widen,
+)
+from stillhouse.networks.dhariwal_unet import DhariwalUNet
+from stillhouse.networks.diffusers_unet import DiffusersUNet
+from stillhouse.networks.discriminator import Discriminator
+from stillhouse.networks.lpips import LPIPS
+from stillhouse.networks.mlp import MLP
+from stillhouse.networks.song_unet import SongUNet
+from stillhouse.networks.step_condition import condition_on_steps, fixed_steps_state, set_steps
+
+__all__ = [
+    "LPIPS",
+    "MLP",
+    "BranchedConv2d",
+    "DhariwalUNet",
+    "DiffusersUNet",
+    "Discriminator",
+    "SongUNet",
+    "branches_of",
+    "collapse",
+    "condition_on_steps",
+    "fixed_steps_state",
+    "plain_state",
+    "reading_all",
+    "respread",
+    "set_steps",
+    "widen",
+]

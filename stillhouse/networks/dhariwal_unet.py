@@ -1,0 +1,204 @@
+"""The U-Net of Dhariwal & Nichol 2021 (ADM) in the form that EDM trains (Karras et al. 2022, table 7)."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stillhouse.checks import (
+    check_counts,
+    check_inputs,
+    check_labels,
+    check_levels,
+    check_multiple,
+    check_sequence,
+    check_shares,
+)
+from stillhouse.networks.branching import BranchedConv2d
+from stillhouse.networks.embeddings import DhariwalEmbedding
+from stillhouse.networks.layers import Downsample, Upsample, attend, group_norm, zeroed
+from stillhouse.networks.song_unet import DecoderLevel
+
+EPS = 1e-5  # of every group norm
+
+
+class DhariwalAttention(nn.Module):
+    """Self-attention with several heads over all pixels, added to its input; starts as the identity.
+
+    The rows of `qkv.weight` (3C, C) are all queries, then all keys, then all values, in each head after head.
+    (EDM's files have in each head q0, k0, v0, q1, ...)
+    """
+
+    def __init__(self, channels: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm = group_norm(channels, EPS)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj = zeroed(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = self.norm(x).flatten(2).transpose(1, 2)  # (B, H*W, C)
+        h = self.proj(attend(self.qkv(pixels), self.heads))
+        return x + h.transpose(1, 2).reshape(x.shape)
+
+
+class DhariwalBlock(nn.Module):
+    """Norm, convolution, norm scaled and shifted by the embedding, dropout, convolution, plus the input; attention after it.
+
+    `resample` changes the resolution of both paths. `emb` is (B, emb_channels). `heads=0`: no attention.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        dropout: float = 0.0,
+        heads: int = 0,
+        resample: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.resample = nn.Identity() if resample is None else resample
+        self.norm_in = group_norm(in_channels, EPS)
+        self.conv_in = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.modulate = nn.Linear(emb_channels, 2 * out_channels)
+        self.norm_out = group_norm(out_channels, EPS)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_out = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.attention = DhariwalAttention(out_channels, heads) if heads else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv_in(self.resample(F.silu(self.norm_in(x))))
+        scale, shift = self.modulate(emb)[:, :, None, None].chunk(2, dim=1)
+        h = F.silu(self.norm_out(h) * (1 + scale) + shift)
+        h = self.conv_out(self.dropout(h))
+        return self.attention(self.skip(self.resample(x)) + h)
+
+
+class DhariwalUNet(nn.Module):
+    """ADM; the defaults are EDM's ImageNet-64 network but for its num_classes=1000.
+
+    `resolution` must be divisible by 2^(levels - 1), `levels = len(channel_mult)`; `attn_resolutions` are resolutions
+    of these levels, where channels must be a multiple of `channels_per_head`, as at the lowest one, which always has
+    attention. `label_dropout` is the share of training samples whose label is hidden. All other layers start as
+    PyTorch's do, the last one of each sum and of the network at zero.
+    Raises ValueError where an option is out of range or does not fit the others.
+    """
+
+    def __init__(
+        self,
+        resolution: int,
+        in_channels: int,
+        out_channels: int,
+        num_classes: int = 0,
+        augment_dim: int = 0,
+        model_channels: int = 192,
+        channel_mult: Sequence[int] = (1, 2, 3, 4),
+        emb_mult: int = 4,
+        num_blocks: int = 3,
+        attn_resolutions: Sequence[int] = (32, 16, 8),
+        channels_per_head: int = 64,
+        dropout: float = 0.1,
+        label_dropout: float = 0.0,
+    ):
+        super().__init__()
+        check_counts(
+            resolution=resolution,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            model_channels=model_channels,
+            emb_mult=emb_mult,
+            num_blocks=num_blocks,
+            channels_per_head=channels_per_head,
+        )
+        check_counts(0, augment_dim=augment_dim)
+        check_shares(dropout=dropout)
+        check_labels(num_classes, label_dropout)
+        channel_mult = check_sequence("channel_mult", channel_mult)
+        attn_resolutions = check_sequence("attn_resolutions", attn_resolutions)
+        check_levels(resolution, channel_mult, attn_resolutions)
+        check_multiple(4, model_channels=model_channels)
+        levels = [(resolution >> level, model_channels * mult) for level, mult in enumerate(channel_mult)]
+        for size, channels in levels:
+            if size in (*attn_resolutions, levels[-1][0]) and channels % channels_per_head:
+                raise ValueError(
+                    f"channels_per_head={channels_per_head} must divide the {channels} channels at resolution {size}, "
+                    "which has attention; change it, model_channels or attn_resolutions"
+                )
+        heads = {size: channels // channels_per_head if size in attn_resolutions else 0 for size, channels in levels}
+        self.resolution = resolution
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.num_classes = num_classes
+        self.augment_dim = augment_dim
+
+        emb_channels = model_channels * emb_mult
+        self.embed = DhariwalEmbedding(model_channels, emb_channels, num_classes, augment_dim, label_dropout)
+        block = partial(DhariwalBlock, emb_channels=emb_channels, dropout=dropout)
+
+        width = levels[0][1]
+        self.stem = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.encoder = nn.ModuleDict()
+        skip_widths = [width]
+        for size, channels in levels:
+            blocks = []
+            if size < resolution:
+                blocks.append(block(width, width, resample=Downsample((1, 1))))
+                skip_widths.append(width)
+            for _ in range(num_blocks):
+                blocks.append(block(width, channels, heads=heads[size]))
+                width = channels
+                skip_widths.append(width)
+            self.encoder[str(size)] = nn.ModuleList(blocks)
+        self.encoder_resolution, self.encoder_channels = size, width  # of what `encode` gives
+
+        self.decoder = nn.ModuleDict()
+        for size, channels in reversed(levels):
+            if size == self.encoder_resolution:
+                entry = [block(width, width, heads=width // channels_per_head), block(width, width)]
+            else:
+                entry = [block(width, width, resample=Upsample((1, 1)))]
+            blocks = []
+            for _ in range(num_blocks + 1):
+                blocks.append(block(width + skip_widths.pop(), channels, heads=heads[size]))
+                width = channels
+            self.decoder[str(size)] = DecoderLevel(entry, blocks)
+        self.norm_out = group_norm(width, EPS)
+        self.conv_out = zeroed(BranchedConv2d(width, out_channels, 3, padding=1))
+
+    def forward(
+        self,
+        x: Tensor,
+        noise_labels: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        """Output (B, out_channels, H, W) for x (B, in_channels, H, W) and the preconditioning's c_noise (B,).
+
+        class_labels: int64 (B,) in [0, num_classes); augment_labels: (B, augment_dim); None is the zero vector.
+        """
+        check_inputs(self, x, noise_labels, class_labels, augment_labels)
+        emb = self.embed(noise_labels, class_labels, augment_labels)
+        skips = self._encode(x, emb)
+        x = skips[-1]
+        for level in self.decoder.values():
+            x = level(x, skips, emb)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+    def encode(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """Features (B, encoder_channels, encoder_resolution, encoder_resolution): the end of the encoder, without decoder.
+
+        Inputs as for `forward`. A discriminator reads its head's input here.
+        """
+        check_inputs(self, x, noise_labels, class_labels, None)
+        return self._encode(x, self.embed(noise_labels, class_labels, None))[-1]
+
+    def _encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
+        """What the decoder concatenates, the last of them also its input."""
+        skips = [self.stem(x)]
+        for level in self.encoder.values():
+            for block in level:
+                skips.append(block(skips[-1], emb))
+        return skips

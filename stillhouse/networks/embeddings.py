@@ -1,0 +1,133 @@
+"""What a U-Net is told beside the image: the noise level, the class, the augmentation."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stillhouse.networks.layers import linear, zeroed
+
+
+class PositionalEmbedding(nn.Module):
+    """Sines, then cosines, of the noise label (B,) at frequencies in geometric steps from 1 to 1/10000 (DDPM++).
+
+    With `endpoint=False` the steps end one before 1/10000 (ADM).
+    """
+
+    def __init__(self, channels: int, endpoint: bool = True):
+        super().__init__()
+        half = channels // 2
+        # In float32 throughout: labels reach 999, where a last-bit difference in a frequency shows in the phase, and
+        # the published weights were trained on these values.
+        exponent = torch.arange(half, dtype=torch.float32) / (half - endpoint)
+        self.register_buffer("freqs", (1 / 10000) ** exponent, persistent=False)
+
+    def forward(self, noise_labels: Tensor) -> Tensor:
+        return _sin_cos(noise_labels, self.freqs)
+
+
+class FourierEmbedding(nn.Module):
+    """Sines, then cosines, of the noise label (B,) at random frequencies of standard deviation 16 (NCSN++).
+
+    The frequencies are drawn once, never trained, and belong to the weights.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("freqs", torch.randn(channels // 2) * 16)
+
+    def forward(self, noise_labels: Tensor) -> Tensor:
+        return _sin_cos(noise_labels, 2 * math.pi * self.freqs)
+
+
+EMBEDDINGS = {"positional": PositionalEmbedding, "fourier": FourierEmbedding}
+
+
+class Embedding(nn.Module):
+    """Noise label, class and augmentation of each sample as one vector (B, emb_channels), in full precision always."""
+
+    def __init__(
+        self,
+        kind: str,
+        noise_channels: int,
+        emb_channels: int,
+        num_classes: int,
+        augment_dim: int,
+        label_dropout: float,
+    ):
+        super().__init__()
+        self.num_classes = num_classes
+        self.label_dropout = label_dropout
+        self.noise = EMBEDDINGS[kind](noise_channels)
+        self.label = linear(num_classes, noise_channels) if num_classes else None
+        self.augment = linear(augment_dim, noise_channels, bias=False) if augment_dim else None
+        self.layer1 = linear(noise_channels, emb_channels)
+        self.layer2 = linear(emb_channels, emb_channels)
+        self.steps: nn.Module | None = None  # see stillhouse/networks/step_condition.py
+
+    def forward(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
+        # Half precision would blur neighbouring noise levels, and there is next to nothing to gain here.
+        with torch.autocast(noise_labels.device.type, enabled=False):
+            emb = self.noise(noise_labels).to(self.layer1.weight.dtype)
+            # Absent labels are zeros rather than a skipped layer: every parameter always has a gradient (DDP needs it).
+            if self.label is not None:
+                dropout = self.label_dropout if self.training else 0
+                one_hot = _one_hot(class_labels, self.num_classes, dropout, emb)
+                emb = emb + self.label(one_hot * math.sqrt(self.num_classes))
+            if self.augment is not None:
+                zeros = emb.new_zeros(len(emb), self.augment.in_features)
+                emb = emb + self.augment(zeros if augment_labels is None else augment_labels.to(emb.dtype))
+            emb = self.layer2(F.silu(self.layer1(emb)))
+            if self.steps is not None:
+                emb = emb + self.steps()
+            return F.silu(emb)
+
+
+class DhariwalEmbedding(nn.Module):
+    """The same for ADM, whose label joins behind the two layers; (B, emb_channels), in full precision always."""
+
+    def __init__(
+        self, noise_channels: int, emb_channels: int, num_classes: int, augment_dim: int, label_dropout: float
+    ):
+        super().__init__()
+        self.num_classes = num_classes
+        self.label_dropout = label_dropout
+        self.noise = PositionalEmbedding(noise_channels, endpoint=False)
+        self.augment = zeroed(nn.Linear(augment_dim, noise_channels, bias=False)) if augment_dim else None
+        self.layer1 = nn.Linear(noise_channels, emb_channels)
+        self.layer2 = nn.Linear(emb_channels, emb_channels)
+        self.steps: nn.Module | None = None  # see stillhouse/networks/step_condition.py
+        self.label = nn.Linear(num_classes, emb_channels, bias=False) if num_classes else None
+        if self.label is not None:
+            nn.init.normal_(self.label.weight)
+
+    def forward(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
+        with torch.autocast(noise_labels.device.type, enabled=False):
+            waves = self.noise(noise_labels).to(self.layer1.weight.dtype)
+            emb = waves.roll(waves.shape[1] // 2, dims=1)  # cosines first
+            if self.augment is not None:
+                zeros = emb.new_zeros(len(emb), self.augment.in_features)
+                emb = emb + self.augment(zeros if augment_labels is None else augment_labels.to(emb.dtype))
+            emb = self.layer2(F.silu(self.layer1(emb)))
+            if self.steps is not None:
+                emb = emb + self.steps()
+            if self.label is not None:
+                dropout = self.label_dropout if self.training else 0
+                emb = emb + self.label(_one_hot(class_labels, self.num_classes, dropout, emb))
+            return F.silu(emb)
+
+
+def _one_hot(class_labels: Tensor | None, num_classes: int, dropout: float, like: Tensor) -> Tensor:
+    """(B, num_classes) with the dtype and device of `like` (B, ...); zeros where labels are absent or dropped."""
+    if class_labels is None:
+        return like.new_zeros(len(like), num_classes)
+    one_hot = F.one_hot(class_labels, num_classes).to(like.dtype)
+    if dropout:
+        one_hot = one_hot * (torch.rand(len(like), 1, device=like.device) >= dropout)
+    return one_hot
+
+
+def _sin_cos(labels: Tensor, freqs: Tensor) -> Tensor:
+    angles = labels[:, None] * freqs
+    return torch.cat([angles.sin(), angles.cos()], dim=1)

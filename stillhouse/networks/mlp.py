@@ -1,0 +1,103 @@
+"""A residual multilayer perceptron with the contract of the U-Nets, for images of one pixel such as points of the plane."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stillhouse.checks import check_choice, check_counts, check_inputs, check_labels, check_multiple, check_shares
+from stillhouse.networks.branching import BranchedConv2d
+from stillhouse.networks.embeddings import EMBEDDINGS, Embedding
+from stillhouse.networks.layers import linear, zeroed
+
+
+class _Block(nn.Module):
+    """x + W2 silu(norm(W1 silu(norm(x)) + shift(emb))): features (B, width); starts near the identity."""
+
+    def __init__(self, width: int, emb_channels: int, dropout: float):
+        super().__init__()
+        self.norm_in = nn.LayerNorm(width)
+        self.layer_in = linear(width, width)
+        self.shift = linear(emb_channels, width)
+        self.norm_out = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+        self.layer_out = linear(width, width, gain=1e-5)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.layer_in(F.silu(self.norm_in(x))) + self.shift(emb)
+        return x + self.layer_out(self.dropout(F.silu(self.norm_out(h))))
+
+
+class MLP(nn.Module):
+    """`num_blocks` residual blocks of `width` features between a linear stem and an output that starts at zero.
+
+    `resolution` must be 1: neighbouring pixels would mean nothing to it. `width` is a multiple of 4, `label_dropout` the
+    share of training samples whose label is hidden, `embedding` that of the noise level, as in `SongUNet`: any
+    preconditioning's input will do. The output convolution can have branches (stillhouse/networks/branching.py).
+
+    Errors: ValueError where an option is out of range or does not fit the others.
+    """
+
+    augment_dim = 0
+
+    def __init__(
+        self,
+        resolution: int,
+        in_channels: int,
+        out_channels: int,
+        num_classes: int = 0,
+        width: int = 128,
+        num_blocks: int = 4,
+        dropout: float = 0.0,
+        label_dropout: float = 0.0,
+        embedding: str = "positional",
+    ):
+        super().__init__()
+        check_counts(
+            resolution=resolution,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            width=width,
+            num_blocks=num_blocks,
+        )
+        check_shares(dropout=dropout)
+        check_labels(num_classes, label_dropout)
+        check_multiple(4, width=width)
+        check_choice("embedding", embedding, tuple(EMBEDDINGS))
+        if resolution != 1:
+            raise ValueError(f"an MLP reads images of one pixel: resolution must be 1, got {resolution}; take a U-Net")
+        self.resolution = resolution
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.num_classes = num_classes
+        self.encoder_resolution, self.encoder_channels = 1, width  # of what `encode` gives
+
+        self.embed = Embedding(embedding, width, width, num_classes, 0, label_dropout)
+        self.stem = linear(in_channels, width)
+        self.blocks = nn.ModuleList(_Block(width, width, dropout) for _ in range(num_blocks))
+        self.norm = nn.LayerNorm(width)
+        self.head = zeroed(BranchedConv2d(width, out_channels, 1))
+
+    def forward(
+        self,
+        x: Tensor,
+        noise_labels: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        """Output (B, out_channels, 1, 1) for x (B, in_channels, 1, 1) and the preconditioning's c_noise (B,).
+
+        class_labels: int64 (B,) in [0, num_classes); None is the zero vector. augment_labels: None.
+        """
+        check_inputs(self, x, noise_labels, class_labels, augment_labels)
+        return self.head(self._encode(x, noise_labels, class_labels))
+
+    def encode(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """Features (B, width, 1, 1) that the output is read from; inputs as for `forward`. A discriminator reads them."""
+        check_inputs(self, x, noise_labels, class_labels, None)
+        return self._encode(x, noise_labels, class_labels)
+
+    def _encode(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None) -> Tensor:
+        emb = self.embed(noise_labels, class_labels, None)
+        x = self.stem(x.flatten(1))
+        for block in self.blocks:
+            x = block(x, emb)
+        return F.silu(self.norm(x))[:, :, None, None]

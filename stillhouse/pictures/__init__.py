@@ -1,0 +1,1 @@
+"""Pictures of samples: image grids, plots of points, paths."""

@@ -1,0 +1,34 @@
+"""What the pictures of comparisons have in common: a logarithmic axis where it helps, the legend below, the file."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from stillhouse.files import write_file
+
+_LOG_SPAN = 5
+
+
+def log_scale(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic y axis with plain numbers, if the values are positive and span more than a factor of 5."""
+    if min(values) > 0 and max(values) > _LOG_SPAN * min(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "235" else "")
+
+
+def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str], letters: int) -> None:
+    """letters: in a line as wide as the figure."""
+    columns = min(len(labels), max(1, letters // (8 + max(map(len, labels)))))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write the figure as PNG, whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    write_file(path, buffer.getvalue())

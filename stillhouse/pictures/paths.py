@@ -1,0 +1,105 @@
+"""paths.png for planar data, images of shape (2, 1, 1): how noise is carried to data, and what that is trained on."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from stillhouse.analysis.flow_errors import euler_path
+from stillhouse.diffusion import bezier
+from stillhouse.diffusion.teacher import Teacher
+from stillhouse.pictures.charts import legend_below, save
+
+_COLUMNS = 4  # at most
+_SIDE = 3.6  # inches
+_LETTERS = 40  # of the legend for each column
+_NOISE, _DATA, _CONTROL = "C0", "C3", "C2"
+_MARGIN = 0.06
+
+
+class Panel(NamedTuple):
+    """Curves (N, T, 2) from starts to ends (N, 2), over points (M, 2) of the data and marks (L, 2), such as control points."""
+
+    title: str
+    starts: Tensor
+    curves: Tensor
+    ends: Tensor
+    background: Tensor | None = None
+    marks: Tensor | None = None
+
+
+def draw_paths(path: str | Path, panels: Sequence[Panel]) -> Figure:
+    """Small multiples with equal axes and common limits; returns the figure. Errors: ValueError for no panel."""
+    if not panels:
+        raise ValueError("a picture of paths needs at least one panel")
+    rows = math.ceil(len(panels) / _COLUMNS)
+    columns = math.ceil(len(panels) / rows)
+    figure = Figure(figsize=(_SIDE * columns, _SIDE * rows + 0.5), layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    low, high = _limits(panels)
+    for axes, panel in zip(grid, panels, strict=False):
+        _draw(axes, panel)
+        axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    entries: dict[str, object] = {}
+    for axes in grid:
+        handles, labels = axes.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    legend_below(figure, list(entries.values()), list(entries), _LETTERS * columns)
+    save(figure, path)
+    return figure
+
+
+def coupling_panel(title: str, noise: Tensor, images: Tensor, background: Tensor | None = None) -> Panel:
+    """Straight lines from noise to images (N, 2, 1, 1): what a flow is trained on. Independent ones cross."""
+    starts, ends = points(noise), points(images)
+    return Panel(title, starts, torch.stack([starts, ends], 1), ends, background)
+
+
+def flow_panel(
+    title: str, teacher: Teacher, noise: Tensor, labels: Tensor | None, steps: int, background: Tensor | None = None
+) -> Panel:
+    """The paths of a flow's ODE from noise (N, 2, 1, 1), by so many Euler steps of equal length in its time."""
+    states = [points(z) for z, _ in euler_path(teacher, noise, labels, steps)]
+    return Panel(title, states[0], torch.stack(states, 1), states[-1], background)
+
+
+def bezier_panel(title: str, control: Tensor, background: Tensor | None = None, steps: int = 64) -> Panel:
+    """Bezier curves of control points (N, n + 1, 2, 1, 1), with the inner ones marked."""
+    times = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=control.device)
+    states = [points(bezier.point(control, t.expand(len(control)))) for t in times]
+    inner = control[:, 1:-1].flatten(0, 1)
+    marks = points(inner) if len(inner) else None
+    return Panel(title, states[0], torch.stack(states, 1), states[-1], background, marks)
+
+
+def points(images: Tensor) -> Tensor:
+    """Planar images (N, 2, 1, 1) as points (N, 2), float64, on the CPU."""
+    return images.reshape(len(images), 2).double().cpu()
+
+
+def _limits(panels: Sequence[Panel]) -> tuple[list[float], list[float]]:
+    """Of everything but the marks, of which some lie far away."""
+    everything = [p.curves.flatten(0, 1) for p in panels] + [p.background for p in panels if p.background is not None]
+    cloud = torch.cat(everything)
+    low, high = cloud.amin(0), cloud.amax(0)
+    room = _MARGIN * (high - low).max()
+    return (low - room).tolist(), (high + room).tolist()
+
+
+def _draw(axes: Axes, panel: Panel) -> None:
+    if panel.background is not None:
+        axes.scatter(*panel.background.T, s=4, color="0.7", linewidths=0, zorder=0, label="data")
+    axes.add_collection(LineCollection(panel.curves.numpy(), colors="0.35", linewidths=0.7, alpha=0.7, zorder=1))
+    axes.scatter(*panel.starts.T, s=9, color=_NOISE, linewidths=0, zorder=2, label="noise")
+    axes.scatter(*panel.ends.T, s=9, color=_DATA, linewidths=0, zorder=3, label="end points")
+    if panel.marks is not None:
+        axes.scatter(*panel.marks.T, s=14, color=_CONTROL, marker="x", linewidths=0.8, zorder=2, label="control points")
+    axes.set_title(panel.title, fontsize="medium")

@@ -1,0 +1,101 @@
+"""What a run shows of its samples, by their shape: images in grids, points of the plane in scatter plots."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stillhouse.diffusion.random_numbers import sample_labels, sample_noise
+from stillhouse.metrics.images import from_uint8, to_uint8
+from stillhouse.metrics.reference import PackedImages
+from stillhouse.metrics.sampling import Sampler
+from stillhouse.pictures.charts import save
+from stillhouse.pictures.grids import image_grid, interpolation_strip, nearest, save_grid, side_by_side
+from stillhouse.pictures.points import PLANE, interpolation_curves, pixels, scatter
+
+_ROWS, _STRIPS = 16, 4
+_PIXELS, _GRID_PIXELS = 48, 32  # small images are enlarged to about so many, in the end and on the way
+_NEAREST_AMONG = 50_000  # the first ones of a larger data set
+_POINTS = 2000  # of samples and of real points
+
+
+class Data(Protocol):
+    """What is needed of a datamodule."""
+
+    channels: int
+    resolution: int
+    num_classes: int
+
+    def reference(self) -> PackedImages: ...
+
+
+def shape_of(data: Data) -> tuple[int, int, int]:
+    return data.channels, data.resolution, data.resolution
+
+
+@torch.no_grad()
+def draw_final(
+    folder: Path, samplers: Mapping[str, Sampler], data: Data, device: torch.device, with_real: bool = True
+) -> None:
+    """samples.png and interpolation.png in `folder`, of samplers {title: function of (noise, labels)}.
+
+    Images: rows of samples.png share noise and label; its last column is the real image nearest to the last sampler's,
+    unless `with_real` is false.
+    Points: one panel for each sampler, all of the same noise, over real points.
+    """
+    if shape_of(data) == PLANE:
+        real = _real_points(data)
+        samples = {title: _samples(sample, data, _POINTS, device) for title, sample in samplers.items()}
+        save(scatter(samples, real), folder / "samples.png")
+        pairs = torch.arange(2 * _STRIPS, device=device).reshape(_STRIPS, 2)
+        curves = interpolation_curves(samplers, real, pairs, num_classes=data.num_classes)
+        save(curves, folder / "interpolation.png")
+        return
+    scale = max(1, _PIXELS // data.resolution)
+    seeds = torch.arange(_ROWS, device=device)
+    noise = sample_noise(seeds, shape_of(data))
+    # Every class once shows more than drawn labels do.
+    labels = seeds % data.num_classes if data.num_classes else None
+    columns = {title: to_uint8(sample(noise, labels)).cpu() for title, sample in samplers.items()}
+    if with_real:
+        packed = data.reference()
+        real, _ = packed.fetch(np.arange(min(len(packed), _NEAREST_AMONG)))
+        columns["nearest real"] = real[nearest(list(columns.values())[-1], real)]
+    side_by_side(folder / "samples.png", columns, scale)
+    interpolation_strip(
+        folder / "interpolation.png",
+        samplers,
+        seeds[: 2 * _STRIPS].reshape(_STRIPS, 2),
+        shape=shape_of(data),
+        num_classes=data.num_classes,
+        scale=scale,
+    )
+
+
+@torch.no_grad()
+def draw_progress(path: Path, sample: Sampler, data: Data, device: torch.device, rows: int, columns: int) -> np.ndarray:
+    """Samples of the seeds from 0 on as a PNG at `path`; returns the picture, uint8 RGB (H, W, 3), for loggers.
+
+    Images: `rows` of `columns`. Points: 2,000 over as many real ones.
+    """
+    if shape_of(data) == PLANE:
+        figure = scatter({"samples": _samples(sample, data, _POINTS, device)}, _real_points(data))
+        save(figure, path)
+        return pixels(figure)
+    images = to_uint8(_samples(sample, data, rows * columns, device)).cpu()
+    scale = max(1, _GRID_PIXELS // data.resolution)
+    save_grid(path, images, columns, scale)
+    return image_grid(images, columns, scale)
+
+
+def _samples(sample: Sampler, data: Data, count: int, device: torch.device) -> Tensor:
+    seeds = torch.arange(count, device=device)
+    return sample(sample_noise(seeds, shape_of(data)), sample_labels(seeds, data.num_classes))
+
+
+def _real_points(data: Data) -> Tensor:
+    packed = data.reference()
+    return from_uint8(packed.fetch(np.arange(min(len(packed), _POINTS)))[0])

@@ -1,0 +1,53 @@
+"""What a kept measurement of a teacher is known by."""
+
+from types import SimpleNamespace
+
+import torch
+
+from launch.evaluate.measure import Evaluation
+from stillhouse.diffusion.preconditioning import EDM, Epsilon
+from stillhouse.diffusion.schedules import karras
+from stillhouse.diffusion.teacher import Teacher
+from stillhouse.networks import SongUNet
+
+
+def teacher(preconditioning=None, seed=0, name="t", solver="heun", **options) -> Teacher:
+    torch.manual_seed(seed)
+    sizes = {"model_channels": 8, "channel_mult": (1, 1), "num_blocks": 1, "attn_resolutions": ()}
+    return Teacher(name, SongUNet(8, 1, 1, **sizes, **options), preconditioning or EDM(), karras, solver=solver)
+
+
+def key(teacher: Teacher, steps: int | None = None, **changes) -> str:
+    evaluation = Evaluation.__new__(Evaluation)
+    evaluation.extractor, evaluation.reference = SimpleNamespace(hash="e"), SimpleNamespace(hash="r")
+    evaluation.device, evaluation.settings = torch.device("cpu"), {"num_samples": 10}
+    evaluation.first_seed = 0
+    vars(evaluation).update(changes)
+    return evaluation._teacher_key(teacher, steps)
+
+
+def test_a_teachers_measurement_is_known_by_all_that_decides_it_and_not_by_names():
+    assert key(teacher()) == key(teacher(name="other"))
+    filtered = teacher(resample_filter=(1, 3, 3, 1))
+    assert filtered.hash == teacher().hash  # the weights are the same, the network is another
+    others = [
+        key(filtered),
+        key(teacher(seed=1)),
+        key(teacher(EDM(0.6))),
+        key(teacher(Epsilon())),
+        key(teacher(Epsilon(beta_end=0.01))),
+        key(teacher(solver="euler")),
+        key(teacher(), steps=3),
+        key(teacher(), extractor=SimpleNamespace(hash="f")),
+        key(teacher(), reference=SimpleNamespace(hash="s")),
+        key(teacher(), settings={"num_samples": 11}),
+        key(teacher(), first_seed=10),
+    ]
+    assert len({key(teacher()), *others}) == len(others) + 1
+
+
+def test_the_weights_in_memory_are_hashed_and_not_their_file():
+    one, changed = teacher(), teacher()
+    with torch.no_grad():
+        next(changed.denoiser.network.parameters()).flatten()[0] += 1e-3
+    assert key(one) != key(changed)

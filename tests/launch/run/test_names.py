@@ -1,0 +1,20 @@
+import pytest
+
+from launch.run.names import data_of
+
+
+@pytest.mark.parametrize(
+    ("teacher", "data"),
+    [
+        ("digits", "digits"),
+        ("digits_rf12", "digits"),
+        ("cifar10_cond_ve", "cifar10"),
+        ("cifar10_baseline_vp", "cifar10"),
+        ("celebahq256_ddpm", "celebahq256"),
+        ("imagenet64_downsampled_rf1", "imagenet64_downsampled"),
+        ("lsun_church", "lsun_church"),
+        ("five_veils", "five_veils"),
+    ],
+)
+def test_a_teachers_data_is_its_name_without_what_it_is(teacher, data):
+    assert data_of(teacher) == data

@@ -1,0 +1,109 @@
+"""Which files a config asks for, and that they are fetched once, on request, by the first process."""
+
+import hashlib
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from launch.run.sources import Source, fetch, sources
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A folder and the address under which this machine serves it."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    http = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
+    yield folder, f"http://127.0.0.1:{http.server_port}"
+    http.shutdown()
+
+
+def config(url: str) -> dict:
+    teacher = {
+        "name": "t",
+        "weights": "w/t.safetensors",
+        "source": {"file": "w/t.pkl", "url": f"{url}/t.pkl", "sha256": None},
+    }
+    return {
+        "method": {"name": "m", "teacher": teacher, "loss": "l2"},
+        "teacher": teacher,
+        "data": {"name": "d", "root": "data", "path": "data/d.zip", "url": f"{url}/d.zip", "sha256": "ab"},
+        "evaluation": {"extractor": {"weights": "w/i.pth", "url": f"{url}/i.pth"}, "reference": None},
+        "logger": {"wandb": {"url": None, "path": "x"}},
+    }
+
+
+def test_nodes_with_an_address_are_found_once():
+    found = {str(source.file): source for source in sources(config("http://a"))}
+    assert set(found) == {"w/t.pkl", "data/d.zip", "w/i.pth"}
+    assert found["w/t.pkl"].product == Path("w/t.safetensors")
+    assert found["data/d.zip"] == Source("data", Path("data/d.zip"), "http://a/d.zip", "ab", Path("data/d"))
+    assert found["w/i.pth"].option == "evaluation.extractor"
+
+
+def test_several_teachers_are_found_and_random_weights_need_nothing():
+    many = config("http://a")
+    first = many["method"].pop("teacher")
+    second = {**first, "source": {**first["source"], "file": "w/other.pkl"}}
+    many["method"]["teachers"] = [first, second]
+    del many["teacher"]
+    assert {str(s.file) for s in sources(many)} >= {"w/t.pkl", "w/other.pkl"}
+    many["method"]["teachers"][1]["weights"] = None
+    assert "w/other.pkl" not in {str(s.file) for s in sources(many)}
+
+
+def test_lpips_needs_its_network_where_it_is_the_loss(monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", "/home/torch")
+    one = config("http://a")
+    one["method"] |= {"loss": "lpips+l2", "lpips_weights": None}
+    assert Path("/home/torch/hub/checkpoints/vgg16-397923af.pth") in {s.file for s in sources(one)}
+    one["method"]["lpips_weights"] = "v.pth"
+    assert Path("v.pth") in {s.file for s in sources(one)}
+
+
+def test_what_is_missing_is_fetched_unless_something_stands_for_it(served, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder, url = served
+    for name in ("t.pkl", "d.zip", "i.pth"):
+        (folder / name).write_bytes(name.encode())
+    asked = config(url)
+    asked["data"]["sha256"] = hashlib.sha256(b"d.zip").hexdigest()
+    Path("w").mkdir()
+    Path("w/t.safetensors").touch()  # converted already
+    fetch(asked)
+    assert Path("data/d.zip").read_bytes() == b"d.zip"
+    assert Path("w/i.pth").read_bytes() == b"i.pth"
+    assert not Path("w/t.pkl").exists()
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        f"data: fetching {url}/d.zip to data/d.zip",
+        f"evaluation.extractor: fetching {url}/i.pth to w/i.pth",
+    ]
+    fetch(asked)
+    assert not capsys.readouterr().out
+    Path("data/d.zip").unlink()
+    Path("data/d").mkdir()  # packed already
+    fetch(asked)
+    assert not Path("data/d.zip").exists()
+
+
+def test_other_ranks_leave_it_to_the_first(served, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    fetch(config(served[1]))  # where nothing is served: the first process has fetched it, or failed
+    assert not Path("w").exists()
+
+
+def test_what_cannot_be_had_is_said(served, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match="t.pkl could not be fetched .* or put the file at w/t.pkl"):
+        fetch(config(served[1]))

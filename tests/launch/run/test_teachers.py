@@ -1,0 +1,112 @@
+"""Names in method.teachers to configs of teachers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from launch.run.build import build
+from launch.run.names import register_resolvers
+from launch.run.teachers import expand_teachers
+from stillhouse.checkpoints import read_card, save_weights
+
+CONF = Path(__file__).parents[3] / "conf"
+
+
+@pytest.fixture(autouse=True)
+def _conf(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    register_resolvers()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def expanded(*teachers, data="digits"):
+    cfg = compose("config", ["method=pretrain", f"data={data}"])
+    OmegaConf.set_struct(cfg, False)
+    cfg.method.teachers = list(teachers)
+    expand_teachers(cfg)
+    return cfg.method.teachers
+
+
+def write_run(name, method, *, finished=True):
+    """A run folder whose student has random weights."""
+    cfg = compose("config", ["method=pretrain", "teacher.network.model_channels=8"])
+    teacher = OmegaConf.to_container(cfg.teacher, resolve=True)
+    path = Path("runs") / name
+    path.mkdir(parents=True)
+    OmegaConf.save({"method": method(teacher)}, path / "config.yaml")
+    network = build(cfg.teacher.network)
+    if finished:
+        save_weights(path / "student.safetensors", network.state_dict(), {})
+    return network.state_dict()
+
+
+def test_files_of_conf_teacher_read_the_runs_data():
+    first, last = expanded("digits_rf1", "digits_rf2")
+    assert (first.name, last.name) == ("digits_rf1", "digits_rf2")
+    assert (first.network.resolution, last.network.num_classes) == (8, 10)
+    (wide,) = expanded("cifar10_rf1", data="cifar10")
+    assert (wide.network.resolution, wide.network.in_channels) == (32, 3)
+
+
+@pytest.mark.parametrize(
+    "method", [lambda teacher: {"teacher": teacher}, lambda teacher: {"teachers": [{"name": "first"}, teacher]}]
+)
+def test_a_run_is_a_teacher_of_its_students_weights(method):
+    state = write_run("tiny", method)
+    (config,) = expanded("runs/tiny")
+    assert (config.name, config.weights) == ("tiny", "runs/tiny/student.safetensors")
+    teacher = build(config)
+    assert all(torch.equal(value, state[key]) for key, value in teacher.denoiser.network.state_dict().items())
+
+
+def test_configs_stay_and_methods_without_a_list_are_left_alone():
+    (config,) = expanded({"name": "own", "steps": 3})
+    assert config == {"name": "own", "steps": 3}
+    cfg = compose("config", ["method=pretrain"])
+    expand_teachers(cfg)
+    assert "teachers" not in cfg.method
+
+
+@pytest.mark.parametrize("name", ["digits_rf9", "none", "runs/nothing", "", 3, None, ["digits"]])
+def test_what_names_no_teacher_is_refused(name):
+    with pytest.raises(ValueError, match="is neither a file in conf/teacher nor a run folder"):
+        expanded("digits_rf1", name)
+
+
+@pytest.mark.parametrize("teachers", ["digits_rf1", 3])
+def test_what_is_no_list_is_refused(teachers):
+    cfg = OmegaConf.create({"method": {"teachers": teachers}})
+    with pytest.raises(ValueError, match=rf"method.teachers={teachers} must be a list, such as 'method.teachers=\["):
+        expand_teachers(cfg)
+
+
+def test_a_run_without_a_student_is_refused():
+    write_run("half", lambda teacher: {"teacher": teacher}, finished=False)
+    with pytest.raises(FileNotFoundError, match=r"runs/half has no student.safetensors; finish that run first"):
+        expanded("runs/half")
+
+
+def test_a_student_of_fewer_evaluations_is_no_teacher():
+    write_run("tiny", lambda teacher: {"teacher": teacher})
+    weights = Path("runs/tiny/student.safetensors")
+    state = load_file(weights)
+    save_weights(weights, state, {"metrics": {"fid_digits/student": {"nfe": 19}}}, replace=True)
+    (config,) = expanded("runs/tiny")
+    assert config.sha256 == read_card(weights)["sha256"]
+    save_weights(weights, state, {"metrics": {"fid_digits/student": {"nfe": 1}}}, replace=True)
+    with pytest.raises(
+        ValueError, match="was distilled into 1 network evaluations and is no teacher to be sampled in 10 steps"
+    ):
+        expanded("runs/tiny")
+
+
+def test_a_teacher_that_the_method_would_not_see_is_refused():
+    cfg = compose("config", ["method=bezier", "teacher=digits_rf1"])
+    with pytest.raises(ValueError, match="teacher=digits_rf1 has no effect here: name the teachers in method.teachers"):
+        expand_teachers(cfg)
+    expand_teachers(compose("config", ["method=bezier"]))
