@@ -317,12 +317,12 @@ def measure_all(cfg: DictConfig, folders: Sequence[Path], device: Any) -> list:
 
 
 def compare_all(cfg: DictConfig, folders: Sequence[Path], shown: list) -> None:
-    from launch.evaluate import compare, quality
+    from launch.evaluate import convergence, quality
 
     students = [record for record in shown if record.subject == "student"]
     if len({record.nfe for record in students}) > 1:
         print(f"\n{quality.report(folders, named_path(cfg, 'comparison'), like=students[0], weights=cfg.weights)}")
-    print(f"\n{compare.report(folders, named_path(cfg, 'comparison'), weights=cfg.weights)}")
+    print(f"\n{convergence.report(folders, named_path(cfg, 'comparison'), weights=cfg.weights)}")
 
 
 def evaluate(cfg: DictConfig, chosen: Sequence[str]) -> None:

@@ -24,13 +24,13 @@ def train(cfg: DictConfig, hydra_config: DictConfig) -> float | None:
     # Heavy imports wait until here, so that --help and TAB completion are quick.
     from launch.evaluate.measure import check_data, checked, leave_out_measurement, needs_images
     from launch.options import check_run
+    from launch.process_environment import is_rank_zero
     from launch.quiet import quiet
     from launch.run.build import build, build_seeded, build_trainer, check_fit
     from launch.run.final import finish
     from launch.run.folder import RunFolder
     from launch.run.plan import plan
     from launch.run.processes import one_job
-    from launch.run.ranks import is_rank_zero
     from launch.run.sources import fetch
     from launch.run.stages import build_stages, fit_stages
     from launch.run.teachers import expand_teachers

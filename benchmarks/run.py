@@ -17,8 +17,8 @@ from typing import Any
 from benchmarks import branching, features, loader, methods, packing, scaling, score, training
 from benchmarks.cases import CIFAR10, DIGITS
 from benchmarks.measuring import ROOT, machine, slug
-from launch.run.trace import revision
 from stillhouse.files import write_file
+from stillhouse.metrics.provenance import revision
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "digits": lambda: training.measure(DIGITS),

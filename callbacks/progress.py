@@ -16,7 +16,7 @@ class Progress(pl.Callback):
     On a terminal: a bar with images/s and the time left. Elsewhere one line every `every_kimg` thousand images or, if that
     is None, every `every_seconds`: step, kimg done and to do, images/s since the line before, loss, time left.
     Also logs speed/images_per_second, since the row before, with the trainer's other metrics; of several processes
-    speed/bytes_reduced too, which each gave to all-reduce per step (`launch/run/averaging.py`), and says it once.
+    speed/bytes_reduced too, which each gave to all-reduce per step (`launch/run/gradient_averaging.py`), and says it once.
     """
 
     def __init__(self, every_kimg: float | None = None, every_seconds: float = 10.0) -> None:

@@ -14,7 +14,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.command_line import explained
-from launch.run.ranks import is_rank_zero
+from launch.process_environment import is_rank_zero
 
 # What bad input and broken files raise here. A programming error (TypeError, KeyError, ...) keeps its traceback.
 EXPECTED = (

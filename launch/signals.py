@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from launch.run.ranks import is_rank_zero
+from launch.process_environment import is_rank_zero
 
 SIGNALS = (
     signal.SIGUSR1,

@@ -15,11 +15,10 @@ from typing import Any
 
 from benchmarks.measuring import ROOT, machine
 from benchmarks.run import table
-from launch.evaluate.compare import compare_runs, draw, dumped
+from launch.evaluate.convergence import compare_runs, draw, dumped
 from launch.evaluate.flows import load_chain
 from launch.evaluate.quality import compare_quality
 from launch.evaluate.quality import draw as draw_quality
-from launch.run.trace import revision
 from results.support import support_table
 from stillhouse.analysis.convergence_tables import markdown as comparison_markdown
 from stillhouse.analysis.curve_files import from_json, to_json
@@ -32,6 +31,7 @@ from stillhouse.analysis.quality import to_json as quality_to_json
 from stillhouse.analysis.quality_tables import markdown as quality_markdown
 from stillhouse.analysis.tables import markdown
 from stillhouse.files import write_file
+from stillhouse.metrics.provenance import revision
 from stillhouse.metrics.records import Record, load_records, merge_records
 
 _SHOWN_RUNS = 12  # a longer table is folded
@@ -111,16 +111,20 @@ def _pictured(path: Path, content: dict[str, Any], against: str, rows: str) -> s
 
 def _source(path: Path, content: dict[str, Any]) -> str:
     source = f"From `results/{path.name}`: commit {content['commit'][:7]}, {content['date']}, {content['machine']}"
-    entries = traced_entries(content)
-    known = sum(entry["trace"] is not None for entry in entries)
-    told = f"{known} of {len(entries)} values have a trace" if known else "older than traces"
-    return f"{source}; {told}."
+    entries = measured_entries(content)
+    known = sum(entry["provenance"] is not None for entry in entries)
+    provenance = (
+        f"{known} of {len(entries)} values have their provenance"
+        if known
+        else "measured before provenance was recorded"
+    )
+    return f"{source}; {provenance}."
 
 
-def traced_entries(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """All that was measured in a results file: records, curves, values or flows, each with its "trace" (`Record.trace`).
+def measured_entries(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """All that was measured in a results file: records, curves, values or flows, each with its `Record.provenance`.
 
-    The trace is null where it was measured before there were any.
+    It is null for what was measured before provenance was recorded.
     """
     flows = content.get("flows", {"flows": [], "distilled": []})
     return [

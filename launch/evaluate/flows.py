@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from launch.evaluate.compare import dumped
+from launch.evaluate.convergence import dumped
 from launch.evaluate.groups import essence, labels, trained_alike
 from launch.evaluate.measure import Evaluation, Weights
 from launch.run.build import check_teacher
@@ -110,7 +110,7 @@ class FlowMeasurement:
             w2=wasserstein(own[: self.matched], self.real),
             simulated=scores(simulated),
             euler={count: scores(self.evaluation.teacher(euler, count)) for count in steps},
-            trace=simulated[0].trace,
+            provenance=simulated[0].provenance,
         )
 
     def _distilled(self, run: Run) -> tuple[dict[str, str], dict[str, Any], list[str]]:
@@ -137,7 +137,7 @@ class FlowMeasurement:
             "regression": regression,
             "w2": wasserstein(own[: self.matched], self.real),
             "scores": scores(records),
-            "trace": records[0].trace,
+            "provenance": records[0].provenance,
         }
         return self._essence(run, k), value, notes
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from callbacks import check_owner, read_checkpoint, student_state
 from launch.run.folder import RunFolder, identity
 from launch.run.precision import allow_tf32
-from launch.run.trace import traced
 from lightning_modules import Method
 from stillhouse.checkpoints.weights import checked_load, hash_state
 from stillhouse.checks import check_choice, check_memory
@@ -33,6 +32,7 @@ from stillhouse.metrics.evaluation import (
 from stillhouse.metrics.extractors import FeatureExtractor
 from stillhouse.metrics.fidelity import WAYS_OUT
 from stillhouse.metrics.labels import DISTRIBUTIONS, check_shares, sampled_counts
+from stillhouse.metrics.provenance import with_provenance
 from stillhouse.metrics.records import Record, load_records, save_records
 from stillhouse.metrics.reference import Reference, published_reference, reference_statistics
 from stillhouse.metrics.sampling import Sampler
@@ -155,7 +155,7 @@ class Evaluation:
             teacher=method.teacher.name if method.teacher else None,
             **self._common(self.data.num_classes),
         )
-        records = traced(records, folder.config, hash_state(method.exported()))
+        records = with_provenance(records, folder.config, hash_state(method.exported()))
         return [replace(record, training=weights.training) for record in records]
 
     def teacher(self, teacher: Teacher, steps: int | None = None) -> list[Record]:
@@ -176,7 +176,7 @@ class Evaluation:
             solver=teacher.solver_name,
             **self._common(teacher.num_classes),
         )
-        records = traced(records, key, teacher.hash)
+        records = with_provenance(records, key, teacher.hash)
         from_rank_zero(lambda: write_cache(lambda: save_records(path, records)))
         return records
 
@@ -205,7 +205,7 @@ class Evaluation:
         if not self.has_images:
             return []
         records = measure_real(self.data.reference(), name=self.data.name, **self._common(self.data.num_classes))
-        return traced(records, None, None)
+        return with_provenance(records, None, None)
 
     def pictures(self, folder: Path, samplers: dict[str, Sampler]) -> None:
         """samples.png and interpolation.png in `folder`, of samplers {title: function of (noise, labels)}."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from launch.evaluate.compare import dumped
+from launch.evaluate.convergence import dumped
 from launch.evaluate.groups import essence, labels, trained_alike
 from launch.run.folder import RunFolder
 from stillhouse.analysis.quality import Quality, Value, measured_lines, teacher_label, to_json
@@ -47,7 +47,7 @@ def compare_quality(paths: Sequence[Path], *, like: Record | None = None, weight
                 record.nfe,
                 record.mean,
                 record.fingerprint.get("weights"),
-                record.trace,
+                record.provenance,
             )
             twin = values.setdefault((group, seed, record.nfe), value)
             if twin is not value:
@@ -58,7 +58,7 @@ def compare_quality(paths: Sequence[Path], *, like: Record | None = None, weight
     comparable = [record for record in everything if record.kind == like.kind]
     for record in comparable:
         if record.subject == "teacher":
-            value = Value(record.name, teacher_label(record), None, record.nfe, record.mean, None, record.trace)
+            value = Value(record.name, teacher_label(record), None, record.nfe, record.mean, None, record.provenance)
             twin = values.setdefault((value.group, None, value.nfe), value)
             if twin.mean != value.mean:
                 notes.append(

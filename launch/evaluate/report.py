@@ -6,9 +6,9 @@ from pathlib import Path
 
 from launch.evaluate.gather import gather
 from launch.evaluate.report_sections import sections
-from launch.run.trace import revision
 from stillhouse.analysis.report_page import MARK, page
 from stillhouse.files import check_writable, write_file
+from stillhouse.metrics.provenance import revision
 
 
 def check_target(path: str | Path) -> Path:

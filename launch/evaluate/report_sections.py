@@ -6,7 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launch.evaluate import compare, quality
+from launch.evaluate import convergence as convergence_files
+from launch.evaluate import quality
 from launch.evaluate.gather import Gathered
 from launch.evaluate.groups import essence, measured_alike, options_that_differ
 from stillhouse.analysis.convergence_tables import notes as convergence_notes
@@ -29,7 +30,7 @@ def sections(gathered: Gathered) -> list[Section]:
         "Convergence": convergence(gathered),
         "Samples": samples(gathered),
         "Differences of configs": differences(gathered),
-        "Where the values come from": traces(gathered),
+        "Where the values come from": provenance_rows(gathered),
         "Left out": [Notes(gathered.left_out)] if gathered.left_out else [],
     }
     return [Section(title, blocks) for title, blocks in parts.items() if blocks]
@@ -120,13 +121,13 @@ def _compared(paths: list[Path]) -> list[Block]:
     why = []
     for number, path in enumerate(paths):
         try:
-            compare.compare_runs([path])
+            convergence_files.compare_runs([path])
         except ValueError as error:
             why.append(" ".join(str(error).split()))
             continue
         ordered = [path, *paths[:number], *paths[number + 1 :]]
-        comparison = compare.compare_runs(ordered)
-        picture = _drawn(partial(compare.draw, comparison=comparison, paths=ordered))
+        comparison = convergence_files.compare_runs(ordered)
+        picture = _drawn(partial(convergence_files.draw, comparison=comparison, paths=ordered))
         (heading, rows), *more = convergence_sections(comparison)
         caption = (
             "Lines: medians over seeds of smoothed curves; bands: from the least to the greatest; dots: measurements."
@@ -174,13 +175,13 @@ def differences(gathered: Gathered) -> list[Block]:
     return [Text("Only options in which runs differ; – where a run has none."), *blocks] if blocks else []
 
 
-def traces(gathered: Gathered) -> list[Block]:
+def provenance_rows(gathered: Gathered) -> list[Block]:
     rows = [["run", "git revision", "config.yaml (SHA-256)", "student's weights (hash)", "of training step"]]
     for run in gathered.runs:
-        trace: dict[str, Any] = (run.student and run.student.trace) or {}
+        provenance: dict[str, Any] = (run.student and run.student.provenance) or {}
         training = run.student and run.student.training
         step = f"{training['step']} of {training['total']}" if training else "unknown"
-        rows.append([run.name, *(trace.get(key) or "unknown" for key in ("revision", "config", "weights")), step])
+        rows.append([run.name, *(provenance.get(key) or "unknown" for key in ("revision", "config", "weights")), step])
     return [Table(rows, caption="As the final evaluation found them.", words=True)]
 
 

@@ -11,8 +11,8 @@ from pytorch_lightning.callbacks import Checkpoint
 
 from launch.option_types import check_targets
 from launch.run.folder import RunFolder, identity
-from launch.run.meeting import check_machines
 from launch.run.processes import LeavesSignals, check_present, choose_strategy, process_count
+from launch.run.rendezvous import check_machines
 from launch.run.trainer_options import check_options, translated
 from lightning_modules import Method
 from stillhouse.checks import check_counts, check_memory

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 
 from callbacks import GenerativeMetrics, WandbRun, draw_curves, reference_lines
-from launch.evaluate.compare import compare_runs
+from launch.evaluate.convergence import compare_runs
 from launch.evaluate.measure import Evaluation, load_student, samplers
 from launch.run.folder import RunFolder
 from launch.run.plan import evaluations_before

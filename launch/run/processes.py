@@ -28,8 +28,8 @@ from pytorch_lightning.trainer.connectors.signal_connector import _SignalConnect
 
 from launch.command_line import typed_options
 from launch.errors import collective
-from launch.run.averaging import AveragedGradients, CountedDDP
-from launch.run.ranks import started_processes, under_torchrun
+from launch.process_environment import started_processes, under_torchrun
+from launch.run.gradient_averaging import AveragedGradients, CountedDDP
 from launch.signals import NOTICE, stopped_by
 from stillhouse.checks import check_counts
 

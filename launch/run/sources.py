@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.run.ranks import is_rank_zero
+from launch.process_environment import is_rank_zero
 from stillhouse.checkpoints.download import download
 from stillhouse.checkpoints.weights import find_weights
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytorch_lightning as pl
 from omegaconf import DictConfig
 
+from launch.process_environment import is_rank_zero
 from launch.run.build import build_trainer
 from launch.run.folder import RunFolder
-from launch.run.ranks import is_rank_zero
 from lightning_modules import Method
 from stillhouse.files import write_file
 

@@ -28,7 +28,7 @@ class Curve:
 
     group: label of the runs that differ from it by their seed alone. metric: with its number of samples, fid_digits_2k.
     weights: the measured copy, an average's name or raw. preparation: spent before the first update.
-    trace: of the run's final evaluation, see `Record.trace`.
+    provenance: of the run's final evaluation, see `Record.provenance`.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Curve:
     values: tuple[float, ...]
     costs: tuple[Cost, ...]
     preparation: Cost = Cost()
-    trace: dict[str, str | None] | None = None
+    provenance: dict[str, str | None] | None = None
 
     def __post_init__(self):
         if len(self.values) != len(self.costs) or len(self.values) < 2 or not all(map(math.isfinite, self.values)):

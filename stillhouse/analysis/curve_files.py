@@ -158,7 +158,7 @@ def from_json(content: dict[str, Any]) -> Comparison:
                 values=tuple(run["values"]),
                 costs=tuple(Cost(*point) for point in zip(*(run[c] for c in CURRENCIES), strict=True)),
                 preparation=Cost(**run["preparation"]),
-                trace=run.get("trace"),
+                provenance=run.get("provenance"),
             )
             for run in content["runs"]
         ]
@@ -171,7 +171,7 @@ def _run(curve: Curve, thresholds: dict[float, float]) -> dict[str, Any]:
     crossings = [curve.crossing(value) for value in thresholds.values()]
     return {
         **{key: getattr(curve, key) for key in ("name", "group", "seed", "metric", "weights")},
-        "trace": curve.trace,
+        "provenance": curve.provenance,
         "preparation": asdict(curve.preparation),
         "crossings": [
             {"factor": factor, "cost": asdict(cost) if cost else None}

@@ -23,7 +23,7 @@ class Flow:
 
     step_drift: E |Phi_k - Phi_{k-1}|^2, end_drift: E |Phi_k - Phi_1|^2, None for the first; straightness S. w2: between its
     samples and real images. simulated, euler: scores of its own solver, and of so many Euler steps, by their number.
-    trace: see `Record.trace`.
+    provenance: see `Record.provenance`.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Flow:
     w2: float
     simulated: Scores
     euler: dict[int, Scores]
-    trace: dict[str, str | None] | None = None
+    provenance: dict[str, str | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Distilled:
 
     regression: r = E |f(x0) - Phi_k(x0)|^2 on noise of evaluation seeds, which no run was trained or chosen on; None where the
     run learns the ends of others or of several. group: label of the runs that differ from it in seed and in their place in the
-    chain alone. weights: the measured copy. trace: see `Record.trace`.
+    chain alone. weights: the measured copy. provenance: see `Record.provenance`.
     """
 
     flow: int
@@ -56,7 +56,7 @@ class Distilled:
     regression: Estimate | None
     w2: float
     scores: Scores
-    trace: dict[str, str | None] | None = None
+    provenance: dict[str, str | None] | None = None
 
 
 @dataclass(frozen=True)

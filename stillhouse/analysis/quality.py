@@ -33,7 +33,7 @@ class Value:
     """The metric of one run, or of one teacher, at one number of evaluations.
 
     name: the run or the teacher. group: label of the runs that differ from it by their seed (and NFE) alone, or the
-    teacher with its solver. seed, weights (the measured copy): None for a teacher. trace: see `Record.trace`.
+    teacher with its solver. seed, weights (the measured copy): None for a teacher. provenance: see `Record.provenance`.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Value:
     nfe: int
     mean: float
     weights: str | None
-    trace: dict[str, str | None] | None = None
+    provenance: dict[str, str | None] | None = None
 
 
 @dataclass(frozen=True)

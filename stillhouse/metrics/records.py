@@ -27,8 +27,8 @@ class Record:
     fingerprint: what has to be alike before two values may stand side by side, plus "weights", which may differ.
     steps, solver: how it was sampled, where that is a choice. teacher: the name of a student's teacher.
     shift: by how much a fast extractor moves the Frechet distance of the same images, None for an exact one.
-    trace: where it comes from: {"revision": of git, "config": SHA-256 of the run's config.yaml (a teacher: of all that the
-    measurement depends on), "weights": hash of the measured weights}; None in files from before there were traces.
+    provenance: where it comes from: {"revision": of git, "config": SHA-256 of the run's config.yaml (a teacher: of all that the
+    measurement depends on), "weights": hash of the measured weights}; None in files from before it was recorded.
     training: of a run's student, {"step": optimiser steps behind the measured weights, "reached": those behind the run when
     they were measured, "total": those that it was to take}; None in older files, and for students that are kept on the way.
     """
@@ -46,7 +46,7 @@ class Record:
     solver: str | None = None
     teacher: str | None = None
     shift: float | None = None
-    trace: dict[str, str | None] | None = None
+    provenance: dict[str, str | None] | None = None
     training: dict[str, int] | None = None
 
     def __post_init__(self):
@@ -124,6 +124,7 @@ def _record(entry: Any) -> Record:
     """Errors: ValueError for what is none, naming the first entry that is missing, unknown or of another type."""
     if not isinstance(entry, dict):
         raise ValueError(f"a record is a dict, not {entry!r:.50}")
+    entry = {"provenance" if key == "trace" else key: value for key, value in entry.items()}  # its name in older files
     kinds = get_type_hints(Record)
     if unknown := sorted(set(entry) - set(kinds)):
         raise ValueError(f"unknown entries {', '.join(unknown)}")

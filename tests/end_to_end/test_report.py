@@ -36,5 +36,5 @@ def test_csv_alone_is_enough_for_pictures_curves_and_a_report(finished, tmp_path
     assert costs[1][3:] == ["0.208", costs[1][4], "448"]  # 13 steps of 16 images, and 80 pairs of 3 evaluations
     (curves,) = (table for table in page.tables if table[0][-1] == "spread of last third")
     assert curves[1][:2] == ["denoising_student", "0, 1"]
-    (trace,) = (table for table in page.tables if table[0][0] == "run")
-    assert {len(cell) for row in trace[1:] for cell in row[2:4]} == {64}
+    (provenance,) = (table for table in page.tables if table[0][0] == "run")
+    assert {len(cell) for row in provenance[1:] for cell in row[2:4]} == {64}

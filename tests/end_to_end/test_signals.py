@@ -305,9 +305,9 @@ def test_a_signal_in_a_finaliser_is_not_lost():
 
 
 def soon():
-    import launch.run.meeting
+    import launch.run.rendezvous
 
-    launch.run.meeting.EVERY = 0.2
+    launch.run.rendezvous.EVERY = 0.2
 
 
 def test_who_waits_for_other_machines_says_so_and_can_be_ended(alone, tmp_path):

@@ -24,7 +24,7 @@ def run(folder, seed, value, *, method="sfd", steps=1, **fingerprint):
     save_records(path / "metrics.json", [*teachers({19: 0.15}), *records, REAL])
     stored = json.loads((path / "metrics.json").read_text())
     for record in stored:
-        record["trace"] = TRACE if record["subject"] == "student" else None
+        record["provenance"] = TRACE if record["subject"] == "student" else None
     (path / "metrics.json").write_text(json.dumps(stored))
     Image.new("RGB", (40, 30), (10 * seed, 0, 0)).save(path / "samples.png")
     (path / "student.json").write_text(json.dumps({"kimg": 48.0, "network_evaluations": 1000.0 * (seed + 1)}))

@@ -74,7 +74,9 @@ def test_extractor_refuses_other_images(extractor):
 
 
 def test_missing_classifier_is_named_with_the_command_that_makes_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no digit classifier at .*gone.*python -m stillhouse\.metrics\.digits_classifier"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no digit classifier at .*gone.*python -m stillhouse\.metrics\.digits_classifier"
+    ):
         Digits(tmp_path / "gone.safetensors")
 
 

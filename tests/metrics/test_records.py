@@ -66,7 +66,7 @@ def changed(**changes):
         (changed(values=None), "values is None"),
         (changed(values=["1"]), r"values is \['1'\]"),
         (changed(fingerprint=["digits"]), r"fingerprint is \['digits'\]"),
-        (changed(trace="abc"), "trace is 'abc'"),
+        (changed(provenance="abc"), "provenance is 'abc'"),
         (changed(training={"step": 3}), "training must have step, reached, total"),
         (changed(training={"step": "3", "reached": 3, "total": 3}), "training is {'step': '3'"),
     ],

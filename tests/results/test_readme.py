@@ -8,9 +8,9 @@ from convergence_tools import curve, decay, write_run
 from flow_chain_tools import chain, write_chain
 from quality_tools import REAL, students, write_measured
 
-from launch.evaluate.compare import compare_runs
+from launch.evaluate.convergence import compare_runs
 from launch.evaluate.quality import compare_quality
-from results.readme import ROOT, main, section, traced_entries, updated
+from results.readme import ROOT, main, measured_entries, section, updated
 from stillhouse.analysis.convergence_tables import markdown
 from stillhouse.analysis.curve_files import from_json, to_json
 from stillhouse.analysis.flow_chain import from_json as chain_from_json
@@ -39,37 +39,37 @@ def test_results_say_where_they_come_from():
             assert len(entry["values"]) >= 3, f"{path.name}: {entry['name']} has fewer than three values"
 
 
-def test_every_value_has_its_trace_or_says_that_there_is_none():
-    """And what a trace says has the form of a revision and of hashes."""
+def test_every_value_has_its_provenance_or_says_that_there_is_none():
+    """And what a provenance says has the form of a revision and of hashes."""
     found = [
-        entry for path in (ROOT / "results").glob("*.json") for entry in traced_entries(json.loads(path.read_text()))
+        entry for path in (ROOT / "results").glob("*.json") for entry in measured_entries(json.loads(path.read_text()))
     ]
     assert len(found) > 100
     for entry in found:
-        if entry["trace"] is not None:
-            assert set(entry["trace"]) == {"revision", "config", "weights"}
-            assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", entry["trace"]["revision"])
-            hashes = (entry["trace"]["config"], entry["trace"]["weights"])
+        if entry["provenance"] is not None:
+            assert set(entry["provenance"]) == {"revision", "config", "weights"}
+            assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", entry["provenance"]["revision"])
+            hashes = (entry["provenance"]["config"], entry["provenance"]["weights"])
             assert hashes == (None, None) if entry.get("subject") == "real" else all(len(text) == 64 for text in hashes)
 
 
-def test_traces_reach_the_tables(tmp_path):
+def test_provenance_reaches_the_tables(tmp_path):
     """From a run's metrics.json into results and what the README says of them."""
-    trace = {"revision": "a" * 40, "config": "b" * 64, "weights": "c" * 64}
-    records = [replace(record, trace=trace) for record in students({1: 0.5})]
+    provenance = {"revision": "a" * 40, "config": "b" * 64, "weights": "c" * 64}
+    records = [replace(record, provenance=provenance) for record in students({1: 0.5})]
     run = write_measured(tmp_path / "run", [*records, REAL])
     for command in ("record", "quality"):
         target = tmp_path / f"{command}.json"
         main([command, str(target), str(run)])
         content = json.loads(target.read_text())
-        assert traced_entries(content)[0]["trace"] == trace
-        assert section(target).endswith(f"; 1 of {len(traced_entries(content))} values have a trace.")
+        assert measured_entries(content)[0]["provenance"] == provenance
+        assert section(target).endswith(f"; 1 of {len(measured_entries(content))} values have their provenance.")
     curved = write_run(tmp_path / "base", curve("base", decay(0.3)))
     save_records(curved / "metrics.json", records)
     main(["compare", str(tmp_path / "compare.json"), str(curved)])
     content = json.loads((tmp_path / "compare.json").read_text())
-    assert content["comparison"]["runs"][0]["trace"] == trace
-    assert from_json(content["comparison"]).curves[0].trace == trace
+    assert content["comparison"]["runs"][0]["provenance"] == provenance
+    assert from_json(content["comparison"]).curves[0].provenance == provenance
 
 
 def test_comparisons_say_where_they_come_from_and_agree_with_their_curves():

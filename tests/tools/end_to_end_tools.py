@@ -244,7 +244,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 def read_json(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.json without timings and traces, whose config differs with the number of processes."""
     return [
-        {k: v for k, v in record.items() if k not in ("images_per_second", "trace")}
+        {k: v for k, v in record.items() if k not in ("images_per_second", "provenance")}
         for record in json.loads(path.read_text())
     ]
 

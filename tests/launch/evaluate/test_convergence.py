@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from convergence_tools import curve, decay, write_run
 
-from launch.evaluate.compare import compare_runs, report
+from launch.evaluate.convergence import compare_runs, report
 from launch.evaluate.groups import essence, labels, measured_alike, other_differences
 from stillhouse.analysis.curve import Cost
 from stillhouse.analysis.curve_files import from_json

@@ -23,14 +23,14 @@ def revision() -> str | None:
     return found.stdout.strip() or None
 
 
-def traced(records: Sequence[Record], config: Path | str | None, weights: str | None) -> list[Record]:
-    """The records with their trace, see `Record.trace`. config: the run's config.yaml, or a hash of the settings."""
+def with_provenance(records: Sequence[Record], config: Path | str | None, weights: str | None) -> list[Record]:
+    """The records with their provenance, see `Record.provenance`. config: the run's config.yaml, or a hash of the settings."""
     if isinstance(config, Path):
         config = hash_file(config) if config.is_file() else None
-    trace = {"revision": revision(), "config": config, "weights": weights}
-    return [replace(record, trace=trace) for record in records]
+    provenance = {"revision": revision(), "config": config, "weights": weights}
+    return [replace(record, provenance=provenance) for record in records]
 
 
-def student_trace(records: Sequence[Record]) -> dict[str, str | None] | None:
-    """The trace of the first student among them."""
-    return next((record.trace for record in records if record.subject == "student"), None)
+def student_provenance(records: Sequence[Record]) -> dict[str, str | None] | None:
+    """The provenance of the first student among them."""
+    return next((record.provenance for record in records if record.subject == "student"), None)

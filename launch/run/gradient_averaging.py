@@ -12,7 +12,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch import Tensor, nn
 
-from launch.run.meeting import announced
+from launch.run.rendezvous import announced
 
 BUCKET = 25 << 20  # bytes, DDP's: large enough for the network's speed, small enough to start early
 

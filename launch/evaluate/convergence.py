@@ -8,13 +8,13 @@ from pathlib import Path
 
 from launch.evaluate.groups import Essence, essence, labels, measured_alike, other_differences
 from launch.run.folder import RunFolder
-from launch.run.trace import student_trace
 from stillhouse.analysis.convergence import Comparison
 from stillhouse.analysis.convergence_picture import draw_convergence
 from stillhouse.analysis.convergence_tables import text
 from stillhouse.analysis.curve import Curve
 from stillhouse.analysis.curve_files import read_curve, to_json
 from stillhouse.files import inside, write_file
+from stillhouse.metrics.provenance import student_provenance
 
 
 def compare_runs(paths: Sequence[Path], *, metric: str | None = None, weights: str | None = None) -> Comparison:
@@ -34,7 +34,7 @@ def compare_runs(paths: Sequence[Path], *, metric: str | None = None, weights: s
             seed = config.get("seed", 0)
             _check(path, essences[0], own, curves.get((group, seed)))
             curve = read_curve(path, group, seed, metric=metric, weights=weights)
-            curve = replace(curve, trace=student_trace(RunFolder(path).final_records()))
+            curve = replace(curve, provenance=student_provenance(RunFolder(path).final_records()))
         except (ValueError, OSError) as error:
             left_out.append(f"{path} left out of the comparison: {error}")
             continue

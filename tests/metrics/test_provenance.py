@@ -4,8 +4,8 @@ import subprocess
 import pytest
 from quality_tools import REAL, students
 
-from launch.run import trace
-from launch.run.trace import revision, student_trace, traced
+from stillhouse.metrics import provenance
+from stillhouse.metrics.provenance import revision, student_provenance, with_provenance
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,7 @@ def git(folder, *arguments):
 
 
 def test_the_revision_says_whether_files_differ_from_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(trace, "PROJECT_ROOT", tmp_path)
+    monkeypatch.setattr(provenance, "PROJECT_ROOT", tmp_path)
     assert revision() is None
     revision.cache_clear()
     git(tmp_path, "init")
@@ -38,17 +38,17 @@ def test_the_revision_says_whether_files_differ_from_it(tmp_path, monkeypatch):
 def test_inside_another_project_there_is_no_revision(tmp_path, monkeypatch):
     git(tmp_path, "init")
     (tmp_path / "site-packages").mkdir()
-    monkeypatch.setattr(trace, "PROJECT_ROOT", tmp_path / "site-packages")
+    monkeypatch.setattr(provenance, "PROJECT_ROOT", tmp_path / "site-packages")
     assert revision() is None
 
 
 def test_records_get_the_hash_of_the_config_file(tmp_path):
     (tmp_path / "config.yaml").write_text("seed: 0\n")
-    (record,) = traced(students({1: 0.5}), tmp_path / "config.yaml", "w" * 64)
-    assert record.trace == {
+    (record,) = with_provenance(students({1: 0.5}), tmp_path / "config.yaml", "w" * 64)
+    assert record.provenance == {
         "revision": revision(),
         "config": hashlib.sha256(b"seed: 0\n").hexdigest(),
         "weights": "w" * 64,
     }
-    assert student_trace([REAL, record]) == record.trace
-    assert student_trace([REAL]) is None
+    assert student_provenance([REAL, record]) == record.provenance
+    assert student_provenance([REAL]) is None

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from launch.run.ranks import started_processes
+from launch.process_environment import started_processes
 from launch.signals import NOTICE, SIGNALS
 
 EVERY = 10.0  # seconds between two lines
