@@ -1,4 +1,4 @@
-"""Laws of points in the plane, as data sets of images of shape (2, 1, 1): every method trains on them in a minute."""
+"""Distributions of points in the plane, as data sets of images of shape (2, 1, 1): every method trains on them in a minute."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -35,25 +35,25 @@ def checkerboard(count: int, generator: np.random.Generator) -> np.ndarray:
     return side * (np.stack([column, row], axis=1) + generator.random((count, 2))) - _HALF
 
 
-LAWS: dict[str, Callable[[int, np.random.Generator], np.ndarray]] = {
+DISTRIBUTIONS: dict[str, Callable[[int, np.random.Generator], np.ndarray]] = {
     "eight_gaussians": eight_gaussians,
     "checkerboard": checkerboard,
 }
 
 
 class Planar(ImageDataModule):
-    """`points` draws from a law of LAWS; channel 0 is the abscissa. No classes.
+    """`points` samples of one distribution of DISTRIBUTIONS; channel 0 is the abscissa. No classes.
 
-    The draws come from a seed of their own by numpy's PCG64, so they are the same everywhere; `seed` orders the batches. They
+    The points come from a seed of their own by numpy's PCG64, so they are the same everywhere; `seed` orders the batches. They
     are packed as bytes like any data set, by the house's rule x*127.5+128: points of a 256x256 lattice with steps of
     1/127.5 = 0.008, a sixth of the Gaussians' standard deviation and far below what 2,000 samples can resolve.
 
-    Errors: ValueError for an unknown law, or where other points than those asked for are packed under this name.
+    Errors: ValueError for an unknown distribution, or where other points than those asked for are packed under this name.
     """
 
     def __init__(
         self,
-        law: str,
+        distribution: str,
         name: str | None = None,
         root: str = "data",
         *,
@@ -67,10 +67,10 @@ class Planar(ImageDataModule):
         num_workers: int = 0,
         verify: bool = False,
     ):
-        check_choice("law", law, tuple(LAWS))
+        check_choice("distribution", distribution, tuple(DISTRIBUTIONS))
         check_counts(points=points)
         super().__init__(
-            law if name is None else name,
+            distribution if name is None else name,
             root,
             batch_size=batch_size,
             seed=seed,
@@ -81,10 +81,10 @@ class Planar(ImageDataModule):
             num_workers=num_workers,
             verify=verify,
         )
-        self.law, self.points = law, points
+        self.distribution, self.points = distribution, points
 
     def convert(self, folder: Path) -> None:
-        drawn = LAWS[self.law](self.points, np.random.Generator(np.random.PCG64(_SEED)))
+        drawn = DISTRIBUTIONS[self.distribution](self.points, np.random.Generator(np.random.PCG64(_SEED)))
         images = to_uint8(torch.from_numpy(drawn)).numpy()[:, :, None, None]
         pack(
             folder,
@@ -92,7 +92,7 @@ class Planar(ImageDataModule):
             self.points,
             images.shape[1:],
             meta={
-                "name": self.law,
+                "name": self.distribution,
                 "classes": 0,
                 "source": f"datamodules.planar, numpy PCG64 from seed {_SEED}",
                 "preprocessing": f"uint8 {UINT8_RULE}",
@@ -102,7 +102,7 @@ class Planar(ImageDataModule):
     def reference(self) -> PackedImages:
         packed = super().reference()
         for option, ours, theirs in (
-            ("law", self.law, packed.meta["name"]),
+            ("distribution", self.distribution, packed.meta["name"]),
             ("points", self.points, packed.meta["count"]),
         ):
             if ours != theirs:

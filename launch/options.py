@@ -110,8 +110,10 @@ def _check(cfg: DictConfig, options: type, program: str) -> None:
             check_value(name, cfg[name], kind)
     for name in cfg:
         if name not in kinds:
-            # What a method's config puts beside it for its options to choose from, such as time_laws.
-            laws = isinstance(cfg[name], DictConfig) and all(isinstance(law, DictConfig) for law in cfg[name].values())
-            if not laws:
+            # What a method's config puts beside it for its options to choose from, such as time_distributions.
+            choices = isinstance(cfg[name], DictConfig) and all(
+                isinstance(choice, DictConfig) for choice in cfg[name].values()
+            )
+            if not choices:
                 raise UnknownOption(str(name), str(name), list(kinds), program)
             check_targets(cfg[name])

@@ -12,14 +12,20 @@ from torch import Tensor
 from lightning_modules.components.flow_student import PairedFlow
 from stillhouse.checks import check_choice, check_counts
 from stillhouse.diffusion import bezier
-from stillhouse.diffusion import control_points as guides
-from stillhouse.diffusion.control_points import END_ROWS, Guides, Matrix
+from stillhouse.diffusion.control_points import (
+    END_ROWS,
+    ControlPoints,
+    Matrix,
+    check_slots,
+    check_weights,
+    default_weights,
+)
 from stillhouse.diffusion.distance import Distance
 from stillhouse.diffusion.flow import level_of
 from stillhouse.diffusion.losses import regression
 from stillhouse.diffusion.random_numbers import sample_uniforms
 from stillhouse.diffusion.teacher import Teacher
-from stillhouse.diffusion.time_distributions import TimeLaw
+from stillhouse.diffusion.time_distributions import TimeDistribution
 from stillhouse.networks.branching import plain_state, widen
 
 
@@ -27,13 +33,13 @@ class BezierDistillation(PairedFlow):
     """min E [ prediction * d(f(B_t, t), P_n) + drift * |B'_t - v(B_t, t)|^2 / 2 ] over curves B_t from noise P_0 to images P_n.
 
     f(x, t) = x + (1 - t) u(x, t) predicts the end of the curve; a sample is f(x_0, 0), one evaluation. v fits its drift: its ODE
-    carries noise to the law of P_n, by the argument of rectified flow. With prediction = 0 the student is that flow, sampled as
-    its last teacher is. Where both are trained the network has two outputs, v and u, or with `shared` one, which is right for
-    straight curves alone.
+    carries noise to the distribution of P_n, by the argument of rectified flow. With prediction = 0 the student is that flow,
+    sampled as its last teacher is. Where both are trained the network has two outputs, v and u, or with `shared` one, which is
+    right for straight curves alone.
 
-    order, slot, end_row, shuffled: as of `diffusion.control_points`; slot is one name, or one for each guide.
+    order, slot, end_row, shuffled: as of `diffusion.control_points`; slot is one name, or one for each inner control point.
     weights: rows of A, null for `default_weights`; final_weights: where they have moved to at the end of training, linearly.
-    drift_times, prediction_times: the laws of t. loss, lpips_weights, lpips_resize: d (`diffusion.distance`).
+    drift_times, prediction_times: the distributions of t. loss, lpips_weights, lpips_resize: d (`diffusion.distance`).
     """
 
     def __init__(
@@ -47,9 +53,9 @@ class BezierDistillation(PairedFlow):
         end_row: str,
         shuffled: bool,
         prediction: float,
-        prediction_times: TimeLaw,
+        prediction_times: TimeDistribution,
         drift: float,
-        drift_times: TimeLaw,
+        drift_times: TimeDistribution,
         shared: bool,
         loss: str = "l2",
         lpips_weights: str | None = None,
@@ -65,12 +71,12 @@ class BezierDistillation(PairedFlow):
         if not prediction + drift:
             raise ValueError("method.prediction and method.drift are both zero; give one of them weight")
         count = len(self.teachers)
-        weights = guides.default_weights(order, count) if weights is None else weights
-        first = guides.check_weights("weights", weights, order, count)
-        last = first if final_weights is None else guides.check_weights("final_weights", final_weights, order, count)
+        weights = default_weights(order, count) if weights is None else weights
+        first = check_weights("weights", weights, order, count)
+        last = first if final_weights is None else check_weights("final_weights", final_weights, order, count)
         self.register_buffer("first_weights", first, persistent=False)
         self.register_buffer("last_weights", last, persistent=False)
-        self.guides = Guides(order, guides.check_slots(slot, order), end_row, shuffled)
+        self.control_points = ControlPoints(order, check_slots(slot, order), end_row, shuffled)
         self.weight_of_prediction, self.prediction_times = prediction, prediction_times
         self.weight_of_drift, self.drift_times = drift, drift_times
         self.distance = Distance(loss, self.image_shape, lpips_weights, lpips_resize)
@@ -85,7 +91,7 @@ class BezierDistillation(PairedFlow):
 
     @property
     def through(self) -> Iterable[float]:
-        return [level_of(t) for t in self.guides.times]
+        return [level_of(t) for t in self.control_points.times]
 
     def exported(self) -> dict[str, Tensor]:
         """The network of u, or where that is not trained of v."""
@@ -95,11 +101,11 @@ class BezierDistillation(PairedFlow):
         super().on_fit_start()
         self.distance.to(self.device)
 
-    def control_points(self, batch: dict[str, Tensor]) -> Tensor:
+    def control_points_of(self, batch: dict[str, Tensor]) -> Tensor:
         """P_0 .. P_n, (B, n + 1, C, H, W)."""
         weights = self.first_weights + self.progress * (self.last_weights - self.first_weights)
         states = batch["states"].unflatten(1, (len(self.teachers), -1))
-        return self.guides(batch["noise"], states, weights, sample_uniforms(batch["seed"]))
+        return self.control_points(batch["noise"], states, weights, sample_uniforms(batch["seed"]))
 
     def drift_loss(self, control: Tensor, batch: dict[str, Tensor]) -> Tensor:
         t = self.time(self.drift_times, batch)
@@ -111,7 +117,8 @@ class BezierDistillation(PairedFlow):
         return self.distance(self.predict(bezier.point(control, t), t, batch.get("label")), control[:, -1])
 
     def drawn(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {**batch, "control": self.control_points(batch)}  # of the whole batch, in which guides may be shuffled
+        # Of the whole batch, in which inner control points may be shuffled.
+        return {**batch, "control": self.control_points_of(batch)}
 
     def training_loss(self, batch: dict[str, Tensor]) -> Tensor:
         control = batch["control"]
@@ -128,7 +135,7 @@ class BezierDistillation(PairedFlow):
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        control = self.control_points(batch)
+        control = self.control_points_of(batch)
         if self.weight_of_prediction:
             losses = self.distance(self.sample(batch["noise"], batch.get("label")), control[:, -1])
         else:

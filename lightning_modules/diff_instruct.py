@@ -12,15 +12,15 @@ from lightning_modules.components.alternating import InTurns
 from lightning_modules.components.diffused_gan import DiffusedGAN, GANOptions
 from stillhouse.checks import check_choice, check_counts
 from stillhouse.diffusion.losses import SCORE_WEIGHTINGS, noised, score_gradient, weighted_square
-from stillhouse.diffusion.noise_levels import NoiseLevels
+from stillhouse.diffusion.noise_levels import NoiseLevelDistribution
 from stillhouse.diffusion.sampling import Sampling
 from stillhouse.diffusion.teacher import Teacher
-from stillhouse.diffusion.training_noise import Draws, one_step, one_step_sampling
+from stillhouse.diffusion.training_noise import TrainingNoise, one_step, one_step_sampling
 from stillhouse.ranks import averaged, gather_rows, rank_and_world
 
 
 class DiffInstruct(InTurns):
-    """A one-step generator G(z) = D_student(sigma_init z, sigma_init), pulled to the teacher's law by
+    """A one-step generator G(z) = D_student(sigma_init z, sigma_init), pulled to the teacher's distribution by
 
         E_{z, sigma, e}  w(sigma) [s_fake(x_sigma) - s_target(x_sigma)] dG(z),   x_sigma = G(z) + sigma e,
 
@@ -28,7 +28,8 @@ class DiffInstruct(InTurns):
     One step is one turn on one batch of generated images: `fake_updates` turns of the fake score, then one of the
     generator. With `two_sided` every step is both, from one batch, one noise and one evaluation of each network.
 
-    fake_lr_factor: the fake score's learning rate over `lr`. generator_sigmas, fake_sigmas: laws of sigma in the two losses.
+    fake_lr_factor: the fake score's learning rate over `lr`. generator_sigmas, fake_sigmas: distributions of sigma in the two
+    losses.
     weighting: w, see `score_gradient`; with "dmd" the losses are means over pixels, with "edm" sums, as in the released
     codes. labels: "uniform", or "data" with images. clip: largest norm of a network's gradient, None for no limit. gan: None,
     or the options of `DiffusedGAN`, which needs images.
@@ -41,8 +42,8 @@ class DiffInstruct(InTurns):
         teacher: Teacher,
         *,
         sigma_init: float,
-        generator_sigmas: NoiseLevels,
-        fake_sigmas: NoiseLevels,
+        generator_sigmas: NoiseLevelDistribution,
+        fake_sigmas: NoiseLevelDistribution,
         weighting: str = "edm",
         fake_updates: int = 1,
         fake_lr_factor: float = 1.0,
@@ -136,47 +137,47 @@ class DiffInstruct(InTurns):
     def take(self, turn: Callable[..., Tensor], batch: dict[str, Tensor]) -> Tensor:
         """One turn, part by part; returns the loss of the whole batch, to which each part adds its own."""
         for part in self.parts(batch):
-            draws = Draws(self.seed, part["position"], self.image_shape)
-            labels = draws.labels(self.teacher.num_classes) if self.labels == "uniform" else part.get("label")
-            loss = turn(draws, labels, part)
+            random = TrainingNoise(self.seed, part["position"], self.image_shape)
+            labels = random.labels(self.teacher.num_classes) if self.labels == "uniform" else part.get("label")
+            loss = turn(random, labels, part)
         return loss
 
     def all_passes(self, batch: dict[str, Tensor]) -> None:
         for turn in (self.both_turns,) if self.two_sided else (self.fake_turn, self.generator_turn):
             self.take(turn, batch)
 
-    def generator_turn(self, draws: Draws, labels: Tensor | None, batch: dict[str, Tensor]) -> Tensor:
-        images = self.generate(draws.latents, labels)
+    def generator_turn(self, random: TrainingNoise, labels: Tensor | None, batch: dict[str, Tensor]) -> Tensor:
+        images = self.generate(random.latents, labels)
         with torch.no_grad():
-            sigma = draws.sigma(self.generator_sigmas)
-            x = noised(images, sigma, draws.noise)
+            sigma = random.sigma(self.generator_sigmas)
+            x = noised(images, sigma, random.noise)
             fake, target = self.fake(x, sigma, labels), self.target.denoiser(x, sigma, labels)
             gradient = score_gradient(images, fake, target, self.weighting)
             if self.gan:
-                more, told_apart = self.gan.image_gradient(self.fake, images, draws, labels)
+                more, told_apart = self.gan.image_gradient(self.fake, images, random, labels)
                 self.tally(self.diagnostics, "loss/gan_generator", told_apart)
                 gradient += more
         self.watch(images, gradient, fake, target, sigma)
         self.descend(0, surrogate(images, gradient))
         return self.diagnostics["loss/mismatch"]
 
-    def fake_turn(self, draws: Draws, labels: Tensor | None, batch: dict[str, Tensor]) -> Tensor:
+    def fake_turn(self, random: TrainingNoise, labels: Tensor | None, batch: dict[str, Tensor]) -> Tensor:
         with torch.no_grad():
-            images = self.generate(draws.latents, labels)
-        sigma = draws.sigma(self.fake_sigmas)
-        loss = self.fake_loss(images, self.fake(noised(images, sigma, draws.noise), sigma, labels), sigma)
+            images = self.generate(random.latents, labels)
+        sigma = random.sigma(self.fake_sigmas)
+        loss = self.fake_loss(images, self.fake(noised(images, sigma, random.noise), sigma, labels), sigma)
         if self.gan:
-            told_apart = self.gan.classification(self.fake, images, labels, batch["image"], batch.get("label"), draws)
+            told_apart = self.gan.classification(self.fake, images, labels, batch["image"], batch.get("label"), random)
             self.tally(self.diagnostics, "loss/gan_fake", told_apart.detach())
             loss = loss + self.gan.fake * told_apart
         self.descend(1, loss)
         return self.guide_loss()
 
-    def both_turns(self, draws: Draws, labels: Tensor | None, batch: dict[str, Tensor]) -> Tensor:
+    def both_turns(self, random: TrainingNoise, labels: Tensor | None, batch: dict[str, Tensor]) -> Tensor:
         """One backward pass: the generator's gradient holds the fake score fixed, the fake score's the images."""
-        images = self.generate(draws.latents, labels)
-        sigma = draws.sigma(self.fake_sigmas)
-        x = noised(images.detach(), sigma, draws.noise)
+        images = self.generate(random.latents, labels)
+        sigma = random.sigma(self.fake_sigmas)
+        x = noised(images.detach(), sigma, random.noise)
         fake = self.fake(x, sigma, labels)
         with torch.no_grad():
             target = self.target.denoiser(x, sigma, labels)

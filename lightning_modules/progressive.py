@@ -16,7 +16,7 @@ from stillhouse.diffusion.preconditioning import Epsilon
 from stillhouse.diffusion.sampling import Sampling
 from stillhouse.diffusion.solvers import euler, euler_step
 from stillhouse.diffusion.teacher import Teacher
-from stillhouse.diffusion.training_noise import Draws
+from stillhouse.diffusion.training_noise import TrainingNoise
 from stillhouse.networks.branching import collapse, plain_state, respread
 
 # Weights of |x - D|^2 as functions of the SNR, 1 / sigma^2 (the paper's section 4).
@@ -131,10 +131,10 @@ class ProgressiveDistillation(DenseTargets):
 
     def training_loss(self, batch: dict[str, Tensor]) -> Tensor:
         images, labels = batch["image"], batch.get("label")
-        draws = Draws(self.seed, batch["position"], images.shape[1:])
-        sigmas = self.table[draws.indices(self.steps)]
+        random = TrainingNoise(self.seed, batch["position"], images.shape[1:])
+        sigmas = self.table[random.indices(self.steps)]
         # In double precision: at the top of a cosine schedule sigma is 2e4, and the target a difference of such numbers.
-        x = noised(images.double(), sigmas[:, 0], draws.noise)
+        x = noised(images.double(), sigmas[:, 0], random.noise)
         targets = self.targets(x, sigmas, labels)
         estimates = self.student.branches(x, sigmas[:, 0], labels)
         weight = WEIGHTINGS[self.weighting](sigmas[:, :1] ** -2)

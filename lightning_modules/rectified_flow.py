@@ -7,21 +7,21 @@ from datamodules.components.augmentation import augmented, check_augment, check_
 from lightning_modules.components.flow_student import FlowStudent, PairedFlow
 from stillhouse.checks import check_choice
 from stillhouse.diffusion.losses import REGRESSIONS, regression
-from stillhouse.diffusion.random_numbers import position_noise
+from stillhouse.diffusion.random_numbers import TrainingStream, position_noise
 from stillhouse.diffusion.teacher import Teacher
-from stillhouse.diffusion.time_distributions import TimeLaw
-
-_NOISE_STREAM = 1
+from stillhouse.diffusion.time_distributions import TimeDistribution
 
 
 class RectifiedFlow(FlowStudent):
     """min_v E |X_1 - X_0 - v(X_t, t)|^2 / 2 with X_t = (1 - t) X_0 + t X_1, for independent noise X_0 and images X_1.
 
-    teacher: names the network, and the schedule and solver by which the flow is sampled. times: the law of t. loss: "l2", "l1"
-    or "huber", a sum over pixels. augment: as of `Pretrain`. One step is one batch of images, each at one time.
+    teacher: names the network, and the schedule and solver by which the flow is sampled. times: the distribution of t.
+    loss: "l2", "l1" or "huber", a sum over pixels. augment: as of `Pretrain`. One step is one batch of images, each at one time.
     """
 
-    def __init__(self, teacher: Teacher, *, times: TimeLaw, loss: str = "l2", augment: float | None = None, **common):
+    def __init__(
+        self, teacher: Teacher, *, times: TimeDistribution, loss: str = "l2", augment: float | None = None, **common
+    ):
         super().__init__(**common)
         check_choice("method.loss", loss, REGRESSIONS)
         check_augment(augment, teacher.denoiser.network)
@@ -37,7 +37,7 @@ class RectifiedFlow(FlowStudent):
 
     def training_loss(self, batch: dict[str, Tensor]) -> Tensor:
         images = batch["image"]
-        noise = position_noise(self.seed, batch["position"], self.image_shape, _NOISE_STREAM)
+        noise = position_noise(self.seed, batch["position"], self.image_shape, TrainingStream.NORMALS)
         loss = regression(*self.straight(noise, images, self.times, batch), self.loss).mean()
         self.note("loss/student", loss.detach())
         return loss
@@ -49,7 +49,7 @@ class Reflow(PairedFlow):
     teacher: the flow before, k - 1, which the k-th begins as. times, loss as there; `pairs` and others as in `PairedFlow`.
     """
 
-    def __init__(self, teacher: Teacher, *, times: TimeLaw, loss: str = "l2", **options):
+    def __init__(self, teacher: Teacher, *, times: TimeDistribution, loss: str = "l2", **options):
         super().__init__([teacher], **options)
         check_choice("method.loss", loss, REGRESSIONS)
         self.times, self.loss = times, loss

@@ -12,15 +12,13 @@ from datamodules import DataFree
 from lightning_modules.components.dense_targets import DenseTargets
 from stillhouse.checks import check_choice, check_counts
 from stillhouse.diffusion.losses import REGRESSIONS, regression
-from stillhouse.diffusion.random_numbers import position_uniforms
+from stillhouse.diffusion.random_numbers import TrainingStream, position_uniforms
 from stillhouse.diffusion.sampling import Sampling
 from stillhouse.diffusion.schedules import karras_grid
 from stillhouse.diffusion.solvers import SOLVERS, analytic_step, check_solver, euler, euler_step
 from stillhouse.diffusion.teacher import Teacher
-from stillhouse.diffusion.training_noise import Draws
+from stillhouse.diffusion.training_noise import TrainingNoise
 from stillhouse.networks.step_condition import condition_on_steps, fixed_steps_state, set_steps
-
-_CHOICE_STREAM = 4  # of a trajectory's number of steps, beside the streams of `Draws`
 
 
 class SFD(DenseTargets):
@@ -119,9 +117,9 @@ class SFD(DenseTargets):
         if step == self.departure + self.steps_under_way:
             self.departure, self.steps_under_way, self.x, self.path = step, self.drawn_steps(step), None, None
         interval = step - self.departure
-        draws = Draws(self.seed, batch["position"] - interval * self.batch_size, self.image_shape)
-        labels = draws.labels(self.teacher.num_classes)
-        self.join(draws.latents, labels, interval)
+        random = TrainingNoise(self.seed, batch["position"] - interval * self.batch_size, self.image_shape)
+        labels = random.labels(self.teacher.num_classes)
+        self.join(random.latents, labels, interval)
         self.ends: list[Tensor] = []
         found = {"x": self.x, "target": self.next_states()}
         return found if labels is None else found | {"label": labels}
@@ -148,7 +146,7 @@ class SFD(DenseTargets):
 
     def drawn_steps(self, step: int) -> int:
         """Those of the trajectories that set out at this training step, on all ranks."""
-        (u, *_) = position_uniforms(self.seed, torch.tensor([step * self.batch_size]), _CHOICE_STREAM)
+        (u, *_) = position_uniforms(self.seed, torch.tensor([step * self.batch_size]), TrainingStream.STEP_COUNT)
         return self.choices[int(u.item() * len(self.choices))]
 
     def join(self, latents: Tensor, labels: Tensor | None, interval: int) -> None:

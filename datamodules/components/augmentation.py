@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stillhouse.diffusion.random_numbers import position_noise, position_uniforms
+from stillhouse.diffusion.random_numbers import TrainingStream, position_noise, position_uniforms
 
 LABELS = 9
-_STREAM = 6  # beside the streams of `stillhouse.diffusion.training_noise.Draws`, SFD's and the flows'
 
 # EDM's, in octaves of zoom and stretch, and in widths of the image.
 _ZOOM, _STRETCH, _SHIFT = 0.2, 0.2, 0.125
@@ -81,10 +80,10 @@ class Augmentation:
 
 def draw(probability: float, seed: int, positions: Tensor) -> Augmentation:
     """The augmentation of each global position (B,), int64: of (seed, its position) alone, on the positions' device."""
-    uniforms = position_uniforms(seed, positions, _STREAM, count=9)
+    uniforms = position_uniforms(seed, positions, TrainingStream.AUGMENTATION_UNIFORMS, count=9)
     mirror, flip, angle, axis, tilted, *chances = (u.float() for u in uniforms)
     zoomed, rotated, stretched, shifted = (u < probability for u in chances)
-    zoom, stretch, right, down = position_noise(seed, positions, (4,), _STREAM + 1).unbind(1)
+    zoom, stretch, right, down = position_noise(seed, positions, (4,), TrainingStream.AUGMENTATION_NORMALS).unbind(1)
     return Augmentation(
         mirror=(mirror < 0.5).float(),
         flip=(flip < probability / 2).float(),

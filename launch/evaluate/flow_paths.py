@@ -47,8 +47,8 @@ def draw_flow_paths(
 
 def curve_title(method: BezierDistillation) -> str:
     names = ", ".join(teacher.name for teacher in method.teachers)
-    slots = ", ".join(dict.fromkeys(method.guides.slots))
-    return f"Bezier, order {method.guides.order}{f', {slots}' if slots else ''}: training curves\n({names})"
+    slots = ", ".join(dict.fromkeys(method.control_points.slots))
+    return f"Bezier, order {method.control_points.order}{f', {slots}' if slots else ''}: training curves\n({names})"
 
 
 def curves_panel(title: str, method: BezierDistillation, seeds: Tensor, background: Tensor | None = None) -> Panel:
@@ -61,11 +61,11 @@ def control_points(method: BezierDistillation, seeds: Tensor) -> Tensor:
     noise, labels = sample_noise(seeds, method.image_shape), sample_labels(seeds, method.teacher.num_classes)
     states = torch.stack([_states(method, teacher, noise, labels) for teacher in method.teachers], dim=1)
     weights = method.last_weights.to(seeds.device)
-    return method.guides.to(seeds.device)(noise.double(), states, weights, sample_uniforms(seeds))
+    return method.control_points.to(seeds.device)(noise.double(), states, weights, sample_uniforms(seeds))
 
 
 def _states(method: BezierDistillation, teacher: Teacher, noise: Tensor, labels: Tensor | None) -> Tensor:
-    """x = X_t / t of a teacher's path at the times that the guides ask for, then its end: (N, K, C, H, W), float64."""
+    """x = X_t / t of a teacher's path at the times that the control points ask for, then its end: (N, K, C, H, W), float64."""
     teacher.to(noise.device)
     levels = tuple(method.through)
     reached = teacher.sigmas(None, levels).tolist()[1:]

@@ -1,4 +1,4 @@
-"""A degradation path on disk: the denoisers that a teacher passes on its way to the law of an untrained generator."""
+"""A degradation path on disk: the denoisers that a teacher passes on its way to the distribution of an untrained generator."""
 
 import fcntl
 import hashlib

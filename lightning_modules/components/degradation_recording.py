@@ -11,8 +11,8 @@ from datamodules import DataFree
 from lightning_modules.components.degradation_path import DegradationPath
 from lightning_modules.components.method import Method
 from stillhouse.diffusion.losses import denoising_score_matching
-from stillhouse.diffusion.noise_levels import NoiseLevels
-from stillhouse.diffusion.training_noise import Draws, one_step
+from stillhouse.diffusion.noise_levels import NoiseLevelDistribution
+from stillhouse.diffusion.training_noise import TrainingNoise, one_step
 
 
 class DegradationRecording(Method):
@@ -22,7 +22,7 @@ class DegradationRecording(Method):
     is one batch of generated images. Where the path is on disk already nothing is trained.
     """
 
-    def __init__(self, path: DegradationPath, *, sigma_init: float, sigmas: NoiseLevels, **common):
+    def __init__(self, path: DegradationPath, *, sigma_init: float, sigmas: NoiseLevelDistribution, **common):
         super().__init__(**common)
         self.path, self.teacher = path, path.teacher
         self.student = self.teacher.student().eval()
@@ -42,11 +42,11 @@ class DegradationRecording(Method):
             self.trainer.should_stop = True
 
     def training_loss(self, batch: dict[str, Tensor]) -> Tensor:
-        draws = Draws(self.seed, batch["position"], self.image_shape)
-        labels = draws.labels(self.teacher.num_classes)
+        random = TrainingNoise(self.seed, batch["position"], self.image_shape)
+        labels = random.labels(self.teacher.num_classes)
         with torch.no_grad():
-            images = one_step(self.teacher.denoiser, draws.latents, self.sigma_init, labels)
-        loss = denoising_score_matching(self.student, images, draws.sigma(self.sigmas), draws.noise, labels).mean()
+            images = one_step(self.teacher.denoiser, random.latents, self.sigma_init, labels)
+        loss = denoising_score_matching(self.student, images, random.sigma(self.sigmas), random.noise, labels).mean()
         self.note("loss/degraded", loss.detach())
         return loss
 

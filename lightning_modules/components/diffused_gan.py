@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from stillhouse.diffusion.denoiser import Denoiser
 from stillhouse.diffusion.losses import noised
-from stillhouse.diffusion.noise_levels import NoiseLevels
-from stillhouse.diffusion.training_noise import Draws
+from stillhouse.diffusion.noise_levels import NoiseLevelDistribution
+from stillhouse.diffusion.training_noise import TrainingNoise
 from stillhouse.networks import Discriminator
 
 
@@ -18,17 +18,17 @@ class GANOptions(TypedDict):
 
     generator: float
     fake: float
-    sigmas: NoiseLevels
+    sigmas: NoiseLevelDistribution
 
 
 class DiffusedGAN(nn.Module):
     """A classifier of noised real and generated images, on the encoder of the fake score, which it trains along.
 
     unet: the fake score's network. generator, fake: weights of the two losses, on the scale of those they are added to.
-    sigmas: the law of the noise level.
+    sigmas: the distribution of the noise level.
     """
 
-    def __init__(self, unet: nn.Module, *, generator: float, fake: float, sigmas: NoiseLevels):
+    def __init__(self, unet: nn.Module, *, generator: float, fake: float, sigmas: NoiseLevelDistribution):
         super().__init__()
         for option, value in (("generator", generator), ("fake", fake)):
             if not value > 0:
@@ -43,12 +43,12 @@ class DiffusedGAN(nn.Module):
         return self.discriminator(score.encode(noised(images, sigma, noise), sigma, labels))
 
     def image_gradient(
-        self, score: Denoiser, images: Tensor, draws: Draws, labels: Tensor | None
+        self, score: Denoiser, images: Tensor, random: TrainingNoise, labels: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Weighted d softplus(-logit) / d images, (B, C, H, W), and the loss: none of it reaches score or classifier."""
         with torch.enable_grad():
             leaf = images.detach().requires_grad_()
-            logits = self.realism(score, leaf, draws.gan_sigma(self.sigmas), draws.gan_noise, labels)
+            logits = self.realism(score, leaf, random.gan_sigma(self.sigmas), random.gan_noise, labels)
             loss = F.softplus(-logits).sum()
             gradient = torch.autograd.grad(loss, leaf)[0]
         return self.generator * gradient, loss.detach() / len(images)
@@ -60,10 +60,10 @@ class DiffusedGAN(nn.Module):
         labels: Tensor | None,
         real: Tensor,
         real_labels: Tensor | None,
-        draws: Draws,
+        random: TrainingNoise,
     ) -> Tensor:
         """softplus(logit of generated) + softplus(-logit of real images), a mean over the batch; not weighted."""
-        sigma = draws.gan_sigma(self.sigmas)
-        generated = self.realism(score, images, sigma, draws.gan_noise, labels)
-        found_real = self.realism(score, real, sigma, draws.real_noise, real_labels)
+        sigma = random.gan_sigma(self.sigmas)
+        generated = self.realism(score, images, sigma, random.gan_noise, labels)
+        found_real = self.realism(score, real, sigma, random.real_noise, real_labels)
         return (F.softplus(generated) + F.softplus(-found_real)).mean()

@@ -10,14 +10,12 @@ from datamodules import TrajectoryDataModule
 from datamodules.trajectories import check_alike, check_store
 from lightning_modules.components.method import Method
 from stillhouse.diffusion.flow import between, end_state, time_of, velocity
-from stillhouse.diffusion.random_numbers import position_uniforms
+from stillhouse.diffusion.random_numbers import TrainingStream, position_uniforms
 from stillhouse.diffusion.sampling import Sampling
 from stillhouse.diffusion.schedules import flow_uniform
 from stillhouse.diffusion.solvers import euler
 from stillhouse.diffusion.teacher import Teacher
-from stillhouse.diffusion.time_distributions import TimeLaw
-
-_TIME_STREAM = 5  # beside the streams of `stillhouse.diffusion.training_noise.Draws` and SFD's
+from stillhouse.diffusion.time_distributions import TimeDistribution
 
 
 class FlowStudent(Method):
@@ -74,15 +72,19 @@ class FlowStudent(Method):
         """v(z, t) of the student, for `velocity`'s arguments but t from 0 on."""
         return velocity(self.student, z, t.clamp_min(self.start), labels, augment_labels)
 
-    def straight(self, noise: Tensor, images: Tensor, law: TimeLaw, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def straight(
+        self, noise: Tensor, images: Tensor, distribution: TimeDistribution, batch: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """v(X_t, t) of the student and X_1 - X_0, which it should be, at X_t = (1 - t) X_0 + t X_1: both (B, C, H, W)."""
-        t = self.time(law, batch)
+        t = self.time(distribution, batch)
         labels = batch.get("label"), batch.get("augment")
         return self.drift(between(noise, images, t), t, *labels), images - noise
 
-    def time(self, law: TimeLaw, batch: dict[str, Tensor], draw: int = 0) -> Tensor:
+    def time(self, distribution: TimeDistribution, batch: dict[str, Tensor], draw: int = 0) -> Tensor:
         """t (B,), float64, of each sample of the batch: of (seed, its position, draw) alone. draw: 0 .. 3."""
-        return law(position_uniforms(self.seed, batch["position"], _TIME_STREAM)[draw], self.start)
+        return distribution(
+            position_uniforms(self.seed, batch["position"], TrainingStream.FLOW_TIMES)[draw], self.start
+        )
 
 
 class PairedFlow(FlowStudent):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stillhouse.checkpoints.bounds import check_archive, check_tensors, parse_json
 from stillhouse.checkpoints.inert_pickle import shown
-from stillhouse.checkpoints.published import Source, check_equal
+from stillhouse.checkpoints.published import PublishedCheckpoint, check_equal
 from stillhouse.networks.diffusers_unet import DiffusersUNet
 
 # The files of 2022 call the layers of an attention so.
@@ -22,7 +22,7 @@ _EMBEDDING = {"linear_1": "layer1", "linear_2": "layer2"}
 _SAMPLING = {"dropout"}  # of the configuration, but not of the function
 
 
-class DiffusersFolder(Source):
+class DiffusersFolder(PublishedCheckpoint):
     """A weights file, .safetensors or .bin, in the folder where it was published.
 
     config.json beside it must say what is configured; so must scheduler_config.json, beside it or in the folder

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stillhouse.checkpoints.inert_pickle import DamagedPickle, Record, RefusedPickle, read_pickle, shown
 from stillhouse.checkpoints.pickled_tensors import Storages, parameter_of, tensor_of
-from stillhouse.checkpoints.published import Source, check_equal
+from stillhouse.checkpoints.published import PublishedCheckpoint, check_equal
 from stillhouse.networks.dhariwal_unet import DhariwalAttention, DhariwalUNet
 from stillhouse.networks.layers import Downsample
 from stillhouse.networks.song_unet import SongUNet
@@ -47,7 +47,7 @@ _INNER = {
 }
 
 
-class EDMPickle(Source):
+class EDMPickle(PublishedCheckpoint):
     """A network pickle as EDM publishes them, or as its training writes them (network-snapshot-*.pkl).
 
     What the file says of its preconditioning, size, classes, resampling and heads must be what is configured, and so must

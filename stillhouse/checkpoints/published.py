@@ -10,7 +10,7 @@ from stillhouse.checkpoints.inert_pickle import shown
 from stillhouse.checkpoints.weights import check_state, find_file, hash_file, places, save_weights
 
 
-class Source:
+class PublishedCheckpoint:
     """Base: a published file, read into the names and shapes of our networks. Nothing is fetched here, and no code of it runs.
 
     file: sought as weights are. url: where it can be had, for messages and cards; `download=true` fetches it. sha256: of the

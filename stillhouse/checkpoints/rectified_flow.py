@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.checkpoints.bounds import check_archive, check_tensors
-from stillhouse.checkpoints.published import Source, check_equal
+from stillhouse.checkpoints.published import PublishedCheckpoint, check_equal
 from stillhouse.networks.layers import Attention, Downsample
 from stillhouse.networks.song_unet import SongUNet
 
@@ -24,7 +24,7 @@ _BLOCK = {
 _PREFIXES = ("module.", "all_modules.")
 
 
-class RectifiedFlowCheckpoint(Source):
+class RectifiedFlowCheckpoint(PublishedCheckpoint):
     """A checkpoint of the released training code: its averaged weights, of a DDPM++ without classes.
 
     The averages are a list in the order of the trained parameters, whose names the raw network beside it has. The models

@@ -1,8 +1,8 @@
 """Control points from several teachers: P_0 = x_0, then P_i = sum_j A_ij Q_i[Phi_j(x_0)], with a row of weights for each.
 
 Teachers j = 1 .. m are flows that start from the same x_0; Phi_j(x_0) is the end of j's path. A has n rows, which sum to 1; the
-last one weights the end points, the others the guides. The general definition is ours: the note that proposes Bezier distillation
-(arXiv 2503.16562) has no formula for it.
+last one weights the end points, the others the inner control points. The general definition is ours: the note that proposes
+Bezier distillation (arXiv 2503.16562) has no formula for it.
 """
 
 from collections.abc import Sequence
@@ -52,11 +52,12 @@ def check_weights(name: str, weights: Matrix, order: int, teachers: int) -> Tens
 
 
 def check_slots(slot: str | Sequence[str], order: int) -> list[str]:
-    """A slot for each of the order - 1 guides. Errors: ValueError for an unknown name, or another number of them."""
+    """A slot for each of the order - 1 inner control points. Errors: ValueError for an unknown name or another number."""
     several = isinstance(slot, Sequence) and not isinstance(slot, str)
     if several and len(slot) != order - 1:
         raise ValueError(
-            f"method.slot={list(slot)} must be one name, or one for each of the {order - 1} guides of method.order={order}"
+            f"method.slot={list(slot)} must be one name, or one for each of the {order - 1} inner control points of "
+            f"method.order={order}"
         )
     slots = list(slot) if several else [slot] * (order - 1)
     for name in slots if several else [slot]:
@@ -64,13 +65,13 @@ def check_slots(slot: str | Sequence[str], order: int) -> list[str]:
     return slots
 
 
-class Guides(nn.Module):
+class ControlPoints(nn.Module):
     """Makes control points (B, n + 1, C, H, W).
 
-    slots: what Q_i is, for each guide i = 1 .. n - 1: "endpoint", Phi_j(x_0); "trajectory", the control point whose curve passes
-    through j's path at k/n for k = 1 .. n - 1, if all are of it; "linear", on the straight line from x_0 to P_n.
-    end_row: "one_hot", the end point of one teacher, drawn once for each sample by the last row; "average", their mean.
-    shuffled: every guide is taken from another sample (a control, which shows what the pairing is worth).
+    slots: what Q_i is, for each inner point i = 1 .. n - 1: "endpoint", Phi_j(x_0); "trajectory", the control point whose curve
+    passes through j's path at k/n for k = 1 .. n - 1, if all are of it; "linear", on the straight line from x_0 to P_n.
+    end_row: "one_hot", the end point of one teacher, chosen once for each sample by the last row; "average", their mean.
+    shuffled: every inner point is taken from another sample (a control, which shows what the pairing is worth).
     """
 
     def __init__(self, order: int, slots: Sequence[str], end_row: str, shuffled: bool = False):
@@ -87,7 +88,7 @@ class Guides(nn.Module):
 
     def forward(self, noise: Tensor, states: Tensor, weights: Tensor, choice: Tensor) -> Tensor:
         """noise x_0 (B, C, H, W); states (B, m, K, C, H, W): the teachers' x = X_t / t at `times`, then their end points;
-        weights A (n, m); choice (B,), uniform in (0, 1), draws the end point."""
+        weights A (n, m); choice (B,), uniform in (0, 1), chooses the end point."""
         weights = weights.to(states.dtype)
         ends, own = states[:, :, -1], [noise]
         end = self._end(ends, weights[-1], choice)
@@ -100,11 +101,11 @@ class Guides(nn.Module):
             )
         for i, slot in enumerate(self.slots, 1):
             if slot == "linear":
-                guide = noise + (i / self.order) * (end - noise)
+                inner = noise + (i / self.order) * (end - noise)
             else:
                 source = ends if slot == "endpoint" else passing[:, :, i - 1]
-                guide = torch.tensordot(source, weights[i - 1], ([1], [0]))
-            own.append(guide.roll(1, 0) if self.shuffled else guide)
+                inner = torch.tensordot(source, weights[i - 1], ([1], [0]))
+            own.append(inner.roll(1, 0) if self.shuffled else inner)
         return torch.stack([*own, end], dim=1)
 
     def _end(self, ends: Tensor, row: Tensor, choice: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ SCORE_WEIGHTINGS = ("edm", "dmd")
 
 
 def log_normal_sigmas(count: int, mean: float, std: float, device: torch.device) -> Tensor:
-    """Training noise levels with ln(sigma) ~ N(mean, std^2), (count,): EDM's law (its table 1: -1.2, 1.2)."""
+    """Training noise levels with ln(sigma) ~ N(mean, std^2), (count,): EDM's distribution (its table 1: -1.2, 1.2)."""
     return (torch.randn(count, device=device) * std + mean).exp()
 
 
@@ -63,7 +63,7 @@ def regression(output: Tensor, target: Tensor, kind: str) -> Tensor:
 
 
 def score_gradient(images: Tensor, fake: Tensor, target: Tensor, weighting: str) -> Tensor:
-    """Gradient at the generator's images of the integral KL between their noised law and the target's, (B, C, H, W).
+    """Gradient at the generator's images of the integral KL between their noised distribution and the target's, (B, C, H, W).
 
     images x0 (B, C, H, W); fake, target: the two denoisers' estimates of x0 from the same noised images. The gradient of
     KL at one level is (s_fake - s_target)(x_sigma) dx0 with the scores s = (D - x_sigma) / sigma^2, so that

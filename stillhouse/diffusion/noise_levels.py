@@ -1,4 +1,4 @@
-"""Laws of the noise levels at which a method compares denoisers: quantile functions, from u in (0, 1) to sigma."""
+"""Distributions of the noise levels at which a method compares denoisers: quantile functions, from u in (0, 1) to sigma."""
 
 from dataclasses import dataclass
 
@@ -10,14 +10,14 @@ from stillhouse.checks import check_counts
 
 @dataclass(frozen=True)
 class LogNormal:
-    """ln(sigma) ~ N(mean, std^2): EDM's law for training (arXiv 2206.00364, table 1), also Diff-Instruct's."""
+    """ln(sigma) ~ N(mean, std^2): EDM's distribution for training (arXiv 2206.00364, table 1), also Diff-Instruct's."""
 
     mean: float = -1.2
     std: float = 1.2
 
     def __post_init__(self) -> None:
         if self.std <= 0:
-            raise ValueError(f"a log-normal law needs a positive std, got {self.std!r}")
+            raise ValueError(f"a log-normal distribution needs a positive std, got {self.std!r}")
 
     def __call__(self, u: Tensor) -> Tensor:
         """Noise levels (B,), float32, of uniform numbers u (B,), float64 in (0, 1)."""
@@ -28,8 +28,8 @@ class LogNormal:
 class KarrasGrid:
     """Uniform over the entries `first` .. `last` of `levels` levels that are linear in sigma^(1/rho), entry 0 the least.
 
-    DMD2's ImageNet-64 law (arXiv 2405.14867, released code): 1000 levels, 20 .. 980 for the generator and all for the fake
-    score.
+    DMD2's ImageNet-64 distribution (arXiv 2405.14867, released code): 1000 levels, 20 .. 980 for the generator and all for the
+    fake score.
     """
 
     sigma_min: float = 0.002
@@ -55,4 +55,4 @@ class KarrasGrid:
         return (low + entry / (self.levels - 1) * (high - low)).pow(self.rho).float()
 
 
-NoiseLevels = LogNormal | KarrasGrid
+NoiseLevelDistribution = LogNormal | KarrasGrid

@@ -13,6 +13,7 @@ student is measured on noise that it was trained on.
 
 import math
 from collections.abc import Sequence
+from enum import IntEnum
 
 import numpy as np
 import torch
@@ -21,10 +22,31 @@ from torch import Tensor
 MONITOR_SEEDS = 1 << 31
 TRAIN_SEEDS = 1 << 32
 HELD_OUT_SEEDS = 2 << 32
-_LABEL_STREAM = 0xFFFFFFFF
-_CHOICE_STREAM = 0xFFFFFFFE
 _POSITIONS = 2  # keeps the key of training positions apart from everything else that is derived from a run's seed
 _MASK = 0xFFFFFFFF
+
+
+class TrainingStream(IntEnum):
+    """The independent random numbers of one training sample, at a position of a run's sequence.
+
+    A method that needs further ones adds a name here; a number that is in use never changes.
+    """
+
+    UNIFORMS = 0  # labels and noise levels
+    NORMALS = 1  # latents, and the noise of the compared images; the noise that a flow starts from
+    GAN_NOISE = 2  # on generated images in front of a discriminator
+    GAN_REAL_NOISE = 3  # on real images in front of a discriminator
+    STEP_COUNT = 4  # the number of steps of a trajectory (SFD)
+    FLOW_TIMES = 5
+    AUGMENTATION_UNIFORMS = 6
+    AUGMENTATION_NORMALS = 7
+
+
+class SampleStream(IntEnum):
+    """The independent random numbers of one generated sample, beside its latent (0) and the noise of solver steps (from 1 on)."""
+
+    UNIFORM = 0xFFFFFFFE  # a choice that belongs to the sample
+    LABEL = 0xFFFFFFFF
 
 
 def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -102,7 +124,7 @@ def sample_labels(seeds: Tensor, num_classes: int, class_counts: Sequence[int] |
     """
     if not num_classes:
         return None
-    word = _words(seeds, 1, _LABEL_STREAM)[0][:, 0]
+    word = _words(seeds, 1, SampleStream.LABEL)[0][:, 0]
     if class_counts is None:
         return (word * num_classes) >> 32
     ends = torch.tensor(class_counts, device=seeds.device).cumsum(0)
@@ -111,7 +133,7 @@ def sample_labels(seeds: Tensor, num_classes: int, class_counts: Sequence[int] |
 
 def sample_uniforms(seeds: Tensor) -> Tensor:
     """Uniform numbers (B,), float64 in (0, 1), one per seed, for a choice that belongs to the sample; no draw of its noise."""
-    return (_words(seeds, 1, _CHOICE_STREAM)[0][:, 0].double() + 0.5) * 2.0**-32
+    return (_words(seeds, 1, SampleStream.UNIFORM)[0][:, 0].double() + 0.5) * 2.0**-32
 
 
 def derive_seed(*parts: int) -> int:

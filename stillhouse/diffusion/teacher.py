@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillhouse.checkpoints.published import Source
+from stillhouse.checkpoints.published import PublishedCheckpoint
 from stillhouse.checkpoints.weights import hash_form, hash_state, load_weights
 from stillhouse.checks import check_memory
 from stillhouse.diffusion.denoiser import Denoiser
@@ -44,7 +44,7 @@ class Teacher:
         *,
         weights: str | None = None,
         sha256: str | None = None,
-        source: Source | None = None,
+        source: PublishedCheckpoint | None = None,
         solver: str = "heun",
         solver_options: Mapping[str, bool | float | None] | None = None,
         steps: int = 18,

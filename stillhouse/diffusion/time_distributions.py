@@ -1,4 +1,4 @@
-"""Laws of the time t of a flow at which a method compares it with its target: quantile functions, from u in (0, 1) to t.
+"""Distributions of the time t of a flow at which a method compares it with its target: quantile functions, from u in (0, 1) to t.
 
 Each is called with u (B,), float64, and `start`, where the network's time begins. It returns t (B,), float64: in [start, 1), or 0
 for the noise itself, which the network reads as it reads `start`.
@@ -40,7 +40,7 @@ class UShaped:
 
     def __post_init__(self) -> None:
         if self.a <= 0:
-            raise ValueError(f"the U-shaped law needs a positive a, got {self.a!r}")
+            raise ValueError(f"the U-shaped distribution needs a positive a, got {self.a!r}")
 
     def __call__(self, u: Tensor, start: float) -> Tensor:
         share = 0.5 + torch.asinh((2 * u - 1) * math.sinh(self.a / 2)) / self.a
@@ -77,4 +77,4 @@ class StartOrLater:
         return torch.where(at_start, 0.0, start + (1 - start) * share)
 
 
-TimeLaw = Start | Uniform | UShaped | Grid | StartOrLater
+TimeDistribution = Start | Uniform | UShaped | Grid | StartOrLater

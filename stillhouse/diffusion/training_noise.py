@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from stillhouse.diffusion.denoiser import Denoiser
-from stillhouse.diffusion.noise_levels import NoiseLevels
-from stillhouse.diffusion.random_numbers import position_noise, position_uniforms
+from stillhouse.diffusion.noise_levels import NoiseLevelDistribution
+from stillhouse.diffusion.random_numbers import TrainingStream, position_noise, position_uniforms
 from stillhouse.diffusion.sampling import Sampling
 
 
-class Draws:
+class TrainingNoise:
     """Of the samples at `positions` (B,), int64, of a run's sequence: each a function of (seed, its position) alone.
 
     shape: (C, H, W) of an image. What each turn needs comes from two calls: a small one takes as long as a large one.
@@ -23,11 +23,11 @@ class Draws:
 
     @cached_property
     def _uniforms(self) -> tuple[Tensor, ...]:
-        return position_uniforms(self.seed, self.positions, stream=0)
+        return position_uniforms(self.seed, self.positions, TrainingStream.UNIFORMS)
 
     @cached_property
     def _normals(self) -> tuple[Tensor, ...]:
-        return position_noise(self.seed, self.positions, (2, *self.shape), stream=1).unbind(1)
+        return position_noise(self.seed, self.positions, (2, *self.shape), TrainingStream.NORMALS).unbind(1)
 
     @property
     def latents(self) -> Tensor:
@@ -40,26 +40,26 @@ class Draws:
 
     @cached_property
     def gan_noise(self) -> Tensor:
-        return position_noise(self.seed, self.positions, self.shape, stream=2)
+        return position_noise(self.seed, self.positions, self.shape, TrainingStream.GAN_NOISE)
 
     @cached_property
     def real_noise(self) -> Tensor:
-        return position_noise(self.seed, self.positions, self.shape, stream=3)
+        return position_noise(self.seed, self.positions, self.shape, TrainingStream.GAN_REAL_NOISE)
 
     def labels(self, num_classes: int) -> Tensor | None:
         """Uniform labels (B,), int64; None where there are no classes."""
         return (self._uniforms[0] * num_classes).long() if num_classes else None
 
-    def sigma(self, law: NoiseLevels) -> Tensor:
+    def sigma(self, distribution: NoiseLevelDistribution) -> Tensor:
         """Noise levels (B,), float32."""
-        return law(self._uniforms[1])
+        return distribution(self._uniforms[1])
 
     def indices(self, count: int) -> Tensor:
         """Uniform whole numbers in [0, count), (B,), int64, for choosing a noise level from a list: the draw of `sigma`."""
         return (self._uniforms[1] * count).long()
 
-    def gan_sigma(self, law: NoiseLevels) -> Tensor:
-        return law(self._uniforms[2])
+    def gan_sigma(self, distribution: NoiseLevelDistribution) -> Tensor:
+        return distribution(self._uniforms[2])
 
 
 def one_step(denoiser: Denoiser, noise: Tensor, sigma_init: float, labels: Tensor | None) -> Tensor:

@@ -72,11 +72,11 @@ def test_the_command_runs_it(monkeypatch, capsys, measured):
 def test_an_evaluation_beyond_the_floor_is_refused(monkeypatch, two_sided, turn, network, message):
     once = getattr(DiffInstruct, turn)
 
-    def evaluates_more(method, draws, labels, batch):
-        z = draws.latents
+    def evaluates_more(method, random, labels, batch):
+        z = random.latents
         denoiser = {"teacher": method.teacher.denoiser, "fake": method.fake, "student": method.student}[network]
         denoiser(z, torch.ones(len(z)), labels)
-        return once(method, draws, labels, batch)
+        return once(method, random, labels, batch)
 
     monkeypatch.setattr(DiffInstruct, turn, evaluates_more)
     with pytest.raises(RuntimeError, match=message):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.planar import LAWS, Planar, checkerboard, eight_gaussians
+from datamodules.planar import DISTRIBUTIONS, Planar, checkerboard, eight_gaussians
 
 COUNT = 20_000
 
@@ -13,7 +13,7 @@ def generator(seed=0):
     return np.random.Generator(np.random.PCG64(seed))
 
 
-@pytest.fixture(scope="module", params=LAWS)
+@pytest.fixture(scope="module", params=DISTRIBUTIONS)
 def module(request, tmp_path_factory):
     module = Planar(request.param, root=str(tmp_path_factory.mktemp("data")), batch_size=8, points=COUNT)
     module.prepare_data()
@@ -49,20 +49,22 @@ def test_the_dark_squares_alone_are_filled_and_alike_often():
 def test_bytes_are_the_laws_points_on_the_lattice(module):
     packed = module.reference()
     assert packed.images.shape == (COUNT, 2, 1, 1)
-    points = LAWS[module.law](COUNT, generator(2025))
+    points = DISTRIBUTIONS[module.distribution](COUNT, generator(2025))
     expected = np.clip(np.floor(points * 127.5 + 128), 0, 255)
     # The house's rule rounds in float32: next to an integer that is the other side.
     assert (packed.images[:, :, 0, 0] != expected).mean() < 1e-3
     errors = packed.images[:, :, 0, 0] / 127.5 - 1 - points
     assert np.abs(errors).max() <= 0.5 / 127.5 + 1e-6
     assert abs(errors.mean()) < 1e-4
-    assert json.loads((module.folder / "meta.json").read_text())["name"] == module.law
+    assert json.loads((module.folder / "meta.json").read_text())["name"] == module.distribution
     packed.verify()
 
 
 def test_bytes_are_the_same_everywhere(tmp_path):
     """The hash in every fingerprint: measured values can be compared between machines."""
-    hashes = [Planar(law, root=str(tmp_path), batch_size=1).reference().hash[:8] for law in LAWS]
+    hashes = [
+        Planar(distribution, root=str(tmp_path), batch_size=1).reference().hash[:8] for distribution in DISTRIBUTIONS
+    ]
     assert hashes == ["e482520d", "06818ccf"]
 
 
@@ -78,7 +80,7 @@ def test_batches_are_points_in_data_range_without_labels(module):
 
 
 def test_the_runs_seed_orders_the_points_and_does_not_draw_them(module):
-    other = Planar(module.law, root=str(module.folder.parent), batch_size=8, points=COUNT, seed=5)
+    other = Planar(module.distribution, root=str(module.folder.parent), batch_size=8, points=COUNT, seed=5)
     assert other.reference().hash == module.reference().hash
     first, second = (next(iter(m.train_dataloader()))["image"] for m in (module, other))
     assert not torch.equal(first, second)
@@ -87,7 +89,7 @@ def test_the_runs_seed_orders_the_points_and_does_not_draw_them(module):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"law": "moons"}, "law must be one of eight_gaussians, checkerboard, got 'moons'"),
+        ({"distribution": "moons"}, "distribution must be one of eight_gaussians, checkerboard, got 'moons'"),
         ({"points": 0}, "points must be an integer of at least 1, got 0"),
         ({"points": 77}, "points=77, but .* was packed with 20000; correct the option or set another name or root"),
         ({"channels": 3}, "channels=3, but .* was packed with 2"),
@@ -95,12 +97,12 @@ def test_the_runs_seed_orders_the_points_and_does_not_draw_them(module):
     ],
 )
 def test_misuse(module, options, message):
-    options = {"law": module.law, "points": COUNT, **options}
+    options = {"distribution": module.distribution, "points": COUNT, **options}
     with pytest.raises(ValueError, match=message):
         Planar(root=str(module.folder.parent), name=module.name, batch_size=8, **options).setup("fit")
 
 
 def test_another_law_under_the_name_is_refused(module):
-    other = next(law for law in LAWS if law != module.law)
-    with pytest.raises(ValueError, match=f"law={other}, but .* was packed with {module.law}"):
+    other = next(distribution for distribution in DISTRIBUTIONS if distribution != module.distribution)
+    with pytest.raises(ValueError, match=f"distribution={other}, but .* was packed with {module.distribution}"):
         Planar(other, module.name, str(module.folder.parent), batch_size=8, points=COUNT).reference()

@@ -8,7 +8,7 @@ import torch
 from scipy.interpolate import BPoly
 
 from stillhouse.diffusion import bezier
-from stillhouse.diffusion.control_points import Guides, check_weights, default_weights
+from stillhouse.diffusion.control_points import ControlPoints, check_weights, default_weights
 
 T = torch.tensor([0.0, 0.125, 0.5, 0.7, 1.0], dtype=torch.float64)
 
@@ -132,7 +132,7 @@ def test_odd_weights_are_refused(weights, message):
 def test_endpoint_slots_are_mixtures_of_the_ends():
     noise, states = paths(2, 3)
     weights = torch.tensor([[0.25, 0.75], [1, 0], [0, 1]], dtype=torch.float64)
-    points = Guides(3, ("endpoint", "endpoint"), "one_hot")(noise, states[:, :, -1:], weights, choice())
+    points = ControlPoints(3, ("endpoint", "endpoint"), "one_hot")(noise, states[:, :, -1:], weights, choice())
     first, second = states[:, 0, -1], states[:, 1, -1]
     for found, expected in zip(points.unbind(1), (noise, 0.25 * first + 0.75 * second, first, second), strict=True):
         torch.testing.assert_close(found, expected)
@@ -141,10 +141,10 @@ def test_endpoint_slots_are_mixtures_of_the_ends():
 @pytest.mark.parametrize("order", [2, 3, 4])
 def test_trajectory_slots_pass_through_the_teachers_path(order):
     noise, states = paths(1, order)
-    guides = Guides(order, ("trajectory",) * (order - 1), "one_hot")
-    assert guides.times == [k / order for k in range(1, order)]
+    control_points = ControlPoints(order, ("trajectory",) * (order - 1), "one_hot")
+    assert control_points.times == [k / order for k in range(1, order)]
     at_levels = states / (torch.arange(1, order + 1).double() / order)[:, None, None, None]  # x = X_t / t
-    points = guides(noise, at_levels, torch.ones(order, 1, dtype=torch.float64), choice())
+    points = control_points(noise, at_levels, torch.ones(order, 1, dtype=torch.float64), choice())
     for k in range(1, order + 1):
         at = torch.full((len(noise),), k / order, dtype=torch.float64)
         torch.testing.assert_close(bezier.point(points, at), states[:, 0, k - 1])
@@ -153,7 +153,7 @@ def test_trajectory_slots_pass_through_the_teachers_path(order):
 def test_trajectory_slots_of_two_teachers_mix_their_control_points():
     noise, states = paths(2, 2)
     weights = torch.tensor([[0.3, 0.7], [0, 1]], dtype=torch.float64)
-    points = Guides(2, ("trajectory",), "one_hot")(noise, states, weights, choice())
+    points = ControlPoints(2, ("trajectory",), "one_hot")(noise, states, weights, choice())
     own = [states[:, j, 0] - (noise + states[:, j, 1]) / 2 for j in range(2)]
     torch.testing.assert_close(points[:, 1], 0.3 * own[0] + 0.7 * own[1])
 
@@ -161,9 +161,9 @@ def test_trajectory_slots_of_two_teachers_mix_their_control_points():
 def test_linear_slots_are_the_elevated_line():
     noise, states = paths(2, 1)
     weights = torch.tensor([[1, 0], [1, 0], [0.5, 0.5]], dtype=torch.float64)
-    guides = Guides(3, ("linear", "linear"), "average")
-    assert guides.times == []
-    points = guides(noise, states, weights, choice())
+    control_points = ControlPoints(3, ("linear", "linear"), "average")
+    assert control_points.times == []
+    points = control_points(noise, states, weights, choice())
     line = torch.stack([noise, states.mean((1, 2))], 1)
     torch.testing.assert_close(points, bezier.elevate(bezier.elevate(line)))
 
@@ -171,17 +171,17 @@ def test_linear_slots_are_the_elevated_line():
 def test_one_hot_ends_are_drawn_by_the_choice_alone():
     noise, states = paths(3, 1)
     weights = torch.tensor([[0.25, 0.5, 0.25]], dtype=torch.float64)
-    ends = Guides(1, (), "one_hot")(noise, states, weights, choice())[:, -1]
+    ends = ControlPoints(1, (), "one_hot")(noise, states, weights, choice())[:, -1]
     for i, expected in enumerate([0] * 16 + [1] * 32 + [2] * 16):
         torch.testing.assert_close(ends[i], states[i, expected, -1])
-    average = Guides(1, (), "average")(noise, states, weights, choice())[:, -1]
+    average = ControlPoints(1, (), "average")(noise, states, weights, choice())[:, -1]
     torch.testing.assert_close(average, torch.einsum("j,bjchw->bchw", weights[0], states[:, :, -1]))
 
 
-def test_shuffled_guides_are_of_other_samples_and_ends_are_not():
+def test_shuffled_control_points_are_of_other_samples_and_ends_are_not():
     noise, states = paths(1, 1)
     weights = torch.ones(2, 1, dtype=torch.float64)
-    straight = Guides(2, ("endpoint",), "one_hot")(noise, states, weights, choice())
-    shuffled = Guides(2, ("endpoint",), "one_hot", shuffled=True)(noise, states, weights, choice())
+    straight = ControlPoints(2, ("endpoint",), "one_hot")(noise, states, weights, choice())
+    shuffled = ControlPoints(2, ("endpoint",), "one_hot", shuffled=True)(noise, states, weights, choice())
     torch.testing.assert_close(shuffled[1:, 1], straight[:-1, 1])
     torch.testing.assert_close(shuffled[:, [0, 2]], straight[:, [0, 2]])

@@ -131,7 +131,7 @@ def test_flow_heun_counts_as_it_evaluates():
 U = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
 
 
-def test_time_laws():
+def test_time_distributions():
     start = 1e-3
     assert (Start()(U, start) == 0).all()
     uniform = Uniform()(U, start)

@@ -7,7 +7,7 @@ from stillhouse.diffusion.schedules import karras
 U = (torch.arange(10000, dtype=torch.float64) + 0.5) / 10000
 
 
-def test_log_normal_has_edms_law():
+def test_log_normal_has_edms_distribution():
     """Against the standard library's normal distribution, at its own quantiles."""
     sigma = LogNormal(-1.2, 1.2)(U)
     normal = torch.distributions.Normal(-1.2, 1.2)
@@ -27,14 +27,14 @@ def test_karras_grid_is_edms_schedule_read_from_below():
 
 
 @pytest.mark.parametrize(
-    ("law", "options", "message"),
+    ("distribution", "options", "message"),
     [
-        (LogNormal, {"std": 0}, "a log-normal law needs a positive std, got 0"),
+        (LogNormal, {"std": 0}, "a log-normal distribution needs a positive std, got 0"),
         (KarrasGrid, {"sigma_min": 0}, "need 0 < sigma_min < sigma_max, got 0 and 80.0"),
         (KarrasGrid, {"last": 1000}, "need 0 <= first <= last < levels=1000, got 20 and 1000"),
         (KarrasGrid, {"levels": 1}, "levels must be an integer of at least 2, got 1"),
     ],
 )
-def test_misuse(law, options, message):
+def test_misuse(distribution, options, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
-        law(**options)
+        distribution(**options)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from stillhouse.checkpoints.published import Source
+from stillhouse.checkpoints.published import PublishedCheckpoint
 from stillhouse.diffusion.preconditioning import EDM
 from stillhouse.diffusion.schedules import karras
 from stillhouse.diffusion.teacher import Teacher
@@ -19,7 +19,7 @@ class Net(nn.Module):
         self.conv = nn.Conv2d(3, 3, 1)
 
 
-class NumberFile(Source):
+class NumberFile(PublishedCheckpoint):
     """Reads a file of one number as the weights of a `Net`."""
 
     def read(self, file, network, preconditioning):
@@ -27,7 +27,7 @@ class NumberFile(Source):
         return {name: torch.full_like(old, value) for name, old in network.state_dict().items()}, {"class": "Number"}
 
 
-def teacher(weights: str, source: Source | None) -> Teacher:
+def teacher(weights: str, source: PublishedCheckpoint | None) -> Teacher:
     return Teacher("t", Net(), EDM(), karras, weights=weights, source=source, licence="L")
 
 
@@ -84,7 +84,7 @@ def test_a_source_is_unused_without_weights_and_wrong_ones_leave_nothing(tmp_pat
     monkeypatch.chdir(tmp_path)
     assert Teacher("t", Net(), EDM(), karras, source=NumberFile("nowhere/number.txt")).weights is None
 
-    class Wrong(Source):
+    class Wrong(PublishedCheckpoint):
         def read(self, file, network, preconditioning):
             return {"conv.weight": torch.zeros(3, 3, 1, 1), "other": torch.zeros(1)}, {}
 

@@ -67,7 +67,10 @@ def test_teachers_that_cannot_be(folder, teachers, message):
             ],
         ),
         ("method.slot=line", ["method.slot must be one of endpoint, trajectory, linear, got 'line'"]),
-        ("method.order=3 method.slot=[endpoint]", ["method.slot=['endpoint']", "the 2 guides of method.order=3"]),
+        (
+            "method.order=3 method.slot=[endpoint]",
+            ["method.slot=['endpoint']", "the 2 inner control points of method.order=3"],
+        ),
         ("method.order=3 method.slot=[endpoint,line]", ["method.slot must be one of", "got 'line'"]),
         ("method.weights=[[1,0],[0.5,0.6]]", ["method.weights", "control point 2 are [0.5, 0.6]", "sum to 1"]),
         ("method.weights=[[2,-1],[0,1]]", ["method.weights", "control point 1", "must not be negative"]),
@@ -104,7 +107,10 @@ def test_curves_that_cannot_be(folder, options, message):
         ("method=reflow method.loss=lpips", ["method.loss must be one of", "got 'lpips'"]),
         ("method=bezier data=cifar10", ["method.teachers", "no weights at", "weights/cifar10-rf1.safetensors"]),
         ("method=reflow teacher.weights=nothing.safetensors", ["no weights at", "method=rectified_flow"]),
-        ("method=rectified_flow time_laws.u_shaped.a=0 method.times=${time_laws.u_shaped}", ["a positive a, got 0"]),
+        (
+            "method=rectified_flow time_distributions.u_shaped.a=0 method.times=${time_distributions.u_shaped}",
+            ["a positive a, got 0"],
+        ),
     ],
 )
 def test_flows_that_cannot_be(folder, options, message):

@@ -135,7 +135,7 @@ ROWS = {
         ("method._target_=stillhouse.files.write_file", "method._target_=stillhouse.files.write_file is not built: "),
         ("method._target_=lightning_modules.Foo", "method._target_=lightning_modules.Foo does not exist"),
         ("+callbacks.foo={_target_:subprocess.run}", "callbacks.foo._target_=subprocess.run is not built: "),
-        ("+laws={a:{_target_:os.system}}", "laws.a._target_=os.system is not built: "),
+        ("+choices={a:{_target_:os.system}}", "choices.a._target_=os.system is not built: "),
     ],
     f"{CURVES} method.teachers=[]": [
         ("method.teachers=null", "method.teachers=null: give a list of configs of type Teacher"),

@@ -18,7 +18,7 @@ from lightning_modules import (
 from lightning_modules.b_dense import branch_weights
 from stillhouse.diffusion.random_numbers import sample_noise
 from stillhouse.diffusion.solvers import euler
-from stillhouse.diffusion.training_noise import Draws
+from stillhouse.diffusion.training_noise import TrainingNoise
 from stillhouse.networks import branches_of
 
 PAIRS = {"sfd": (SFD, BDenseSFD), "progressive": (ProgressiveDistillation, BDenseProgressive)}
@@ -160,8 +160,8 @@ def interval_losses(solver, interval):
     module = at_step(method("sfd", branches=4, steps=3, afs=False, solver=solver), interval)
     module.on_fit_start()
     module.steps_under_way = 3
-    draws = Draws(0, torch.arange(64), (2, 1, 1))
-    module.join(draws.latents, None, 0)
+    random = TrainingNoise(0, torch.arange(64), (2, 1, 1))
+    module.join(random.latents, None, 0)
     for _ in range(interval):
         module.x = module.next_states()[:, -1]
     losses = caught(module)

@@ -89,7 +89,7 @@ def test_linear_slots_give_the_losses_of_a_straight_path(tmp_path, order):
     assert losses[0] == pytest.approx(expected[0], rel=1e-5)
 
 
-def test_without_later_times_guides_do_not_enter(tmp_path):
+def test_without_later_times_inner_control_points_do_not_enter(tmp_path):
     """methods.md 4.5, fact 1: at t = 0 the input is x_0 and the target P_n."""
     runs = [
         trained(method(tmp_path, kimg=4, prediction_times=Start(), **options))
@@ -130,7 +130,7 @@ def test_it_learns_the_last_teachers_map_in_one_step(tmp_path, options, precisio
 
 @pytest.mark.slow
 def test_the_drift_of_a_bent_path_carries_noise_to_the_end_points(tmp_path):
-    """The continuity equation: the fitted drift's ODE has the law of P_n at t = 1, although its paths are other ones."""
+    """The continuity equation: the fitted drift's ODE has the distribution of P_n at t = 1, although its paths are other ones."""
     flows = teachers()
     flows[-1] = mixture_flow(MEANS, "learner", base=None)
     module = method(tmp_path, flows, prediction=0.0, drift=1.0, kimg=150, shuffled=False)
@@ -141,8 +141,8 @@ def test_the_drift_of_a_bent_path_carries_noise_to_the_end_points(tmp_path):
     assert energy_distance(module.sample(latents()), ends) < 0.05 * noise_distance
 
 
-def test_shuffled_guides_do_worse(tmp_path):
-    """The drift's target is noise where guides belong to other samples."""
+def test_shuffled_control_points_do_worse(tmp_path):
+    """The drift's target is noise where inner control points belong to other samples."""
     errors = []
     for shuffled in (False, True):
         module = method(tmp_path, prediction=0.0, drift=1.0, shuffled=shuffled, kimg=40)
@@ -173,7 +173,7 @@ class Clock:
 def at_step(monkeypatch):
     def points(module, batch, step=0):
         monkeypatch.setattr(type(module), "trainer", Clock(step))
-        return module.control_points(batch)
+        return module.control_points_of(batch)
 
     return points
 
@@ -253,7 +253,7 @@ def test_steps_are_one_for_the_end_and_any_for_the_drift(tmp_path):
     [
         ({"order": 0}, "method.order"),
         ({"slot": "line"}, "method.slot"),
-        ({"order": 3, "slot": ["endpoint"]}, "the 2 guides of method.order"),
+        ({"order": 3, "slot": ["endpoint"]}, "the 2 inner control points of method.order"),
         ({"order": 3, "slot": ["endpoint", "line"]}, "method.slot"),
         ({"weights": [[0.7, 0.4], [0, 1]]}, "sum to 1"),
         ({"final_weights": [[0.7, 0.4], [0, 1]]}, "method.final_weights"),

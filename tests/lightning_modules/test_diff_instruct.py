@@ -14,11 +14,11 @@ from stillhouse.diffusion.preconditioning import EDM
 from stillhouse.diffusion.random_numbers import sample_noise
 from stillhouse.diffusion.schedules import karras
 from stillhouse.diffusion.teacher import Teacher
-from stillhouse.diffusion.training_noise import Draws
+from stillhouse.diffusion.training_noise import TrainingNoise
 from stillhouse.networks import SongUNet
 
-LAW = LogNormal(-1.2, 1.2)
-OPTIONS = {"sigma_init": 2.5, "generator_sigmas": LAW, "fake_sigmas": LAW, "betas": (0.0, 0.999)}
+DISTRIBUTION = LogNormal(-1.2, 1.2)
+OPTIONS = {"sigma_init": 2.5, "generator_sigmas": DISTRIBUTION, "fake_sigmas": DISTRIBUTION, "betas": (0.0, 0.999)}
 
 
 def method(teacher=None, kimg=1.0, lr=1e-3, batch_size=128, seed=0, **options):
@@ -41,9 +41,9 @@ def batch(count, first=0):
 
 def turn(module, kind, data):
     """One turn as `training_step` takes it, outside of a trainer."""
-    draws = Draws(module.seed, data["position"], module.image_shape)
-    labels = draws.labels(module.teacher.num_classes) if module.labels == "uniform" else data.get("label")
-    return getattr(module, kind)(draws, labels, data)
+    random = TrainingNoise(module.seed, data["position"], module.image_shape)
+    labels = random.labels(module.teacher.num_classes) if module.labels == "uniform" else data.get("label")
+    return getattr(module, kind)(random, labels, data)
 
 
 # -- the gradient -----------------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def test_the_generators_gradient_is_that_of_the_integral_kl():
     ((which, loss),) = module.losses
     loss.backward()
     assert which == 0
-    levels = LAW((torch.arange(20000, dtype=torch.float64) + 0.5) / 20000).double()
+    levels = DISTRIBUTION((torch.arange(20000, dtype=torch.float64) + 0.5) / 20000).double()
     by_mean = ((levels**2 / (s**2 + levels**2)).mean() * (torch.tensor(mu) - torch.tensor(m))).float()
     by_scale = (2 * t * levels**2 * (1 / (s**2 + levels**2) - 1 / (t**2 + levels**2))).mean().item()
     torch.testing.assert_close(module.student.mean.grad, by_mean, rtol=0.02, atol=0)
@@ -107,9 +107,9 @@ def test_the_fake_scores_loss_is_denoising_score_matching_of_generated_images():
     module = alone(method())
     turn(module, "fake_turn", batch(8))
     ((which, loss),) = module.losses
-    draws = Draws(0, torch.arange(8), (2, 1, 1))
-    images = module.student(2.5 * draws.latents, torch.tensor(2.5)).detach()
-    sigma, noise = draws.sigma(LAW), draws.noise
+    random = TrainingNoise(0, torch.arange(8), (2, 1, 1))
+    images = module.student(2.5 * random.latents, torch.tensor(2.5)).detach()
+    sigma, noise = random.sigma(DISTRIBUTION), random.noise
     expected = denoising_score_matching(module.fake, images, sigma, noise).mean()
     assert which == 1
     torch.testing.assert_close(loss, expected)
@@ -279,10 +279,10 @@ def test_the_classifiers_gradient_reaches_the_generator_alone_and_points_to_real
     loss.backward()
     assert any(p.grad is not None for p in module.student.parameters())
     assert all(p.grad is None for part in (module.fake, module.gan) for p in part.parameters())
-    images, draws = torch.randn(16, 1, 8, 8), Draws(0, data["position"], (1, 8, 8))
-    noise = (draws.gan_sigma(GAN["sigmas"]), draws.gan_noise)
+    images, random = torch.randn(16, 1, 8, 8), TrainingNoise(0, data["position"], (1, 8, 8))
+    noise = (random.gan_sigma(GAN["sigmas"]), random.gan_noise)
     logits = lambda x: module.gan.realism(module.fake, x, *noise, data["label"])  # noqa: E731
-    gradient, loss = module.gan.image_gradient(module.fake, images, draws, data["label"])
+    gradient, loss = module.gan.image_gradient(module.fake, images, random, data["label"])
     with torch.no_grad():
         assert logits(images - 1e-1 * gradient).mean() > logits(images).mean()
         torch.testing.assert_close(loss, torch.nn.functional.softplus(-logits(images)).mean())

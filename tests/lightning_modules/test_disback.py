@@ -220,11 +220,11 @@ def test_it_learns_the_mixture(recorded, precision):
 class Squared(DiffInstruct):
     """Another score distillation: the gradient of |D_fake - D_target|^2 / 2 in the images' own coordinates, normalised."""
 
-    def generator_turn(self, draws, labels, batch):
-        images = self.generate(draws.latents, labels)
+    def generator_turn(self, random, labels, batch):
+        images = self.generate(random.latents, labels)
         with torch.no_grad():
-            sigma = draws.sigma(self.generator_sigmas)
-            x = images + sigma.view(-1, 1, 1, 1) * draws.noise
+            sigma = random.sigma(self.generator_sigmas)
+            x = images + sigma.view(-1, 1, 1, 1) * random.noise
             fake, target = self.fake(x, sigma, labels), self.target.denoiser(x, sigma, labels)
             pulled = images - (fake - target) / (fake - target).flatten(1).norm(dim=1).clamp_min(1e-3).view(-1, 1, 1, 1)
         self.watch(images.detach(), pulled - images.detach(), fake, target, sigma)

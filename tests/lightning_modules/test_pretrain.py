@@ -137,12 +137,12 @@ def test_misuse():
         module(augment=0)
 
 
-@pytest.mark.parametrize("law", ["eight_gaussians", "checkerboard"])
+@pytest.mark.parametrize("distribution", ["eight_gaussians", "checkerboard"])
 @pytest.mark.slow
-def test_it_learns_points_of_the_plane_with_the_perceptron_that_they_have(law, tmp_path):
+def test_it_learns_points_of_the_plane_with_the_perceptron_that_they_have(distribution, tmp_path):
     torch.manual_seed(0)
-    data = Planar(law, root=str(tmp_path), batch_size=256, points=20_000)
-    teacher = Teacher(law, MLP(1, 2, 2, width=64, num_blocks=2), EDM(), karras, steps=20)
+    data = Planar(distribution, root=str(tmp_path), batch_size=256, points=20_000)
+    teacher = Teacher(distribution, MLP(1, 2, 2, width=64, num_blocks=2), EDM(), karras, steps=20)
     options = {"name": "pretrain", "batch_size": 256, "seed": 0, "lr": 4e-3, "warmup_kimg": 5}
     method = Pretrain(teacher, kimg=150, **options)
     noise = sample_noise(torch.arange(1000), (2, 1, 1))

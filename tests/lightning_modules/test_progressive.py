@@ -26,7 +26,7 @@ from stillhouse.diffusion.random_numbers import sample_noise
 from stillhouse.diffusion.schedules import cosine_uniform, ddim_uniform, karras
 from stillhouse.diffusion.solvers import euler
 from stillhouse.diffusion.teacher import Teacher
-from stillhouse.diffusion.training_noise import Draws
+from stillhouse.diffusion.training_noise import TrainingNoise
 
 PRECONDITIONINGS = {
     "edm": (EDM, karras),
@@ -145,10 +145,10 @@ def test_the_target_lies_between_the_teachers_two_estimates():
 
 def network_errors(module, data):
     """Of each sample of a batch: the mean squared errors of x0, noise and v that the network's own prediction implies."""
-    draws = Draws(0, data["position"], (2, 1, 1))
-    sigmas = module.levels()[draws.indices(module.steps)]
+    random = TrainingNoise(0, data["position"], (2, 1, 1))
+    sigmas = module.levels()[random.indices(module.steps)]
     sigma = sigmas[:, 0, None, None, None]
-    x = data["image"].double() + sigma * draws.noise
+    x = data["image"].double() + sigma * random.noise
     target = module.targets(x, sigmas, None)[:, 0]
     a = (1 + sigma**2).rsqrt()
     s = sigma * a
@@ -188,11 +188,11 @@ def test_the_loss_by_hand():
     """w |target - D_student|^2, a mean over pixels and batch."""
     module = alone(method())
     data = batch(16, first=5)
-    draws = Draws(0, data["position"], (2, 1, 1))
+    random = TrainingNoise(0, data["position"], (2, 1, 1))
     total = 0.0
     for j in range(16):
-        sigmas = module.levels()[draws.indices(8)[j]]
-        x = data["image"][j : j + 1].double() + sigmas[0] * draws.noise[j : j + 1]
+        sigmas = module.levels()[random.indices(8)[j]]
+        x = data["image"][j : j + 1].double() + sigmas[0] * random.noise[j : j + 1]
         target = module.targets(x, sigmas[None], None)[0, 0]
         error = target - module.student(x, sigmas[0])[0]
         total += max(1 / sigmas[0].item() ** 2, 1) * error.square().mean().item()

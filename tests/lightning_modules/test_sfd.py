@@ -16,7 +16,7 @@ from stillhouse.diffusion.random_numbers import sample_noise
 from stillhouse.diffusion.schedules import karras, karras_grid
 from stillhouse.diffusion.solvers import analytic_step, dpm_solver_pp, euler, euler_step, heun
 from stillhouse.diffusion.teacher import Teacher
-from stillhouse.diffusion.training_noise import Draws
+from stillhouse.diffusion.training_noise import TrainingNoise
 from stillhouse.networks import SongUNet
 
 
@@ -79,7 +79,7 @@ def equal(a, b):
 
 def start_of(module, position, grid):
     """The teacher's start, float64, of trajectories that set out with these positions."""
-    return Draws(module.seed, position, module.image_shape).latents.double() * grid[0].item()
+    return TrainingNoise(module.seed, position, module.image_shape).latents.double() * grid[0].item()
 
 
 # -- grids and the teacher's states -----------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def test_latents_and_labels_belong_to_the_place_where_a_trajectory_set_out():
     for number, step in enumerate(walk.steps):
         begun = walk.steps[number // 3 * 3]["position"]
         assert torch.equal(begun, torch.arange(number // 3 * 96, number // 3 * 96 + 32))
-        assert torch.equal(step["labels"], Draws(0, begun, (1, 8, 8)).labels(3))
+        assert torch.equal(step["labels"], TrainingNoise(0, begun, (1, 8, 8)).labels(3))
     assert len(torch.stack([step["x"] for step in walk.steps[::3]]).unique(dim=0)) == 4
 
 
