@@ -1,4 +1,4 @@
-"""How noise becomes images, in plain numbers: what an exported student carries to where this project is not installed."""
+"""How noise becomes images, as plain data: what a student says of itself, and what an exported one carries along."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,10 +13,16 @@ from stillhouse.diffusion.solvers import SOLVERS, analytic_step
 
 @dataclass(frozen=True)
 class Sampling:
-    """A solver's path over `sigmas`, descending, from unit normal noise times `scale`.
+    """A solver's path along noise levels, from unit normal noise to an image. All fields can be written as JSON.
 
-    options: the solver's. analytic_first: the first step takes no evaluation (`analytic_step`). clip: estimates are clipped to
-    [-1, 1]. double: states are float64, else float32; the network sees float32 in any case.
+    Attributes:
+        sigmas: noise levels, descending; the last one, at which the images are, is zero in most cases.
+        scale: the standard deviation of the starting state: noise times `scale` is the state at sigmas[0].
+        solver: a name of `stillhouse.diffusion.solvers.SOLVERS`, such as "euler" or "renoising".
+        options: the solver's keyword arguments.
+        analytic_first: whether the first step takes no evaluation (`analytic_step`).
+        clip: whether estimates are clipped to [-1, 1].
+        double: whether states are float64, else float32. The network sees float32 in any case.
     """
 
     sigmas: Sequence[float]
@@ -27,12 +33,27 @@ class Sampling:
     clip: bool = False
     double: bool = True
 
+    @property
+    def nfe(self) -> int:
+        """Network evaluations of one image."""
+        per_step, steps = SOLVERS[self.solver].evaluations, len(self.sigmas) - 1 - self.analytic_first
+        return per_step * steps if self.sigmas[-1] else per_step * (steps - 1) + 1
+
     def __call__(self, denoiser: DenoiserFunction, noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Images (B, C, H, W), float32 in about [-1, 1], of unit normal noise of that shape and labels (B,), int64, or None."""
+        """Make images of noise; each is a function of its own noise and label, whatever the batch around it.
+
+        Args:
+            denoiser: the estimate of x0.
+            noise: unit normal noise (B, C, H, W).
+            labels: classes (B,), int64, or None.
+
+        Returns:
+            Images (B, C, H, W), float32 in about [-1, 1].
+        """
 
         def estimate(x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
-            found = denoiser(x, sigma, labels)
-            return found.clamp(-1, 1) if self.clip else found
+            x0 = denoiser(x, sigma, labels)
+            return x0.clamp(-1, 1) if self.clip else x0
 
         x = (noise.double() if self.double else noise.float()) * self.scale
         levels = torch.tensor(self.sigmas, dtype=torch.float64)

@@ -1,8 +1,13 @@
-"""Solvers of the probability-flow ODE dx/dsigma = (x - D(x, sigma)) / sigma (EDM equation 3), as pure functions.
+"""Samplers: from noise to images along descending noise levels, as pure functions.
 
-Each is a generator over `sigmas` (n + 1 levels, descending, on the CPU) that yields the state after every step, so that
-a caller keeps only what it needs. States have the dtype of x; the steps themselves are Python floats (double precision).
-A call checks the options and touches nothing else: the first evaluation is made when the first state is asked for.
+All but `renoising` solve the probability-flow ODE dx/dsigma = (x - D(x, sigma)) / sigma (EDM equation 3). Each is a
+generator over `sigmas` (n + 1 levels, descending, on the CPU) that yields the state after every step, so that a caller
+keeps only what it needs. States have the dtype of x; the steps themselves are Python floats (double precision). A call
+checks the options and evaluates nothing: the first evaluation is made when the first state is asked for.
+
+Noise that is added on the way is a function of each sample's own starting state: independent of the batch around it, of
+the process and of the device. A further kind of sampling, such as jumps between any two levels, is one more function here
+and its line in `SOLVERS`; students (`Sampling`), teachers and exported models then know it by name.
 """
 
 import math
@@ -69,9 +74,21 @@ def stochastic_heun(
 ) -> Iterator[Tensor]:
     """Heun with noise added back before each step (EDM algorithm 2).
 
-    The added noise of a sample is a function of its own starting latent, so it does not depend on the batch around it.
+    Args:
+        denoiser: the estimate of x0.
+        x: the starting state (B, C, H, W), at the level sigmas[0].
+        sigmas: the noise levels (n + 1,).
+        labels: classes (B,), int64, or None.
+        s_churn: the amount of noise over all steps, not negative; 0 is `heun`.
+        s_min: the lowest level at which noise is added.
+        s_max: the highest level at which noise is added.
+        s_noise: the standard deviation of the added noise, positive.
 
-    Errors: ValueError for impossible options, at the call and not at the first state.
+    Returns:
+        The states after each step.
+
+    Raises:
+        ValueError: for impossible options, at the call and not at the first state.
     """
     if s_churn < 0 or s_noise <= 0 or s_min > s_max:
         raise ValueError(f"need s_churn >= 0, s_noise > 0, s_min <= s_max; got {s_churn}, {s_noise}, {s_min}, {s_max}")
@@ -128,14 +145,62 @@ def flow_heun(denoiser: DenoiserFunction, x: Tensor, sigmas: Tensor, labels: Ten
         yield z * (1 + following)
 
 
+def renoising(
+    denoiser: DenoiserFunction,
+    x: Tensor,
+    sigmas: Tensor,
+    labels: Tensor | None = None,
+    *,
+    sigma_min: float = 0.0,
+) -> Iterator[Tensor]:
+    """Multistep consistency sampling (arXiv 2303.01469, algorithm 1): an estimate at each level, and noise up to the next.
+
+    x' = D(x, sigma) + sqrt(sigma'^2 - sigma_min^2) e; the last step, to sigma' = 0, is the estimate alone. With the exact
+    consistency function for D, which maps noised data of any level to level sigma_min, every state has the distribution
+    of data at its level.
+
+    Args:
+        denoiser: the consistency function, or another estimate of a clean image.
+        x: the starting state (B, C, H, W), at the level sigmas[0].
+        sigmas: the noise levels (n + 1,).
+        labels: classes (B,), int64, or None.
+        sigma_min: the noise level of an estimate.
+
+    Returns:
+        The states after each step.
+
+    Raises:
+        ValueError: for a negative sigma_min, or levels below it, at the call and not at the first state.
+    """
+    if sigma_min < 0:
+        raise ValueError(f"sigma_min must not be negative, got {sigma_min!r}")
+    if sigmas is not None and (sigmas[sigmas > 0] < sigma_min).any():
+        raise ValueError(f"noise levels must be at least sigma_min={sigma_min!r}, got {sigmas.tolist()}")
+    return _renoised(denoiser, x, sigmas, labels, sigma_min)
+
+
+def _renoised(
+    denoiser: DenoiserFunction, x: Tensor, sigmas: Tensor, labels: Tensor | None, sigma_min: float
+) -> Iterator[Tensor]:
+    seeds = _latent_seeds(x)
+    for step, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
+        x = denoiser(x, x.new_full((), sigma), labels)
+        if following > 0:
+            noise = sample_noise(seeds, x.shape[1:], stream=step)
+            x = x + math.sqrt(following**2 - sigma_min**2) * noise.to(x)
+        yield x
+
+
 def _latent_seeds(x: Tensor) -> Tensor:
-    """A seed per sample, read from the bits of its first two latent values (B,), int64."""
+    """A seed per sample (B,), int64: the bits of the first and the last value of its starting state, as float32."""
     low, high = x.flatten(1)[:, 0], x.flatten(1)[:, -1]
     bits = torch.stack([low, high]).float().contiguous().view(torch.int32).long() & 0xFFFFFFFF
     return bits[0] | bits[1] << 32
 
 
 class Solver(NamedTuple):
+    """A sampler and its cost."""
+
     solve: Callable[..., Iterator[Tensor]]
     evaluations: int  # of the network per step; the last step, to sigma = 0, takes one
 
@@ -146,11 +211,21 @@ SOLVERS = {
     "stochastic_heun": Solver(stochastic_heun, 2),
     "flow_heun": Solver(flow_heun, 2),
     "dpm_solver_pp": Solver(dpm_solver_pp, 1),
+    "renoising": Solver(renoising, 1),
 }
 
 
 def check_solver(owner: str, solver: str, options: Mapping[str, Any]) -> None:
-    """Errors: ValueError, naming `owner`'s options, for an unknown solver, or options that it lacks or can't take."""
+    """Refuse a solver or its options before anything is evaluated.
+
+    Args:
+        owner: the part of the configuration that the options belong to, for the message.
+        solver: a name of `SOLVERS`.
+        options: the solver's keyword arguments.
+
+    Raises:
+        ValueError: for an unknown solver, or options that it lacks or cannot take.
+    """
     if solver not in SOLVERS:
         raise ValueError(f"{owner}.solver={solver!r} is unknown; choose one of {', '.join(SOLVERS)}")
     try:
