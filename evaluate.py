@@ -70,7 +70,7 @@ def trained(cfg: DictConfig, path: Path, counts: Sequence[int] = ()) -> tuple[An
     from launch.evaluate.measure import choose_steps, load_student
     from launch.run.build import build_seeded
     from launch.run.folder import RunFolder
-    from launch.run.sources import fetch
+    from launch.run.remote_files import fetch
 
     folder = RunFolder(path)
     stored = folder.read_config()
@@ -349,7 +349,7 @@ def evaluate(cfg: DictConfig, chosen: Sequence[str]) -> None:
     if cfg.flows is None:
         check_targets(cfg, folders)
     if cfg.download:
-        from launch.run.sources import fetch
+        from launch.run.remote_files import fetch
 
         fetch(OmegaConf.to_container(cfg, resolve=True))
     if cfg.check:

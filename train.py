@@ -31,7 +31,7 @@ def train(cfg: DictConfig, hydra_config: DictConfig) -> float | None:
     from launch.run.folder import RunFolder
     from launch.run.plan import plan
     from launch.run.processes import one_job
-    from launch.run.sources import fetch
+    from launch.run.remote_files import fetch
     from launch.run.stages import build_stages, fit_stages
     from launch.run.teachers import expand_teachers
     from launch.sweep.pruning import Pruned, trial, watch

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from datamodules import TrajectoryDataModule
-from datamodules.components.order import EpochOrder
+from datamodules.components.sample_order import EpochOrder
 from datamodules.components.trajectory_store import decode
 from lightning_modules import DenoisingStudent
 from stillhouse.diffusion.losses import regression

@@ -16,8 +16,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import PILToTensor
 
 from benchmarks.measuring import clock, summary
-from datamodules.components.base import ImageDataModule
-from datamodules.components.packing import PackedImages, pack
+from datamodules.components.image_datamodule import ImageDataModule
+from datamodules.components.packed_images import PackedImages, pack
 
 _CHUNK = 1000
 

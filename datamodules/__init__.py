@@ -2,10 +2,10 @@
 
 from datamodules.celeba import CelebA
 from datamodules.cifar10 import CIFAR10
-from datamodules.components.base import ImageDataModule
 from datamodules.components.edm_zip import EDMZip
-from datamodules.components.encoded import EncodedImages, pack_encoded
-from datamodules.components.packing import PackedImages, pack
+from datamodules.components.encoded_images import EncodedImages, pack_encoded
+from datamodules.components.image_datamodule import ImageDataModule
+from datamodules.components.packed_images import PackedImages, pack
 from datamodules.data_free import DataFree
 from datamodules.digits import Digits
 from datamodules.ffhq import FFHQ
@@ -13,7 +13,7 @@ from datamodules.image_folder import ImageFolder
 from datamodules.imagenet import ImageNet
 from datamodules.imagenet_downsampled import DownsampledImageNet
 from datamodules.lsun import LSUN
-from datamodules.planar import Planar
+from datamodules.plane_points import Planar, PlanePoints
 from datamodules.trajectories import TrajectoryDataModule, TrajectoryStore
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "ImageNet",
     "PackedImages",
     "Planar",
+    "PlanePoints",
     "TrajectoryDataModule",
     "TrajectoryStore",
     "pack",

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from datamodules.components.files import Files
-from datamodules.components.sources import PictureDataModule, PixelDataModule, Source, picture_source
+from datamodules.components.file_datamodule import ImageSource, PictureDataModule, PixelDataModule, picture_source
+from datamodules.components.picture_files import Files
 
 _SIZE = (178, 218)
 _BOX = (25, 57, 153, 185)  # 128x128 around x = 89, y = 121
@@ -46,7 +46,7 @@ class CelebA(PictureDataModule, PixelDataModule):
     def _images(self) -> Path:
         return next((p for p in (self.path / _IMAGES, self.path / f"{_IMAGES}.zip") if p.exists()), self.path)
 
-    def source(self) -> Source:
+    def source(self) -> ImageSource:
         images = self._images
         partition = {name: values == ["0"] for name, values in _by_name(images.parent / _PARTITION).items()}
         files = Files(images, only=lambda name: partition.get(PurePosixPath(name).name, False))

@@ -14,8 +14,8 @@ from typing import BinaryIO
 import numpy as np
 
 from datamodules.components.edm_zip import edm_source
-from datamodules.components.sources import PixelDataModule, Source, classes_hash
-from datamodules.components.unpickling import numbers, unpickle
+from datamodules.components.file_datamodule import ImageSource, PixelDataModule, classes_hash
+from datamodules.components.numpy_pickle import numbers, unpickle
 from stillhouse.checkpoints.bounds import BoundedStream
 from stillhouse.checkpoints.weights import hash_file
 
@@ -37,7 +37,7 @@ class CIFAR10(PixelDataModule):
         super().__init__(name, root, path=path, **common)
         self.sha256 = sha256
 
-    def source(self) -> Source:
+    def source(self) -> ImageSource:
         if zipfile.is_zipfile(self.path):
             return edm_source(self.path, self.resolution, self.classes)
         if self.resolution != _SIDE or self.classes not in (0, _CLASSES):
@@ -55,7 +55,7 @@ class CIFAR10(PixelDataModule):
             parts = [_batch(read, name, self.path) for name in _BATCHES]
         images = np.concatenate([images for images, _ in parts])
         labels = np.concatenate([labels for _, labels in parts])
-        return Source(
+        return ImageSource(
             count=len(images),
             chunks=lambda start: iter([images[start:]]),
             labels=labels if self.classes else None,

@@ -4,7 +4,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
-from datamodules.components.loading import Batch, BatchLoader, endless_loader
+from datamodules.components.batch_loader import Batch, BatchLoader, endless_loader
 
 
 def _positions(position: int, indices: np.ndarray) -> Batch:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from datamodules.components.base import ImageDataModule
-from datamodules.components.packing import pack
+from datamodules.components.image_datamodule import ImageDataModule
+from datamodules.components.packed_images import pack
 
 
 class Digits(ImageDataModule):

@@ -3,8 +3,8 @@
 from PIL import Image
 
 from datamodules.components.edm_zip import edm_source
-from datamodules.components.files import Files, is_edm_zip
-from datamodules.components.sources import PictureDataModule, PixelDataModule, Source, picture_source
+from datamodules.components.file_datamodule import ImageSource, PictureDataModule, PixelDataModule, picture_source
+from datamodules.components.picture_files import Files, is_edm_zip
 
 
 class FFHQ(PictureDataModule, PixelDataModule):
@@ -15,7 +15,7 @@ class FFHQ(PictureDataModule, PixelDataModule):
 
     get = "get images1024x1024 or thumbnails128x128, or EDM's zip, and set data.path"
 
-    def source(self) -> Source:
+    def source(self) -> ImageSource:
         if is_edm_zip(self.path):
             return edm_source(self.path, self.resolution, self.classes)
         if self.classes:

@@ -4,9 +4,9 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from datamodules.components.decoding import CENTRE_CROP, centre_crop
-from datamodules.components.files import CLASS_ORDERS, Files, class_folders, class_table, folder_classes
-from datamodules.components.sources import PictureDataModule, PixelDataModule, Source, picture_source
+from datamodules.components.file_datamodule import ImageSource, PictureDataModule, PixelDataModule, picture_source
+from datamodules.components.picture_decoding import CENTRE_CROP, centre_crop
+from datamodules.components.picture_files import CLASS_ORDERS, Files, class_folders, class_table, folder_classes
 
 
 class ImageFolder(PictureDataModule, PixelDataModule):
@@ -44,7 +44,7 @@ class ImageFolder(PictureDataModule, PixelDataModule):
             return None
         return class_table(class_folders(Files(self.path), self.classes, self.class_order), orders=True)
 
-    def source(self) -> Source:
+    def source(self) -> ImageSource:
         files = Files(self.path)
         folders = class_folders(files, self.classes, self.class_order) if self.classes else []
         labels = folder_classes(files, folders) if self.classes else None

@@ -2,10 +2,10 @@
 
 from PIL import Image
 
-from datamodules.components.decoding import CENTRE_CROP, centre_crop
 from datamodules.components.edm_zip import edm_source
-from datamodules.components.files import Files, class_folders, class_table, folder_classes, is_edm_zip
-from datamodules.components.sources import PictureDataModule, PixelDataModule, Source, picture_source
+from datamodules.components.file_datamodule import ImageSource, PictureDataModule, PixelDataModule, picture_source
+from datamodules.components.picture_decoding import CENTRE_CROP, centre_crop
+from datamodules.components.picture_files import Files, class_folders, class_table, folder_classes, is_edm_zip
 
 
 class ImageNet(PictureDataModule, PixelDataModule):
@@ -17,7 +17,7 @@ class ImageNet(PictureDataModule, PixelDataModule):
 
     get = "get ILSVRC 2012's training images, or EDM's zip of them, and set data.path"
 
-    def source(self) -> Source:
+    def source(self) -> ImageSource:
         if is_edm_zip(self.path):
             return edm_source(self.path, self.resolution, self.classes)
         files = Files(self.path)

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.components.files import identity_of, open_zip
-from datamodules.components.sources import PixelDataModule, Source, classes_hash
-from datamodules.components.unpickling import numbers, unpickle
+from datamodules.components.file_datamodule import ImageSource, PixelDataModule, classes_hash
+from datamodules.components.numpy_pickle import numbers, unpickle
+from datamodules.components.picture_files import identity_of, open_zip
 from stillhouse.checkpoints.bounds import array_header, check_growth
 from stillhouse.checkpoints.weights import hash_file
 
@@ -35,7 +35,7 @@ class DownsampledImageNet(PixelDataModule):
         # What lies deeper is not read, such as data/ and runs/ where data.path is the current folder.
         return sorted(file for file in self.path.iterdir() if file.is_file()) if self.path.is_dir() else [self.path]
 
-    def source(self) -> Source:
+    def source(self) -> ImageSource:
         batches = _found(self.path)
         way_out = "get all files of the training images again"
         numbers = [batch.number for batch in batches]
@@ -50,7 +50,7 @@ class DownsampledImageNet(PixelDataModule):
                 start = max(0, start - batch.count)
 
         classes = self._sorted(labels) if self.classes else None
-        return Source(
+        return ImageSource(
             count=len(labels),
             chunks=chunks,
             labels=classes,

@@ -8,10 +8,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from datamodules.components.encoded import EncodedImages, pack_encoded
-from datamodules.components.files import Files, Pictures, identity_of
-from datamodules.components.sources import Hashes, PictureDataModule
-from datamodules.components.storage import readable
+from datamodules.components.disk_space import readable
+from datamodules.components.encoded_images import EncodedImages, pack_encoded
+from datamodules.components.file_datamodule import Hashes, PictureDataModule
+from datamodules.components.picture_files import Files, Pictures, identity_of
 from stillhouse.ranks import progress_bar
 
 

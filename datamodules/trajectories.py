@@ -8,9 +8,9 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
-from datamodules.components.base import ImageDataModule
-from datamodules.components.loading import Batch, BatchLoader, FixedLoader, endless_loader, fixed_loader
-from datamodules.components.packing import PackedImages
+from datamodules.components.batch_loader import Batch, BatchLoader, FixedLoader, endless_loader, fixed_loader
+from datamodules.components.image_datamodule import ImageDataModule
+from datamodules.components.packed_images import PackedImages
 from datamodules.components.trajectory_store import DTYPES, TrajectoryStore, decode
 from stillhouse.checks import check_counts, check_memory
 from stillhouse.diffusion.random_numbers import HELD_OUT_SEEDS, TRAIN_SEEDS, sample_labels, sample_noise

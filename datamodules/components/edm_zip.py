@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from datamodules.components.decoding import THREADS, Rules, decode
-from datamodules.components.files import identity_of, members, open_zip, read_member
-from datamodules.components.sources import PixelDataModule, Source, classes_hash
+from datamodules.components.file_datamodule import ImageSource, PixelDataModule, classes_hash
+from datamodules.components.picture_decoding import THREADS, Rules, decode
+from datamodules.components.picture_files import identity_of, members, open_zip, read_member
 from stillhouse.checkpoints.bounds import parse_json
 
 _CHUNK = 256  # images
@@ -21,11 +21,11 @@ class EDMZip(PixelDataModule):
 
     get = "make the zip with EDM's `python dataset_tool.py --source=... --dest={path}` or set data.path"
 
-    def source(self) -> Source:
+    def source(self) -> ImageSource:
         return edm_source(self.path, self.resolution, self.classes)
 
 
-def edm_source(path: Path, resolution: int, classes: int) -> Source:
+def edm_source(path: Path, resolution: int, classes: int) -> ImageSource:
     """Errors: OSError for a damaged zip, ValueError for images or classes other than asked for."""
     archive = open_zip(path)
     infos = members(archive, path)
@@ -41,7 +41,7 @@ def edm_source(path: Path, resolution: int, classes: int) -> Source:
 
     labels = _labels(archive, path, names, classes) if classes else None
     pictures = identity_of([(name, infos[name].CRC) for name in names])
-    return Source(
+    return ImageSource(
         count=len(names),
         chunks=chunks,
         labels=labels,

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datamodules.components.storage import check_npy, scratch, write_npy
+from datamodules.components.disk_space import scratch
+from datamodules.components.npy_files import check_npy, write_npy
 from stillhouse.checkpoints.block_hashes import AT_START, BLOCK, hash_range
 
 _WAY_OUT = "delete this file and run again, only it will be sampled again"

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from datamodules.components.disk_space import free_space, readable, require_space, write_json
 from datamodules.components.shards import Shards
-from datamodules.components.storage import free_space, readable, require_space, write_json
 from stillhouse.checks import check_choice, check_counts
 from stillhouse.diffusion.random_numbers import sample_labels, sample_noise
 from stillhouse.diffusion.teacher import Teacher

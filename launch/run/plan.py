@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode  # as torch.export does: tensors with shapes alone
 
 from datamodules import TrajectoryDataModule
-from datamodules.components.storage import readable
+from datamodules.components.disk_space import readable
 from launch.evaluate import measure
 from launch.run.build import build, build_seeded, build_trainer, check_fit
 from launch.run.folder import RunFolder
 from launch.run.processes import process_count
-from launch.run.sources import Source, exists, sources
+from launch.run.remote_files import RemoteFile, exists, remote_files
 from launch.run.stages import build_stages
 from lightning_modules import Method
 from lightning_modules.disback import Backtracking
@@ -147,7 +147,7 @@ def missing(
 
     without_evaluation: what the evaluation says of a file that it lacks, if it does.
     """
-    needed = {source.file: source for source in sources(config) if source.missing}
+    needed = {source.file: source for source in remote_files(config) if source.missing}
     lines = [_how(source) for source in needed.values()]
     for node in _teachers(cfg.method):
         source = node.get("source") or {}
@@ -191,7 +191,7 @@ def _try_trainers(cfg: DictConfig, method: Method, data: Any, measurable: bool) 
         build_trainer(cfg, method, RunFolder(scratch), here=False)
 
 
-def _how(source: Source) -> str:
+def _how(source: RemoteFile) -> str:
     return f"{source.option}: {source.file}; add download=true to fetch {source.url}, or put the file there"
 
 

@@ -17,7 +17,7 @@ from stillhouse.ranks import from_rank_zero, gather_rows, progress_bar, share
 
 
 class PackedImages(Protocol):
-    """What is needed of a packed data set (datamodules.components.packing)."""
+    """What is needed of a packed data set (datamodules.components.packed_images)."""
 
     hash: str
     labels: np.ndarray | None

@@ -3,8 +3,8 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from datamodules.components.base import flips
-from datamodules.components.packing import PackedImages
+from datamodules.components.image_datamodule import flips
+from datamodules.components.packed_images import PackedImages
 from datamodules.digits import Digits
 
 

@@ -11,7 +11,7 @@ from picture_files import encoded, folder_of, pattern, zip_of
 from PIL import Image
 
 from datamodules import ImageNet
-from datamodules.components import partial
+from datamodules.components import partial_folder
 
 EDM_HASH = "a9a49bf9867fc4f5e2f93653d52851150101c3fe76e516b859f0e34b74c85f14"
 EDM_LABELS = [0, 0, 1, 1, 2]
@@ -67,7 +67,7 @@ def test_an_interrupted_conversion_goes_on_and_gives_the_same_bytes(tmp_path, mo
 
         return replace(source(self), chunks=chunks)
 
-    monkeypatch.setattr(partial, "NOTE_SECONDS", 0)
+    monkeypatch.setattr(partial_folder, "SAVE_SECONDS", 0)
     monkeypatch.setattr(ImageNet, "source", interrupted)
     with pytest.raises(KeyboardInterrupt):
         data.prepare_data()

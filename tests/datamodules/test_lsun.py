@@ -11,9 +11,9 @@ import torch
 from picture_files import encoded, folder_of, pattern, zip_of
 
 from datamodules import LSUN, EncodedImages
-from datamodules.components import encoded as packing
-from datamodules.components import partial
-from datamodules.components.decoding import Decoder, Rules, centre_crop
+from datamodules.components import encoded_images as packing
+from datamodules.components import partial_folder
+from datamodules.components.picture_decoding import Decoder, Rules, centre_crop
 from datamodules.lsun import LMDB
 
 lmdb = pytest.importorskip("lmdb")
@@ -107,7 +107,7 @@ def pack_until(folder, until, reached):
 
 
 def test_a_killed_conversion_goes_on_and_gives_the_same_bytes(church, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(partial, "NOTE_SECONDS", 0)
+    monkeypatch.setattr(partial_folder, "SAVE_SECONDS", 0)
     whole = Decoder.chunks
     monkeypatch.setattr(Decoder, "chunks", lambda self, contents: whole(self, contents, 4))
     reached = FORK.Event()

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from closed_forms import Mixture, fit
-from datamodules import Planar
+from datamodules import PlanePoints
 from datamodules.components.augmentation import augmented
 from lightning_modules import Pretrain
 from stillhouse.diffusion.losses import denoising_score_matching, log_normal_sigmas
@@ -141,7 +141,7 @@ def test_misuse():
 @pytest.mark.slow
 def test_it_learns_points_of_the_plane_with_the_perceptron_that_they_have(distribution, tmp_path):
     torch.manual_seed(0)
-    data = Planar(distribution, root=str(tmp_path), batch_size=256, points=20_000)
+    data = PlanePoints(distribution, root=str(tmp_path), batch_size=256, points=20_000)
     teacher = Teacher(distribution, MLP(1, 2, 2, width=64, num_blocks=2), EDM(), karras, steps=20)
     options = {"name": "pretrain", "batch_size": 256, "seed": 0, "lr": 4e-3, "warmup_kimg": 5}
     method = Pretrain(teacher, kimg=150, **options)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules import Digits, Planar
+from datamodules import Digits, PlanePoints
 from stillhouse.diffusion.interpolation import slerp
 from stillhouse.diffusion.random_numbers import sample_noise
 from stillhouse.pictures.points import PLANE, interpolation_curves, pixels, scatter
@@ -35,7 +35,7 @@ def offsets(axes):
 
 @pytest.fixture(scope="module")
 def points(tmp_path_factory):
-    return Planar("checkerboard", root=str(tmp_path_factory.mktemp("data")), batch_size=1, points=3000)
+    return PlanePoints("checkerboard", root=str(tmp_path_factory.mktemp("data")), batch_size=1, points=3000)
 
 
 def test_real_points_lie_beneath_the_samples_of_every_panel():

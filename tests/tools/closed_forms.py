@@ -9,7 +9,7 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
-from datamodules.components.loading import BatchLoader, endless_loader
+from datamodules.components.batch_loader import BatchLoader, endless_loader
 from stillhouse.diffusion import preconditioning as P
 from stillhouse.diffusion.schedules import ddpm_sigmas, karras
 from stillhouse.diffusion.teacher import Teacher

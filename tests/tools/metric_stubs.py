@@ -30,7 +30,7 @@ class Stub:
 
 
 class Packed:
-    """Forty random images as datamodules.components.packing.PackedImages serves them."""
+    """Forty random images as datamodules.components.packed_images.PackedImages serves them."""
 
     hash = "a" * 64
 

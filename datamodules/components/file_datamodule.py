@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.components.base import ImageDataModule
-from datamodules.components.decoding import Decoder, Prepare, Rules
-from datamodules.components.files import Files, files_below, identity_of
-from datamodules.components.packing import PackedImages, pack, read_meta, way_out
-from datamodules.components.storage import write_json
+from datamodules.components.disk_space import write_json
+from datamodules.components.image_datamodule import ImageDataModule
+from datamodules.components.packed_images import PackedImages, pack, read_meta, way_out
+from datamodules.components.picture_decoding import Decoder, Prepare, Rules
+from datamodules.components.picture_files import Files, files_below, identity_of
 from stillhouse.ranks import progress_bar
 
 Hashes = dict[str, Callable[[], str]]
@@ -22,7 +22,7 @@ Hashes = dict[str, Callable[[], str]]
 
 
 @dataclass(frozen=True)
-class Source:
+class ImageSource:
     """Images that can be packed.
 
     count: N. chunks: from an image number on, uint8 (n, C, H, W). labels: int64 (N,) or None. description, preprocessing:
@@ -46,7 +46,7 @@ def classes_hash(labels: np.ndarray | None) -> str:
 
 def picture_source(
     name: str, files: Files, rules: Rules, prepare: Prepare, preprocessing: str, labels: np.ndarray | None
-) -> Source:
+) -> ImageSource:
     """`files` as `prepare` makes them; says at the end what was left out, and which were no plain RGB."""
 
     def chunks(start: int) -> Iterator[np.ndarray]:
@@ -56,7 +56,7 @@ def picture_source(
             yield pixels
         decoder.report(name)
 
-    return Source(
+    return ImageSource(
         count=len(files),
         chunks=chunks,
         labels=labels,
@@ -206,7 +206,7 @@ class PixelDataModule(FileDataModule):
     """Images that are packed as their pixels."""
 
     @abstractmethod
-    def source(self) -> Source:
+    def source(self) -> ImageSource:
         """What lies at `path`, in whichever of its layouts."""
 
     def hashes(self) -> Hashes:

@@ -1,4 +1,4 @@
-"""Distributions of points in the plane, as data sets of images of shape (2, 1, 1): every method trains on them in a minute."""
+"""Points of the plane as data sets of images of shape (2, 1, 1): every method trains on them in a minute."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datamodules.components.base import ImageDataModule
-from datamodules.components.packing import PackedImages, pack
+from datamodules.components.image_datamodule import ImageDataModule
+from datamodules.components.packed_images import PackedImages, pack
 from stillhouse.checks import check_choice, check_counts
 from stillhouse.metrics.images import UINT8_RULE, to_uint8
 
@@ -41,7 +41,7 @@ DISTRIBUTIONS: dict[str, Callable[[int, np.random.Generator], np.ndarray]] = {
 }
 
 
-class Planar(ImageDataModule):
+class PlanePoints(ImageDataModule):
     """`points` samples of one distribution of DISTRIBUTIONS; channel 0 is the abscissa. No classes.
 
     The points come from a seed of their own by numpy's PCG64, so they are the same everywhere; `seed` orders the batches. They
@@ -94,7 +94,7 @@ class Planar(ImageDataModule):
             meta={
                 "name": self.distribution,
                 "classes": 0,
-                "source": f"datamodules.planar, numpy PCG64 from seed {_SEED}",
+                "source": f"drawn by numpy's PCG64 from seed {_SEED}",
                 "preprocessing": f"uint8 {UINT8_RULE}",
             },
         )
@@ -110,3 +110,8 @@ class Planar(ImageDataModule):
                     f"{option}={ours}, but {self.folder} was packed with {theirs}; correct the option or set another name or root"
                 )
         return packed
+
+
+def Planar(law: str, **options) -> PlanePoints:
+    """The same data set, as configs of runs before November 2026 name it."""
+    return PlanePoints(law, **options)

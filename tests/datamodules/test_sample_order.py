@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from datamodules.components.order import EpochOrder, RankBatches, fixed_batches
+from datamodules.components.sample_order import EpochOrder, RankBatches, fixed_batches
 
 
 def take(batches, n):

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from datamodules.components.decoding import CENTRE_CROP, THREADS, Decoder, Rules, centre_crop, decode
-from datamodules.components.packing import (
+from datamodules.components.disk_space import folder_size, require_space, write_json
+from datamodules.components.npy_files import check_npy, write_npy
+from datamodules.components.packed_images import (
     FORMAT,
     MARGIN,
     block_hashes,
@@ -25,8 +26,8 @@ from datamodules.components.packing import (
     read_meta,
     way_out,
 )
-from datamodules.components.partial import claimed, grow
-from datamodules.components.storage import check_npy, folder_size, require_space, write_json, write_npy
+from datamodules.components.partial_folder import claimed, grow
+from datamodules.components.picture_decoding import CENTRE_CROP, THREADS, Decoder, Rules, centre_crop, decode
 
 
 def pack_encoded(

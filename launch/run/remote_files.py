@@ -13,7 +13,7 @@ _FILES = ("file", "path", "weights")  # the key beside `url` that says where its
 
 
 @dataclass(frozen=True)
-class Source:
+class RemoteFile:
     """A file that a config names together with its address. product: what is made of it, and does in its place."""
 
     option: str
@@ -35,7 +35,7 @@ def exists(path: Path) -> bool:
         return False
 
 
-def sources(config: dict[str, Any]) -> list[Source]:
+def remote_files(config: dict[str, Any]) -> list[RemoteFile]:
     """Each file with an address in a resolved config, once: in nodes with `url` and one of `file`, `path` and `weights`."""
     found = {source.file: source for source in (*_walk(config, "", None), *_perceptual(config.get("method") or {}))}
     return list(found.values())
@@ -43,20 +43,20 @@ def sources(config: dict[str, Any]) -> list[Source]:
 
 def fetch(config: dict[str, Any]) -> None:
     """Download what is missing, in the first process alone; errors as `download`."""
-    for source in sources(config) if is_rank_zero() else ():
+    for source in remote_files(config) if is_rank_zero() else ():
         if source.missing:
             print(f"{source.option}: fetching {source.url} to {source.file}", flush=True)
             download(source.url, source.file, source.sha256)
 
 
-def _perceptual(method: dict[str, Any]) -> Iterator[Source]:
+def _perceptual(method: dict[str, Any]) -> Iterator[RemoteFile]:
     if "lpips" in str(method.get("loss")):
         from stillhouse.networks.lpips import URL, vgg16_file
 
-        yield Source("method.lpips_weights", vgg16_file(method.get("lpips_weights")), URL)
+        yield RemoteFile("method.lpips_weights", vgg16_file(method.get("lpips_weights")), URL)
 
 
-def _walk(node: Any, option: str, product: Path | None) -> Iterator[Source]:
+def _walk(node: Any, option: str, product: Path | None) -> Iterator[RemoteFile]:
     if isinstance(node, list):
         for index, part in enumerate(node):
             yield from _walk(part, f"{option}[{index}]", None)
@@ -66,7 +66,7 @@ def _walk(node: Any, option: str, product: Path | None) -> Iterator[Source]:
     if node.get("url") and place:
         if {"name", "root"} <= set(node):  # a data set, which is packed there
             product = Path(node["root"]) / str(node["name"])
-        yield Source(option, Path(node[place]), node["url"], node.get("sha256"), product)
+        yield RemoteFile(option, Path(node[place]), node["url"], node.get("sha256"), product)
     for key, part in node.items():
         if key == "source" and not node.get("weights"):  # a network with random weights needs none
             continue

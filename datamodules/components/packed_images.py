@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.components.partial import claimed, grow
-from datamodules.components.storage import check_npy, folder_size, npy_header, require_space, write_json, write_npy
+from datamodules.components.disk_space import folder_size, require_space, write_json
+from datamodules.components.npy_files import check_npy, npy_header, write_npy
+from datamodules.components.partial_folder import claimed, grow
 from stillhouse.checkpoints.block_hashes import BlockHashes, unchanged
 from stillhouse.checkpoints.bounds import parse_json
 

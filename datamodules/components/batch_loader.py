@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datamodules.components.order import EpochOrder, RankBatches, fixed_batches
+from datamodules.components.sample_order import EpochOrder, RankBatches, fixed_batches
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 """That this process may use."""

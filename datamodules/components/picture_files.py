@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.components.decoding import FACTOR, SUFFIXES
+from datamodules.components.picture_decoding import FACTOR, SUFFIXES
 from stillhouse.checkpoints.bounds import read_zipped
 from stillhouse.ranks import progress_bar
 

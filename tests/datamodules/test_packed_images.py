@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.components import partial
-from datamodules.components.packing import PackedImages, pack
-from datamodules.components.storage import check_npy, write_json, write_npy
+from datamodules.components import partial_folder
+from datamodules.components.disk_space import write_json
+from datamodules.components.npy_files import check_npy, write_npy
+from datamodules.components.packed_images import PackedImages, pack
 from stillhouse.checkpoints.block_hashes import hash_range
 
 FORK = multiprocessing.get_context("fork")
@@ -117,7 +118,7 @@ def kill_at(until: int, folder: Path, **options) -> None:
 
 @pytest.fixture
 def noted(monkeypatch):
-    monkeypatch.setattr(partial, "NOTE_SECONDS", 0)
+    monkeypatch.setattr(partial_folder, "SAVE_SECONDS", 0)
 
 
 def resume(folder: Path, identity: str | None = "a", **changes) -> tuple[list[int], PackedImages]:
@@ -474,7 +475,7 @@ def test_a_really_full_disk(tmp_path, monkeypatch):
         options = {"count": 20_000, "labels": np.zeros(20_000, int)}
         with pytest.raises(OSError, match="disk too small"):
             pack_toy(tmp_path / "toy", [big] * 20, **options)
-        monkeypatch.setattr("datamodules.components.packing.require_space", lambda folder, needed: None)
+        monkeypatch.setattr("datamodules.components.packed_images.require_space", lambda folder, needed: None)
         with pytest.raises(OSError, match="No space left on device: .*toy was not written"):
             pack_toy(tmp_path / "toy", [big] * 20, **options)
         assert not list(tmp_path.iterdir())

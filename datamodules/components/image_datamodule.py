@@ -10,8 +10,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from datamodules.components.loading import Batch, BatchLoader, endless_loader
-from datamodules.components.packing import PackedImages
+from datamodules.components.batch_loader import Batch, BatchLoader, endless_loader
+from datamodules.components.packed_images import PackedImages
 from stillhouse.checks import check_counts
 from stillhouse.diffusion.random_numbers import derive_seed, philox
 from stillhouse.files import check_name

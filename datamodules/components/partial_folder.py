@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from datamodules.components.storage import named_if_full, write_json
+from datamodules.components.disk_space import named_if_full, write_json
 from stillhouse.checkpoints.block_hashes import BLOCK, BlockHashes
 from stillhouse.checkpoints.bounds import parse_json
 
-NOTE_SECONDS = 10.0
+SAVE_SECONDS = 10.0
 """Work that a killed process loses at most."""
 
 _NOTE, _LOCK = "progress.json", "lock"
@@ -145,7 +145,7 @@ def grow(partial: Path, headers: dict[str, bytes], identity: str | None, blocks:
             for name, part in data.items():
                 files[name].append(part)
             done += items
-            if identity is not None and time.monotonic() - noted >= NOTE_SECONDS:
+            if identity is not None and time.monotonic() - noted >= SAVE_SECONDS:
                 _write_note(partial / _NOTE, files, identity, done)
                 noted = time.monotonic()
         for file in files.values():

@@ -7,7 +7,7 @@ import pytest
 from picture_files import encoded, pattern, png16, tiff16
 from PIL import Image, ImageCms
 
-from datamodules.components.decoding import Decoder, Rules, decode
+from datamodules.components.picture_decoding import Decoder, Rules, decode
 
 DEEP = np.random.default_rng(0).integers(0, 65536, (6, 7, 4), dtype=np.uint16)
 DEEP[0, 0] = (0x00FF, 0x0080, 0x0081, 0xFFFF)  # 0.99, 0.498 and 0.502 of a level of 8 bits

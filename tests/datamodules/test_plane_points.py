@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.planar import DISTRIBUTIONS, Planar, checkerboard, eight_gaussians
+from datamodules.plane_points import DISTRIBUTIONS, PlanePoints, checkerboard, eight_gaussians
 
 COUNT = 20_000
 
@@ -15,7 +15,7 @@ def generator(seed=0):
 
 @pytest.fixture(scope="module", params=DISTRIBUTIONS)
 def module(request, tmp_path_factory):
-    module = Planar(request.param, root=str(tmp_path_factory.mktemp("data")), batch_size=8, points=COUNT)
+    module = PlanePoints(request.param, root=str(tmp_path_factory.mktemp("data")), batch_size=8, points=COUNT)
     module.prepare_data()
     return module
 
@@ -46,7 +46,7 @@ def test_the_dark_squares_alone_are_filled_and_alike_often():
     assert within.std(0) == pytest.approx([12**-0.5] * 2, rel=0.02)
 
 
-def test_bytes_are_the_laws_points_on_the_lattice(module):
+def test_bytes_are_the_distributions_points_on_the_lattice(module):
     packed = module.reference()
     assert packed.images.shape == (COUNT, 2, 1, 1)
     points = DISTRIBUTIONS[module.distribution](COUNT, generator(2025))
@@ -63,7 +63,8 @@ def test_bytes_are_the_laws_points_on_the_lattice(module):
 def test_bytes_are_the_same_everywhere(tmp_path):
     """The hash in every fingerprint: measured values can be compared between machines."""
     hashes = [
-        Planar(distribution, root=str(tmp_path), batch_size=1).reference().hash[:8] for distribution in DISTRIBUTIONS
+        PlanePoints(distribution, root=str(tmp_path), batch_size=1).reference().hash[:8]
+        for distribution in DISTRIBUTIONS
     ]
     assert hashes == ["e482520d", "06818ccf"]
 
@@ -80,7 +81,7 @@ def test_batches_are_points_in_data_range_without_labels(module):
 
 
 def test_the_runs_seed_orders_the_points_and_does_not_draw_them(module):
-    other = Planar(module.distribution, root=str(module.folder.parent), batch_size=8, points=COUNT, seed=5)
+    other = PlanePoints(module.distribution, root=str(module.folder.parent), batch_size=8, points=COUNT, seed=5)
     assert other.reference().hash == module.reference().hash
     first, second = (next(iter(m.train_dataloader()))["image"] for m in (module, other))
     assert not torch.equal(first, second)
@@ -99,10 +100,10 @@ def test_the_runs_seed_orders_the_points_and_does_not_draw_them(module):
 def test_misuse(module, options, message):
     options = {"distribution": module.distribution, "points": COUNT, **options}
     with pytest.raises(ValueError, match=message):
-        Planar(root=str(module.folder.parent), name=module.name, batch_size=8, **options).setup("fit")
+        PlanePoints(root=str(module.folder.parent), name=module.name, batch_size=8, **options).setup("fit")
 
 
 def test_another_law_under_the_name_is_refused(module):
     other = next(distribution for distribution in DISTRIBUTIONS if distribution != module.distribution)
     with pytest.raises(ValueError, match=f"distribution={other}, but .* was packed with {module.distribution}"):
-        Planar(other, module.name, str(module.folder.parent), batch_size=8, points=COUNT).reference()
+        PlanePoints(other, module.name, str(module.folder.parent), batch_size=8, points=COUNT).reference()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.run.sources import Source, fetch, sources
+from launch.run.remote_files import RemoteFile, fetch, remote_files
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -43,10 +43,10 @@ def config(url: str) -> dict:
 
 
 def test_nodes_with_an_address_are_found_once():
-    found = {str(source.file): source for source in sources(config("http://a"))}
+    found = {str(source.file): source for source in remote_files(config("http://a"))}
     assert set(found) == {"w/t.pkl", "data/d.zip", "w/i.pth"}
     assert found["w/t.pkl"].product == Path("w/t.safetensors")
-    assert found["data/d.zip"] == Source("data", Path("data/d.zip"), "http://a/d.zip", "ab", Path("data/d"))
+    assert found["data/d.zip"] == RemoteFile("data", Path("data/d.zip"), "http://a/d.zip", "ab", Path("data/d"))
     assert found["w/i.pth"].option == "evaluation.extractor"
 
 
@@ -56,18 +56,18 @@ def test_several_teachers_are_found_and_random_weights_need_nothing():
     second = {**first, "source": {**first["source"], "file": "w/other.pkl"}}
     many["method"]["teachers"] = [first, second]
     del many["teacher"]
-    assert {str(s.file) for s in sources(many)} >= {"w/t.pkl", "w/other.pkl"}
+    assert {str(s.file) for s in remote_files(many)} >= {"w/t.pkl", "w/other.pkl"}
     many["method"]["teachers"][1]["weights"] = None
-    assert "w/other.pkl" not in {str(s.file) for s in sources(many)}
+    assert "w/other.pkl" not in {str(s.file) for s in remote_files(many)}
 
 
 def test_lpips_needs_its_network_where_it_is_the_loss(monkeypatch):
     monkeypatch.setenv("TORCH_HOME", "/home/torch")
     one = config("http://a")
     one["method"] |= {"loss": "lpips+l2", "lpips_weights": None}
-    assert Path("/home/torch/hub/checkpoints/vgg16-397923af.pth") in {s.file for s in sources(one)}
+    assert Path("/home/torch/hub/checkpoints/vgg16-397923af.pth") in {s.file for s in remote_files(one)}
     one["method"]["lpips_weights"] = "v.pth"
-    assert Path("v.pth") in {s.file for s in sources(one)}
+    assert Path("v.pth") in {s.file for s in remote_files(one)}
 
 
 def test_what_is_missing_is_fetched_unless_something_stands_for_it(served, tmp_path, monkeypatch, capsys):

@@ -1,0 +1,65 @@
+"""Disk space: how much is needed and free, and errors that name the file for which it was not enough."""
+
+import errno
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from stillhouse.files import unfinished
+
+
+@contextmanager
+def named_if_full(path: Path) -> Iterator[None]:
+    """Name `path` in the error of a disk that fills up while the block writes it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        reason = os.strerror(error.errno)
+        raise OSError(f"{reason}: {path} was not written, nothing of it is left; free space and run again") from error
+
+
+@contextmanager
+def scratch(path: Path) -> Iterator[Path]:
+    """As `stillhouse.files.unfinished`, with the error of a full disk naming `path`."""
+    with named_if_full(path), unfinished(path) as temporary:
+        yield temporary
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    with scratch(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+        os.replace(temporary, path)
+
+
+def readable(size: float) -> str:
+    """Bytes as people read them: 1.3 GB."""
+    power = min(4, int(math.log(max(size, 1), 1000)))
+    return f"{size / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def free_space(folder: Path) -> int:
+    """Free bytes on the disk where `folder` is or will be."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    return shutil.disk_usage(existing).free
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of the files that lie directly in `folder`."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Errors: OSError when `folder` cannot take `needed` more bytes."""
+    free = free_space(folder)
+    if needed > free:
+        raise OSError(
+            f"disk too small for {folder}: needed {readable(needed)}, free {readable(free)}; "
+            "free space or point root to another disk"
+        )
