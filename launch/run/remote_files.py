@@ -51,7 +51,7 @@ def fetch(config: dict[str, Any]) -> None:
 
 def _perceptual(method: dict[str, Any]) -> Iterator[RemoteFile]:
     if "lpips" in str(method.get("loss")):
-        from stillhouse.networks.lpips import URL, vgg16_file
+        from stillhouse.checkpoints.lpips import URL, vgg16_file
 
         yield RemoteFile("method.lpips_weights", vgg16_file(method.get("lpips_weights")), URL)
 

@@ -4,13 +4,13 @@ A flow is a teacher, and Phi(x0) is what its solver makes of the noise x0. Dista
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from stillhouse.diffusion.flow import time_of, velocity
+from stillhouse.diffusion.flow import euler_path
 from stillhouse.diffusion.teacher import Teacher
 from stillhouse.metrics.sampling import Sampler, inputs
 from stillhouse.ranks import progress_bar
@@ -61,24 +61,6 @@ def ends(
     if not images.isfinite().all():
         raise ValueError("samples contain NaN or infinity: the sampler has diverged")
     return images
-
-
-def euler_path(teacher: Teacher, noise: Tensor, labels: Tensor | None, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """States X_t and velocities v(X_t, t), both (B, C, H, W), float64, at the beginning of each of so many Euler steps.
-
-    They are of equal length in t, from the time of the teacher's highest noise level, where X_t is the noise, to 1. A last
-    pair holds the end X_1 and, again, the last velocity.
-    """
-    first = teacher.sigmas()[0]
-    start = time_of(first.item())
-    denoiser, labels = teacher.denoiser, labels if teacher.conditional else None
-    z = noise.double() * (start * denoiser.preconditioning.prior_std(first).item())
-    for t in torch.linspace(start, 1, steps + 1, dtype=torch.float64)[:-1].tolist():
-        with torch.no_grad():
-            v = velocity(denoiser, z, z.new_full((len(z),), t), labels)
-        yield z, v
-        z = z + (1 - start) / steps * v
-    yield z, v
 
 
 def bend(teacher: Teacher, noise: Tensor, labels: Tensor | None, steps: int) -> Tensor:

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stillhouse.checkpoints.lpips import load_lpips
 from stillhouse.checks import check_choice
 from stillhouse.diffusion.losses import REGRESSIONS, regression
 from stillhouse.networks.lpips import LPIPS, check_lpips_shape
@@ -37,7 +38,7 @@ class Distance:
         self._lpips: LPIPS | None = None
         if loss not in REGRESSIONS:
             check_lpips_shape(shape)
-            self._lpips = LPIPS(lpips_weights, lpips_resize)
+            self._lpips = load_lpips(lpips_weights, lpips_resize)
 
     def __deepcopy__(self, memo: dict) -> "Distance":
         return self

@@ -5,9 +5,13 @@ fixed, makes of X_t at t = 1 (rectified flow, arXiv 2209.03003). Time runs from 
 from `start` > 0 on, where their highest noise level lies: the released code of rectified flow takes 1e-3.
 """
 
+from collections.abc import Iterator
+
+import torch
 from torch import Tensor
 
 from stillhouse.diffusion.denoiser import Denoiser, DenoiserFunction
+from stillhouse.diffusion.teacher import Teacher
 
 
 def time_of(sigma: Tensor | float) -> Tensor | float:
@@ -47,3 +51,28 @@ def velocity(
     from_state, from_network = (c.skip / t - 1) / (1 - t), c.out / (1 - t)
     out = denoiser.first_branch(per_sample(c.in_ / t, z) * z, c.noise, labels, augment_labels)
     return per_sample(from_state, z) * z + per_sample(from_network, z) * out
+
+
+def euler_path(teacher: Teacher, noise: Tensor, labels: Tensor | None, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Follow a teacher's flow by Euler steps of equal length in t, from its highest noise level, where X_t is the noise, to 1.
+
+    Args:
+        teacher: the flow.
+        noise: unit normal X_0 (B, C, H, W).
+        labels: classes (B,), int64, or None.
+        steps: the number of Euler steps.
+
+    Yields:
+        The state X_t and its velocity v(X_t, t), both (B, C, H, W), float64, at the beginning of each step; at last the end
+        X_1 and, again, the last velocity.
+    """
+    first = teacher.sigmas()[0]
+    start = time_of(first.item())
+    denoiser, labels = teacher.denoiser, labels if teacher.conditional else None
+    z = noise.double() * (start * denoiser.preconditioning.prior_std(first).item())
+    for t in torch.linspace(start, 1, steps + 1, dtype=torch.float64)[:-1].tolist():
+        with torch.no_grad():
+            v = velocity(denoiser, z, z.new_full((len(z),), t), labels)
+        yield z, v
+        z = z + (1 - start) / steps * v
+    yield z, v

@@ -156,7 +156,7 @@ def _published(name: str) -> tuple[str, str]:
     if name == INCEPTION:
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as url
     else:
-        from stillhouse.networks.lpips import URL as url
+        from stillhouse.checkpoints.lpips import URL as url
     return Path(url).name, url
 
 

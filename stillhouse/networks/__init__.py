@@ -12,13 +12,11 @@ from stillhouse.networks.branching import (
 from stillhouse.networks.dhariwal_unet import DhariwalUNet
 from stillhouse.networks.diffusers_unet import DiffusersUNet
 from stillhouse.networks.discriminator import Discriminator
-from stillhouse.networks.lpips import LPIPS
 from stillhouse.networks.mlp import MLP
 from stillhouse.networks.song_unet import SongUNet
 from stillhouse.networks.step_condition import condition_on_steps, fixed_steps_state, set_steps
 
 __all__ = [
-    "LPIPS",
     "MLP",
     "BranchedConv2d",
     "DhariwalUNet",

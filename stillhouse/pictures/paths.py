@@ -11,8 +11,8 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from stillhouse.analysis.flow_errors import euler_path
 from stillhouse.diffusion import bezier
+from stillhouse.diffusion.flow import euler_path
 from stillhouse.diffusion.teacher import Teacher
 from stillhouse.pictures.charts import legend_below, save
 

@@ -8,7 +8,8 @@ from flow_chain_tools import MEAN, Constant, flow, gaussian_flow, mixture_flow
 from scipy.integrate import quad
 
 from closed_forms import Mixture, exact_solution
-from stillhouse.analysis.flow_errors import Estimate, bend, ends, estimate, euler_path, squares, straightness
+from stillhouse.analysis.flow_errors import Estimate, bend, ends, estimate, squares, straightness
+from stillhouse.diffusion.flow import euler_path
 from stillhouse.diffusion.random_numbers import sample_noise
 from stillhouse.metrics.transport import wasserstein
 

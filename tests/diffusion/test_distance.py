@@ -5,9 +5,9 @@ import pytorch_lightning as pl
 import torch
 from vgg_file import write_vgg16
 
+from stillhouse.checkpoints.lpips import load_lpips
 from stillhouse.diffusion.distance import DISTANCES, Distance
 from stillhouse.diffusion.losses import regression
-from stillhouse.networks import LPIPS
 
 RGB = (3, 32, 32)
 GENERATOR = torch.Generator().manual_seed(3)
@@ -26,7 +26,7 @@ def distances(weights):
 
 
 def test_values(distances, weights):
-    lpips = LPIPS(weights)(OUTPUT, TARGET)
+    lpips = load_lpips(weights)(OUTPUT, TARGET)
     expected = {loss: regression(OUTPUT, TARGET, loss) for loss in ("l2", "l1", "huber")}
     expected |= {"lpips": lpips, "lpips+l2": lpips + (OUTPUT - TARGET).square().mean((1, 2, 3))}
     for loss in DISTANCES:
@@ -64,7 +64,7 @@ def test_a_module_that_holds_it_has_none_of_its_weights(distances):
 
 def test_lpips_can_enlarge_images(weights):
     distance = Distance("lpips", RGB, weights, lpips_resize=48)
-    torch.testing.assert_close(distance(OUTPUT, TARGET), LPIPS(weights, resize=48)(OUTPUT, TARGET))
+    torch.testing.assert_close(distance(OUTPUT, TARGET), load_lpips(weights, resize=48)(OUTPUT, TARGET))
 
 
 def test_small_grey_images_have_the_distances_of_pixels_alone():

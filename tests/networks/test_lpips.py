@@ -9,8 +9,7 @@ import torchvision
 from torch.nn.functional import interpolate
 from vgg_file import vgg16_state, write_vgg16
 
-from stillhouse.networks import LPIPS
-from stillhouse.networks.lpips import URL
+from stillhouse.checkpoints.lpips import URL, load_lpips
 
 GENERATOR = torch.Generator().manual_seed(3)
 A = torch.rand(3, 3, 32, 40, generator=GENERATOR) * 2 - 1
@@ -24,7 +23,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def lpips(weights):
-    return LPIPS(weights)
+    return load_lpips(weights)
 
 
 @pytest.fixture
@@ -92,14 +91,14 @@ def test_it_is_frozen(lpips, weights):
 
 
 def test_smaller_images_are_enlarged(lpips, weights):
-    larger = LPIPS(weights, resize=48)
+    larger = load_lpips(weights, resize=48)
     up_a, up_b = (interpolate(x, (48, 48), mode="bilinear") for x in (A, B))
     torch.testing.assert_close(larger(A, B), lpips(up_a, up_b))
     torch.testing.assert_close(larger(up_a, up_b), lpips(up_a, up_b))
     assert (larger(A, B) - lpips(A, B)).abs().min() > 1e-4
     for resize in (16, "224", 224.0):
         with pytest.raises(ValueError, match=r"^method.lpips_resize must be an integer of at least 32, got "):
-            LPIPS(weights, resize=resize)
+            load_lpips(weights, resize=resize)
 
 
 @pytest.mark.parametrize(
@@ -117,25 +116,25 @@ def test_weights_are_found_where_torchvision_keeps_them_and_never_downloaded(wei
     usual = tmp_path / "hub/checkpoints/vgg16-397923af.pth"
     message = rf"no VGG-16 weights at {usual}; add download=true to fetch {URL}, or say .* by method.lpips_weights$"
     with pytest.raises(FileNotFoundError, match=message) as caught:
-        LPIPS()
+        load_lpips()
     assert "\n" not in str(caught.value)
     with pytest.raises(FileNotFoundError, match=rf"no VGG-16 weights at {tmp_path}/gone.pth; add download=true"):
-        LPIPS(str(tmp_path / "gone.pth"))
+        load_lpips(str(tmp_path / "gone.pth"))
     usual.parent.mkdir(parents=True)
     usual.symlink_to(weights)
-    LPIPS()
+    load_lpips()
     assert torchvision.models.VGG16_Weights.IMAGENET1K_V1.url == URL
 
 
 def test_making_it_leaves_the_random_state_alone(weights):
     before = torch.get_rng_state()
-    LPIPS(weights)
+    load_lpips(weights)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_both_formats_are_read_and_the_file_may_go(lpips, tmp_path):
     path = write_vgg16(tmp_path / "zip.pth", published=False)
-    other = LPIPS(path)
+    other = load_lpips(path)
     path.write_bytes(b"")
     assert torch.equal(other(A, B), lpips(A, B))
 
@@ -151,17 +150,17 @@ def test_damaged_and_malicious_files_are_refused(tmp_path, published):
     for content in (path.read_bytes()[:-1000], b"hello", b""):
         path.write_bytes(content)
         with pytest.raises(OSError, match=r"a.pth is damaged or no file of weights; delete it and fetch it again$"):
-            LPIPS(path)
+            load_lpips(path)
     torch.save(Bad(), path, _use_new_zipfile_serialization=not published)
     with pytest.raises(OSError, match=r"a.pth is damaged or no file of weights"):
-        LPIPS(path)
+        load_lpips(path)
 
 
 def test_only_vgg16s_convolutions_are_read(lpips, tmp_path):
     path, state = tmp_path / "a.pth", vgg16_state()
     convolutions = {name: value for name, value in state.items() if name.startswith("features.")}
     torch.save(convolutions, path)
-    assert torch.equal(LPIPS(path)(A, B), lpips(A, B))
+    assert torch.equal(load_lpips(path)(A, B), lpips(A, B))
     name = "features.28.weight"
     others = {
         "deeper": state | {"features.30.weight": state[name]},
@@ -174,5 +173,5 @@ def test_only_vgg16s_convolutions_are_read(lpips, tmp_path):
     for content in others.values():
         torch.save(content, path)
         with pytest.raises(ValueError, match=r"a.pth holds weights of another network; fetch .*pth$") as caught:
-            LPIPS(path)
+            load_lpips(path)
         assert "\n" not in str(caught.value)
