@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-all lint matrix bench
+.PHONY: install demo test test-all lint matrix bench docs
 
 install: $(VENV)/.installed
 
@@ -32,3 +32,8 @@ matrix: install
 
 bench: install
 	$(BIN)/python -m benchmarks.run
+
+# The pages of docs/, into docs/_build/html. A warning or a broken link fails.
+docs: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --quiet --nitpicky --fail-on-warning --keep-going docs docs/_build/html
+	@echo "open docs/_build/html/index.html"

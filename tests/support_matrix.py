@@ -211,7 +211,7 @@ def main() -> None:
     import logging
     import warnings
 
-    from results.readme import origin
+    from results.collect import origin
 
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)

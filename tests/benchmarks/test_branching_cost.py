@@ -7,7 +7,7 @@ import torch
 from test_benchmarks import TINY, assert_spread
 
 from benchmarks import branching, run
-from results.readme import section
+from results.pages import section
 from stillhouse.networks import BranchedConv2d
 
 

@@ -14,7 +14,7 @@ from benchmarks import methods, run
 from benchmarks.cases import Case
 from benchmarks.measuring import ROOT, peak_memory
 from lightning_modules import ProgressiveDistillation
-from results.readme import section
+from results.pages import section
 
 RANDOM = ("~recipe", "batch_size=4", "teacher.weights=null", "teacher.sha256=null")
 TINY = Case("digits, tiny", overrides=("data=digits", *RANDOM, "teacher.network.model_channels=8"), cycle_rounds=1)

@@ -9,7 +9,7 @@ from test_benchmarks import TINY, assert_spread
 
 from benchmarks import run, score
 from lightning_modules import DiffInstruct
-from results.readme import section
+from results.pages import section
 
 TINY_SCORE = replace(TINY, cycles=2, cycle_rounds=2)
 

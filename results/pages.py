@@ -1,0 +1,130 @@
+"""Markdown of the measured results: a section for each file of results/, which docs/ shows, and the README's one table."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measuring import ROOT
+from benchmarks.run import table
+from results.support import support_table
+from stillhouse.analysis.convergence_tables import markdown as convergence_markdown
+from stillhouse.analysis.curve_files import from_json
+from stillhouse.analysis.flow_chain import from_json as chain_from_json
+from stillhouse.analysis.flow_tables import markdown as flows_markdown
+from stillhouse.analysis.quality import Quality, Value
+from stillhouse.analysis.quality import from_json as quality_from_json
+from stillhouse.analysis.quality_tables import markdown as quality_markdown
+from stillhouse.analysis.tables import markdown
+from stillhouse.metrics.records import Record
+
+RESULTS = ROOT / "results"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- results: made by `python -m results update` -->", "<!-- end of results -->"
+
+# The README's rows: the results file, a pattern of what is called what there, and the row's name.
+_SUMMARY = (
+    ("denoising_student-digits", r"denoising_student-digits-seed\d-method.loss-l1", "Denoising Student"),
+    ("score_distillation-digits", r"diff_instruct-.*lr-0.0004-method.sigma_init-2.5", "Diff-Instruct"),
+    ("score_distillation-digits", r"disback-.*lr-0.0004-method.sigma_init-2.5", "DisBack"),
+    ("trajectory_distillation-digits", "progressive", "Progressive distillation"),
+    ("trajectory_distillation-digits", "sfd", "SFD"),
+    ("trajectory_distillation-digits", "b_dense_sfd", "B-DENSE on SFD"),
+    ("bezier-digits", "flow_distill teacher=digits_rf2", "Rectified flow, distilled"),
+    ("bezier-digits", "bezier later=0.25 .* order=2 slot=endpoint shuffled=false drift=0.0", "Bézier distillation"),
+    ("trajectory_distillation-digits", r"teacher digits \(heun\)", "the teacher, Heun's method"),
+    ("trajectory_distillation-digits", r"teacher digits \(euler\)", "the teacher, Euler's method"),
+)
+_SUMMARY_COUNTS = (1, 2, 4, 8, 19)  # network evaluations that the README shows
+
+
+def section(path: Path, pictures: str = "results") -> str:
+    """The tables of one results file, with its picture in the folder `pictures`, and where the values come from."""
+    content = json.loads(path.read_text())
+    if "outcomes" in content:
+        return support_table(content, ROOT / "conf/recipe")
+    if "records" in content:
+        return f"{markdown([Record(**entry) for entry in content['records']])}\n\n{_source(path, content)}"
+    for key, against, tables in _KINDS:
+        if key in content:
+            picture = f"![Metric against {against}]({pictures}/{path.stem}.png)"
+            return f"{picture}\n\n{tables(content[key])}\n\n{_source(path, content)}"
+    parts = "\n\n".join(table(part) for part in content.values())
+    return f"From `results/{path.name}`, as median (least .. greatest):\n\n```text\n{parts}\n```"
+
+
+_KINDS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("comparison", "updates, images and seconds", lambda content: convergence_markdown(from_json(content))),
+    ("quality", "network evaluations", lambda content: quality_markdown(quality_from_json(content))),
+    ("flows", "the number of the flow", lambda content: flows_markdown(chain_from_json(content))),
+)
+
+
+def _source(path: Path, content: dict[str, Any]) -> str:
+    source = f"From `results/{path.name}`: commit {content['commit'][:7]}, {content['date']}, {content['machine']}"
+    entries = measured_entries(content)
+    known = sum(entry["provenance"] is not None for entry in entries)
+    provenance = (
+        f"{known} of {len(entries)} values have their provenance"
+        if known
+        else "measured before provenance was recorded"
+    )
+    return f"{source}; {provenance}."
+
+
+def measured_entries(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """All that was measured in a results file: records, curves, values or flows, each with its `Record.provenance`.
+
+    It is null for what was measured before provenance was recorded.
+    """
+    flows = content.get("flows", {"flows": [], "distilled": []})
+    return [
+        *content.get("records", []),
+        *content.get("comparison", {"runs": []})["runs"],
+        *content.get("quality", {"values": []})["values"],
+        *flows["flows"],
+        *flows["distilled"],
+    ]
+
+
+def summary() -> str:
+    """The README's table: every method on the digits against the number of network evaluations.
+
+    Raises:
+        ValueError: For values that were not measured alike, and for a row that names none.
+    """
+    values: list[Value] = []
+    fingerprints, floors = [], []
+    for name, pattern, row in _SUMMARY:
+        content = json.loads((RESULTS / f"{name}.json").read_text())
+        if "quality" in content:
+            quality = quality_from_json(content["quality"])
+            found = [v for v in quality.values if re.fullmatch(pattern, v.group) and v.nfe in _SUMMARY_COUNTS]
+            fingerprints.append(quality.fingerprint)
+            floors.append(quality.floor)
+        else:
+            records = [Record(**entry) for entry in content["records"]]
+            chosen = [record for record in records if re.fullmatch(pattern, record.name)]
+            found = [_value(record) for record in chosen]
+            fingerprints += [record.comparable for record in chosen]
+        if not found:
+            raise ValueError(f"results/{name}.json has nothing that is called {pattern}")
+        values += [Value(**{**vars(value), "group": row}) for value in found]
+    if any(fingerprint != fingerprints[0] for fingerprint in fingerprints):
+        raise ValueError("the values of the README's table were not measured alike")
+    return quality_markdown(Quality("fid_digits", fingerprints[0], tuple(values), floors[0]))
+
+
+def _value(record: Record) -> Value:
+    seed = int(re.search(r"seed(\d+)", record.name)[1])
+    return Value(record.name, "", seed, record.nfe, record.mean, record.fingerprint["weights"], record.provenance)
+
+
+def updated(text: str) -> str:
+    """The README's text with its table of results made anew."""
+    head, _, rest = text.partition(BEGIN)
+    _, found, tail = rest.partition(END)
+    if not found:
+        raise ValueError(f"README.md has lost the lines {BEGIN!r} and {END!r}")
+    return f"{head}{BEGIN}\n\n{summary()}\n\n{END}{tail}"

@@ -1,0 +1,124 @@
+import json
+import re
+from dataclasses import replace
+
+import pytest
+from convergence_tools import curve, decay, write_run
+from flow_chain_tools import chain, write_chain
+from quality_tools import REAL, students, write_measured
+
+from launch.evaluate.convergence import compare_runs
+from launch.evaluate.quality import compare_quality
+from results import pages
+from results.__main__ import main
+from results.pages import README, RESULTS, measured_entries, section, updated
+from stillhouse.analysis.convergence_tables import markdown
+from stillhouse.analysis.curve_files import from_json, to_json
+from stillhouse.analysis.flow_chain import from_json as chain_from_json
+from stillhouse.analysis.flow_chain import to_json as chain_to_json
+from stillhouse.analysis.flow_tables import markdown as flows_markdown
+from stillhouse.analysis.quality import from_json as quality_from_json
+from stillhouse.analysis.quality import to_json as quality_to_json
+from stillhouse.analysis.quality_tables import markdown as quality_markdown
+from stillhouse.metrics.records import Record, save_records
+
+FILES = sorted(RESULTS.glob("*.json"))
+# What is stored under a key is what the code makes of it.
+ROUND_TRIPS = {
+    "comparison": lambda content: json.loads(json.dumps(to_json(from_json(content)))),
+    "quality": lambda content: quality_to_json(quality_from_json(content)),
+    "flows": lambda content: chain_to_json(chain_from_json(content)),
+    "records": lambda content: [vars(Record(**entry)) for entry in content],
+}
+
+
+def runs(folder):
+    """Two runs with curves and records whose provenance is known."""
+    provenance = {"revision": "a" * 40, "config": "b" * 64, "weights": "c" * 64}
+    found = []
+    for name, every, value in (("base", 1309, 0.5), ("fast", 100, 0.2)):
+        run = write_run(folder / name, curve(name, decay(0.3), every=every))
+        save_records(run / "metrics.json", [replace(r, provenance=provenance) for r in students({1: value})] + [REAL])
+        found.append(run)
+    return found
+
+
+def test_the_readmes_table_is_that_of_the_results(monkeypatch):
+    """A hand edit of the README's results, or results without an update, fails here; unlike measurements are never mixed."""
+    text = README.read_text()
+    assert updated(text) == text
+    with pytest.raises(ValueError, match="has lost the lines"):
+        updated("no table")
+    monkeypatch.setattr(pages, "_SUMMARY", (("flows-digits", "no such flow", "a row"),))
+    with pytest.raises((ValueError, KeyError)):
+        updated(text)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_results_say_where_they_come_from_and_agree_with_their_values(path):
+    content = json.loads(path.read_text())
+    assert section(path)
+    if path.stem.startswith("benchmarks") or path.stem == "support":
+        return
+    (key,) = ROUND_TRIPS.keys() & set(content)
+    assert {"date", "commit", "machine"} < set(content)
+    assert _given(ROUND_TRIPS[key](content[key])) == _given(content[key])
+    assert key == "records" or path.with_suffix(".png").exists()
+    for entry in measured_entries(content):
+        assert "values" not in entry or len(entry["values"]) >= 3, f"{entry['name']} has fewer than three values"
+        if entry["provenance"] is not None:
+            assert set(entry["provenance"]) == {"revision", "config", "weights"}
+            assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", entry["provenance"]["revision"])
+            hashes = (entry["provenance"]["config"], entry["provenance"]["weights"])
+            assert hashes == (None, None) if entry.get("subject") == "real" else all(len(text) == 64 for text in hashes)
+
+
+def _given(content):
+    """Without what is null: later versions know of more entries than the file does."""
+    if isinstance(content, dict):
+        return {key: _given(value) for key, value in content.items() if value is not None}
+    return [_given(value) for value in content] if isinstance(content, list) else content
+
+
+@pytest.mark.parametrize(
+    ("kind", "measured"),
+    [
+        ("compare", lambda found: markdown(compare_runs(found))),
+        ("quality", lambda found: quality_markdown(compare_quality(found))),
+    ],
+)
+def test_a_comparison_is_stored_drawn_and_shown(tmp_path, kind, measured):
+    found = runs(tmp_path)
+    if kind == "quality":
+        found = [write_measured(tmp_path / f"sfd{n}", [*students({n: 1 / (1 + n)}), REAL], steps=n) for n in (1, 4)]
+    target = tmp_path / "results" / "race.json"
+    main([kind, str(target), *map(str, found)])
+    assert sorted(path.name for path in target.parent.iterdir()) == ["race.json", "race.png"]
+    picture, *tables, source = section(target, pictures="../somewhere").split("\n\n")
+    assert picture.endswith("](../somewhere/race.png)")
+    assert "\n\n".join(tables) == measured(found)
+    assert source.startswith("From `results/race.json`: commit ")
+    entries = measured_entries(json.loads(target.read_text()))
+    if kind == "compare":
+        assert {entry["provenance"]["revision"] for entry in entries} == {"a" * 40}
+        assert source.endswith("; 2 of 2 values have their provenance.")
+        assert "13.1x" in "\n\n".join(tables)
+    with pytest.raises(SystemExit, match=r"results compare results/NAME.json runs/A"):
+        main([kind, str(target)])
+    with pytest.raises(FileNotFoundError, match="holds (no|neither a) run"):
+        main([kind, str(target), str(tmp_path)])
+
+
+def test_records_and_a_chain_of_flows_are_stored_and_shown(tmp_path):
+    target = tmp_path / "records.json"
+    main(["record", str(target), *map(str, runs(tmp_path))])
+    assert json.loads(target.read_text())["runs"] == ["base", "fast"]
+    assert "values have their provenance" in section(target)
+    target = tmp_path / "chain.json"
+    main(["flows", str(target), str(write_chain(tmp_path / "flows"))])
+    assert target.with_suffix(".png").exists()
+    picture, *tables, _ = section(target).split("\n\n")
+    assert picture == "![Metric against the number of the flow](results/chain.png)"
+    assert "\n\n".join(tables) == flows_markdown(chain())
+    with pytest.raises(FileNotFoundError, match="no measured flows at"):
+        main(["flows", str(target), str(tmp_path / "none.json")])
