@@ -1,18 +1,17 @@
 """A folder that is filled bit by bit, by one process at a time, and goes on where a killed one stopped."""
 
-import errno
-import fcntl
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from datamodules.components.disk_space import named_if_full, write_json
 from stillhouse.checkpoints.block_hashes import BLOCK, BlockHashes
 from stillhouse.checkpoints.bounds import parse_json
+from stillhouse.file_locks import wait_for_lock
 
 SAVE_SECONDS = 10.0
 """Work that a killed process loses at most."""
@@ -33,7 +32,10 @@ def claimed(folder: Path) -> Iterator[Path | None]:
     partial = folder.with_name(f"{folder.name}.partial")
     lock = None
     while lock is None and not folder.is_dir():
-        lock = _locked(partial, folder)
+        partial.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # the other process is done, and the folder went with its lock
+            message = f"{folder}: another process makes it, waiting"
+            lock = wait_for_lock(partial / _LOCK, message, "set data.root to another")
     if lock is None:
         yield None
         return
@@ -49,37 +51,7 @@ def claimed(folder: Path) -> Iterator[Path | None]:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     finally:
-        os.close(lock)
-
-
-def _locked(partial: Path, folder: Path) -> int | None:
-    """A descriptor that holds the lock of the partial folder; None where that folder went while we waited."""
-    partial.mkdir(parents=True, exist_ok=True)
-    path = partial / _LOCK
-    try:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    except FileNotFoundError:
-        return None
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                reason = os.strerror(error.errno)
-                raise OSError(
-                    f"{folder} lies on a disk without file locks ({reason}); set data.root to another"
-                ) from error
-            print(f"{folder}: another process makes it, waiting", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if os.path.samestat(os.fstat(lock), os.stat(path)):
-            return lock
-    except FileNotFoundError:
-        pass
-    except BaseException:
-        os.close(lock)
-        raise
-    os.close(lock)
-    return None
+        lock.release()
 
 
 class _Growing:

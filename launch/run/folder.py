@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,10 +10,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from launch.run.locks import take
 from launch.run.names import names_in
 from stillhouse.analysis.tables import table
 from stillhouse.checkpoints.bounds import check_aliases
+from stillhouse.file_locks import try_lock
 from stillhouse.files import check_writable, inside, write_file
 from stillhouse.metrics.records import Record, load_records
 
@@ -163,20 +162,15 @@ class RunFolder:
 
         Errors: ValueError where another process trains this run.
         """
-        if self.config.exists():
-            os.close(self._lock())  # before a run that has not begun is claimed anew
-        self.claim(config)
-        lock = self._lock()
-        try:
-            yield
-        finally:
-            os.close(lock)
-
-    def _lock(self) -> int:
-        lock = take(self.config, needed=False)
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = try_lock(self.path / "lock")
         if lock is None:
             raise ValueError("another process trains this run: wait for it, or choose another name=...")
-        return lock
+        try:
+            self.claim(config)
+            yield
+        finally:
+            lock.release()
 
 
 def _odd(config: Any) -> str:

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock
 from omegaconf import DictConfig
 
-from launch.run.locks import take
+from stillhouse.file_locks import try_lock
 
 _EXTRAS = {"hydra_joblib_launcher": "joblib", "hydra_submitit_launcher": "submitit"}
 _TRAIN = Path(__file__).resolve().parents[2] / "train.py"
-_gpu: int | None = None  # an open lock, held until this worker ends
+_gpu: FileLock | None = None  # held until this worker ends
 
 
 def check_extra(module: str, extra: str, option: str) -> None:
@@ -97,7 +98,7 @@ def _take_gpu(jobs: int) -> None:
     names = visible.split(",")[:count] if visible else [str(index) for index in range(count)]
     for name in names:
         path = Path(tempfile.gettempdir()) / f"stillhouse-{os.getuid()}-gpu-{name.replace('/', '-')}.lock"
-        _gpu = take(path)
+        _gpu = try_lock(path, "set TMPDIR to a folder on another")
         if _gpu is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = name  # before anything of this process has touched CUDA
             return

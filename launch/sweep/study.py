@@ -1,6 +1,5 @@
 """A search's study in Optuna: SQLite in the search's folder, seen by the search and by each of its jobs."""
 
-import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
-from launch.run.locks import take
 from stillhouse.checks import check_counts
+from stillhouse.file_locks import try_lock
 
 if TYPE_CHECKING:
     import optuna
@@ -136,10 +135,10 @@ def settled(study: "optuna.Study", identity: dict[str, Any]) -> None:
 def alone(folder: Path) -> Iterator[None]:
     """Hold the folder's lock. Errors: ValueError where another process has it."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = take(folder / "lock")
+    lock = try_lock(folder / "lock", "choose another hydra.sweep.dir")
     if lock is None:
         raise ValueError(f"{folder}: another process runs this search; wait for it, or choose another hydra.sweep.dir")
     try:
         yield
     finally:
-        os.close(lock)
+        lock.release()

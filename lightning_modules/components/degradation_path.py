@@ -1,10 +1,7 @@
 """A degradation path on disk: the denoisers that a teacher passes on its way to the distribution of an untrained generator."""
 
-import fcntl
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ from torch import nn
 from stillhouse.checkpoints.weights import load_weights, read_card, save_weights
 from stillhouse.checks import check_choice, check_counts
 from stillhouse.diffusion.teacher import Teacher
+from stillhouse.file_locks import wait_for_lock
 
 SPACINGS = ("geometric", "linear")
 
@@ -72,7 +70,10 @@ class DegradationPath:
 
         Errors: OSError where the disk refuses, FloatingPointError for weights that are no numbers.
         """
-        with self._locked():
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # Jobs at once may record one path: the weights of one must not meet the card of another.
+        lock = wait_for_lock(self.folder / "lock", f"{self.folder}: another process records it, waiting")
+        try:
             if self.file(step).exists():
                 return
             if not all(value.isfinite().all() for value in network.state_dict().values()):
@@ -83,15 +84,8 @@ class DegradationPath:
             card = {"teacher_name": self.teacher.name, **self.identity, "form": self.form}
             card |= {"cost": cost, "licence": self.teacher.licence}
             save_weights(self.file(step), network.state_dict(), card)
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Jobs at once may record one path: the weights of one must not meet the card of another."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "lock").open("w") as lock:
-            with suppress(OSError):  # a disk without locks
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+        finally:
+            lock.release()
 
     def load(self, step: int, network: nn.Module, verify: bool = False) -> None:
         """Put node `step` into `network`. verify: compare the whole file with its hash instead of some blocks.

@@ -1,6 +1,5 @@
 """Files from the network, on request alone: resumed where a try broke off, verified, and there whole or not at all."""
 
-import fcntl
 import http.client
 import os
 import urllib.error
@@ -13,6 +12,7 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from stillhouse.checkpoints.weights import hash_file
+from stillhouse.file_locks import try_lock
 
 _BLOCK = 1 << 20
 _SILENCE = 60  # seconds without a byte after which a server is given up
@@ -60,16 +60,20 @@ def download(url: str, path: str | Path, sha256: str | None = None) -> Path:
 @contextmanager
 def _owned(part: Path) -> Iterator[BinaryIO]:
     """The part, open at its end, for one process at a time; an empty one does not stay."""
-    with open(part, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OSError(f"another process is downloading {part}; wait for it and run again") from None
-        try:
-            yield file
-        finally:
-            if part.exists() and not part.stat().st_size:
-                part.unlink()
+    lock_file = part.with_name(f"{part.name}.lock")
+    lock = try_lock(lock_file)
+    if lock is None:
+        raise OSError(f"another process is downloading {part}; wait for it and run again")
+    try:
+        with open(part, "ab") as file:
+            try:
+                yield file
+            finally:
+                if part.exists() and not part.stat().st_size:
+                    part.unlink()
+    finally:
+        lock_file.unlink(missing_ok=True)
+        lock.release()
 
 
 def _receive(url: str, path: Path, file: BinaryIO) -> None:

@@ -113,7 +113,7 @@ def test_misuse(server, tmp_path):
     with pytest.raises(ValueError, match="is no address"):
         download("file:///etc/passwd", tmp_path / "file")
     assert list(tmp_path.iterdir()) == []
-    with open(tmp_path / "file.part", "ab") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
+    with open(tmp_path / "file.part.lock", "ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)  # as another process would hold it
         with pytest.raises(OSError, match="another process is downloading"):
             download(server, tmp_path / "file")

@@ -36,7 +36,7 @@ def gpus(monkeypatch, tmp_path):
     yield worker
     for lock in (*held, launchers._gpu):
         if lock is not None:
-            os.close(lock)
+            lock.release()
 
 
 def taken(devices=1):
@@ -55,7 +55,7 @@ def test_each_worker_of_joblib_keeps_a_gpu_of_its_own(gpus):
 
 def test_a_gpu_is_free_again_when_its_worker_has_ended(gpus):
     assert taken() == "4"
-    os.close(launchers._gpu)
+    launchers._gpu.release()
     launchers._gpu = None
     gpus()
     assert taken() == "4"
