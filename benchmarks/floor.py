@@ -28,7 +28,7 @@ def turn_of(method: DiffInstruct) -> str:
 def networks_of(method: DiffInstruct) -> dict[str, nn.Module]:
     return {
         "student": method.student.network,
-        "fake": method.fake.network,
+        "fake": method.fake_score.network,
         "teacher": method.target.denoiser.network,
     }
 

@@ -58,7 +58,7 @@ class BDense:
 
     def total(self, losses: Tensor) -> Tensor:
         for k, loss in enumerate(losses.detach(), 1):
-            self.note(f"loss/branch{k}", loss)
+            self.log_mean(f"loss/branch{k}", loss)
         left = max(0.0, 1 - self.progress / self.fade) if self.fade else 1.0
         end = 1 - left * self.sum_of_auxiliaries if self.normalised else 1.0
         return end * losses[-1] + left * (self.auxiliaries * losses[:-1]).sum()

@@ -5,6 +5,7 @@ reflow (the drift fit) and distillation (the prediction of the end), to the last
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ class BezierDistillation(PairedFlow):
         self.weight_of_drift, self.drift_times = drift, drift_times
         self.distance = Distance(loss, self.image_shape, lpips_weights, lpips_resize)
         if prediction:
-            self.distil_into(1)  # from a point on a bent curve it learns the way to its end, not to the next point
+            self.euler_steps = 1  # from a point on a bent curve it learns the way to its end, not to the next point
         if prediction and drift and not shared:
             widen(self.student.network, 2)
 
@@ -97,9 +98,8 @@ class BezierDistillation(PairedFlow):
         """The network of u, or where that is not trained of v."""
         return plain_state(self.student.network)
 
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        self.distance.to(self.device)
+    def frozen_networks(self) -> list[Any]:
+        return [*super().frozen_networks(), self.distance]
 
     def control_points_of(self, batch: dict[str, Tensor]) -> Tensor:
         """P_0 .. P_n, (B, n + 1, C, H, W)."""
@@ -116,22 +116,24 @@ class BezierDistillation(PairedFlow):
         t = self.time(self.prediction_times, batch, draw=1)
         return self.distance(self.predict(bezier.point(control, t), t, batch.get("label")), control[:, -1])
 
-    def drawn(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        # Of the whole batch, in which inner control points may be shuffled.
-        return {**batch, "control": self.control_points_of(batch)}
+    def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            **batch,
+            "control": self.control_points_of(batch),
+        }  # of the whole batch, in which inner points may be shuffled
 
-    def training_loss(self, batch: dict[str, Tensor]) -> Tensor:
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
         control = batch["control"]
         loss = torch.zeros((), device=control.device)
         if self.weight_of_prediction:
             prediction = self.prediction_loss(control, batch).mean()
-            self.note("loss/prediction", prediction.detach())
+            self.log_mean("loss/prediction", prediction.detach())
             loss = loss + self.weight_of_prediction * prediction
         if self.weight_of_drift:
             drift = self.drift_loss(control, batch).mean()
-            self.note("loss/drift", drift.detach())
+            self.log_mean("loss/drift", drift.detach())
             loss = loss + self.weight_of_drift * drift
-        self.note("loss/student", loss.detach())
+        self.log_mean("loss/student", loss.detach())
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

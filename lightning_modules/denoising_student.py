@@ -9,6 +9,7 @@ from torch import Tensor
 from datamodules import TrajectoryDataModule
 from datamodules.trajectories import check_store
 from lightning_modules.components.dense_targets import DenseTargets
+from lightning_modules.components.method import check_nfe
 from stillhouse.diffusion.losses import REGRESSIONS, regression
 from stillhouse.diffusion.sampling import Sampling
 from stillhouse.diffusion.solvers import euler_step
@@ -56,7 +57,7 @@ class DenoisingStudent(DenseTargets):
         # Of the states that are targets. Not a slice, whose odd stride DDP can't broadcast.
         taus = torch.tensor(self.sigmas[self.stride :: self.stride].tolist(), dtype=torch.float64)
         self.register_buffer("taus", taus, persistent=False)
-        self.loss, self.target_noise = loss, target_noise
+        self.distance, self.target_noise = loss, target_noise
         self.pairs = {"pairs": pairs, "held_out": held_out, "dtype": dtype, "root": store}
 
     def training_data(self, data: pl.LightningDataModule) -> pl.LightningDataModule:
@@ -70,28 +71,26 @@ class DenoisingStudent(DenseTargets):
         sigma = noise.new_full((), self.sigmas[0].item())
         return noise * self.student.preconditioning.prior_std(sigma), sigma
 
-    def generate(self, noise: Tensor, labels: Tensor | None) -> Tensor:
+    def sampling(self, nfe: int | None = None) -> Sampling:
         """S(z)."""
-        return self.student(*self.start(noise), labels)
-
-    def sampling(self) -> Sampling:
+        check_nfe(nfe, 1)
         return one_step_sampling(self.student, self.sigmas[0].item())
 
-    def drawn(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         target = batch["states"]
         if self.target_noise:
             target = target + self.target_noise * torch.randn_like(target)
         return {**batch, "states": target}
 
-    def training_loss(self, batch: dict[str, Tensor]) -> Tensor:
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
         # In double precision: from the top of a cosine schedule, 2e4, a step to zero would be rounded to 1e-3.
         x, sigma = self.start(batch["noise"].double())
         estimates = self.student.branches(x, sigma, batch.get("label"))
         states = euler_step(x[:, None], estimates, sigma, self.taus[:, None, None, None])
-        loss = self.objective(regression(states, batch["states"], self.loss))
-        self.note("loss/student", loss.detach())
+        loss = self.objective(regression(states, batch["states"], self.distance))
+        self.log_mean("loss/student", loss.detach())
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        loss = regression(self.sample(batch["noise"], batch.get("label")), batch["states"][:, -1], self.loss).mean()
+        loss = regression(self.sample(batch["noise"], batch.get("label")), batch["states"][:, -1], self.distance).mean()
         self.log(self.monitor, loss, batch_size=len(batch["noise"]), sync_dist=True)

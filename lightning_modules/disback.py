@@ -1,4 +1,4 @@
-"""DisBack: distribution backtracking (Zhang et al., arXiv 2408.15991) on any score distillation."""
+"""DisBack: distribution backtracking (Zhang et al., arXiv 2408.15991) on Diff-Instruct."""
 
 import copy
 import hashlib
@@ -33,12 +33,8 @@ _CHECK_EVERY = 10  # generator updates between looks at the mismatch, each of wh
 _FRESH = 0.2  # the share of the newest value in the mismatch's running mean
 
 
-class Backtracking:
-    """Lets a score distillation follow the teacher's degradation path backwards: mix in before the method.
-
-    It asks of the method: `teacher`, `student` (which starts as the teacher, read at `sigma_init`), `fake` (the score that
-    follows the generator), with its `fake_sigmas` and `fake_lr`, `target` (whose `denoiser` the generator is pulled to),
-    `student_updated`, `student_updates` and `diagnostics` with loss/mismatch, but knows nothing of its loss.
+class DisBack(DiffInstruct):
+    """Diff-Instruct that follows the teacher's degradation path backwards.
 
     Stage 1 records the path s'_0 (the teacher) .. s'_N (`DegradationRecording`). In stage 2 the fake score starts as s'_N,
     and the targets are T_i = s'_{N-i} for i = 1 .. N, the last one the teacher itself. The next one comes
@@ -112,7 +108,7 @@ class Backtracking:
         if stage == "fit" and self.path:
             for step in self.path.steps:  # a missing or damaged node shows now, not after hours
                 self.path.load(step, self.target.denoiser.network, verify=getattr(self.data, "verify", False))
-            self.fake.network.load_state_dict(self.target.denoiser.network.state_dict())
+            self.fake_score.network.load_state_dict(self.target.denoiser.network.state_dict())
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -128,14 +124,12 @@ class Backtracking:
             network.load_state_dict(self.teacher.denoiser.network.state_dict())
         else:
             self.path.load(self.path.steps[self.nodes - self.node - 1], network)
-        self.diagnostics["score/node"] = torch.tensor(float(self.node), device=self.device)
+        self.log_mean("score/node", float(self.node))
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = super().training_step(batch, batch_idx)
-        if self.student_updated and self.node < self.nodes and self.due(self.diagnostics["loss/mismatch"]):
+    def after_update(self) -> None:
+        if self.student_updated and self.node < self.nodes and self.due(self.means["loss/mismatch"]):
             self.node, self.since, self.mismatch, self.first_mismatch = self.node + 1, self.student_updates, None, None
             self.aim()
-        return loss
 
     def due(self, mismatch: Tensor) -> bool:
         """Whether the next target is due, after a generator update with this mismatch, a scalar on the device."""
@@ -169,7 +163,3 @@ class Backtracking:
         super().on_load_checkpoint(checkpoint)
         for key, value in checkpoint["backtracking"].items():
             setattr(self, key, value)
-
-
-class DisBack(Backtracking, DiffInstruct):
-    """Distribution backtracking of Diff-Instruct's gradient, as in the paper."""

@@ -1,5 +1,7 @@
 """Distillation of a flow in k steps (rectified flow, Liu et al., arXiv 2209.03003, section 2.3)."""
 
+from typing import Any
+
 from torch import Tensor
 
 from lightning_modules.components.flow_student import PairedFlow
@@ -35,22 +37,21 @@ class FlowDistillation(PairedFlow):
             raise ValueError(
                 f"method.loss={loss!r} compares images, which method.steps={steps} does not; choose l2 or steps=1"
             )
-        self.distil_into(steps)
+        self.euler_steps = steps
         self.times = Grid(steps)
         self.distance = Distance(loss, self.image_shape, lpips_weights, lpips_resize)
 
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        self.distance.to(self.device)
+    def frozen_networks(self) -> list[Any]:
+        return [*super().frozen_networks(), self.distance]
 
-    def training_loss(self, batch: dict[str, Tensor]) -> Tensor:
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
         noise, images = batch["noise"], batch["states"][:, -1]
         if self.euler_steps == 1:
             pair = self.predict(noise, self.time(self.times, batch), batch.get("label")), images
         else:
             pair = self.straight(noise, images, self.times, batch)
         loss = self.distance(*pair).mean()
-        self.note("loss/student", loss.detach())
+        self.log_mean("loss/student", loss.detach())
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

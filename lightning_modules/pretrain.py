@@ -4,7 +4,7 @@ import pytorch_lightning as pl
 from torch import Tensor
 
 from datamodules.components.augmentation import augmented, check_augment, check_unmirrored
-from lightning_modules.components.method import Method
+from lightning_modules.components.method import Method, check_nfe
 from stillhouse.diffusion.losses import denoising_score_matching, log_normal_sigmas
 from stillhouse.diffusion.sampling import Sampling
 from stillhouse.diffusion.teacher import Teacher
@@ -38,25 +38,19 @@ class Pretrain(Method):
         check_unmirrored(self.augment, data)
         return super().training_data(data)
 
-    def drawn(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         batch = augmented(batch, self.augment, self.seed)
         images = batch["image"]
         sigma = log_normal_sigmas(len(images), self.p_mean, self.p_std, images.device)
         return {**batch, "sigma": sigma, "noise": images.new_empty(images.shape).normal_()}
 
-    def training_loss(self, batch: dict[str, Tensor]) -> Tensor:
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
         labels = batch.get("label"), batch.get("augment")
         losses = denoising_score_matching(self.student, batch["image"], batch["sigma"], batch["noise"], *labels)
         loss = losses.mean()
-        self.note("loss/student", loss.detach())
+        self.log_mean("loss/student", loss.detach())
         return loss
 
-    @property
-    def nfe(self) -> int:
-        return self.sampler.nfe()
-
-    def generate(self, noise: Tensor, labels: Tensor | None) -> Tensor:
-        return self.sampler.sample(noise, labels, denoiser=self.student)
-
-    def sampling(self) -> Sampling:
+    def sampling(self, nfe: int | None = None) -> Sampling:
+        check_nfe(nfe, self.sampler.nfe())
         return self.sampler.sampling()

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from callbacks import EMA
 from lightning_modules.components.dense_targets import DenseTargets
+from lightning_modules.components.method import check_nfe
+from lightning_modules.components.optimisation import Optimisation
 from stillhouse.checkpoints import load_weights, save_weights
 from stillhouse.checks import check_choice, check_counts
 from stillhouse.diffusion.losses import noised
 from stillhouse.diffusion.preconditioning import Epsilon
 from stillhouse.diffusion.sampling import Sampling
-from stillhouse.diffusion.solvers import euler, euler_step
+from stillhouse.diffusion.solvers import euler_step
 from stillhouse.diffusion.teacher import Teacher
 from stillhouse.diffusion.training_noise import TrainingNoise
 from stillhouse.networks.branching import collapse, plain_state, respread
@@ -86,10 +88,6 @@ class ProgressiveDistillation(DenseTargets):
         return self.rounds[self.round]
 
     @property
-    def nfe(self) -> int:
-        return self.steps
-
-    @property
     def evaluations(self) -> dict[str, float]:
         return {"student": 1.0, "teacher": float(self.substeps)}
 
@@ -114,6 +112,7 @@ class ProgressiveDistillation(DenseTargets):
         """The original teacher stays where it is: its copy teaches the first round."""
         if any(isinstance(callback, EMA) for callback in self.trainer.callbacks):
             raise ValueError("an average would mix the students of several rounds: set callbacks.ema=null")
+        Optimisation.on_fit_start(self)
         self.table = self.levels().to(self.device)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -129,7 +128,7 @@ class ProgressiveDistillation(DenseTargets):
         self.round += 1
         self.table = self.levels().to(self.device)
 
-    def training_loss(self, batch: dict[str, Tensor]) -> Tensor:
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
         images, labels = batch["image"], batch.get("label")
         random = TrainingNoise(self.seed, batch["position"], images.shape[1:])
         sigmas = self.table[random.indices(self.steps)]
@@ -139,8 +138,8 @@ class ProgressiveDistillation(DenseTargets):
         estimates = self.student.branches(x, sigmas[:, 0], labels)
         weight = WEIGHTINGS[self.weighting](sigmas[:, :1] ** -2)
         loss = self.objective((weight * (estimates - targets).square().flatten(2).mean(2)).float())
-        self.note("loss/student", loss.detach())
-        self.note("progress/steps", float(self.steps))
+        self.log_mean("loss/student", loss.detach())
+        self.log_mean("progress/steps", float(self.steps))
         return loss
 
     @torch.no_grad()
@@ -155,37 +154,28 @@ class ProgressiveDistillation(DenseTargets):
                 found.append((levels[0] * state - levels[step] * x) / (levels[0] - levels[step]))
         return torch.stack(found, 1)
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+    def after_update(self) -> None:
         """Keeps a round's student before any checkpoint of its last step is written: a kill between the two loses none."""
-        super().optimizer_step(*args, **kwargs)
-        if self.trainer.global_step + 1 == self.ends[self.round] and self.trainer.is_global_zero:
+        if self.trainer.global_step == self.ends[self.round] and self.trainer.is_global_zero:
             card = {"method": self.name, "steps": self.steps, "round": self.round + 1, "seed": self.seed}
             card |= {"teacher": self.teacher.name, "licence": self.licence}
             folder = Path(self.trainer.default_root_dir)
             save_weights(kept_student(folder, self.steps), self.exported(), card, replace=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["round"] = self.round
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         self.round = checkpoint["round"]
 
     # -- sampling --------------------------------------------------------------------------------------------------
 
-    def generate(self, noise: Tensor, labels: Tensor | None) -> Tensor:
-        x = noise.double() * self.student.preconditioning.prior_std(self.grid[0]).item()
-        for x in euler(self.estimate, x, self.grid[:: (len(self.grid) - 1) // self.steps], labels):  # noqa: B007, B020
-            pass
-        return x
-
-    def sampling(self) -> Sampling:
+    def sampling(self, nfe: int | None = None) -> Sampling:
+        check_nfe(nfe, self.steps)
         sigmas = self.grid[:: (len(self.grid) - 1) // self.steps].tolist()
         return Sampling(sigmas, self.student.preconditioning.prior_std(self.grid[0]).item(), clip=self.clip)
-
-    def estimate(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
-        """The student's as samples are made of it."""
-        estimate = self.student(x, sigma, labels)
-        return estimate.clamp(-1, 1) if self.clip else estimate
 
     def choose_steps(self, steps: int, folder: Path) -> str | None:
         path = kept_student(folder, steps)

@@ -26,20 +26,20 @@ class RectifiedFlow(FlowStudent):
         check_choice("method.loss", loss, REGRESSIONS)
         check_augment(augment, teacher.denoiser.network)
         self.follow(teacher, label_dropout=True)
-        self.times, self.loss, self.augment = times, loss, augment
+        self.times, self.distance, self.augment = times, loss, augment
 
     def training_data(self, data: pl.LightningDataModule) -> pl.LightningDataModule:
         check_unmirrored(self.augment, data)
         return super().training_data(data)
 
-    def drawn(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return augmented(batch, self.augment, self.seed)
 
-    def training_loss(self, batch: dict[str, Tensor]) -> Tensor:
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
         images = batch["image"]
         noise = position_noise(self.seed, batch["position"], self.image_shape, TrainingStream.NORMALS)
-        loss = regression(*self.straight(noise, images, self.times, batch), self.loss).mean()
-        self.note("loss/student", loss.detach())
+        loss = regression(*self.straight(noise, images, self.times, batch), self.distance).mean()
+        self.log_mean("loss/student", loss.detach())
         return loss
 
 
@@ -52,15 +52,15 @@ class Reflow(PairedFlow):
     def __init__(self, teacher: Teacher, *, times: TimeDistribution, loss: str = "l2", **options):
         super().__init__([teacher], **options)
         check_choice("method.loss", loss, REGRESSIONS)
-        self.times, self.loss = times, loss
+        self.times, self.distance = times, loss
 
     def losses(self, batch: dict[str, Tensor]) -> Tensor:
         noise, images = batch["noise"], batch["states"][:, -1]
-        return regression(*self.straight(noise, images, self.times, batch), self.loss)
+        return regression(*self.straight(noise, images, self.times, batch), self.distance)
 
-    def training_loss(self, batch: dict[str, Tensor]) -> Tensor:
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
         loss = self.losses(batch).mean()
-        self.note("loss/student", loss.detach())
+        self.log_mean("loss/student", loss.detach())
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

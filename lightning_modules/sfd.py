@@ -1,7 +1,6 @@
 """SFD: simple and fast distillation along the teacher's trajectories (Zhou et al., arXiv 2409.19681)."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -10,12 +9,14 @@ from torch import Tensor
 
 from datamodules import DataFree
 from lightning_modules.components.dense_targets import DenseTargets
+from lightning_modules.components.method import check_nfe
 from stillhouse.checks import check_choice, check_counts
+from stillhouse.diffusion.denoiser import Denoiser
 from stillhouse.diffusion.losses import REGRESSIONS, regression
 from stillhouse.diffusion.random_numbers import TrainingStream, position_uniforms
 from stillhouse.diffusion.sampling import Sampling
 from stillhouse.diffusion.schedules import karras_grid
-from stillhouse.diffusion.solvers import SOLVERS, analytic_step, check_solver, euler, euler_step
+from stillhouse.diffusion.solvers import SOLVERS, analytic_step, check_solver, euler_step
 from stillhouse.diffusion.teacher import Teacher
 from stillhouse.diffusion.training_noise import TrainingNoise
 from stillhouse.networks.step_condition import condition_on_steps, fixed_steps_state, set_steps
@@ -73,20 +74,15 @@ class SFD(DenseTargets):
         if len(self.choices) > 1:
             condition_on_steps(self.student.network, self.choices[-1])
         self.span(substeps)
-        self.loss = loss
+        self.distance = loss
         self.afs, self.teacher_afs = bool(afs), bool(teacher_afs)
         high = teacher.sigmas()[0].item()
         counts = {count: (count + self.afs) * substeps for count in self.choices}
         self.grids = {count: karras_grid(fine, sigma_min, high, rho) for count, fine in counts.items()}
-        self.steps = self.choices[-1]  # of samples
         # The trajectories under way: when they set out, in how many steps, the student's states and the teacher's to come.
         self.departure, self.steps_under_way = 0, 0
         self.x: Tensor | None = None
         self.path: Iterator[Tensor] | None = None
-
-    @property
-    def nfe(self) -> int:
-        return self.steps
 
     @property
     def evaluations(self) -> dict[str, float]:
@@ -111,7 +107,7 @@ class SFD(DenseTargets):
             share = self.batch_size // self.trainer.world_size
             self.x = self.x[self.global_rank * share :][:share].to(self.device)
 
-    def drawn(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Where the student's interval begins and what it is compared with; the teacher goes on with the whole batch."""
         step = self.trainer.global_step
         if step == self.departure + self.steps_under_way:
@@ -124,7 +120,7 @@ class SFD(DenseTargets):
         found = {"x": self.x, "target": self.next_states()}
         return found if labels is None else found | {"label": labels}
 
-    def training_loss(self, batch: dict[str, Tensor]) -> Tensor:
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
         x = batch["x"]
         first = (self.trainer.global_step - self.departure + self.afs) * self.substeps
         table = self.tables[self.steps_under_way][first : first + self.substeps + 1]
@@ -135,12 +131,12 @@ class SFD(DenseTargets):
         # From an overflow, whose step a loss scale skips, a trajectory goes on where its teacher is.
         finite = end.flatten(1).isfinite().all(1)[:, None, None, None]
         self.ends.append(torch.where(finite, end, batch["target"][:, -1]))
-        loss = self.objective(regression(states, batch["target"], self.loss))
-        self.note("loss/student", loss.detach())
+        loss = self.objective(regression(states, batch["target"], self.distance))
+        self.log_mean("loss/student", loss.detach())
         return loss
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = super().training_step(batch, batch_idx)
+    def train_on(self, batch: dict[str, Tensor]) -> Tensor:
+        loss = super().train_on(batch)
         self.x = torch.cat(self.ends)
         return loss
 
@@ -177,46 +173,34 @@ class SFD(DenseTargets):
         return torch.stack(states[self.stride - 1 :: self.stride], 1).float()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         x = None if self.x is None else self.all_gather(self.x).reshape(-1, *self.image_shape).cpu()
         checkpoint["under_way"] = {"departure": self.departure, "steps": self.steps_under_way, "x": x}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         state = checkpoint["under_way"]
         self.departure, self.steps_under_way, self.x = state["departure"], state["steps"], state["x"]
 
     # -- sampling --------------------------------------------------------------------------------------------------
 
-    def generate(self, noise: Tensor, labels: Tensor | None) -> Tensor:
-        self.tell(self.steps)
-        sigmas = self.grids[self.steps][:: self.substeps]
-        x = noise * self.student.preconditioning.prior_std(noise.new_full((), sigmas[0].item()))
-        if self.afs:
-            x = analytic_step(x, sigmas[0].item(), sigmas[1].item())
-        for x in euler(self.student, x, sigmas[self.afs :], labels):  # noqa: B007, B020
-            pass
-        return x
-
-    def sampling(self) -> Sampling:
-        sigmas = self.grids[self.steps][:: self.substeps].tolist()
+    def sampling(self, nfe: int | None = None) -> Sampling:
+        steps = check_nfe(nfe, *self.choices[::-1])
+        sigmas = self.grids[steps][:: self.substeps].tolist()
         scale = self.student.preconditioning.prior_std(torch.tensor(sigmas[0])).item()
         return Sampling(sigmas, scale, analytic_first=self.afs, double=False)
+
+    def sampled_student(self) -> Denoiser:
+        self.tell(self.nfe)
+        return self.student
 
     def tell(self, steps: int) -> None:
         """The network, in how many steps it is used."""
         if len(self.choices) > 1:
             set_steps(self.student.network, steps)
 
-    def choose_steps(self, steps: int, folder: Path) -> str | None:
-        if steps not in self.choices:
-            raise ValueError(
-                f"steps={steps}: the student of {folder} was trained for {', '.join(map(str, self.choices))}; "
-                "train one with method.steps=[...]"
-            )
-        self.steps = steps
-        return None
-
     def exported(self) -> dict[str, Tensor]:
         """With several numbers of steps: of the chosen one, at first the largest."""
         if len(self.choices) == 1:
             return super().exported()
-        return fixed_steps_state(self.student.network, self.steps)
+        return fixed_steps_state(self.student.network, self.nfe)

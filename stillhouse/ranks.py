@@ -37,13 +37,15 @@ def gather_rows(rows: Tensor, total: int) -> Tensor:
 
 
 def averaged(values: Mapping[str, Tensor | float], device: torch.device | str) -> dict[str, Tensor | float]:
-    """Scalars by name, each its mean over all ranks (float32), which must ask for the same ones in the same order."""
+    """Values by name, each its mean over all ranks, which must ask for the same ones in the same order; floats are float32."""
     _, world = rank_and_world()
     if world == 1 or not values:
         return dict(values)
-    found = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in values.values()])
-    dist.all_reduce(found)
-    return dict(zip(values, (found / world).unbind(), strict=True))
+    tensors = [v.to(device) if isinstance(v, Tensor) else torch.tensor(v, device=device) for v in values.values()]
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    parts = (flat / world).split([tensor.numel() for tensor in tensors])
+    return {name: part.view(t.shape).to(t.dtype) for name, part, t in zip(values, parts, tensors, strict=True)}
 
 
 def slowest(seconds: float, device: torch.device | str) -> float:

@@ -16,7 +16,7 @@ _MOMENTS = 2  # of each weight, Adam's, which the first step allocates
 
 
 class FindMicroBatch(pl.Callback):
-    """Before the first step of a start, rehearses a step with the device's whole share, then with half of it, and so on.
+    """Before the first step of a start, tries the passes of a step with the whole share, then with half, and so on.
 
     Nothing of the run changes by it but `method.micro_batch`: no weight, no random number, no place in the data. All processes
     take what the one with the least room can. A resumed run begins with what it had, so that it repeats the same sums.
@@ -60,7 +60,7 @@ class FindMicroBatch(pl.Callback):
         try:
             moments += [torch.empty_like(p) for p in _fresh(trainer) for _ in range(_MOMENTS)]
             with trainer.precision_plugin.train_step_context():
-                method.rehearse(batch)
+                method.try_memory(batch)
             return True
         except RuntimeError as error:
             if not out_of_memory(error):

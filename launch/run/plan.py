@@ -22,8 +22,7 @@ from launch.run.folder import RunFolder
 from launch.run.processes import process_count
 from launch.run.remote_files import RemoteFile, exists, remote_files
 from launch.run.stages import build_stages
-from lightning_modules import Method
-from lightning_modules.disback import Backtracking
+from lightning_modules import DisBack, Method
 from lightning_modules.progressive import ProgressiveDistillation
 from stillhouse.checkpoints.weights import load_weights
 from stillhouse.diffusion.denoiser import Denoiser
@@ -122,7 +121,7 @@ def _disk(method: Method, training: Any, size: int, networks: Networks) -> dict[
     found["student.safetensors"] = size
     if isinstance(method, ProgressiveDistillation):
         found[f"students of {len(method.rounds)} rounds"] = size * len(method.rounds)
-    if isinstance(method, Backtracking) and method.path:
+    if isinstance(method, DisBack) and method.path:
         found[f"degradation path of {method.nodes} nodes"] = size * method.nodes
     if isinstance(training, TrajectoryDataModule):
         stores = [*training.train_stores, *training.held_out_stores]

@@ -120,12 +120,17 @@ def translated(
     plugin = precision_plugin(precision, device, method)
     micro_batch = options.pop("micro_batch")
     method.micro_batch = micro_batch if micro_batch != "auto" else None
-    if not method.automatic_optimization and options["gradient_clip_val"] is not None:
+    if (
+        norm := options.pop("gradient_clip_val")
+    ) is not None:  # the methods optimise by hand, where Lightning limits nothing
         if options.get("gradient_clip_algorithm", "norm") != "norm":
+            raise ValueError("trainer.gradient_clip_algorithm: norms of gradients alone are limited; leave it out")
+        if method.gradient_clip is not None:
             raise ValueError(
-                f"trainer.gradient_clip_algorithm: {method.name} limits norms of gradients alone; leave it out"
+                f"trainer.gradient_clip_val={norm} and method.clip={method.gradient_clip} both limit the norm of each network's "
+                "gradient; set one of them to null"
             )
-        method.limit_gradients(options.pop("gradient_clip_val"))
+        method.gradient_clip = norm
     form = NetworkForm(options.pop("compile"), options.pop("channels_last"))
     own = [TensorFloat32()] if precision == "tf32" else []
     own += [form] if form.compile or form.channels_last else []

@@ -1,7 +1,5 @@
 """Degradation recording, stage 1 of DisBack (Zhang et al., arXiv 2408.15991, algorithm 1)."""
 
-from typing import Any
-
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
@@ -41,19 +39,18 @@ class DegradationRecording(Method):
         if self.trainer.strategy.broadcast(self.path.complete()):
             self.trainer.should_stop = True
 
-    def training_loss(self, batch: dict[str, Tensor]) -> Tensor:
-        random = TrainingNoise(self.seed, batch["position"], self.image_shape)
-        labels = random.labels(self.teacher.num_classes)
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        noise = TrainingNoise(self.seed, batch["position"], self.image_shape)
+        labels = noise.labels(self.teacher.num_classes)
         with torch.no_grad():
-            images = one_step(self.teacher.denoiser, random.latents, self.sigma_init, labels)
-        loss = denoising_score_matching(self.student, images, random.sigma(self.sigmas), random.noise, labels).mean()
-        self.note("loss/degraded", loss.detach())
+            images = one_step(self.teacher.denoiser, noise.latents, self.sigma_init, labels)
+        loss = denoising_score_matching(self.student, images, noise.sigma(self.sigmas), noise.noise, labels).mean()
+        self.log_mean("loss/degraded", loss.detach())
         return loss
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+    def after_update(self) -> None:
         """Keeps a node before any checkpoint of its step is written: a kill between the two loses none."""
-        super().optimizer_step(*args, **kwargs)
-        step = self.trainer.global_step + 1
+        step = self.trainer.global_step
         if step in self.path.steps and self.trainer.is_global_zero:
             self.path.save(step, self.student.network, step * self.batch_size, Clock.of(self.trainer).seconds())
 

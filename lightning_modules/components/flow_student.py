@@ -8,12 +8,11 @@ from torch import Tensor
 
 from datamodules import TrajectoryDataModule
 from datamodules.trajectories import check_alike, check_store
-from lightning_modules.components.method import Method
+from lightning_modules.components.method import Method, check_nfe
 from stillhouse.diffusion.flow import between, end_state, time_of, velocity
 from stillhouse.diffusion.random_numbers import TrainingStream, position_uniforms
 from stillhouse.diffusion.sampling import Sampling
 from stillhouse.diffusion.schedules import flow_uniform
-from stillhouse.diffusion.solvers import euler
 from stillhouse.diffusion.teacher import Teacher
 from stillhouse.diffusion.time_distributions import TimeDistribution
 
@@ -22,12 +21,12 @@ class FlowStudent(Method):
     """A student read as a flow from noise X_0 at t = 0 to images X_1 at t = 1 (`stillhouse/diffusion/flow.py`).
 
     Its network is read from the time `start` on, where the noise level is its teacher's highest. A sample is the ODE's solution
-    by the teacher's solver and schedule or, after `choose_steps`, by so many Euler steps that are uniform in t. A student that
-    is `distilled` for its Euler steps takes no other number.
+    by the teacher's solver and schedule or, for another number of evaluations, by so many Euler steps that are uniform in t.
+
+    euler_steps: The number of steps that the student is distilled for, which takes no other; None: it is a flow to be solved.
     """
 
     euler_steps: int | None = None
-    distilled = False
 
     def follow(self, teacher: Teacher, label_dropout: bool) -> None:
         """Make the student of a teacher: its network, its schedule and solver."""
@@ -35,34 +34,14 @@ class FlowStudent(Method):
         self.student = teacher.student(label_dropout).train()
         self.start = time_of(teacher.sigmas()[0].item())
 
-    @property
-    def nfe(self) -> int:
-        return self.euler_steps or self.sampler.nfe()
-
-    def distil_into(self, steps: int) -> None:
-        self.euler_steps, self.distilled = steps, True
-
-    def choose_steps(self, steps: int, folder: Path) -> str | None:
-        if self.distilled:
-            return super().choose_steps(steps, folder)
-        self.euler_steps = None if steps == self.sampler.nfe() else steps
-        return None
-
-    def generate(self, noise: Tensor, labels: Tensor | None) -> Tensor:
-        if self.euler_steps is None:
-            return self.sampler.sample(noise, labels, denoiser=self.student)
+    def sampling(self, nfe: int | None = None) -> Sampling:
+        if self.euler_steps is not None:
+            nfe = check_nfe(nfe, self.euler_steps)
+        elif nfe is None or nfe == self.sampler.nfe():
+            return self.sampler.sampling()
         # The noise is the state at `start`, so that one step leads to X_0 + (1 - start) v(X_0, start). The released code of
         # rectified flow goes by 1 / steps from there on, 1e-3 of the way too far.
-        state = noise
-        sigmas = flow_uniform(self.euler_steps, self.start)
-        for state in euler(self.student, noise.double() / self.start, sigmas, labels):  # noqa: B007
-            pass
-        return state
-
-    def sampling(self) -> Sampling:
-        if self.euler_steps is None:
-            return self.sampler.sampling()
-        return Sampling(flow_uniform(self.euler_steps, self.start).tolist(), 1 / self.start)
+        return Sampling(flow_uniform(nfe, self.start).tolist(), 1 / self.start)
 
     def predict(self, z: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         """f(z, t) = z + (1 - t) v(z, t) of the student, for `end_state`'s arguments but t from 0 on."""

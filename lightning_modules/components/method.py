@@ -1,7 +1,29 @@
-"""What every method shares. A method is a subclass with a `student`, a `training_loss` and a `generate`."""
+"""The contract of a method: what a distillation (or training) method is made of. One file, one subclass of `Method`.
+
+    class MyMethod(Method):
+        def __init__(self, teacher, *, my_option, **common):
+            super().__init__(**common)
+            self.teacher = teacher
+            self.student = teacher.student()
+
+        def loss(self, batch): ...                # a scalar, the mean over the batch; self.log_mean("loss/student", ...)
+        def sampling(self, nfe=None): ...         # how noise becomes images, as plain data
+
+The six concepts, each with a default but for the first two:
+
+- networks: `student` (a `Denoiser`), and what else learns, by name: `trained_networks`, `update_cycle`;
+- `loss(batch)`: the mean loss of the networks that this step updates (`self.updating`); `prepare` and `log_mean` beside it;
+- `after_update()`: what follows an update at once, before any callback or checkpoint, such as a target network's average;
+- `sampling(nfe)`: a `Sampling`; `sample`, quality against the number of network evaluations (NFE) and export follow from it;
+- `training_data`: images (the default), a teacher's trajectories, or none;
+- `stages`: methods that have to be trained before.
+
+Random numbers of a training sample come from (seed, its position, a named stream), `stillhouse.diffusion.random_numbers`; torch's
+global ones are seeded by (seed, rank, step) before each step. So a resumed run repeats an uninterrupted one to the last bit.
+"""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +31,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.components.micro_batches import InParts
+from lightning_modules.components.optimisation import Batch, Optimisation
 from stillhouse.checkpoints.weights import checked_load
 from stillhouse.diffusion.denoiser import Denoiser
 from stillhouse.diffusion.random_numbers import seed_step
@@ -18,21 +40,34 @@ from stillhouse.diffusion.teacher import Teacher
 from stillhouse.networks.compiling import eager
 
 
-class Method(InParts):
-    """A distillation (or training) method.
+def check_nfe(nfe: int | None, *possible: int) -> int:
+    """The number of network evaluations of a sample: `nfe`, or the first possible one.
 
-    Subclasses set `student`, and implement `training_loss(batch)` (see `InParts`) and `generate(noise, labels)`; there is one
-    optimiser step per batch. Progress is counted in images seen (`nimg`); random numbers of a step come from
-    (seed, rank, step) alone, the learning rate from nimg alone, so a resumed run repeats an uninterrupted one.
+    Raises:
+        ValueError: For a number that the student is not trained for.
+    """
+    if nfe is not None and nfe not in possible:
+        raise ValueError(f"steps={nfe}: the student takes {', '.join(map(str, possible))}, and no other number")
+    return possible[0] if nfe is None else nfe
 
-    name: used in run names and tables. batch_size: global, over all processes. kimg: budget in thousands of images.
-    lr: peak learning rate, reached linearly over the first `warmup_kimg`. weight_decay: decoupled, as in AdamW.
+
+class Method(Optimisation):
+    """Base of all methods. Progress is counted in images seen (`nimg`); one training step is one batch.
+
+    Attributes:
+        student: The network that is trained, read as a denoiser.
+        teacher: What it is measured beside; None for a method without one.
+        update_cycle: Names of the trained networks that each training step updates, over and over; steps repeat it.
+        monitor: A logged metric, smaller is better, by which checkpoints/best.ckpt is chosen; None: there is no best.ckpt.
+        data: The image data set that the run is about, set by `training_data`.
     """
 
     student: Denoiser
     teacher: Teacher | None = None
-    data: pl.LightningDataModule  # the image data set that the run is about, set by `training_data`
-    monitor: str | None = None  # a logged metric, smaller is better, by which checkpoints/best.ckpt is chosen
+    update_cycle: Sequence[tuple[str, ...]] = (("student",),)
+    monitor: str | None = None
+    data: pl.LightningDataModule
+    chosen_nfe: int | None = None  # of `sample`; None: the method's own
 
     def __init__(
         self,
@@ -46,6 +81,21 @@ class Method(InParts):
         warmup_kimg: float = 0.0,
         weight_decay: float = 0.0,
     ):
+        """The options that all methods have.
+
+        Args:
+            name: Used in run names and tables.
+            batch_size: Of a training step, over all processes.
+            seed: Of the run.
+            kimg: Training budget in thousands of images.
+            lr: Peak learning rate, reached linearly over the first `warmup_kimg`.
+            betas: Adam's.
+            warmup_kimg: In thousands of images.
+            weight_decay: Decoupled, as in AdamW.
+
+        Raises:
+            ValueError: For a value out of range.
+        """
         super().__init__()
         for option, value in (("kimg", kimg), ("lr", lr), ("batch_size", batch_size)):
             if not value > 0:
@@ -64,6 +114,113 @@ class Method(InParts):
         self.warmup_nimg = 1000 * warmup_kimg
         self.total_steps = math.ceil(1000 * kimg / batch_size)
 
+    # -- the networks ----------------------------------------------------------------------------------------------
+
+    def trained_networks(self) -> dict[str, nn.Module]:
+        """What learns, by name, the student first; each has an optimiser of its own."""
+        return {"student": self.student}
+
+    def frozen_networks(self) -> list[Teacher]:
+        """What training evaluates and does not train; it is moved to the device."""
+        return [self.teacher] if self.teacher is not None else []
+
+    def learning_rate(self, network: str) -> float:
+        """The peak learning rate of a trained network."""
+        return self.lr
+
+    def lr_scale(self) -> float:
+        """This step's learning rates over their peaks, a function of the progress alone."""
+        return min((self.nimg + self.batch_size) / self.warmup_nimg, 1.0) if self.warmup_nimg else 1.0
+
+    # -- one training step -----------------------------------------------------------------------------------------
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Tensors (B, ...) by name: the batch with what its loss needs of the batch as a whole, or of torch's global numbers.
+
+        It is called once for a step; its result may be split into micro-batches.
+        """
+        return batch
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The mean loss, a scalar, of a batch or a micro-batch of it, for the networks that `self.updating` names.
+
+        Args:
+            batch: Tensors (B, ...) by name, as `prepare` returns them: of images "image" (float32 in [-1, 1]), "position"
+                (int64, the place in the run's sequence of training samples) and, of a conditional data set, "label".
+        """
+        raise NotImplementedError(f"{type(self).__name__} has neither a loss nor a train_on")
+
+    def after_update(self) -> None:
+        """What follows the updates of a training step, before any callback sees the step or a checkpoint holds it."""
+
+    # -- sampling --------------------------------------------------------------------------------------------------
+
+    def sampling(self, nfe: int | None = None) -> Sampling:
+        """How the student makes images of noise in `nfe` network evaluations; None: in the number that it is meant for.
+
+        Raises:
+            ValueError: For a number that the student is not trained for.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how its student is sampled")
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations of one `sample` call."""
+        return self.sampling(self.chosen_nfe).nfe
+
+    def choose_steps(self, nfe: int, folder: Path) -> str | None:
+        """From now on `sample` takes so many evaluations.
+
+        Args:
+            nfe: Network evaluations of a sample.
+            folder: The run's, where students for other numbers may lie.
+
+        Returns:
+            The name of the weights where others than those in place were taken, else None.
+
+        Raises:
+            ValueError: For a number that the run has no student for.
+        """
+        self.sampling(nfe)
+        self.chosen_nfe = nfe
+        return None
+
+    def sampled_student(self) -> Denoiser:
+        """The student as `sample` evaluates it now."""
+        return self.student
+
+    @torch.no_grad()
+    def sample(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Images (B, C, H, W), float32 in about [-1, 1], of unit normal noise (B, C, H, W) and labels (B,) or None."""
+        training = self.student.training
+        self.student.eval()
+        try:
+            with eager(self.student.network):  # measured alike, compiled or not
+                return self.sampling(self.chosen_nfe)(self.sampled_student(), noise, labels)
+        finally:
+            self.student.train(training)
+
+    def exported(self) -> dict[str, Tensor]:
+        """The student's state dict as a network of the teacher's kind, which any teacher config can load."""
+        return self.student.network.state_dict()
+
+    # -- data and stages -------------------------------------------------------------------------------------------
+
+    def training_data(self, data: pl.LightningDataModule) -> pl.LightningDataModule:
+        """What this method trains on, given the run's image data set: the images themselves unless overridden."""
+        self.data = data
+        return data
+
+    def stages(self) -> dict[str, "Method"]:
+        """What has to be trained before this method, by name and in order; each has a folder of its own in the run's."""
+        return {}
+
+    def preparation(self) -> dict[str, float] | None:
+        """What the stages cost: {"steps", "images", "seconds"}; None where there are none."""
+        return None
+
+    # -- what callbacks, plans and records ask ---------------------------------------------------------------------
+
     @property
     def nimg(self) -> int:
         """Images seen so far, over all processes."""
@@ -81,19 +238,21 @@ class Method(InParts):
         return network.in_channels, network.resolution, network.resolution
 
     @property
+    def student_updated(self) -> bool:
+        """Whether the latest training step updated the student."""
+        return "student" in self.updating
+
+    @property
     def student_updates(self) -> int:
-        """Optimiser steps of the student so far."""
-        return self.trainer.global_step
+        """Updates of the student so far."""
+        updated = ["student" in names for names in self.update_cycle]
+        whole, rest = divmod(self.trainer.global_step, len(updated))
+        return whole * sum(updated) + sum(updated[:rest])
 
     @property
-    def peak_lrs(self) -> list[float]:
-        """The peak learning rate of each optimiser."""
-        return [self.lr]
-
-    @property
-    def nfe(self) -> int:
-        """Network evaluations of one `sample` call."""
-        return 1
+    def evaluations(self) -> dict[str, float]:
+        """Network evaluations that an image of the training costs, on average, by the network: what `plan=true` shows."""
+        return {"student": 1.0}
 
     @property
     def licence(self) -> str:
@@ -103,89 +262,37 @@ class Method(InParts):
         found = [teacher.licence for teacher in teachers if teacher is not None and (self.teacher or teacher.weights)]
         return " and ".join(dict.fromkeys(found)) or "Apache-2.0"
 
-    @property
-    def evaluations(self) -> dict[str, float]:
-        """Network evaluations that an image of the training costs, on average, by the network: what `plan=true` shows."""
-        return {"student": 1.0}
+    # -- Lightning -------------------------------------------------------------------------------------------------
 
-    def choose_steps(self, steps: int, folder: Path) -> str | None:
-        """From now on `sample` takes so many evaluations; `folder` is the run's, where other students may lie.
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        # A fused step would undo the loss scale only after the gradients are limited.
+        fused = not (self.gradient_clip and self.scaler)
+        return [self.adam(network.parameters(), fused) for network in self.trained_networks().values()]
 
-        Returns the name of the weights where it took others than those in place, else None. Errors: ValueError for a number
-        that the run has no student for.
-        """
-        if steps != self.nfe:
-            raise ValueError(f"steps={steps}: the student of {folder} takes {self.nfe}, and no other number")
-        return None
-
-    def exported(self) -> dict[str, Tensor]:
-        """The student's state dict as a network of the teacher's kind, which any teacher config can load."""
-        return self.student.network.state_dict()
-
-    def stages(self) -> dict[str, "Method"]:
-        """What has to be trained before this method, by name and in order; each has a folder of its own in the run's."""
-        return {}
-
-    def preparation(self) -> dict[str, float] | None:
-        """What the stages cost: {"steps", "images", "seconds"}; None where there are none."""
-        return None
-
-    def training_data(self, data: pl.LightningDataModule) -> pl.LightningDataModule:
-        """What this method trains on, given the run's image data set: the images themselves unless overridden."""
-        self.data = data
-        return data
-
-    def generate(self, noise: Tensor, labels: Tensor | None) -> Tensor:
-        raise NotImplementedError
-
-    def sampling(self) -> Sampling:
-        """`generate` in numbers, for a student that leaves this project. Errors: ValueError for a method that has none."""
-        raise ValueError(
-            f"method {self.name} does not say in numbers how its student is sampled, so it can't be exported"
-        )
-
-    @torch.no_grad()
-    def sample(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Images (B, C, H, W), float32 in about [-1, 1], of unit normal noise (B, C, H, W) and labels (B,) or None."""
-        training = self.student.training
-        self.student.eval()
-        try:
-            with eager(self.student.network):  # measured alike, compiled or not
-                return self.generate(noise, labels).float()
-        finally:
-            self.student.train(training)
-
-    def limit_gradients(self, norm: float) -> None:
-        """Limit the norm of each network's gradient; asked of methods with manual optimisation, where Lightning can't."""
-        raise NotImplementedError(f"{type(self).__name__} optimises by hand and has no limit_gradients")
-
-    def adam(self, parameters: Iterable[nn.Parameter], fused: bool = True) -> torch.optim.Optimizer:
-        # Lightning can't clip the gradients of a fused optimiser under mixed precision.
-        options = {"lr": self.lr, "betas": self.betas, "fused": fused and not self.trainer.gradient_clip_val}
+    def adam(self, parameters: Iterable[nn.Parameter], fused: bool) -> torch.optim.Optimizer:
+        options = {"lr": self.lr, "betas": self.betas, "fused": fused}
         if self.weight_decay:
             return torch.optim.AdamW(parameters, weight_decay=self.weight_decay, **options)
         return torch.optim.Adam(parameters, **options)
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
-        """Errors: ValueError, one line, for a checkpoint of other names, shapes or kinds of numbers."""
+        """Loads a checkpoint's weights.
+
+        Raises:
+            ValueError: In one line, for a checkpoint of other names, shapes or kinds of numbers.
+        """
         file = (self._trainer and self._trainer.ckpt_path) or "the checkpoint"
         with checked_load(file, state_dict, self):
             return super().load_state_dict(state_dict, strict, assign)
 
-    def configure_optimizers(self) -> Any:
-        return self.adam(self.student.parameters())
-
     def on_fit_start(self) -> None:
-        if self.teacher is not None:
-            self.teacher.to(self.device)
-
-    def lr_scale(self) -> float:
-        """This step's learning rate over its peak, a function of the progress alone."""
-        return min((self.nimg + self.batch_size) / self.warmup_nimg, 1.0) if self.warmup_nimg else 1.0
+        super().on_fit_start()
+        for network in self.frozen_networks():
+            network.to(self.device)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         seed_step(self.seed, self.global_rank, self.trainer.global_step)
         scale = self.lr_scale()
-        for optimizer, peak in zip(self.trainer.optimizers, self.peak_lrs, strict=True):
+        for optimizer, network in zip(self.trainer.optimizers, self.trained_networks(), strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = peak * scale
+                group["lr"] = self.learning_rate(network) * scale

@@ -10,7 +10,7 @@ from process_tools import in_two_processes
 from tiny_module import identical
 
 from launch.errors import expected, one_line, out_of_memory
-from lightning_modules.components.micro_batches import InParts
+from lightning_modules.components.optimisation import Optimisation
 
 AUTO = {"trainer.micro_batch": "auto"}
 CASES = {
@@ -24,7 +24,7 @@ CASES = {
 @pytest.fixture
 def room(monkeypatch):
     """Makes passes of more than so many images fail as on a full device; counts the failures."""
-    original, failures = InParts.parts, []
+    original, failures = Optimisation.micro_batches, []
 
     def limit(images, error=torch.OutOfMemoryError):
         def parts(self, batch):
@@ -34,7 +34,7 @@ def room(monkeypatch):
                     raise error("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has")
                 yield part
 
-        monkeypatch.setattr(InParts, "parts", parts)
+        monkeypatch.setattr(Optimisation, "micro_batches", parts)
         return failures
 
     return limit
@@ -133,7 +133,7 @@ def _two(rank, folder):
     two = {"trainer.devices": 2, "batch_size": 10}
     whole = train("diff_instruct", two)
     if rank == 1:  # which has less memory than the other
-        original = InParts.parts
+        original = Optimisation.micro_batches
 
         def parts(self, batch):
             for part in original(self, batch):
@@ -141,7 +141,7 @@ def _two(rank, folder):
                     raise torch.OutOfMemoryError("CUDA out of memory")
                 yield part
 
-        InParts.parts = parts
+        Optimisation.micro_batches = parts
     found = train("diff_instruct", two | AUTO)
     assert found.method.micro_batch == 2
     for a, b in zip(found.gradients, whole.gradients, strict=True):

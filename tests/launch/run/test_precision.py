@@ -10,7 +10,7 @@ from callbacks.network_form import denoisers
 from launch.run.build import build_seeded, build_trainer
 from launch.run.folder import RunFolder
 from launch.run.precision import PRECISIONS, TensorFloat32, TrainingAutocast, check_precision, precision_plugin
-from lightning_modules.components.micro_batches import InParts
+from lightning_modules.components.optimisation import Optimisation
 from stillhouse.diffusion import losses
 from stillhouse.diffusion.denoiser import Denoiser
 
@@ -44,13 +44,13 @@ class Inside(pl.Callback):
 def test_in_mixed_precision_only_the_networks_are_low(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found, kinds, inside = [], set(), Inside()
-    original = InParts._backward_alone
+    original = Optimisation._backward
 
     def backward(self, loss):
         found.append(loss.dtype)
         return original(self, loss)
 
-    monkeypatch.setattr(InParts, "_backward_alone", backward)
+    monkeypatch.setattr(Optimisation, "_backward", backward)
     square = losses.weighted_square
     monkeypatch.setattr(losses, "weighted_square", lambda d, e, s: kinds.update((e.dtype, s.dtype)) or square(d, e, s))
     changes = {"trainer.precision": "bf16-mixed", "trainer.micro_batch": 3, "trainer.validate_every_n_steps": 1}

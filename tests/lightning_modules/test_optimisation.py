@@ -1,10 +1,8 @@
-"""A batch in parts: the gradient, the logged values and the random numbers of the whole batch, whatever the method."""
+"""Micro-batches: the gradient, the logged values and the random numbers of the whole batch, whatever the method."""
 
 import pytest
 import torch
 from method_runs import METHODS, STEPS, train
-
-from lightning_modules.components.micro_batches import WHOLE
 
 CASES = {name: (name, {}) for name in METHODS} | {
     "two-sided": ("diff_instruct", {"method.two_sided": True}),
@@ -26,10 +24,9 @@ def assert_close(ours, theirs):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_parts_do_what_the_whole_does(case, tmp_path, monkeypatch):
+def test_micro_batches_do_what_the_whole_batch_does(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name, changes = CASES[case]
     whole = train(name, changes)
-    parted = train(name, changes | {"trainer.micro_batch": 2})
-    assert_close(parted, whole)
-    assert parted.method.part is WHOLE
+    split = train(name, changes | {"trainer.micro_batch": 2})
+    assert_close(split, whole)
