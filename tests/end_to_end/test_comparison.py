@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from end_to_end_tools import RUN, run, snapshot, with_data
+from end_to_end_tools import RUN, evaluate, snapshot, with_data
 from matplotlib.image import imread
 from omegaconf import OmegaConf
 
@@ -45,7 +45,7 @@ def folder(finished, tmp_path_factory):
 
 
 def test_several_runs_are_compared_with_the_first(folder):
-    ended = run(folder, "evaluate.py", "run=[runs/slow*,runs/fast*]", *SETTINGS).ok()
+    ended = evaluate(folder, "run=[runs/slow*,runs/fast*]", *SETTINGS).ok()
     records, _, comparison = ended.out.partition("Convergence of ")
     assert "fingerprint" in records
     assert "denoising_student lr=0.001 (baseline)" in comparison
@@ -70,13 +70,13 @@ def test_runs_without_curves_are_named_and_the_table_stands(folder):
     (folder / "runs/other/metrics.csv").unlink()
     before = snapshot(folder / "runs/slow0")
     options = ("weights=ema_500kimg", "comparison=runs/with_other", *SETTINGS)
-    ended = run(folder, "evaluate.py", "run=[runs/slow0,runs/other]", *options).ok()
+    ended = evaluate(folder, "run=[runs/slow0,runs/other]", *options).ok()
     assert ended.out.index("fingerprint") < ended.out.index("Convergence of")
     assert "note: runs/other left out of the comparison: no runs/other/metrics.csv" in ended.out
     assert "Times faster" not in ended.out
-    ended = run(folder, "evaluate.py", "run=[runs/other,runs/slow0]", *SETTINGS, "comparison=runs/none").ok()
+    ended = evaluate(folder, "run=[runs/other,runs/slow0]", *SETTINGS, "comparison=runs/none").ok()
     assert "convergence not compared: no curve of the baseline denoising_student lr=0.002\n" in ended.out
-    ended = run(folder, "evaluate.py", "run=[runs/slow0,runs/slow1]", *SETTINGS, "comparison=null").ok()
+    ended = evaluate(folder, "run=[runs/slow0,runs/slow1]", *SETTINGS, "comparison=null").ok()
     assert "onvergence" not in ended.out
     assert sorted(p.name for p in (folder / "runs").iterdir() if not (p / "config.yaml").exists()) == [
         "comparison",

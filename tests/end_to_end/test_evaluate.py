@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from end_to_end_tools import ROOT, RUN, copied, read_checkpoint, read_json, run, snapshot, with_data
+from end_to_end_tools import ROOT, RUN, copied, evaluate, read_checkpoint, read_json, snapshot, with_data
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
@@ -20,10 +20,6 @@ TEACHER = (
     "blocks=2",
     "device=cpu",
 )
-
-
-def evaluate(folder, *arguments, **options):
-    return run(folder, "evaluate.py", *arguments, **options)
 
 
 @pytest.fixture(scope="module")

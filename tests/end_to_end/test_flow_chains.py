@@ -4,16 +4,11 @@ import json
 import shutil
 
 import pytest
-from end_to_end_tools import STUDENT, TINY, copied, run, snapshot, train
+from end_to_end_tools import STUDENT, TINY, copied, evaluate, snapshot, train
 from matplotlib.image import imread
-from misuse_tools import attempt
 
 SMALL = ("num_samples=20", "blocks=2", "flow_samples=24", "path_steps=3", "device=cpu")
 CHAIN = "flows=[runs/rf1,runs/rf2]"
-
-
-def evaluate(folder, *arguments):
-    return run(folder, "evaluate.py", *arguments)
 
 
 def options(given, name, *changes):
@@ -111,7 +106,7 @@ def test_a_flow_beside_itself(folder, tmp_path):
 )
 def test_misuse(folder, options, message):
     before = snapshot(folder)
-    attempt(folder, "evaluate.py", *options.split()).refused("error: evaluate: ", *message)
+    evaluate(folder, *options.split()).refused("error: evaluate: ", *message)
     assert snapshot(folder) == before
 
 

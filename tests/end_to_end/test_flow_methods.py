@@ -8,11 +8,11 @@ from end_to_end_tools import (
     TINY,
     assert_same_run,
     die,
+    evaluate,
     in_call,
     read_checkpoint,
     read_csv,
     read_json,
-    run,
     snapshot,
     train,
     with_data,
@@ -163,7 +163,7 @@ def test_a_flow_is_measured_at_several_numbers_of_steps(finished, copy):
         target = copy / "runs/straight/checkpoints" / path.name
         target.parent.mkdir(exist_ok=True)
         target.write_bytes(path.read_bytes())
-    run(copy, "evaluate.py", "run=runs/straight", "steps=[1,2,5]", "device=cpu").ok()
+    evaluate(copy, "run=runs/straight", "steps=[1,2,5]", "device=cpu").ok()
     records = read_json(copy / "runs/straight/evaluation/metrics.json")
     measured = {record["nfe"]: record["values"] for record in records if record["subject"] == "student"}
     assert list(measured) == [1, 2, 5]
@@ -174,7 +174,7 @@ def test_a_flow_is_measured_at_several_numbers_of_steps(finished, copy):
 
 def test_bezier_students_take_one_step_alone(finished):
     before = snapshot(finished)
-    refused = run(finished, "evaluate.py", "run=runs/bezier", "steps=2", "device=cpu")
+    refused = evaluate(finished, "run=runs/bezier", "steps=2", "device=cpu")
     refused.refused("error: evaluate: ", "steps=2: the student of runs/bezier takes 1, and no other number")
     assert snapshot(finished) == before
 
@@ -182,6 +182,6 @@ def test_bezier_students_take_one_step_alone(finished):
 def test_students_as_teachers_by_their_weights(finished, copy):
     file = finished / "runs/joint/student.safetensors"
     chosen = ("teacher=digits_rf1", "teacher.network.model_channels=8", f"teacher.weights={file}", "num_samples=20")
-    run(copy, "evaluate.py", *chosen, "blocks=2", "steps=[1]", "device=cpu").ok()
+    evaluate(copy, *chosen, "blocks=2", "steps=[1]", "device=cpu").ok()
     records = read_json(copy / "runs/teacher-digits_rf1/metrics.json")
     assert {record["subject"]: record["nfe"] for record in records} == {"teacher": 1, "real": 0}

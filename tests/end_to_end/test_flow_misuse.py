@@ -1,9 +1,8 @@
 """Options of flow methods that cannot be: one clear line each, before anything is sampled or written."""
 
 import pytest
-from end_to_end_tools import snapshot
+from end_to_end_tools import snapshot, train
 from flow_runs import write_run
-from misuse_tools import attempt
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,7 @@ NEITHER = "is neither a file in conf/teacher nor a run folder"
 def test_teachers_that_cannot_be(folder, teachers, message):
     before = snapshot(folder)
     chosen = ("method=bezier", "name=new", f"method.teachers={teachers}", "trainer.accelerator=cpu")
-    attempt(folder, "train.py", *chosen).refused("error: runs/new: ", *message)
+    train(folder, *chosen).refused("error: runs/new: ", *message)
     assert snapshot(folder) == before
 
 
@@ -94,7 +93,7 @@ def test_teachers_that_cannot_be(folder, teachers, message):
 def test_curves_that_cannot_be(folder, options, message):
     before = snapshot(folder)
     chosen = ("method=bezier", "name=new", "method.teachers=[runs/plain,runs/plain]", "trainer.accelerator=cpu")
-    attempt(folder, "train.py", *chosen, *options.split()).refused("error: runs/new: ", *message)
+    train(folder, *chosen, *options.split()).refused("error: runs/new: ", *message)
     assert snapshot(folder) == before
 
 
@@ -115,6 +114,6 @@ def test_curves_that_cannot_be(folder, options, message):
 )
 def test_flows_that_cannot_be(folder, options, message):
     before = snapshot(folder)
-    ended = attempt(folder, "train.py", "name=new", "trainer.accelerator=cpu", *options.split())
+    ended = train(folder, "name=new", "trainer.accelerator=cpu", *options.split())
     ended.refused("error: runs/new: ", *message)
     assert snapshot(folder) == before

@@ -23,7 +23,6 @@ from end_to_end_tools import (
     train,
     with_data,
 )
-from misuse_tools import attempt
 from safetensors.torch import load_file, save_file
 
 STEP = "lightning_modules:DenoisingStudent.training_step"
@@ -74,7 +73,7 @@ def test_wrong_options(folder, options, message):
     if "no weights at" in message:  # plan lists what is missing
         refusing.remove("plan=true")
     for plan in refusing:
-        attempt(folder, "train.py", *named, "name=new", plan, *options.split()).refused("error: runs/new: ", *message)
+        train(folder, *named, "name=new", plan, *options.split()).refused("error: runs/new: ", *message)
     assert snapshot(folder) == before
     shutil.rmtree(folder / "runs" / "new", ignore_errors=True)
 

@@ -3,8 +3,7 @@
 import os
 
 import pytest
-from end_to_end_tools import run
-from misuse_tools import attempt
+from end_to_end_tools import evaluate, run, train
 
 from launch.command_line import nearest
 
@@ -49,7 +48,7 @@ from launch.command_line import nearest
     ],
 )  # fmt: skip
 def test_training(tmp_path, options, message):
-    attempt(tmp_path, "train.py", *options.split()).refused(*message)
+    train(tmp_path, *options.split()).refused(*message)
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix not in (".out", ".err")]
 
 
@@ -63,7 +62,7 @@ def test_training(tmp_path, options, message):
     ],
 )
 def test_evaluation(tmp_path, options, message):
-    attempt(tmp_path, "evaluate.py", *options.split()).refused(*message)
+    evaluate(tmp_path, *options.split()).refused(*message)
 
 
 @pytest.mark.parametrize("place", ["--config-dir={}", "hydra.searchpath=[file://{}]"])
@@ -76,8 +75,8 @@ def test_a_data_set_derived_from_another_is_found_by_its_teacher(tmp_path, place
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher" / "my_own.yaml").write_text("defaults: [image_folder, _self_]\nweights: null")
     message = "no mine16 images: neither data/mine16 nor mine exists"
-    attempt(tmp_path, "evaluate.py", place.format(tmp_path), "teacher=my_own").refused(message)
-    attempt(tmp_path, "train.py", place.format(tmp_path), "data=my_own", "method=pretrain").refused(message)
+    evaluate(tmp_path, place.format(tmp_path), "teacher=my_own").refused(message)
+    train(tmp_path, place.format(tmp_path), "data=my_own", "method=pretrain").refused(message)
 
 
 def whole_traces() -> None:

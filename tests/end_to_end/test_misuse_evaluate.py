@@ -4,18 +4,13 @@ import shutil
 from functools import partial
 
 import pytest
-from end_to_end_tools import RUN, STUDENT, copied, in_call, read_json, run, snapshot, train, with_data
-from misuse_tools import attempt
+from end_to_end_tools import RUN, STUDENT, copied, evaluate, in_call, read_json, snapshot, train, with_data
 from omegaconf import OmegaConf
 from page_tools import Page
 from permission_tools import bound_by_permissions
 
 SMALL = ("num_samples=20", "blocks=1", "device=cpu")
 WEIGHTLESS = "teacher=digits teacher.weights=null"
-
-
-def evaluate(folder, *arguments, **options):
-    return run(folder, "evaluate.py", *arguments, **options)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +130,7 @@ REPORT = "run=[runs/*] report=r.html"
 )
 def test_misuse(folder, options, message):
     before = snapshot(folder)
-    attempt(folder, "evaluate.py", *options.split()).refused("error: evaluate: ", *message)
+    evaluate(folder, *options.split()).refused("error: evaluate: ", *message)
     assert snapshot(folder) == before
 
 

@@ -1,8 +1,7 @@
 """A run's folder that can't be made or written to: one line, and nothing is touched."""
 
 import pytest
-from end_to_end_tools import PRETRAIN, snapshot
-from misuse_tools import attempt
+from end_to_end_tools import PRETRAIN, snapshot, train
 
 WAY_OUT = ["move away what is in its place", "choose another name=..."]
 
@@ -46,5 +45,5 @@ def its_config_is_a_folder(folder):
 def test_a_folder_that_cannot_be_the_runs(tmp_path, prepare, message):
     prepare(tmp_path)
     before = snapshot(tmp_path)
-    attempt(tmp_path, "train.py", *PRETRAIN).refused(*message)
+    train(tmp_path, *PRETRAIN).refused(*message)
     assert before.items() <= snapshot(tmp_path).items()

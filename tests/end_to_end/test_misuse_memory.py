@@ -1,7 +1,7 @@
 """Sizes that fit into no memory are refused before anything is allocated, and the option is named."""
 
 import pytest
-from misuse_tools import attempt
+from end_to_end_tools import train
 
 
 @pytest.mark.parametrize(
@@ -17,4 +17,4 @@ from misuse_tools import attempt
     ],
 )
 def test_sizes_that_fit_into_no_memory(tmp_path, options, message):
-    attempt(tmp_path, "train.py", *options.split()).refused(*message)
+    train(tmp_path, *options.split()).refused(*message)

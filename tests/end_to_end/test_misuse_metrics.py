@@ -4,8 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from end_to_end_tools import PRETRAIN, RUN, read_csv, run, snapshot, train
-from misuse_tools import attempt
+from end_to_end_tools import PRETRAIN, RUN, evaluate, read_csv, snapshot, train
 from PIL import Image
 
 from stillhouse.metrics.records import load_records
@@ -75,12 +74,12 @@ def folder(tmp_path_factory):
 def test_what_is_not_measurable_is_refused_before_packing(folder, tmp_path, monkeypatch, options, message):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     before = snapshot(folder)
-    attempt(folder, "train.py", *PICTURES, "evaluation=pixels", *options.split()).refused(*message)
+    train(folder, *PICTURES, "evaluation=pixels", *options.split()).refused(*message)
     assert snapshot(folder) == before
 
 
 def test_one_picture_is_too_few_for_a_covariance(folder):
-    attempt(folder, "train.py", *PICTURES, "evaluation=pixels", "data.path=one").refused(
+    train(folder, *PICTURES, "evaluation=pixels", "data.path=one").refused(
         "fid compares with 2 real images at least, and the data set has 1", "evaluation=none"
     )
     assert not (folder / RUN / "checkpoints").exists()
@@ -102,11 +101,11 @@ def test_a_run_without_a_measurement_is_complete_and_all_else_copes(folder):
     assert "is complete:\n\nnothing was measured, by evaluation=none" in again.out
     planned = train(folder, *PICTURES, "evaluation=none", "name=planned", "plan=true").ok()
     assert "missing\n  nothing" in planned.out
-    attempt(folder, "evaluate.py", f"run={RUN}").refused(
+    evaluate(folder, f"run={RUN}").refused(
         "evaluation=none measures nothing: it was trained so; choose another one by +evaluation=pixels"
     )
-    attempt(folder, "evaluate.py", "teacher=digits", "evaluation=none").refused("evaluation=none", "choose another")
-    ended = run(folder, "evaluate.py", f"run={RUN}", "+evaluation=pixels", "num_samples=20", "blocks=1").ok()
+    evaluate(folder, "teacher=digits", "evaluation=none").refused("evaluation=none", "choose another")
+    ended = evaluate(folder, f"run={RUN}", "+evaluation=pixels", "num_samples=20", "blocks=1").ok()
     assert "fd_pixels" in ended.out
-    run(folder, "evaluate.py", "run=[runs/*]", "report=report.html").ok()
+    evaluate(folder, "run=[runs/*]", "report=report.html").ok()
     assert "not measured (run)" in (folder / "report.html").read_text()

@@ -1,8 +1,7 @@
 """Names that become paths, options that would lose the training, and what may not be built: refused, and nothing is written."""
 
 import pytest
-from end_to_end_tools import PRETRAIN, RUN, copied, snapshot
-from misuse_tools import attempt
+from end_to_end_tools import PRETRAIN, RUN, copied, evaluate, snapshot, train
 from omegaconf import OmegaConf
 
 
@@ -53,13 +52,13 @@ BELOW_DATA = "must name one folder below data/"
 )
 def test_train(folder, options, message):
     before = snapshot(folder.parent)
-    attempt(folder, "train.py", *PRETRAIN, *options.split()).refused(*message)
+    train(folder, *PRETRAIN, *options.split()).refused(*message)
     assert snapshot(folder.parent) == before
     assert [path.name for path in folder.parent.iterdir()] == ["here"]
 
 
 def test_a_run_below_a_folder_of_runs(tmp_path):
-    attempt(tmp_path, "train.py", *PRETRAIN, "name=tries/a", "plan=true").ok()
+    train(tmp_path, *PRETRAIN, "name=tries/a", "plan=true").ok()
 
 
 @pytest.mark.parametrize(
@@ -82,9 +81,7 @@ def test_a_run_below_a_folder_of_runs(tmp_path):
     ],
 )
 def test_evaluate(tmp_path, options, message):
-    attempt(tmp_path, "evaluate.py", "teacher=digits", "teacher.weights=null", options).refused(
-        "error: evaluate: ", message
-    )
+    evaluate(tmp_path, "teacher=digits", "teacher.weights=null", options).refused("error: evaluate: ", message)
     assert not snapshot(tmp_path)
 
 
@@ -99,5 +96,5 @@ def test_a_foreign_runs_config_runs_nothing(finished, tmp_path, target, part):
         node["name"] = "denoising_student"
     OmegaConf.save(config, tmp_path / RUN / "config.yaml")
     before = snapshot(tmp_path)
-    attempt(tmp_path, "evaluate.py", f"run={RUN}", "device=cpu").refused(f"_target_={target}", "is not built")
+    evaluate(tmp_path, f"run={RUN}", "device=cpu").refused(f"_target_={target}", "is not built")
     assert snapshot(tmp_path) == before

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from end_to_end_tools import STUDENT, copied, train
-from misuse_tools import attempt
 
 COMMAND = [option for option in STUDENT if not option.startswith("name=")]
 
@@ -93,7 +92,7 @@ def test_what_has_changed_is_named_with_the_way_out(folder, options, name, damag
     (path,) = (folder / "data").glob(name)
     before = path.read_bytes()
     damage(path)
-    attempt(folder, "train.py", *COMMAND, "name=new", *options).refused("error: runs/new: ", *message)
+    train(folder, *COMMAND, "name=new", *options).refused("error: runs/new: ", *message)
     path.write_bytes(before)
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from end_to_end_tools import RUN, TINY, read_json, run, train
+from end_to_end_tools import RUN, TINY, evaluate, read_json, train
 from matplotlib.image import imread
 
 # A network that keeps its size: it is small as it is.
@@ -36,8 +36,8 @@ def test_its_student_is_a_teacher_and_is_measured_beside_the_run(pretrained):
     train(pretrained, "name=sfd", *sfd).ok()
     values = {r["subject"] for r in read_json(pretrained / "runs/sfd/metrics.json")}
     assert values == {"teacher", "student", "real"}
-    measured = run(
-        pretrained, "evaluate.py", f"run=[{RUN},runs/sfd]", "num_samples=30", "blocks=1", "metrics=[w2]", "device=cpu"
+    measured = evaluate(
+        pretrained, f"run=[{RUN},runs/sfd]", "num_samples=30", "blocks=1", "metrics=[w2]", "device=cpu"
     ).ok()
     assert "w2_points" in measured.out
     assert (pretrained / "runs/sfd/evaluation/samples.png").is_file()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from edm_files import edm_zip
-from end_to_end_tools import PRETRAIN, RUN, STUDENT, read_csv, read_json, run, train
+from end_to_end_tools import PRETRAIN, RUN, STUDENT, evaluate, read_csv, read_json, train
 from published_files import cifar10
 
 from stillhouse.metrics.statistics import save_statistics
@@ -66,9 +66,8 @@ def test_it_is_a_teacher_for_a_student_and_for_evaluation(pretrained, tmp_path):
     train(tmp_path, *STUDENT, *SHORT, *small).ok()
     records = {record["subject"]: record for record in read_json(tmp_path / RUN / "metrics.json")}
     assert {subject: record["nfe"] for subject, record in records.items()} == {"teacher": 3, "student": 1, "real": 0}
-    ended = run(
+    ended = evaluate(
         tmp_path,
-        "evaluate.py",
         "teacher=cifar10",
         "teacher.network.model_channels=8",
         *small,

@@ -21,7 +21,6 @@ from end_to_end_tools import (
     train,
     with_data,
 )
-from misuse_tools import attempt
 
 TINY_DISBACK = (
     *TINY,
@@ -188,5 +187,5 @@ def test_a_bad_path_is_refused_and_left_as_it_is(options, uninterrupted, tmp_pat
     ],
 )
 def test_misuse(options, tmp_path, option, parts):
-    attempt(tmp_path, "train.py", *options, option).refused(*parts)
+    train(tmp_path, *options, option).refused(*parts)
     assert not list(tmp_path.rglob("*.ckpt"))

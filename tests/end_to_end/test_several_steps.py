@@ -5,9 +5,8 @@ import shutil
 
 import pytest
 import torch
-from end_to_end_tools import RUN, read_checkpoint, read_json, run, snapshot, with_data
+from end_to_end_tools import RUN, evaluate, read_checkpoint, read_json, snapshot, with_data
 from matplotlib.image import imread
-from misuse_tools import attempt
 from omegaconf import OmegaConf
 
 from launch.run.folder import identity
@@ -36,7 +35,7 @@ def folder(finished, tmp_path_factory):
 
 
 def test_a_student_at_several_numbers_of_steps(folder):
-    ended = run(folder, "evaluate.py", "run=runs/few0", "steps=[1,4,2,2]", *SETTINGS).ok()
+    ended = evaluate(folder, "run=runs/few0", "steps=[1,4,2,2]", *SETTINGS).ok()
     records = read_json(folder / "runs/few0/evaluation/metrics.json")
     found = [(r["subject"], r["nfe"], r["fingerprint"]["weights"]) for r in records]
     # The network that is left by a first choice of all numbers is that of 2; real images and the teacher are measured once.
@@ -57,14 +56,14 @@ def test_a_student_at_several_numbers_of_steps(folder):
 
 
 def test_one_number_is_drawn_as_ever(folder):
-    run(folder, "evaluate.py", "run=runs/one", "steps=1", *SETTINGS).ok()
+    evaluate(folder, "run=runs/one", "steps=1", *SETTINGS).ok()
     single, was = (imread(folder / "runs/one" / name).shape for name in ("evaluation/samples.png", "samples.png"))
     assert single == was
     assert not (folder / "runs/one/evaluation/quality.png").exists()
 
 
 def test_several_runs_are_compared_at_every_number(folder):
-    ended = run(folder, "evaluate.py", "run=runs/few*", "steps=[1,2]", *SETTINGS).ok()
+    ended = evaluate(folder, "run=runs/few*", "steps=[1,2]", *SETTINGS).ok()
     table = ended.out[ended.out.index("fid_digits against NFE") :]
     assert table.splitlines()[1].split() == ["group", "seeds", "1", "NFE", "2", "NFE", "3", "NFE", "4", "NFE"]
     assert table.splitlines()[3].split()[:3] == ["few", "0,", "1"]
@@ -81,13 +80,13 @@ def test_several_runs_are_compared_at_every_number(folder):
 
 def test_a_teacher_at_several_numbers_is_drawn(folder):
     teacher = ("teacher=digits", "teacher.weights=null", "teacher.network.model_channels=8")
-    run(folder, "evaluate.py", *teacher, "steps=[1,2]", "solver=euler", *SETTINGS).ok()
+    evaluate(folder, *teacher, "steps=[1,2]", "solver=euler", *SETTINGS).ok()
     assert imread(folder / "runs/teacher-digits/quality.png").shape[:2] == (600, 840)
 
 
 def test_each_run_is_measured_at_the_numbers_that_it_can_take(folder):
     """And what it can't is said in one line each, before the measurement."""
-    ended = run(folder, "evaluate.py", "run=[runs/few0,runs/one]", "steps=[1,2,5]", "comparison=null", *SETTINGS).ok()
+    ended = evaluate(folder, "run=[runs/few0,runs/one]", "steps=[1,2,5]", "comparison=null", *SETTINGS).ok()
     assert [line for line in ended.out.splitlines() if line.startswith("not measured: ")] == [
         "not measured: steps=5: the students of runs/few0 take 1, 2, 3 or 4",
         "not measured: steps=2: the student of runs/one takes 1, and no other number",
@@ -113,5 +112,5 @@ def test_each_run_is_measured_at_the_numbers_that_it_can_take(folder):
 )
 def test_what_can_not_be_measured_is_refused_before_anything_is(folder, options, message):
     before = snapshot(folder)
-    attempt(folder, "evaluate.py", *options.split(), *SETTINGS).refused("error: evaluate: ", *message)
+    evaluate(folder, *options.split(), *SETTINGS).refused("error: evaluate: ", *message)
     assert snapshot(folder) == before

@@ -17,9 +17,9 @@ from end_to_end_tools import (
     STUDENT,
     assert_identical,
     assert_same_run,
+    evaluate,
     in_call,
     read_csv,
-    run,
     start,
     timeless,
     train,
@@ -104,9 +104,8 @@ def test_sigterm_and_ctrl_c_save_too_and_say_so(alone, tmp_path, scontrol):
         assert "what is on disk is kept; the same command goes on" in ended.out
     train(tmp_path, *OPTIONS).ok()
     assert_same_run(tmp_path / RUN, alone / RUN)
-    ended = run(
+    ended = evaluate(
         tmp_path,
-        "evaluate.py",
         f"run={RUN}",
         "device=cpu",
         before=at("launch.evaluate.measure:Evaluation.run", 1, signal.SIGINT),

@@ -11,18 +11,17 @@ from end_to_end_tools import (
     TINY,
     assert_same_run,
     die,
+    evaluate,
     in_call,
     leaves,
     read_checkpoint,
     read_csv,
     read_json,
-    run,
     snapshot,
     train,
     with_data,
 )
 from matplotlib.image import imread
-from misuse_tools import attempt
 from safetensors.torch import load_file
 
 from stillhouse.checkpoints import save_weights
@@ -183,10 +182,10 @@ def test_b_dense_on_progressive_distillation_is_killed(options, finished, tmp_pa
     name = "dense_progressive"
     with_data(finished, tmp_path)
     train(tmp_path, *options[name], before=partial(in_call, f"{PROGRESSIVE}.training_step", 5, killed)).killed()
-    run(tmp_path, "evaluate.py", f"run=runs/{name}", "device=cpu").ok()
+    evaluate(tmp_path, f"run=runs/{name}", "device=cpu").ok()
     measured = read_json(tmp_path / f"runs/{name}/evaluation/metrics.json")
     assert [r["nfe"] for r in measured if r["subject"] == "student"] == [2]
-    refused = run(tmp_path, "evaluate.py", f"run=runs/{name}", "steps=1", "device=cpu")
+    refused = evaluate(tmp_path, f"run=runs/{name}", "steps=1", "device=cpu")
     refused.refused("error: evaluate: ", f"steps=1: runs/{name} has students of 4 steps so far")
     train(tmp_path, *options[name]).ok()
     assert_same_run(tmp_path / "runs" / name, finished / "runs" / name)
@@ -241,7 +240,7 @@ def student_records(path):
 @pytest.mark.parametrize(("name", "counts"), [("progressive", [1, 2, 4]), ("sfd_v", [1, 2, 3])])
 def test_quality_against_the_number_of_steps(finished, name, counts):
     folder = finished / "runs" / name
-    ended = run(finished, "evaluate.py", f"run=runs/{name}", f"steps={counts}", "device=cpu").ok()
+    ended = evaluate(finished, f"run=runs/{name}", f"steps={counts}", "device=cpu").ok()
     assert [len(re.findall(rf"{name} +student \(raw\) +{count} ", ended.out)) for count in counts] == [1, 1, 1]
     found = student_records(folder / "evaluation/metrics.json")
     assert list(found) == counts
@@ -264,7 +263,7 @@ def test_quality_against_the_number_of_steps(finished, name, counts):
 )
 def test_other_numbers_of_steps_are_refused(finished, name, steps, message):
     before = snapshot(finished)
-    attempt(finished, "evaluate.py", f"run=runs/{name}", f"steps={steps}", "device=cpu").refused(*message)
+    evaluate(finished, f"run=runs/{name}", f"steps={steps}", "device=cpu").refused(*message)
     assert snapshot(finished) == before
 
 
@@ -283,7 +282,7 @@ def test_exported_students_are_plain_networks(finished, teacher):
 def test_a_branched_student_is_measured_as_a_teacher(finished, tmp_path):
     with_data(finished, tmp_path)
     weights = f"teacher.weights={finished}/runs/dense_sfd/student.safetensors"
-    run(tmp_path, "evaluate.py", *TEACHER, weights, "num_samples=20", "blocks=2", "device=cpu").ok()
+    evaluate(tmp_path, *TEACHER, weights, "num_samples=20", "blocks=2", "device=cpu").ok()
     assert {r["nfe"] for r in read_json(tmp_path / "runs/teacher-digits/metrics.json")} == {3, 0}
 
 
@@ -341,7 +340,7 @@ def test_debugging_in_bfloat16(finished, options, tmp_path, host):
 )
 def test_misuse(finished, options, name, changes, message):
     before = snapshot(finished)
-    attempt(finished, "train.py", *options[name], "name=new", changes).refused("error: runs/new: ", *message)
+    train(finished, *options[name], "name=new", changes).refused("error: runs/new: ", *message)
     assert before.items() <= snapshot(finished).items()
     assert not list((finished / "runs/new").rglob("*.ckpt"))
     shutil.rmtree(finished / "runs/new", ignore_errors=True)
