@@ -1,9 +1,20 @@
-"""Where images and trajectories come from."""
+"""Data sets: where training images, a teacher's trajectories, or batches without images come from.
+
+A data set of one's own is a subclass of `PixelDataModule` (files that become pixels once) or of `ImageDataModule`.
+"""
 
 from datamodules.celeba import CelebA
 from datamodules.cifar10 import CIFAR10
 from datamodules.components.edm_zip import EDMZip
 from datamodules.components.encoded_images import EncodedImages, pack_encoded
+from datamodules.components.file_datamodule import (
+    FileDataModule,
+    ImageSource,
+    PictureDataModule,
+    PixelDataModule,
+    array_source,
+    picture_source,
+)
 from datamodules.components.image_datamodule import ImageDataModule
 from datamodules.components.packed_images import PackedImages, pack
 from datamodules.data_free import DataFree
@@ -26,14 +37,20 @@ __all__ = [
     "DownsampledImageNet",
     "EDMZip",
     "EncodedImages",
+    "FileDataModule",
     "ImageDataModule",
     "ImageFolder",
     "ImageNet",
+    "ImageSource",
     "PackedImages",
+    "PictureDataModule",
+    "PixelDataModule",
     "Planar",
     "PlanePoints",
     "TrajectoryDataModule",
     "TrajectoryStore",
+    "array_source",
     "pack",
     "pack_encoded",
+    "picture_source",
 ]

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from datamodules.components.file_datamodule import ImageSource, PictureDataModule, PixelDataModule, picture_source
-from datamodules.components.picture_files import Files
+from datamodules.components.picture_files import PictureFiles
 
 _SIZE = (178, 218)
 _BOX = (25, 57, 153, 185)  # 128x128 around x = 89, y = 121
@@ -22,7 +22,7 @@ class CelebA(PictureDataModule, PixelDataModule):
     128x128 pixels around (89, 121) are shrunk by Pillow's bilinear filter, which is torchvision's Resize in DDIM's code.
     """
 
-    get = "get img_align_celeba.zip and list_eval_partition.txt of CelebA and set data.path"
+    how_to_get = "get img_align_celeba.zip and list_eval_partition.txt of CelebA and set data.path"
 
     def __init__(self, name: str, root: str = "data", *, path: str, attribute: str | None = None, **common):
         super().__init__(name, root, path=path, **common)
@@ -34,11 +34,11 @@ class CelebA(PictureDataModule, PixelDataModule):
         self.attribute = attribute
 
     @property
-    def options(self) -> dict[str, Any]:
-        return {**super().options, "attribute": self.attribute}
+    def pixel_options(self) -> dict[str, Any]:
+        return {**super().pixel_options, "attribute": self.attribute}
 
     @property
-    def places(self) -> list[Path]:
+    def source_paths(self) -> list[Path]:
         lists = (_PARTITION, _ATTRIBUTES) if self.attribute else (_PARTITION,)
         return [self._images, *(self._images.parent / name for name in lists)]
 
@@ -49,7 +49,7 @@ class CelebA(PictureDataModule, PixelDataModule):
     def source(self) -> ImageSource:
         images = self._images
         partition = {name: values == ["0"] for name, values in _by_name(images.parent / _PARTITION).items()}
-        files = Files(images, only=lambda name: partition.get(PurePosixPath(name).name, False))
+        files = PictureFiles(images, only=lambda name: partition.get(PurePosixPath(name).name, False))
         names = [PurePosixPath(name).name for name in files.names]
         missing = sorted({name for name, training in partition.items() if training}.difference(names))
         if missing:

@@ -6,7 +6,6 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
@@ -14,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 
 from datamodules.components.edm_zip import edm_source
-from datamodules.components.file_datamodule import ImageSource, PixelDataModule, classes_hash
+from datamodules.components.file_datamodule import ImageSource, PixelDataModule, array_source
 from datamodules.components.numpy_pickle import numbers, unpickle
 from stillhouse.checkpoints.bounds import BoundedStream
 from stillhouse.checkpoints.weights import hash_file
@@ -31,7 +30,7 @@ class CIFAR10(PixelDataModule):
     `sha256`: of the archive, compared before it is read; None: any archive.
     """
 
-    get = "get cifar-10-python.tar.gz and set data.path"
+    how_to_get = "get cifar-10-python.tar.gz and set data.path"
 
     def __init__(self, name: str, root: str = "data", *, path: str, sha256: str | None = None, **common):
         super().__init__(name, root, path=path, **common)
@@ -55,18 +54,8 @@ class CIFAR10(PixelDataModule):
             parts = [_batch(read, name, self.path) for name in _BATCHES]
         images = np.concatenate([images for images, _ in parts])
         labels = np.concatenate([labels for _, labels in parts])
-        return ImageSource(
-            count=len(images),
-            chunks=lambda start: iter([images[start:]]),
-            labels=labels if self.classes else None,
-            description=f"{self.path.name}, data_batch_1 to data_batch_5",
-            preprocessing="none",
-            identity=None,
-            hashes={
-                "classes": lambda: classes_hash(labels if self.classes else None),
-                "images": lambda: sha256(images.tobytes()).hexdigest(),
-            },
-        )
+        description = f"{self.path.name}, data_batch_1 to data_batch_5"
+        return array_source(images, labels if self.classes else None, description)
 
 
 @contextmanager

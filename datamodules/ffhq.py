@@ -4,7 +4,7 @@ from PIL import Image
 
 from datamodules.components.edm_zip import edm_source
 from datamodules.components.file_datamodule import ImageSource, PictureDataModule, PixelDataModule, picture_source
-from datamodules.components.picture_files import Files, is_edm_zip
+from datamodules.components.picture_files import PictureFiles, is_edm_zip
 
 
 class FFHQ(PictureDataModule, PixelDataModule):
@@ -13,7 +13,7 @@ class FFHQ(PictureDataModule, PixelDataModule):
     EDM's own zip, which its teacher has learnt, comes from images1024x1024.
     """
 
-    get = "get images1024x1024 or thumbnails128x128, or EDM's zip, and set data.path"
+    how_to_get = "get images1024x1024 or thumbnails128x128, or EDM's zip, and set data.path"
 
     def source(self) -> ImageSource:
         if is_edm_zip(self.path):
@@ -21,7 +21,7 @@ class FFHQ(PictureDataModule, PixelDataModule):
         if self.classes:
             raise ValueError(f"data.num_classes={self.classes}: FFHQ has no classes; set data.num_classes=0")
         preprocessing = "Pillow's Lanczos to the resolution, as EDM's dataset_tool"
-        return picture_source(self.name, Files(self.path), self.rules, self._shrink, preprocessing, None)
+        return picture_source(self.name, PictureFiles(self.path), self.rules, self._shrink, preprocessing, None)
 
     def _shrink(self, image: Image.Image, where: str) -> Image.Image:
         side = (self.resolution, self.resolution)

@@ -6,7 +6,7 @@ from PIL import Image, ImageOps
 
 from datamodules.components.file_datamodule import ImageSource, PictureDataModule, PixelDataModule, picture_source
 from datamodules.components.picture_decoding import CENTRE_CROP, centre_crop
-from datamodules.components.picture_files import CLASS_ORDERS, Files, class_folders, class_table, folder_classes
+from datamodules.components.picture_files import CLASS_ORDERS, PictureFiles, class_folders, class_table, folder_classes
 
 
 class ImageFolder(PictureDataModule, PixelDataModule):
@@ -16,7 +16,7 @@ class ImageFolder(PictureDataModule, PixelDataModule):
     more than `max_aspect` times as long as wide are refused.
     """
 
-    get = "set data.path to a folder or zip of pictures"
+    how_to_get = "set data.path to a folder or zip of pictures"
 
     def __init__(
         self,
@@ -36,16 +36,16 @@ class ImageFolder(PictureDataModule, PixelDataModule):
         self.class_order = class_order
 
     @property
-    def options(self) -> dict[str, Any]:
-        return {**super().options, "class_order": self.class_order}
+    def pixel_options(self) -> dict[str, Any]:
+        return {**super().pixel_options, "class_order": self.class_order}
 
     def class_table(self) -> str | None:
         if not (self.classes and self.path.exists()):
             return None
-        return class_table(class_folders(Files(self.path), self.classes, self.class_order), orders=True)
+        return class_table(class_folders(PictureFiles(self.path), self.classes, self.class_order), orders=True)
 
     def source(self) -> ImageSource:
-        files = Files(self.path)
+        files = PictureFiles(self.path)
         folders = class_folders(files, self.classes, self.class_order) if self.classes else []
         labels = folder_classes(files, folders) if self.classes else None
         return picture_source(self.name, files, self.rules, self._crop, f"upright by EXIF, {CENTRE_CROP}", labels)

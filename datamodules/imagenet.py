@@ -5,7 +5,7 @@ from PIL import Image
 from datamodules.components.edm_zip import edm_source
 from datamodules.components.file_datamodule import ImageSource, PictureDataModule, PixelDataModule, picture_source
 from datamodules.components.picture_decoding import CENTRE_CROP, centre_crop
-from datamodules.components.picture_files import Files, class_folders, class_table, folder_classes, is_edm_zip
+from datamodules.components.picture_files import PictureFiles, class_folders, class_table, folder_classes, is_edm_zip
 
 
 class ImageNet(PictureDataModule, PixelDataModule):
@@ -15,19 +15,19 @@ class ImageNet(PictureDataModule, PixelDataModule):
     the few CMYK ones of ILSVRC, whose four values EDM's tool reads as three; here they are converted.
     """
 
-    get = "get ILSVRC 2012's training images, or EDM's zip of them, and set data.path"
+    how_to_get = "get ILSVRC 2012's training images, or EDM's zip of them, and set data.path"
 
     def source(self) -> ImageSource:
         if is_edm_zip(self.path):
             return edm_source(self.path, self.resolution, self.classes)
-        files = Files(self.path)
+        files = PictureFiles(self.path)
         labels = folder_classes(files, class_folders(files, self.classes)) if self.classes else None
         return picture_source(self.name, files, self.rules, self._crop, CENTRE_CROP, labels)
 
     def class_table(self) -> str | None:
         if not (self.classes and self.path.exists()) or is_edm_zip(self.path):
             return None
-        return class_table(class_folders(Files(self.path), self.classes))
+        return class_table(class_folders(PictureFiles(self.path), self.classes))
 
     def _crop(self, image: Image.Image, where: str) -> Image.Image:
         return centre_crop(image, self.resolution)

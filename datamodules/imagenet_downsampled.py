@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.components.file_datamodule import ImageSource, PixelDataModule, classes_hash
+from datamodules.components.file_datamodule import ImageSource, PixelDataModule, labels_hash
 from datamodules.components.numpy_pickle import numbers, unpickle
-from datamodules.components.picture_files import identity_of, open_zip
+from datamodules.components.picture_files import json_hash, open_zip
 from stillhouse.checkpoints.bounds import array_header, check_growth
 from stillhouse.checkpoints.weights import hash_file
 
@@ -28,10 +28,10 @@ class DownsampledImageNet(PixelDataModule):
     The pixels are not EDM's: another filter shrank other parts of the pictures.
     """
 
-    get = "get Imagenet64_train_part1_npz.zip and part2 and set data.path to their folder"
+    how_to_get = "get Imagenet64_train_part1_npz.zip and part2 and set data.path to their folder"
 
     @property
-    def places(self) -> list[Path]:
+    def source_paths(self) -> list[Path]:
         # What lies deeper is not read, such as data/ and runs/ where data.path is the current folder.
         return sorted(file for file in self.path.iterdir() if file.is_file()) if self.path.is_dir() else [self.path]
 
@@ -56,10 +56,10 @@ class DownsampledImageNet(PixelDataModule):
             labels=classes,
             description=f"train_data_batch_1 to {len(batches)} of downsampled ImageNet",
             preprocessing="none",
-            identity=identity_of([(batch.where, batch.size) for batch in batches], self.stamp()),
+            identity=json_hash([(batch.where, batch.size) for batch in batches], self.source_stamp()),
             hashes={
-                "classes": lambda: classes_hash(classes),
-                "batches": lambda: identity_of([batch.content_hash() for batch in batches]),
+                "classes": lambda: labels_hash(classes),
+                "batches": lambda: json_hash([batch.content_hash() for batch in batches]),
             },
         )
 
@@ -154,7 +154,7 @@ class _Npz(_Batch):
     def content_hash(self) -> str:
         """Of the CRC-32 that the .npz itself keeps of its arrays."""
         with self._opened() as archive:
-            return identity_of(sorted((info.filename, info.CRC) for info in archive.infolist()))
+            return json_hash(sorted((info.filename, info.CRC) for info in archive.infolist()))
 
     def _opened(self) -> zipfile.ZipFile:
         return zipfile.ZipFile(self.place if self.archive is None else self.archive.open(self.place))

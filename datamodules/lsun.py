@@ -10,8 +10,8 @@ from typing import Any
 
 from datamodules.components.disk_space import readable
 from datamodules.components.encoded_images import EncodedImages, pack_encoded
-from datamodules.components.file_datamodule import Hashes, PictureDataModule
-from datamodules.components.picture_files import Files, Pictures, identity_of
+from datamodules.components.file_datamodule import ContentHashes, PictureDataModule
+from datamodules.components.picture_files import PictureFiles, PictureSequence, json_hash
 from stillhouse.ranks import progress_bar
 
 
@@ -23,28 +23,28 @@ class LSUN(PictureDataModule):
     """
 
     packed_type = EncodedImages
-    get = "get it by LSUN's download.py, unpack it and set data.path"
+    how_to_get = "get it by LSUN's download.py, unpack it and set data.path"
 
     @property
-    def places(self) -> list[Path]:
+    def source_paths(self) -> list[Path]:
         return [self.path / "data.mdb"] if self._is_lmdb else [self.path]  # its lock file is written by who reads
 
     @property
     def _is_lmdb(self) -> bool:
         return self.path.is_dir() and (self.path / "data.mdb").is_file()
 
-    def pictures(self) -> "LMDB | Files":
-        return LMDB(self.path) if self._is_lmdb else Files(self.path)
+    def pictures(self) -> "LMDB | PictureFiles":
+        return LMDB(self.path) if self._is_lmdb else PictureFiles(self.path)
 
-    def hashes(self) -> Hashes:
-        return self.pictures().hashes()
+    def content_hashes(self) -> ContentHashes:
+        return self.pictures().content_hashes()
 
     def convert(self, folder: Path) -> None:
         if self.classes:
             raise ValueError(
                 f"data.num_classes={self.classes}: a category of LSUN has no classes; set data.num_classes=0"
             )
-        stamp, pictures = self.stamp(), self.pictures()
+        stamp, pictures = self.source_stamp(), self.pictures()
 
         def contents(start: int) -> Iterator[tuple[str, bytes]]:
             pictures.report(self.name)
@@ -66,11 +66,11 @@ class LSUN(PictureDataModule):
             },
             rules=self.rules,
             identity=pictures.identity,
-            provenance=lambda: self.provenance(stamp, pictures.hashes()),
+            provenance=lambda: self.provenance(stamp, pictures.content_hashes()),
         )
 
 
-class LMDB(Pictures):
+class LMDB(PictureSequence):
     """The values of an LMDB folder in the order of their keys. `sizes` is one upper bound of all: reading each takes hours.
 
     Another process reads them, for in a damaged file the library can run into pages that are not there, which ends whoever
@@ -88,9 +88,9 @@ class LMDB(Pictures):
             raise OSError(f"{path} holds no pictures; unpack it again or set data.path")
         super().__init__(count)
         self.sizes = [used]  # the file may be sparse and much larger
-        self.identity = identity_of(count, used, transactions, (path / "data.mdb").stat().st_mtime_ns)
+        self.identity = json_hash(count, used, transactions, (path / "data.mdb").stat().st_mtime_ns)
 
-    def hashes(self) -> Hashes:
+    def content_hashes(self) -> ContentHashes:
         return {"number of pictures": lambda: str(len(self)), "pictures": self.content_hash}
 
     def report(self, name: str) -> None:

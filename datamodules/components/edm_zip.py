@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from datamodules.components.file_datamodule import ImageSource, PixelDataModule, classes_hash
-from datamodules.components.picture_decoding import THREADS, Rules, decode
-from datamodules.components.picture_files import identity_of, members, open_zip, read_member
+from datamodules.components.file_datamodule import ImageSource, PixelDataModule, labels_hash
+from datamodules.components.picture_decoding import THREADS, DecodingRules, decode
+from datamodules.components.picture_files import json_hash, members, open_zip, read_member
 from stillhouse.checkpoints.bounds import parse_json
 
 _CHUNK = 256  # images
@@ -19,7 +19,7 @@ _CHUNK = 256  # images
 class EDMZip(PixelDataModule):
     """The RGB images of the zip `path`, in the order of their names; their classes where num_classes is above 0."""
 
-    get = "make the zip with EDM's `python dataset_tool.py --source=... --dest={path}` or set data.path"
+    how_to_get = "make the zip with EDM's `python dataset_tool.py --source=... --dest={path}` or set data.path"
 
     def source(self) -> ImageSource:
         return edm_source(self.path, self.resolution, self.classes)
@@ -40,7 +40,7 @@ def edm_source(path: Path, resolution: int, classes: int) -> ImageSource:
                 yield np.stack(list(images)).transpose(0, 3, 1, 2)
 
     labels = _labels(archive, path, names, classes) if classes else None
-    pictures = identity_of([(name, infos[name].CRC) for name in names])
+    pictures = json_hash([(name, infos[name].CRC) for name in names])
     return ImageSource(
         count=len(names),
         chunks=chunks,
@@ -48,7 +48,7 @@ def edm_source(path: Path, resolution: int, classes: int) -> ImageSource:
         description=f"{path.name}, {len(names)} PNG files in the order of their names",
         preprocessing="none",
         identity=pictures,
-        hashes={"classes": lambda: classes_hash(labels), "pictures": lambda: pictures},
+        hashes={"classes": lambda: labels_hash(labels), "pictures": lambda: pictures},
     )
 
 
@@ -81,7 +81,7 @@ def _image(archive: zipfile.ZipFile, path: Path, side: int, name: str) -> np.nda
     """One image, uint8 (H, W, 3)."""
     where, way_out = f"{name} in {path}", "copy or make the zip again"
     try:
-        picture = decode(read_member(archive, name), where, Rules(), way_out, formats=("PNG",))
+        picture = decode(read_member(archive, name), where, DecodingRules(), way_out, formats=("PNG",))
     except zipfile.BadZipFile as error:
         raise OSError(f"{where} is damaged ({error}); {way_out}") from error
     image = picture.image

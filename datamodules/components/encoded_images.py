@@ -26,8 +26,8 @@ from datamodules.components.packed_images import (
     read_meta,
     way_out,
 )
-from datamodules.components.partial_folder import claimed, grow
-from datamodules.components.picture_decoding import CENTRE_CROP, THREADS, Decoder, Rules, centre_crop, decode
+from datamodules.components.partial_folder import append_resumably, claim_folder
+from datamodules.components.picture_decoding import CENTRE_CROP, THREADS, Decoder, DecodingRules, centre_crop, decode
 
 
 def pack_encoded(
@@ -38,7 +38,7 @@ def pack_encoded(
     resolution: int,
     *,
     meta: dict[str, Any],
-    rules: Rules,
+    rules: DecodingRules,
     identity: str,
     provenance: Callable[[], dict[str, Any]] = dict,
 ) -> "EncodedImages":
@@ -65,11 +65,11 @@ def pack_encoded(
         if done != count:
             raise ValueError(f"count={count} images were announced, the source gave {done}")
 
-    with claimed(folder) as unfinished:
+    with claim_folder(folder) as unfinished:
         if unfinished is not None:
             require_space(folder, size + 16 * count + MARGIN - folder_size(unfinished))
             announced = json.dumps((identity, resolution, count, meta, rules.options))
-            hashes = grow(unfinished, {"images.bin": b"", "lengths.bin": b""}, announced, blocks)
+            hashes = append_resumably(unfinished, {"images.bin": b"", "lengths.bin": b""}, announced, blocks)
             del hashes["lengths.bin"]
             lengths = np.fromfile(unfinished / "lengths.bin", "<i8")
             offsets = np.concatenate([np.zeros(1, "<i8"), np.cumsum(lengths)])
@@ -116,7 +116,7 @@ class EncodedImages:
         self.meta = read_meta(self.folder)
         if "offsets_sha256" not in self.meta:
             raise OSError(f"{self.folder} holds pixels instead of encoded pictures: {self._way_out}")
-        self.rules = Rules(**self.meta.get("rules", {}))  # without: of an older version
+        self.rules = DecodingRules(**self.meta.get("rules", {}))  # without: of an older version
         path, shape = self.folder / "offsets.npy", (self.meta["count"] + 1,)
         self._header = check_npy(path, shape, np.dtype("<i8"), self._way_out)
         self.offsets = np.load(path, mmap_mode="r")

@@ -1,4 +1,4 @@
-"""A data set that is made of files on disk: found at a path, packed once, and not needed where no image is."""
+"""Data sets made of files on disk: packed once, compared with their source later, not needed where no image is."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -6,29 +6,34 @@ from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from datamodules.components.disk_space import write_json
 from datamodules.components.image_datamodule import ImageDataModule
 from datamodules.components.packed_images import PackedImages, pack, read_meta, way_out
-from datamodules.components.picture_decoding import Decoder, Prepare, Rules
-from datamodules.components.picture_files import Files, files_below, identity_of
+from datamodules.components.picture_decoding import Decoder, DecodingRules, Preprocess
+from datamodules.components.picture_files import PictureFiles, files_below, json_hash
 from stillhouse.ranks import progress_bar
 
-Hashes = dict[str, Callable[[], str]]
-"""What a source is made of, in words, to its SHA-256 (hex); those that are had at once come first."""
+ContentHashes = dict[str, Callable[[], str]]
+"""What a source consists of, in words, to a function that gives its SHA-256 (hex); the cheap ones come first."""
 
 
 @dataclass(frozen=True)
 class ImageSource:
     """Images that can be packed.
 
-    count: N. chunks: from an image number on, uint8 (n, C, H, W). labels: int64 (N,) or None. description, preprocessing:
-    for meta.json. identity: a hash of all that decides the pixels and that can be known without reading them; None where
-    packing is so quick that a killed process' work is not worth going on with. hashes: of the content, so that a copy is
-    known as what was packed; once the images have been read they cost little.
+    Attributes:
+        count: N, the number of images.
+        chunks: Gives the images from a number on, as chunks uint8 (n, C, H, W).
+        labels: int64 (N,), or None where the images have no classes.
+        description: What the images were made of, for meta.json.
+        preprocessing: What was done to them, for meta.json.
+        identity: A hash (hex) of everything that decides the pixels and can be known without reading them, by which the
+            packing of a killed process is continued; None where packing is quick, and begins anew.
+        hashes: Of the content, by which a copy of the source is recognised; cheap once the images have been read.
     """
 
     count: int
@@ -37,21 +42,61 @@ class ImageSource:
     description: str
     preprocessing: str
     identity: str | None
-    hashes: Hashes
+    hashes: ContentHashes
 
 
-def classes_hash(labels: np.ndarray | None) -> str:
+def labels_hash(labels: np.ndarray | None) -> str:
+    """SHA-256 (hex) of the labels (N,), or of their absence."""
     return sha256(b"none" if labels is None else labels.astype("<i8").tobytes()).hexdigest()
 
 
-def picture_source(
-    name: str, files: Files, rules: Rules, prepare: Prepare, preprocessing: str, labels: np.ndarray | None
+def array_source(
+    images: np.ndarray, labels: np.ndarray | None, description: str, preprocessing: str = "none"
 ) -> ImageSource:
-    """`files` as `prepare` makes them; says at the end what was left out, and which were no plain RGB."""
+    """Images that fit into memory.
+
+    Args:
+        images: uint8 (N, C, H, W).
+        labels: Integers (N,) from 0 on, or None.
+        description: What the images were made of, for meta.json.
+        preprocessing: What was done to them, for meta.json.
+    """
+    return ImageSource(
+        count=len(images),
+        chunks=lambda start: iter([images[start:]]),
+        labels=labels,
+        description=description,
+        preprocessing=preprocessing,
+        identity=None,
+        hashes={
+            "classes": lambda: labels_hash(labels),
+            "images": lambda: sha256(np.ascontiguousarray(images)).hexdigest(),
+        },
+    )
+
+
+def picture_source(
+    name: str,
+    files: PictureFiles,
+    rules: DecodingRules,
+    preprocess: Preprocess,
+    preprocessing: str,
+    labels: np.ndarray | None,
+) -> ImageSource:
+    """Images that `preprocess` makes of picture files; prints what was left out, and which were no plain RGB.
+
+    Args:
+        name: The data set's, for what is printed.
+        files: The pictures.
+        rules: What becomes of pictures that are not plain RGB.
+        preprocess: From a decoded picture to one of the data set's resolution.
+        preprocessing: The same in words, for meta.json.
+        labels: int64 (N,), or None.
+    """
 
     def chunks(start: int) -> Iterator[np.ndarray]:
         files.report(name)
-        decoder = Decoder(prepare, rules)
+        decoder = Decoder(preprocess, rules)
         for _, pixels in decoder.chunks(files.contents(start)):
             yield pixels
         decoder.report(name)
@@ -63,70 +108,94 @@ def picture_source(
         description=f"{files.path.name}, {len(files)} pictures in the order of their paths",
         preprocessing=preprocessing,
         identity=files.identity,
-        hashes={"classes": lambda: classes_hash(labels), **files.hashes()},
+        hashes={"classes": lambda: labels_hash(labels), **files.content_hashes()},
     )
 
 
 class FileDataModule(ImageDataModule):
-    """Images that come from `path`; without it all but the images works: methods that need none train on.
+    """Images that come from the file or folder `path`; without it methods that need no images still train.
 
-    `url`, where `path` can be fetched from, is for the error's way out alone. Other options as in ImageDataModule.
+    meta.json keeps the options that decide pixels, and what the source was. While sizes and times of its files stay the same,
+    the source counts as unchanged; otherwise its content is read and compared. So a copy, or the same content in another
+    place, is accepted, and content that was replaced is noticed unless its size and time were kept as well.
 
-    meta.json keeps `options` and what the source was: while sizes and times of its files stay, it counts as the same, else
-    its content is read and compared. So a copy or another place of the same content is none the worse for it, and content
-    that was replaced is seen unless size and time were kept as well.
+    Args:
+        name, root: As in `ImageDataModule`.
+        path: The source.
+        url: Where `path` can be fetched from, for error messages; `download=true` fetches it.
+        channels: Must be `source_channels`.
+        common: The other options of `ImageDataModule`.
 
-    Errors, when the images are packed: FileNotFoundError for a missing source, OSError for a damaged one, ValueError for
-    images or classes other than the options say. Afterwards: ValueError where options or source are no more those of what
-    was packed.
+    Raises:
+        FileNotFoundError: While packing, where the source is missing.
+        OSError: While packing, where the source is damaged.
+        ValueError: While packing, where images or classes are not as the options say; afterwards, where options or source
+            are no longer those of the packed images.
     """
 
-    get: str
-    """How to get the files, for the error's way out: follows "neither ... exists; "."""
+    how_to_get: ClassVar[str]
+    """How to get the files, for error messages; follows "neither ... exists; "."""
+    source_channels: ClassVar[int] = 3
+    """Channels of the images in the source."""
 
     def __init__(
-        self, name: str, root: str = "data", *, path: str, url: str | None = None, channels: int = 3, **common
+        self,
+        name: str,
+        root: str = "data",
+        *,
+        path: str,
+        url: str | None = None,
+        channels: int | None = None,
+        **common: Any,
     ):
-        super().__init__(name, root, channels=channels, **common)
-        if channels != 3:
-            raise ValueError(f"data.channels={channels}: {name} is packed as RGB images; set data.channels=3")
+        super().__init__(name, root, channels=self.source_channels if channels is None else channels, **common)
+        if self.channels != self.source_channels:
+            raise ValueError(
+                f"data.channels={channels}: {name} is packed with {self.source_channels} channels; "
+                f"set data.channels={self.source_channels}"
+            )
         self.path = Path(path).expanduser()
         self.url = url
         self._compared = False
+
+    @property
+    def pixel_options(self) -> dict[str, Any]:
+        """The options that decide pixels or classes, beside the source, by name."""
+        return {}
+
+    @property
+    def source_paths(self) -> list[Path]:
+        """All files and folders that are read."""
+        return [self.path]
+
+    @abstractmethod
+    def content_hashes(self) -> ContentHashes:
+        """The hashes of the source as it is now."""
+
+    def provenance(self, stamp: str, hashes: ContentHashes) -> dict[str, Any]:
+        """What meta.json keeps of options and source."""
+        return {
+            "options": self.pixel_options,
+            "source_stamp": stamp,
+            "source_sha256": {what: value() for what, value in hashes.items()},
+        }
+
+    def source_stamp(self) -> str:
+        """A hash of sizes and times of all files, which are not read for it."""
+        stats = []
+        for path in self.source_paths:
+            files = files_below(path)[0] if path.is_dir() else {"": path.stat()} if path.is_file() else {}
+            stats.append([(name, stat.st_size, stat.st_mtime_ns) for name, stat in sorted(files.items())])
+        return json_hash(stats)
 
     def prepare_data(self) -> None:
         if self.path.exists():
             super().prepare_data()
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """What decides pixels or classes beside the source, by the names of options."""
-        return {}
-
-    @property
-    def places(self) -> list[Path]:
-        """All files and folders that are read."""
-        return [self.path]
-
-    @abstractmethod
-    def hashes(self) -> Hashes:
-        """Of the source as it is now."""
-
-    def provenance(self, stamp: str, hashes: Hashes) -> dict[str, Any]:
-        """What meta.json keeps of options and source."""
-        return {
-            "options": self.options,
-            "source_stamp": stamp,
-            "source_sha256": {what: value() for what, value in hashes.items()},
-        }
-
-    def stamp(self) -> str:
-        """A hash of the sizes and times of all files, which takes no reading."""
-        stats = []
-        for place in self.places:
-            files = files_below(place)[0] if place.is_dir() else {"": place.stat()} if place.is_file() else {}
-            stats.append([(name, stat.st_size, stat.st_mtime_ns) for name, stat in sorted(files.items())])
-        return identity_of(stats)
+    def reference(self) -> PackedImages:
+        if self._packed is None:
+            self.check_source()
+        return super().reference()
 
     def check_source(self) -> None:
         if self.folder.exists():
@@ -134,7 +203,7 @@ class FileDataModule(ImageDataModule):
                 self._check_unchanged()
             self._compared = True
         elif not self.path.exists():
-            get = f"add download=true to fetch {self.url}, or put the file there" if self.url else self.get
+            get = f"add download=true to fetch {self.url}, or put the file there" if self.url else self.how_to_get
             raise FileNotFoundError(
                 f"no {self.name} images: neither {self.folder} nor {self.path} exists; "
                 + get.format(path=self.path, resolution=self.resolution)
@@ -145,21 +214,21 @@ class FileDataModule(ImageDataModule):
         self.check_sizes(meta)
         if "source_sha256" not in meta:
             print(
-                f"{self.folder} was packed by an older version, which did not note what it was packed of: changes of "
-                f"{self.path} are not seen; to have them seen, {way_out(self.folder)}",
+                f"{self.folder} was packed by an older version, which did not record its source: changes of {self.path} are "
+                f"not seen; to have them seen, {way_out(self.folder)}",
                 flush=True,
             )
             return
-        for option, value in self.options.items():
+        for option, value in self.pixel_options.items():
             if meta["options"].get(option) != value:
                 raise ValueError(
                     f"data.{option}={value}, but {self.folder} was packed with {meta['options'].get(option)}: "
                     f"{way_out(self.folder)}, or set data.name"
                 )
-        if not self.path.exists() or (stamp := self.stamp()) == meta["source_stamp"]:
+        if not self.path.exists() or (stamp := self.source_stamp()) == meta["source_stamp"]:
             return
         print(f"{self.path}: sizes or times of files differ from when {self.folder} was packed; comparing", flush=True)
-        hashes, packed = self.hashes(), meta["source_sha256"]
+        hashes, packed = self.content_hashes(), meta["source_sha256"]
         if set(hashes) != set(packed):
             raise ValueError(
                 f"{self.path} is of another kind than what {self.folder} was packed of ({meta['source']}) and can't be "
@@ -171,49 +240,22 @@ class FileDataModule(ImageDataModule):
                 f"{self.path} has changed since {self.folder} was packed of it ({meta['source']}; now other {other}): "
                 f"{way_out(self.folder)}, or set data.name"
             )
-        with suppress(OSError):  # where it can't be kept the next one compares again
+        with suppress(OSError):  # where it can't be kept the next process compares again
             write_json(self.folder / "meta.json", {**meta, "source_stamp": stamp})
-
-    def reference(self) -> PackedImages:
-        if self._packed is None:
-            self.check_source()
-        return super().reference()
-
-
-class PictureDataModule(FileDataModule):
-    """Images that are encoded pictures in any format; depth, background and max_aspect as in `pictures.Rules`."""
-
-    def __init__(
-        self,
-        name: str,
-        root: str = "data",
-        *,
-        path: str,
-        depth: str = "refuse",
-        background: str | list[int] = "white",
-        max_aspect: float | None = None,
-        **common,
-    ):
-        super().__init__(name, root, path=path, **common)
-        self.rules = Rules(depth, background, max_aspect)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {**super().options, **self.rules.options}
 
 
 class PixelDataModule(FileDataModule):
-    """Images that are packed as their pixels."""
+    """Images that are packed as pixels: a data set of one's own defines `source` and `how_to_get`."""
 
     @abstractmethod
     def source(self) -> ImageSource:
-        """What lies at `path`, in whichever of its layouts."""
+        """What lies at `path`, in any of its layouts."""
 
-    def hashes(self) -> Hashes:
+    def content_hashes(self) -> ContentHashes:
         return self.source().hashes
 
     def convert(self, folder: Path) -> None:
-        stamp, source = self.stamp(), self.source()
+        stamp, source = self.source_stamp(), self.source()
         if (table := self.class_table()) is not None:
             print(f"{self.name}: {table}", flush=True)
 
@@ -235,6 +277,32 @@ class PixelDataModule(FileDataModule):
                 "source": source.description,
                 "preprocessing": source.preprocessing,
             },
-            identity=source.identity and identity_of(source.identity, self.options),
+            identity=source.identity and json_hash(source.identity, self.pixel_options),
             provenance=lambda: self.provenance(stamp, source.hashes),
         )
+
+
+class PictureDataModule(FileDataModule):
+    """Images that come from encoded pictures of any format.
+
+    Args:
+        depth, background, max_aspect: As in `picture_decoding.DecodingRules`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        root: str = "data",
+        *,
+        path: str,
+        depth: str = "refuse",
+        background: str | list[int] = "white",
+        max_aspect: float | None = None,
+        **common: Any,
+    ):
+        super().__init__(name, root, path=path, **common)
+        self.rules = DecodingRules(depth, background, max_aspect)
+
+    @property
+    def pixel_options(self) -> dict[str, Any]:
+        return {**super().pixel_options, **self.rules.options}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from datamodules.components.disk_space import folder_size, require_space, write_json
 from datamodules.components.npy_files import check_npy, npy_header, write_npy
-from datamodules.components.partial_folder import claimed, grow
+from datamodules.components.partial_folder import append_resumably, claim_folder
 from stillhouse.checkpoints.block_hashes import BlockHashes, unchanged
 from stillhouse.checkpoints.bounds import parse_json
 
@@ -55,12 +55,12 @@ def pack(
         for chunk in _checked(chunks, count, shape, start):
             yield len(chunk), {"images.npy": memoryview(np.ascontiguousarray(chunk))}
 
-    with claimed(folder) as partial:
+    with claim_folder(folder) as partial:
         if partial is not None:
             require_space(folder, count * (channels * height * width + 8) + MARGIN - folder_size(partial))
             announced = (identity, list(shape), count, meta)
             headers = {"images.npy": npy_header((count, *shape), np.uint8)}
-            hashes = grow(partial, headers, identity and json.dumps(announced), blocks)
+            hashes = append_resumably(partial, headers, identity and json.dumps(announced), blocks)
             if labels is not None:
                 hashes["labels.npy"] = write_npy(partial / "labels.npy", (count,), np.dtype("<i8"), [labels])
             sizes = {"count": count, "channels": channels, "resolution": height}

@@ -23,7 +23,7 @@ Blocks = Callable[[int], Iterable[tuple[int, dict[str, Any]]]]
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[Path | None]:
+def claim_folder(folder: Path) -> Iterator[Path | None]:
     """The partial folder beside `folder`, for the block to fill and rename; None where `folder` is there already.
 
     One process has it at a time; another one waits here until the first is done or dead. An error removes it; a killed or
@@ -95,8 +95,10 @@ class _Growing:
         self._file.close()
 
 
-def grow(partial: Path, headers: dict[str, bytes], identity: str | None, blocks: Blocks) -> dict[str, BlockHashes]:
-    """Files of the `partial` folder, header first, then what `blocks` adds; the hashes of what follows each header.
+def append_resumably(
+    partial: Path, headers: dict[str, bytes], identity: str | None, blocks: Blocks
+) -> dict[str, BlockHashes]:
+    """PictureFiles of the `partial` folder, header first, then what `blocks` adds; the hashes of what follows each header.
 
     `identity` names source and options: work that was noted under the same one goes on, after its bytes have been read and
     compared with the note; any other begins anew, as it always does with None.

@@ -26,12 +26,12 @@ _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 CENTRE_CROP = "the middle square, Pillow's Lanczos to the resolution, as EDM's dataset_tool --transform=center-crop"
 THREADS = min(16, CORES)
 
-Prepare = Callable[[Image.Image, str], Image.Image]
+Preprocess = Callable[[Image.Image, str], Image.Image]
 """(RGB picture, its name for errors) -> RGB picture of the data set's resolution."""
 
 
 @dataclass(frozen=True)
-class Rules:
+class DecodingRules:
     """What becomes of pictures that are not plain RGB of 8 bits per channel.
 
     depth: refuse pictures of more bits, or round their values to 8. background: the colour behind transparent parts, a name
@@ -72,7 +72,7 @@ class Rules:
     @property
     def changes(self) -> dict[str, Any]:
         """Those of the options that are not the usual ones and decide pixels."""
-        usual = asdict(Rules())
+        usual = asdict(DecodingRules())
         return {key: value for key, value in self.options.items() if key != "max_aspect" and value != usual[key]}
 
 
@@ -93,7 +93,7 @@ class Picture:
 def decode(
     content: bytes | memoryview,
     where: str,
-    rules: Rules,
+    rules: DecodingRules,
     way_out: str | None = None,
     formats: tuple[str, ...] = _FORMATS,
 ) -> Picture:
@@ -136,7 +136,7 @@ class _Refused(Exception):
     """What the rules refuse, among all that decoders raise."""
 
 
-def _check_aspect(image: Image.Image, where: str, rules: Rules) -> None:
+def _check_aspect(image: Image.Image, where: str, rules: DecodingRules) -> None:
     short, long = sorted(image.size)
     if rules.max_aspect is not None and long > rules.max_aspect * short:
         raise _Refused(
@@ -164,7 +164,7 @@ def _bits(image: Image.Image) -> int:
     return bits if bits > 8 else 0
 
 
-def _check_depth(image: Image.Image, bits: int, where: str, rules: Rules, way_out: str | None) -> None:
+def _check_depth(image: Image.Image, bits: int, where: str, rules: DecodingRules, way_out: str | None) -> None:
     known = _is_grey(image) or image.format == "PPM" or all(_swapped(tile) for tile in image.tile)
     found = f"{where} has {bits} bits per channel instead of 8 (mode {image.mode})"
     if bits > 16 or image.mode == "F" or not known:
@@ -225,7 +225,7 @@ def _rounded(image: Image.Image, content: bytes | memoryview, formats: tuple[str
 # -- transparency -----------------------------------------------------------------------------------------------------
 
 
-def _flattened(image: Image.Image, where: str, rules: Rules) -> tuple[Image.Image, bool]:
+def _flattened(image: Image.Image, where: str, rules: DecodingRules) -> tuple[Image.Image, bool]:
     """RGB, and whether anything of it was transparent. Errors: ValueError for a mode that Pillow can't convert."""
     try:
         if not image.has_transparency_data:
@@ -290,7 +290,7 @@ def centre_crop(image: Image.Image, side: int) -> Image.Image:
 class Decoder:
     """Pictures of one data set to pixels; counts those that were no plain RGB, or smaller than what is made of them."""
 
-    def __init__(self, prepare: Prepare, rules: Rules):
+    def __init__(self, prepare: Preprocess, rules: DecodingRules):
         self.prepare = prepare
         self.rules = rules
         self.seen = 0

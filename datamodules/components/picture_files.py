@@ -19,12 +19,12 @@ from stillhouse.checkpoints.bounds import read_zipped
 from stillhouse.ranks import progress_bar
 
 
-def identity_of(*parts: object) -> str:
+def json_hash(*parts: object) -> str:
     """SHA-256 (hex) of what JSON can hold."""
     return sha256(json.dumps(parts).encode()).hexdigest()
 
 
-class Pictures(ABC):
+class PictureSequence(ABC):
     """Encoded pictures in a fixed order.
 
     `sizes`: bytes, of each or an upper bound of all. `identity` is a hash (hex) of what can be known without reading them:
@@ -62,10 +62,10 @@ class Pictures(ABC):
         return sha256(self._checks.tobytes()).hexdigest()
 
 
-class Files(Pictures):
+class PictureFiles(PictureSequence):
     """The pictures below `path`, a folder or a zip; `names` are relative to it, or to a zip's only folder.
 
-    Files of other kinds are counted in `others`, hidden ones left out. `only` picks among the names.
+    PictureFiles of other kinds are counted in `others`, hidden ones left out. `only` picks among the names.
 
     Errors: FileNotFoundError where there are no pictures, OSError for a damaged zip or a link to nothing, ValueError for a
     zip that holds a name twice.
@@ -95,16 +95,14 @@ class Files(Pictures):
         self.names = ["/".join(parts) for parts, _ in chosen]
         self._places = [place for _, place in chosen]
         self.sizes = [known[place][0] for place in self._places]
-        self.identity = identity_of(
-            [(name, *known[place]) for name, (_, place) in zip(self.names, chosen, strict=True)]
-        )
+        self.identity = json_hash([(name, *known[place]) for name, (_, place) in zip(self.names, chosen, strict=True)])
         if self._zip is not None:
             self._checks[:] = [known[place][1] for place in self._places]
             self._checked[:] = True
 
-    def hashes(self) -> dict[str, Callable[[], str]]:
+    def content_hashes(self) -> dict[str, Callable[[], str]]:
         """Of names and pictures, by these words."""
-        return {"names": lambda: identity_of(self.names), "pictures": self.content_hash}
+        return {"names": lambda: json_hash(self.names), "pictures": self.content_hash}
 
     def report(self, name: str) -> None:
         """A line on what lies below the path and is not taken, if there is anything."""
@@ -165,7 +163,7 @@ def is_edm_zip(path: Path) -> bool:
 CLASS_ORDERS = ("text", "natural")
 
 
-def class_folders(files: Files, classes: int, order: str = "text") -> list[str]:
+def class_folders(files: PictureFiles, classes: int, order: str = "text") -> list[str]:
     """The first folders of the pictures by the class that they are: in the order of text, as EDM's, or of their numbers.
 
     Errors: ValueError for pictures outside of such folders, or another number of folders.
@@ -185,7 +183,7 @@ def class_folders(files: Files, classes: int, order: str = "text") -> list[str]:
     return found
 
 
-def folder_classes(files: Files, folders: list[str]) -> np.ndarray:
+def folder_classes(files: PictureFiles, folders: list[str]) -> np.ndarray:
     """The class of each picture, int64 (N,): the place of its first folder in `folders`."""
     places = {folder: place for place, folder in enumerate(folders)}
     return np.array([places[name.partition("/")[0]] for name in files.names], np.int64)

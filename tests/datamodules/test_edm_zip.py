@@ -187,7 +187,7 @@ def test_a_zip_without_images_and_grey_data_are_refused(tmp_path):
     edm_zip(tmp_path / "a.zip", IMAGES[:0], [])
     with pytest.raises(ValueError, match=r"a.zip holds no PNG images; make it with EDM's dataset_tool.py"):
         module(tmp_path).reference()
-    with pytest.raises(ValueError, match=r"data.channels=1: toy is packed as RGB images; set data.channels=3"):
+    with pytest.raises(ValueError, match=r"data.channels=1: toy is packed with 3 channels; set data.channels=3"):
         module(tmp_path, channels=1)
 
 

@@ -13,7 +13,7 @@ from picture_files import encoded, folder_of, pattern, zip_of
 from datamodules import LSUN, EncodedImages
 from datamodules.components import encoded_images as packing
 from datamodules.components import partial_folder
-from datamodules.components.picture_decoding import Decoder, Rules, centre_crop
+from datamodules.components.picture_decoding import Decoder, DecodingRules, centre_crop
 from datamodules.lsun import LMDB
 
 lmdb = pytest.importorskip("lmdb")
@@ -55,7 +55,7 @@ def church(tmp_path_factory):
 def test_lmdb_folder_and_zip_are_the_same_images(church, tmp_path):
     packed = module(church).reference()
     packed.verify()
-    expected = np.stack([pixels[0] for _, pixels in Decoder(cut, Rules()).chunks(CONTENT.items(), 1)])
+    expected = np.stack([pixels[0] for _, pixels in Decoder(cut, DecodingRules()).chunks(CONTENT.items(), 1)])
     images, labels = packed.fetch(np.arange(23))
     assert labels is None
     assert images.dtype == torch.uint8
@@ -103,7 +103,7 @@ def pack_until(folder, until, reached):
             yield one
 
     meta = {"name": "toy", "classes": 0, "source": "test"}
-    return packing.pack_encoded(folder, contents, 23, 10_000, 32, meta=meta, rules=Rules(), identity="a")
+    return packing.pack_encoded(folder, contents, 23, 10_000, 32, meta=meta, rules=DecodingRules(), identity="a")
 
 
 def test_a_killed_conversion_goes_on_and_gives_the_same_bytes(church, tmp_path, monkeypatch, capsys):

@@ -7,7 +7,7 @@ import pytest
 from picture_files import encoded, pattern, png16, tiff16
 from PIL import Image, ImageCms
 
-from datamodules.components.picture_decoding import Decoder, Rules, decode
+from datamodules.components.picture_decoding import Decoder, DecodingRules, decode
 
 DEEP = np.random.default_rng(0).integers(0, 65536, (6, 7, 4), dtype=np.uint16)
 DEEP[0, 0] = (0x00FF, 0x0080, 0x0081, 0xFFFF)  # 0.99, 0.498 and 0.502 of a level of 8 bits
@@ -22,7 +22,7 @@ def rounded(values: np.ndarray, top: int = 65535) -> np.ndarray:
 
 
 def shown(content: bytes, **rules) -> np.ndarray:
-    return np.asarray(decode(content, "a picture", Rules(**rules)).image)
+    return np.asarray(decode(content, "a picture", DecodingRules(**rules)).image)
 
 
 OPAQUE = np.dstack([DEEP[..., :3], np.full((6, 7), 65535, np.uint16)])
@@ -48,7 +48,7 @@ def test_more_than_8_bits_are_refused_or_rounded(kind):
     content, values = DEEP_FILES[kind]
     with pytest.raises(ValueError, match="a picture has 16 bits per channel .*take it out, or set data.depth=round"):
         shown(content)
-    picture = decode(content, "a picture", Rules(depth="round"))
+    picture = decode(content, "a picture", DecodingRules(depth="round"))
     assert np.array_equal(np.asarray(picture.image), np.broadcast_to(rounded(values), (6, 7, 3)))
     assert picture.notes["have more than 8 bits per channel and were rounded"] == "16 bits"
 
@@ -120,7 +120,7 @@ TRANSPARENT = {
 def test_nothing_of_a_hidden_colour_is_left(kind, background, colour):
     ground = np.broadcast_to(np.array(colour, np.uint8), (SIDE, SIDE, 3))
     expected = disc((200, 200, 200) if kind == "grey" else (200, 30, 60), ground)
-    picture = decode(TRANSPARENT[kind], "a picture", Rules(background=background))
+    picture = decode(TRANSPARENT[kind], "a picture", DecodingRules(background=background))
     assert np.array_equal(np.asarray(picture.image), expected)
     assert picture.transparent
     assert f"have transparent parts, blended onto {background} (data.background)" in picture.notes
@@ -135,7 +135,7 @@ def test_half_transparent_parts_are_blended_to_the_nearest():
 
 def test_an_alpha_without_anything_transparent_is_dropped():
     pixels = np.dstack([pattern(20, 20), np.full((20, 20), 255, np.uint8)])
-    picture = decode(encoded(pixels, mode="RGBA"), "a picture", Rules())
+    picture = decode(encoded(pixels, mode="RGBA"), "a picture", DecodingRules())
     assert np.array_equal(np.asarray(picture.image), pixels[..., :3])
     assert picture.notes == {"converted to RGB": "RGBA"}
 
@@ -165,7 +165,7 @@ ADOBE = {"rXYZ": (0.6097, 0.3111, 0.0195), "gXYZ": (0.2053, 0.6257, 0.0609), "bX
 )
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
 def test_other_colour_spaces_are_said_and_ignored(kind, options, other):
-    picture = decode(encoded(pattern(20, 20), kind, **options), "a picture", Rules())
+    picture = decode(encoded(pattern(20, 20), kind, **options), "a picture", DecodingRules())
     assert ("have a colour profile other than sRGB, which is ignored" in picture.notes) == other
     assert np.array_equal(np.asarray(picture.image), shown(encoded(pattern(20, 20), kind)))
 
@@ -182,7 +182,7 @@ def frames(kind: str, **options) -> bytes:
 )
 def test_of_several_frames_or_pages_the_first_is_taken_and_it_is_said(kind, options):
     content = frames(kind, **options)
-    picture = decode(content, "a picture", Rules())
+    picture = decode(content, "a picture", DecodingRules())
     assert picture.notes["hold several frames or pages, of which the first is used"] == "3 of them"
     first = Image.open(BytesIO(content)).convert("RGB")
     assert np.array_equal(np.asarray(picture.image), np.asarray(first))
@@ -198,7 +198,7 @@ def test_thin_pictures_are_refused(size):
 
 def test_each_kind_is_counted_and_its_first_named(capsys):
     contents = {"a.png": encoded(pattern(30, 30)), "b.png": TRANSPARENT["png"], "c.gif": frames("GIF")}
-    decoder = Decoder(lambda image, where: image.resize((20, 20)), Rules(background="black"))
+    decoder = Decoder(lambda image, where: image.resize((20, 20)), DecodingRules(background="black"))
     assert [pixels.shape for _, pixels in decoder.chunks([*contents.items(), ("d.png", TRANSPARENT["grey"])], 3)] == [
         (3, 3, 20, 20),
         (1, 3, 20, 20),
@@ -226,7 +226,7 @@ def test_each_kind_is_counted_and_its_first_named(capsys):
 )
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
-        Rules(**options)
+        DecodingRules(**options)
 
 
 @pytest.mark.parametrize("kind", ["BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"])
@@ -239,6 +239,6 @@ def test_whatever_bytes_are_damaged_it_is_an_oserror_or_a_picture(kind, monkeypa
         damaged = bytearray(content[: int(draw.integers(20, len(content) + 1))])
         damaged[int(draw.integers(min(len(damaged), 200)))] = int(draw.integers(256))
         try:
-            decode(bytes(damaged), "a picture", Rules())
+            decode(bytes(damaged), "a picture", DecodingRules())
         except (OSError, ValueError) as error:
             assert str(error).startswith("a picture ")  # noqa: PT017
