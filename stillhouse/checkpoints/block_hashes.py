@@ -11,7 +11,11 @@ _DIGITS = 32  # of a block's hash, which is to find damage
 
 
 class BlockHashes:
-    """The hash of bytes that are added bit by bit, as a whole and of each block of `BLOCK` bytes."""
+    """SHA-256 of bytes that are added piece by piece, as a whole and of each block of `BLOCK` bytes.
+
+    Attributes:
+        size: the number of bytes so far.
+    """
 
     def __init__(self):
         self._whole, self._block = sha256(), sha256()
@@ -19,6 +23,7 @@ class BlockHashes:
         self.size = 0
 
     def update(self, data: bytes | memoryview) -> None:
+        """Add bytes."""
         data = memoryview(data).cast("B")
         self._whole.update(data)
         while len(data):
@@ -32,24 +37,24 @@ class BlockHashes:
 
     @property
     def whole(self) -> str:
-        """64 hex digits."""
+        """Hash of all bytes, 64 hex digits."""
         return self._whole.hexdigest()
 
     @property
     def digest(self) -> bytes:
-        """`whole` as 32 bytes."""
+        """Hash of all bytes, 32 bytes."""
         return self._whole.digest()
 
     @property
     def blocks(self) -> list[str]:
-        """32 hex digits of each block; none where the bytes are so few that they are compared whole."""
+        """Hash of each block, 32 hex digits; none where the bytes are so few that they are compared whole."""
         if self.size <= AT_START * BLOCK:
             return []
         return self._full + ([self._block.hexdigest()[:_DIGITS]] if self.size % BLOCK else [])
 
 
 def hash_range(path: Path, offset: int, size: int) -> str:
-    """SHA-256 (hex) of `size` bytes of a file from `offset` on."""
+    """Hash `size` bytes of a file from `offset` on: SHA-256, 64 hex digits."""
     digest = sha256()
     with open(path, "rb") as file:
         file.seek(offset)
@@ -62,10 +67,18 @@ def hash_range(path: Path, offset: int, size: int) -> str:
 def unchanged(
     path: Path, offset: int, size: int, whole: str, blocks: Sequence[str] = (), *, everything: bool = False
 ) -> bool:
-    """Whether `size` bytes of a file from `offset` on are those of the hashes, as far as it is looked at.
+    """Compare bytes of a file with their hashes: few bytes whole, many in `AT_START` blocks, others each time.
 
-    everything: all bytes, as always with few. Otherwise `AT_START` of the `blocks`, others each time; a long file without
-    blocks, of an earlier version, is taken as it is.
+    Args:
+        path: the file.
+        offset: of the first byte.
+        size: the number of bytes.
+        whole: SHA-256 of all of them, 64 hex digits.
+        blocks: `BlockHashes.blocks`. A long file without them, of an earlier version, is taken as it is.
+        everything: whether to compare all bytes in any case.
+
+    Returns:
+        Whether all that was compared is equal.
     """
     if everything or size <= AT_START * BLOCK:
         return hash_range(path, offset, size) == whole

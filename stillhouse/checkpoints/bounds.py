@@ -18,18 +18,34 @@ FLOOR = 1 << 26  # bytes that any file may ask for
 
 
 def check_growth(asked: int, size: int, what: str, *, factor: int = FACTOR, floor: int = FLOOR) -> None:
-    """Errors: OSError where `what`, of `size` bytes as it is stored, asks for more than `factor` times as many.
+    """Refuse what would become much larger in memory than it is on disk.
 
-    floor: bytes that it may have in any case.
+    Args:
+        asked: bytes in memory.
+        size: bytes as it is stored.
+        what: its name, for the message.
+        factor: how many times `size` it may have.
+        floor: bytes that it may have in any case.
+
+    Raises:
+        OSError: where it asks for more.
     """
     if asked > max(factor * size, floor):
         raise OSError(f"{what} has {size:,} bytes and asks for {asked:,}, more than {factor} times as many")
 
 
 def read_zipped(archive: zipfile.ZipFile, member: str | zipfile.ZipInfo, **bounds: int) -> bytes:
-    """One file of a zip, whole. `bounds`: as of `check_growth`.
+    """Read one file of a zip whole.
 
-    Errors: OSError for a size beyond the bounds, KeyError where there is no such file, those of zipfile for damage.
+    Args:
+        archive: the zip.
+        member: the file's name or entry.
+        **bounds: `factor` and `floor` of `check_growth`.
+
+    Raises:
+        OSError: for a size beyond the bounds.
+        KeyError: where there is no such file.
+        zipfile.BadZipFile: for damage.
     """
     info = archive.getinfo(member) if isinstance(member, str) else member
     check_growth(info.file_size, info.compress_size, info.filename, **bounds)
@@ -38,9 +54,19 @@ def read_zipped(archive: zipfile.ZipFile, member: str | zipfile.ZipInfo, **bound
 
 
 def array_header(file: BinaryIO, size: int, what: str) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and dtype of the .npy file of `size` bytes that `file` is at the beginning of; it is left at the data.
+    """Read the header of a .npy file, and leave the file at its data.
 
-    Errors: OSError for data other than the header says, ValueError for another order, for objects, or no .npy at all.
+    Args:
+        file: open at its beginning.
+        size: the file's bytes.
+        what: its name, for messages.
+
+    Returns:
+        The array's shape and dtype.
+
+    Raises:
+        OSError: for as many bytes of data as the header does not announce.
+        ValueError: for Fortran's order, for objects, or for what is no .npy at all.
     """
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -56,9 +82,11 @@ def array_header(file: BinaryIO, size: int, what: str) -> tuple[tuple[int, ...],
 
 
 def read_arrays(path: str | Path, names: Iterable[str]) -> list[np.ndarray | None]:
-    """Arrays of an .npz by their names, None for an absent one.
+    """Read arrays of an .npz file by their names, None for an absent one.
 
-    Errors: OSError for sizes beyond the bounds, and those of zipfile and numpy for damage.
+    Raises:
+        OSError: for sizes beyond the bounds.
+        zipfile.BadZipFile: for damage, as numpy's errors.
     """
     arrays: list[np.ndarray | None] = []
     with zipfile.ZipFile(path) as archive:
@@ -76,7 +104,14 @@ def read_arrays(path: str | Path, names: Iterable[str]) -> list[np.ndarray | Non
 
 
 class BoundedStream:
-    """A stream that is unpacked while it is read: refuses to be read beyond `limit` bytes of content."""
+    """A stream that is unpacked while it is read, and refuses to be read beyond the bounds of its stored size.
+
+    Args:
+        file: the unpacked content.
+        size: bytes as it is stored.
+        what: its name, for messages.
+        **bounds: `factor` and `floor` of `check_growth`.
+    """
 
     def __init__(self, file: BinaryIO, size: int, what: str, **bounds: int):
         self._file, self._size, self._what, self._bounds = file, size, what, bounds
@@ -95,9 +130,10 @@ class BoundedStream:
 
 
 def check_archive(path: Path) -> None:
-    """Of a zip file that torch.save wrote, which compresses nothing: its parts are as large as the file at most.
+    """Refuse a zip file whose members are larger than itself: torch.save compresses nothing. Other formats pass.
 
-    Errors: OSError for larger ones. Other formats pass.
+    Raises:
+        OSError: for larger ones.
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
@@ -106,11 +142,19 @@ def check_archive(path: Path) -> None:
 
 
 def check_tensors(content: Any, path: Path) -> Any:
-    """Nested containers that were read from `path`, if all tensors in them would fit into four times its size.
+    """Refuse nested containers of tensors that would not fit into four times the size of the file they come from.
 
     Tensors may be views that repeat a few stored values without end; a copy of such a one would not be small.
 
-    Errors: OSError for larger ones.
+    Args:
+        content: what was read.
+        path: the file.
+
+    Returns:
+        The content itself.
+
+    Raises:
+        OSError: for larger tensors.
     """
     size, total, stored, seen = path.stat().st_size, 0, {}, set()
     waiting = [content]
@@ -132,7 +176,11 @@ def check_tensors(content: Any, path: Path) -> Any:
 
 
 def parse_json(data: bytes | str) -> Any:
-    """Errors: ValueError for what is no JSON, or nests deeper than Python can follow."""
+    """Parse JSON.
+
+    Raises:
+        ValueError: for what is no JSON, or nests deeper than Python can follow.
+    """
     try:
         return json.loads(data)
     except RecursionError:
@@ -140,9 +188,12 @@ def parse_json(data: bytes | str) -> Any:
 
 
 def check_aliases(text: str) -> None:
-    """Errors: ValueError for YAML whose aliases (`*name`) would make it have more values than it has letters.
+    """Refuse YAML whose aliases (`*name`) would make it have more values than it has letters.
 
     A copy is made of an aliased value wherever it stands, hence of an alias of aliases any number.
+
+    Raises:
+        ValueError: for such YAML.
     """
     if "*" not in text:
         return
@@ -153,8 +204,8 @@ def check_aliases(text: str) -> None:
             raise ValueError("an alias stands within what it names")
         if id(node) not in sizes:
             under_way.add(id(node))
-            parts = node.value if isinstance(node, yaml.CollectionNode) else ()
-            flat = (part for pair in parts for part in pair) if isinstance(node, yaml.MappingNode) else parts
+            items = node.value if isinstance(node, yaml.CollectionNode) else ()
+            flat = (item for pair in items for item in pair) if isinstance(node, yaml.MappingNode) else items
             sizes[id(node)] = 1 + sum(map(values, flat))
             under_way.discard(id(node))
         return sizes[id(node)]

@@ -1,7 +1,6 @@
 """Folders as diffusers' hub publishes them: a UNet2DModel's weights, its config.json and its scheduler's."""
 
 import inspect
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from stillhouse.checkpoints.bounds import check_archive, check_tensors, parse_json
+from stillhouse.checkpoints.bounds import parse_json
 from stillhouse.checkpoints.inert_pickle import shown
-from stillhouse.checkpoints.published import PublishedCheckpoint, check_equal
+from stillhouse.checkpoints.published import PublishedCheckpoint, check_equal, damaged, load_tensors
 from stillhouse.networks.diffusers_unet import DiffusersUNet
 
 # The files of 2022 call the layers of an attention so.
@@ -23,7 +22,7 @@ _SAMPLING = {"dropout"}  # of the configuration, but not of the function
 
 
 class DiffusersFolder(PublishedCheckpoint):
-    """A weights file, .safetensors or .bin, in the folder where it was published.
+    """The weights file of a UNet2DModel, .safetensors or .bin, in the folder where it was published.
 
     config.json beside it must say what is configured; so must scheduler_config.json, beside it or in the folder
     `scheduler` next to it, where pipelines keep it: an eps network on the preconditioning's own betas. A weights file alone,
@@ -48,8 +47,10 @@ class DiffusersFolder(PublishedCheckpoint):
         if config.is_file():
             _check_config(config, network)
             checked.append(config.name)
-        beside, apart = (folder / "scheduler_config.json" for folder in (file.parent, file.parent.parent / "scheduler"))
-        scheduler = beside if beside.is_file() else apart
+        beside, sibling = (
+            folder / "scheduler_config.json" for folder in (file.parent, file.parent.parent / "scheduler")
+        )
+        scheduler = beside if beside.is_file() else sibling
         if scheduler.is_file() and (scheduler == beside or file.parent.name == "unet"):
             _check_scheduler(scheduler, preconditioning)
             checked.append(scheduler.name)
@@ -58,29 +59,20 @@ class DiffusersFolder(PublishedCheckpoint):
 
 
 def _our_name(name: str) -> str:
-    name = re.sub(r"(?<=\.)(query|key|value|proj_attn)(?=\.(weight|bias)$)", lambda found: _ATTENTION[found[1]], name)
-    return re.sub(r"^time_embedding\.(linear_[12])", lambda found: f"embed.{_EMBEDDING[found[1]]}", name)
+    name = re.sub(r"(?<=\.)(query|key|value|proj_attn)(?=\.(weight|bias)$)", lambda match: _ATTENTION[match[1]], name)
+    return re.sub(r"^time_embedding\.(linear_[12])", lambda match: f"embed.{_EMBEDDING[match[1]]}", name)
 
 
 def _load(file: Path) -> dict[str, Tensor]:
-    try:
-        if file.suffix == ".safetensors":
+    if file.suffix == ".safetensors":
+        try:
             return load_file(file)
-        check_archive(file)
-        state = check_tensors(torch.load(file, map_location="cpu", weights_only=True), file)
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
-        raise OSError(f"{file} is damaged or cut short ({_line(error)}); delete it and fetch it again") from error
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{file} was refused: it is no file of tensors alone, and nothing in it was executed"
-        ) from error
+        except (SafetensorError, OSError) as error:
+            raise damaged(file, error) from error
+    state = load_tensors(file)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{file} holds no tensors by name; take the folder's diffusion_pytorch_model file")
     return state
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -19,13 +19,23 @@ _SILENCE = 60  # seconds without a byte after which a server is given up
 
 
 def download(url: str, path: str | Path, sha256: str | None = None) -> Path:
-    """Fetch `url` (http or https) to `path`; an existing file stays as it is.
+    """Fetch a file; an existing one stays as it is.
 
     What has arrived lies in PATH.part, beside the server's mark of the version (PATH.part.version), and the same call again goes
-    on from there if the server still has that version and can; else it begins anew. sha256: the whole file's, 64 hex digits.
+    on from there if the server still has that version and can; else it begins anew.
 
-    Errors: OSError for a server that cannot be reached or breaks off, another hash (the part is then deleted) or a full disk;
-    ValueError for an address of another kind.
+    Args:
+        url: an address, http or https.
+        path: where the file should be.
+        sha256: of the whole file, 64 hex digits.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        OSError: for a server that cannot be reached or breaks off, another hash (what has arrived is then deleted), another
+            process that downloads the same file, or a full disk.
+        ValueError: for an address of another kind.
     """
     path = Path(path).expanduser()
     if path.exists():
@@ -34,7 +44,7 @@ def download(url: str, path: str | Path, sha256: str | None = None) -> Path:
         raise ValueError(f"{url} is no address to download {path} from; give one that begins with https://")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    with _owned(part) as file:
+    with _exclusive(part) as file:
         if path.exists():  # another process was faster
             return path
         try:
@@ -46,11 +56,11 @@ def download(url: str, path: str | Path, sha256: str | None = None) -> Path:
             ) from error
         file.flush()
         os.fsync(file.fileno())
-        if sha256 is not None and (found := hash_file(part)) != sha256.lower():
+        if sha256 is not None and (actual := hash_file(part)) != sha256.lower():
             part.unlink()
             _version(path).unlink(missing_ok=True)
             raise OSError(
-                f"{url} has SHA-256 {found}, expected {sha256}; it was deleted: fetch it again or correct sha256"
+                f"{url} has SHA-256 {actual}, expected {sha256}; it was deleted: fetch it again or correct sha256"
             )
         os.replace(part, path)
         _version(path).unlink(missing_ok=True)
@@ -58,8 +68,8 @@ def download(url: str, path: str | Path, sha256: str | None = None) -> Path:
 
 
 @contextmanager
-def _owned(part: Path) -> Iterator[BinaryIO]:
-    """The part, open at its end, for one process at a time; an empty one does not stay."""
+def _exclusive(part: Path) -> Iterator[BinaryIO]:
+    """Open PATH.part at its end, for one process at a time; an empty one does not stay."""
     lock_file = part.with_name(f"{part.name}.lock")
     lock = try_lock(lock_file)
     if lock is None:

@@ -73,19 +73,25 @@ class EDMPickle(PublishedCheckpoint):
 
 
 def converted(state: Mapping[str, Tensor], network: SongUNet | DhariwalUNet) -> dict[str, Tensor]:
-    """EDM's tensors, by its names below `model.`, as ours; what the network does not have keeps its name."""
-    own = {edm_name(name, network): (name, value) for name, value in network.state_dict().items()}
+    """Rename and reshape EDM's tensors for our network; what the network does not have keeps its name.
+
+    Args:
+        state: tensors by EDM's names below `model.`.
+        network: the network that they are for.
+
+    Returns:
+        Tensors by our names.
+    """
+    layers = {edm_name(name, network): (name, value) for name, value in network.state_dict().items()}
     result = {}
     for name, value in state.items():
         if name.endswith("resample_filter"):
             continue
-        ours, like = own.get(name, (name, value))
-        if name not in own or value.numel() != like.numel():  # `check_state` has the message
+        ours, like = layers.get(name, (name, value))
+        if name not in layers or value.numel() != like.numel():  # `check_state` has the message
             result[ours] = value
             continue
-        if (
-            "qkv" in name and value.ndim and len(value) % 3 == 0
-        ):  # theirs are q0, k0, v0, q1, ...; ours all q, all k, all v
+        if "qkv" in name and value.ndim and len(value) % 3 == 0:  # q0, k0, v0, q1, ... there; all q, all k, all v here
             value = value.unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1)
         if (
             value.ndim == 4 and like.ndim == 2 and value.shape[2:] == (1, 1)
@@ -96,16 +102,16 @@ def converted(state: Mapping[str, Tensor], network: SongUNet | DhariwalUNet) -> 
 
 
 def edm_name(name: str, network: SongUNet | DhariwalUNet) -> str:
-    """EDM's name, below `model.`, of the parameter or buffer that `network` calls `name`."""
+    """Translate a parameter's or buffer's name in our network into EDM's name below `model.`."""
     *path, leaf = name.split(".")
     if path[0] == "stem":
         return f"enc.{_square(network.resolution)}_conv.{leaf}"
     if path[0] not in ("encoder", "decoder", "heads"):
         return f"{_OUTER['.'.join(path)]}.{leaf}"
-    part, size, *rest = path
-    if part == "heads":
+    stage, size, *rest = path
+    if stage == "heads":
         return f"dec.{_square(size)}_aux_{rest[0]}.{leaf}"
-    if part == "decoder":
+    if stage == "decoder":
         kind, index, *layer = rest
         entry = f"in{index}" if int(size) == network.encoder_resolution else "up"
         block = entry if kind == "entry" else f"block{index}"
@@ -119,7 +125,7 @@ def edm_name(name: str, network: SongUNet | DhariwalUNet) -> str:
     else:
         kind, *layer = rest
         block = kind if kind == "down" else f"block{layer.pop(0)}"
-    return f"{part[:3]}.{_square(size)}_{block}.{_INNER['.'.join(layer)]}.{leaf}"
+    return f"{stage[:3]}.{_square(size)}_{block}.{_INNER['.'.join(layer)]}.{leaf}"
 
 
 def _square(size: int | str) -> str:
@@ -127,7 +133,7 @@ def _square(size: int | str) -> str:
 
 
 def _ema(file: Path) -> Record:
-    """The averaged network of the file. Errors: OSError for a damaged file, ValueError for one that wants more than data."""
+    """Read the averaged network. Raises OSError for a damaged file, ValueError for one that asks for more than data."""
     try:
         with open(file, "rb") as stream:
             makers = {**_MAKERS, "torch.storage._load_from_bytes": Storages()}
@@ -224,7 +230,7 @@ def _check_network(
 
 
 def _persistent(meta: Any) -> Record:
-    """An object that torch_utils.persistence would rebuild from its own source code: its class's name and attributes."""
+    """Record the class's name and attributes of an object that torch_utils.persistence would rebuild from its source code."""
     if not isinstance(meta, dict) or meta.get("type") != "class" or not isinstance(meta.get("class_name"), str):
         raise DamagedPickle("an object without a class")
     return Record(meta["class_name"], meta.get("state"))
@@ -243,7 +249,7 @@ def _numpy_dtype(code: Any, *_: Any) -> Record:
 
 
 def _empty() -> dict:
-    """Its items follow."""
+    """Make the dict whose items follow in the file."""
     return {}
 
 

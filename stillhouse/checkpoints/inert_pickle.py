@@ -18,23 +18,23 @@ _KEYS = (str, bytes, int, float, type(None))
 
 
 class DamagedPickle(Exception):
-    """The bytes are no whole pickle."""
+    """Bytes that are no whole pickle."""
 
 
 class RefusedPickle(Exception):
-    """It is a pickle, but one that asks for something that is not in the table."""
+    """A pickle that asks for something that is not in the table."""
 
 
 @dataclass(frozen=True)
 class Global:
-    """A name such as "torch.FloatStorage": nothing was imported."""
+    """A name such as "torch.FloatStorage", of which nothing was imported."""
 
     name: str
 
 
 @dataclass(repr=False)
 class Record:
-    """An object of a class that is known by name alone, and the state that it would have been given."""
+    """An object of a class that is known by name alone, with the state that it would have been given."""
 
     name: str
     state: Any = None
@@ -62,7 +62,7 @@ class _Bounded:
 
 
 def shown(value: Any) -> str:
-    """A value of a file as a message shows it, in 100 letters at most: nested tuples may be longer than any memory."""
+    """Show a value of a file in a message, in 100 letters at most: nested tuples may be longer than any memory."""
     return _SHORT.repr(value).encode("ascii", "backslashreplace").decode()[:100]
 
 
@@ -72,12 +72,19 @@ def read_pickle(
     makers: Mapping[str, Callable[..., Any] | None],
     persistent: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """The one object that `file` (`size` bytes in all) holds from where it stands; it is left behind that object's end.
+    """Read the object that a file holds from where it stands, and leave the file behind that object's end.
 
-    makers: by full name what a pickle may mention, and what is called in its place; None: it may be mentioned only.
-    persistent: what a persistent id stands for. Containers are plain: an object's items and attributes become a dict.
+    Containers are plain: an object's items and attributes become a dict.
 
-    Errors: RefusedPickle for a name or an instruction beyond these, DamagedPickle for bytes that make no sense.
+    Args:
+        file: the pickle.
+        size: bytes of the whole file.
+        makers: what a pickle may mention, by full name, and what is called in its place; None: it may be mentioned only.
+        persistent: what a persistent id stands for.
+
+    Raises:
+        RefusedPickle: for a name or an instruction beyond these.
+        DamagedPickle: for bytes that make no sense.
     """
     try:
         return _Machine(makers, persistent).run(pickletools.genops(_Bounded(file, size)))
@@ -149,9 +156,8 @@ class _Machine:
                 stack.append(self._call(function, arguments))
             case "BUILD":
                 (state,) = self._pop(1)
-                if state != {} or not isinstance(
-                    stack[-1], dict
-                ):  # Python before 3.11 writes that a dict has no attributes
+                # Python before 3.11 writes that a dict has no attributes.
+                if state != {} or not isinstance(stack[-1], dict):
                     self._top(Record).state = state
             case "BINPERSID" if self._persistent is not None:
                 stack.append(self._persistent(*self._pop(1)))
@@ -191,7 +197,7 @@ class _Machine:
 
 
 def _key(value: Any) -> Any:
-    """Hashing what nests a million tuples would end the process."""
+    # Hashing what nests a million tuples would end the process.
     if not isinstance(value, _KEYS):
         raise DamagedPickle(f"a {type(value).__name__} as a key")
     return value

@@ -1,4 +1,4 @@
-"""Tensors inside of pickles: what PyTorch's own functions would rebuild, with every size checked against the bytes there."""
+"""Tensors inside pickles: what PyTorch's own functions would rebuild, with every size checked against the bytes there."""
 
 import io
 import math
@@ -24,7 +24,12 @@ _DTYPES = {
 
 
 def storage_from_bytes(data: Any) -> Tensor:
-    """The values (N,) of one storage as torch.save writes it; errors as of `read_pickle`."""
+    """Read the values (N,) of one storage as torch.save writes it.
+
+    Raises:
+        DamagedPickle: for bytes that make no sense.
+        RefusedPickle: for names that no storage needs.
+    """
     if not isinstance(data, bytes):
         raise DamagedPickle(f"a storage is a {type(data).__name__}")
     stream, names = io.BytesIO(data), dict.fromkeys(_DTYPES)
@@ -54,14 +59,24 @@ class Storages:
         self._known: dict[int, tuple[Any, Tensor]] = {}
 
     def __call__(self, data: Any) -> Tensor:
-        """As `storage_from_bytes`."""
+        """Read a storage as `storage_from_bytes` does, or take it from those that were read before."""
         if id(data) not in self._known:
             self._known[id(data)] = data, storage_from_bytes(data)  # with the data, whose number then nothing else gets
         return self._known[id(data)][1]
 
 
 def tensor_of(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
-    """A view of the storage; what else a pickle says of it (gradients, hooks) is left out. Errors: DamagedPickle."""
+    """Make a view of a storage; what else a pickle says of a tensor (gradients, hooks) is left out.
+
+    Args:
+        storage: values (N,).
+        offset: of the first value.
+        size: the view's shape.
+        stride: steps in the storage along each dimension.
+
+    Raises:
+        DamagedPickle: for a view that reaches beyond the storage.
+    """
     numbers = (offset, *size, *stride)
     if (
         not all(type(number) is int and 0 <= number < 1 << 48 for number in numbers)
@@ -76,6 +91,11 @@ def tensor_of(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Ten
 
 
 def parameter_of(value: Any, *_: Any) -> Tensor:
+    """Take a parameter for its tensor.
+
+    Raises:
+        DamagedPickle: for what is none.
+    """
     if not isinstance(value, Tensor):
         raise DamagedPickle(f"a parameter is a {type(value).__name__}")
     return value

@@ -1,6 +1,5 @@
 """Rectified flow's released checkpoints (Liu et al. 2022): Score SDE's network code, whose layers have numbers for names."""
 
-import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillhouse.checkpoints.bounds import check_archive, check_tensors
-from stillhouse.checkpoints.published import PublishedCheckpoint, check_equal
+from stillhouse.checkpoints.published import PublishedCheckpoint, check_equal, load_tensors
 from stillhouse.networks.layers import Attention, Downsample
 from stillhouse.networks.song_unet import SongUNet
 
@@ -25,7 +23,7 @@ _PREFIXES = ("module.", "all_modules.")
 
 
 class RectifiedFlowCheckpoint(PublishedCheckpoint):
-    """A checkpoint of the released training code: its averaged weights, of a DDPM++ without classes.
+    """A checkpoint of the released training code, read for its averaged weights, of a DDPM++ without classes.
 
     The averages are a list in the order of the trained parameters, whose names the raw network beside it has. The models
     for 256x256 pictures are other networks (NCSN++ with an output pyramid) and are refused by their names.
@@ -56,7 +54,15 @@ class RectifiedFlowCheckpoint(PublishedCheckpoint):
 
 
 def converted(state: Mapping[str, Tensor], network: SongUNet) -> dict[str, Tensor]:
-    """Their tensors, by names such as "3.Conv_0.weight", as ours; what the network does not have keeps its name."""
+    """Rename and reshape tensors of the released code for our network; what the network does not have keeps its name.
+
+    Args:
+        state: tensors by names such as "3.Conv_0.weight".
+        network: the network that they are for.
+
+    Returns:
+        Tensors by our names.
+    """
     ours = dict(_names(network))
     return {ours.get(name, name): value for name, value in _joined(state).items()}
 
@@ -64,12 +70,12 @@ def converted(state: Mapping[str, Tensor], network: SongUNet) -> dict[str, Tenso
 def _joined(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """With the matrices of each attention as linear layers have them, and its queries, keys and values, NIN_0 .. 2, as one."""
     # What is no matrix stays as it is: `check_state` has the message.
-    turned = {name for name, value in state.items() if name.endswith(".W") and value.ndim == 2}
-    result = {name: value.t().contiguous() if name in turned else value for name, value in state.items()}
+    matrices = {name for name, value in state.items() if name.endswith(".W") and value.ndim == 2}
+    result = {name: value.t().contiguous() if name in matrices else value for name, value in state.items()}
     for first in [name for name in state if ".NIN_0." in name]:
-        parts = [first.replace("NIN_0", f"NIN_{i}") for i in range(3)]
-        if all(part in state and state[part].shape == state[first].shape != () for part in parts):
-            result[first.replace("NIN_0", "qkv")] = torch.cat([result.pop(part) for part in parts])
+        names = [first.replace("NIN_0", f"NIN_{i}") for i in range(3)]
+        if all(name in state and state[name].shape == state[first].shape != () for name in names):
+            result[first.replace("NIN_0", "qkv")] = torch.cat([result.pop(name) for name in names])
     return result
 
 
@@ -99,24 +105,15 @@ def _layers(network: SongUNet) -> Iterator[tuple[str, dict[str, str]]]:
         for i in range(len(level.blocks)):
             yield from block(f"encoder.{size}.blocks.{i}")
     for size, level in network.decoder.items():
-        for part, blocks in (("entry", level.entry), ("blocks", level.blocks)):
+        for kind, blocks in (("entry", level.entry), ("blocks", level.blocks)):
             for i in range(len(blocks)):
-                yield from block(f"decoder.{size}.{part}.{i}")
-    yield from ((f"heads.{network.resolution}.{part}", itself) for part in ("norm", "conv"))
+                yield from block(f"decoder.{size}.{kind}.{i}")
+    yield from ((f"heads.{network.resolution}.{layer}", itself) for layer in ("norm", "conv"))
 
 
 def _averages(file: Path) -> tuple[dict[str, Tensor], int]:
     """Averaged parameters by their names below `all_modules.`, and the step of training."""
-    try:
-        check_archive(file)
-        content = check_tensors(torch.load(file, map_location="cpu", weights_only=True), file)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{file} was refused: it is no file of tensors alone, and nothing in it was executed"
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise OSError(f"{file} is damaged or cut short ({reason}); delete it and fetch it again") from error
+    content = load_tensors(file)
     try:
         names = [name for name in content["model"] if not name.endswith("sigmas")]  # a table, not trained
         values, step = content["ema"]["shadow_params"], content["step"]

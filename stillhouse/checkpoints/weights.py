@@ -17,16 +17,26 @@ from stillhouse.checkpoints.block_hashes import BlockHashes, hash_range, unchang
 from stillhouse.checkpoints.bounds import parse_json
 from stillhouse.files import unfinished
 
-_OURS = ("stillhouse.networks.", "stillhouse.diffusion.")
+_PROJECT = ("stillhouse.networks.", "stillhouse.diffusion.")
 _TRAINING = ("training", "label_dropout")
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
 
 def save_weights(path: str | Path, state_dict: Mapping[str, Tensor], card: dict, replace: bool = False) -> None:
-    """Write `path` (.safetensors) and its card, the same name with .json, to which the file's "sha256" is added.
+    """Write weights and their card, the same name with .json, both whole or not at all.
 
-    Tensors keep their dtype. Both files appear whole or not at all, the weights last: where they are, their card is.
-    Raises FileExistsError where weights exist already and may not be replaced, OSError where the disk refuses.
+    The weights appear last: where they are, their card is.
+
+    Args:
+        path: a .safetensors file.
+        state_dict: tensors by name, which keep their dtype.
+        card: what JSON can say of the weights; the file's "sha256" is added, and of a long file its "blocks".
+        replace: whether existing weights may be overwritten.
+
+    Raises:
+        ValueError: for another ending or a card that is no JSON.
+        FileExistsError: where weights exist already and may not be replaced.
+        OSError: where the disk refuses.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -54,17 +64,24 @@ def save_weights(path: str | Path, state_dict: Mapping[str, Tensor], card: dict,
 
 
 def load_weights(path: str | Path, module: nn.Module, sha256: str | None = None) -> None:
-    """Copy the weights of the file `path` (see `find_weights`) into `module`, each cast to the dtype it has there.
+    """Copy the weights of a file into a module, each cast to the dtype it has there.
 
-    Every name and shape must fit, else ValueError; `module` is then as it was. `sha256`: the file's expected hash. Without it
-    a file that has a card is compared with that, a long one in some of its blocks.
-    Raises FileNotFoundError for a missing file and OSError for a damaged one or another hash.
+    Args:
+        path: the file, sought as by `find_weights`.
+        module: the network, which is as it was where the file is refused.
+        sha256: the file's expected hash, 64 hex digits. Without it a file that has a card is compared with that, a long one
+            in some of its blocks.
+
+    Raises:
+        FileNotFoundError: for a missing file.
+        OSError: for a damaged one or another hash.
+        ValueError: where a name or a shape does not fit.
     """
     path = find_weights(path)
-    if sha256 is not None and (found := hash_file(path)) != sha256.lower():
-        raise OSError(f"{path} has SHA-256 {found}, expected {sha256}; fetch it again or correct teacher.sha256")
+    if sha256 is not None and (actual := hash_file(path)) != sha256.lower():
+        raise OSError(f"{path} has SHA-256 {actual}, expected {sha256}; fetch it again or correct teacher.sha256")
     try:
-        if sha256 is None and not _is_of_its_card(path):
+        if sha256 is None and not _matches_its_card(path):
             raise OSError(f"its SHA-256 is not that of {path.with_suffix('.json').name}")
         state = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -75,7 +92,7 @@ def load_weights(path: str | Path, module: nn.Module, sha256: str | None = None)
     module.load_state_dict(state)
 
 
-def _is_of_its_card(path: Path) -> bool:
+def _matches_its_card(path: Path) -> bool:
     """Whether the file is the one that its card describes, as far as `unchanged` looks; true where there is no card."""
     try:
         card = read_card(path)
@@ -87,9 +104,17 @@ def _is_of_its_card(path: Path) -> bool:
 
 @contextmanager
 def checked_load(file: str | Path, state: Mapping[str, Tensor], module: nn.Module) -> Iterator[None]:
-    """Around the block that loads `state`, read from `file`, into the module: its errors are those of `check_state`.
+    """Turn the errors of the block, which loads a state dict into a module, into those of `check_state`.
 
-    Names and shapes are looked at only after torch refused them, since a module may take others than its own.
+    Names and shapes are compared only after torch refused them, since a module may take others than its state dict's.
+
+    Args:
+        file: where the state dict was read, for the message.
+        state: tensors by name.
+        module: what they are loaded into.
+
+    Raises:
+        ValueError: as `check_state`.
     """
     check_numbers(file, state, module)
     try:
@@ -100,49 +125,66 @@ def checked_load(file: str | Path, state: Mapping[str, Tensor], module: nn.Modul
 
 
 def check_numbers(file: str | Path, state: Mapping[str, Tensor], module: nn.Module) -> None:
-    """Errors: ValueError, one line, for integers in `state`, read from `file`, where the module has weights.
+    """Refuse integers, and numbers of 8 bits, where a module has weights; torch would take both without a word.
 
-    Numbers of 8 bits mean nothing without the scales that belong to them; torch would take both without a word.
+    Numbers of 8 bits mean nothing without the scales that belong to them.
+
+    Args:
+        file: where the state dict was read, for the message.
+        state: tensors by name.
+        module: what they are meant for.
+
+    Raises:
+        ValueError: in one line, with the names.
     """
-    own = module.state_dict()
-    _report(file, module, {"of another kind": _not_numbers(own, state)})
+    _refuse(file, module, {"of another kind": _no_weights(module.state_dict(), state)})
 
 
 def check_state(file: str | Path, state: Mapping[str, Tensor], module: nn.Module) -> None:
-    """Errors: ValueError, one line, where a name or shape in `state`, read from `file`, is not that of the module.
+    """Refuse a state dict whose names or shapes are not those of a module, or whose numbers `check_numbers` refuses.
 
-    And as `check_numbers`.
+    Args:
+        file: where the state dict was read, for the message.
+        state: tensors by name.
+        module: what they are meant for.
+
+    Raises:
+        ValueError: in one line, with the names.
     """
-    own = module.state_dict()
+    expected = module.state_dict()
     problems = {
-        "missing": sorted(own.keys() - state.keys()),
-        "unexpected": sorted(state.keys() - own.keys()),
+        "missing": sorted(expected.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - expected.keys()),
         "of another shape": [
-            f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
-            for name in sorted(own.keys() & state.keys())
-            if state[name].shape != own[name].shape
+            f"{name} {tuple(state[name].shape)} instead of {tuple(expected[name].shape)}"
+            for name in sorted(expected.keys() & state.keys())
+            if state[name].shape != expected[name].shape
         ],
-        "of another kind": _not_numbers(own, state),
+        "of another kind": _no_weights(expected, state),
     }
-    _report(file, module, problems)
+    _refuse(file, module, problems)
 
 
-def _not_numbers(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+def _no_weights(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
     return [
-        f"{name} {_kind(state[name])} instead of {_kind(own[name])}"
-        for name in sorted(own.keys() & state.keys())
-        if own[name].is_floating_point() and not (state[name].is_floating_point() and state[name].itemsize > 1)
+        f"{name} {_kind(state[name])} instead of {_kind(expected[name])}"
+        for name in sorted(expected.keys() & state.keys())
+        if expected[name].is_floating_point() and not (state[name].is_floating_point() and state[name].itemsize > 1)
     ]
 
 
-def _report(file: str | Path, module: nn.Module, problems: Mapping[str, list[str]]) -> None:
+def _refuse(file: str | Path, module: nn.Module, problems: Mapping[str, list[str]]) -> None:
     if any(problems.values()):
-        found = "; ".join(f"{problem}: {_shorten(names)}" for problem, names in problems.items() if names)
-        raise ValueError(f"{file} does not fit this {type(module).__name__}: {found}; check the network's options")
+        listed = "; ".join(f"{problem}: {_shorten(names)}" for problem, names in problems.items() if names)
+        raise ValueError(f"{file} does not fit this {type(module).__name__}: {listed}; check the network's options")
 
 
 def read_card(path: str | Path) -> dict:
-    """The card of the weights in the file `path`; OSError, naming the card, where it is missing or damaged."""
+    """Read the card of the weights in the file `path`.
+
+    Raises:
+        OSError: naming the card, where it is missing or damaged.
+    """
     card = Path(path).with_suffix(".json")
     try:
         content = parse_json(card.read_bytes())
@@ -154,10 +196,17 @@ def read_card(path: str | Path) -> dict:
 
 
 def find_weights(path: str | Path) -> Path:
-    """The absolute path of an existing file; a relative one is sought in the current folder, then in the project's."""
-    found = find_file(path)
-    if found is not None:
-        return found
+    """Find a file of weights; a relative path is sought in the current folder, then in the project's.
+
+    Returns:
+        The file's absolute path.
+
+    Raises:
+        FileNotFoundError: where there is none, with the commands that make some.
+    """
+    file = find_file(path)
+    if file is not None:
+        return file
     raise FileNotFoundError(
         f"no weights at {' or '.join(map(str, places(path)))}; "
         "train some with `python train.py method=pretrain data=...` (flows: method=rectified_flow), or set teacher.weights"
@@ -165,21 +214,27 @@ def find_weights(path: str | Path) -> Path:
 
 
 def find_file(path: str | Path) -> Path | None:
-    """As `find_weights`, but None where there is none."""
+    """Find a file as `find_weights` does, or None."""
     return next((place for place in places(path) if place.is_file()), None)
 
 
 def places(path: str | Path) -> list[Path]:
-    """Where a file is sought; the first one is where it is written."""
+    """List the absolute paths at which a file is sought; the first one is where it is written."""
     path = Path(path).expanduser()
     return list(dict.fromkeys([Path.cwd() / path, PROJECT_ROOT / path]))  # both are `path` if it is absolute
 
 
 def hash_state(state: nn.Module | Mapping[str, Tensor]) -> str:
-    """SHA-256 (64 hex digits) over sorted names, shapes and values as little-endian float32.
+    """Hash a state dict: SHA-256 over sorted names, shapes and values as little-endian float32.
 
-    The same for the same weights on any device, in any order and memory format, and in any dtype that holds them. Tensors
+    Equal for the same weights on any device, in any order and memory format, and in any dtype that holds them. Tensors
     without memory (the meta device's) count by name and shape alone.
+
+    Args:
+        state: tensors by name, or a module, whose state dict counts.
+
+    Returns:
+        64 hex digits.
     """
     if isinstance(state, nn.Module):
         state = state.state_dict()
@@ -194,19 +249,24 @@ def hash_state(state: nn.Module | Mapping[str, Tensor]) -> str:
 
 
 def hash_form(module: nn.Module) -> str:
-    """SHA-256 (64 hex digits) over classes and settings of the module's own parts: what decides its output beside weights.
+    """Hash what decides a module's output beside its weights: SHA-256 over classes and settings of this project's layers.
 
     Weights of one shape serve any number of heads, any filter and any schedule of betas. What only training sees is left out,
     and so are torch's and diffusers' layers, whose attributes change with their versions.
+
+    Returns:
+        64 hex digits.
     """
-    parts = []
-    for name, part in module.named_modules():
-        if type(part).__module__.startswith(_OURS):
-            found = {
-                key: value for key, value in vars(part).items() if not key.startswith("_") and key not in _TRAINING
+    layers = []
+    for name, layer in module.named_modules():
+        if type(layer).__module__.startswith(_PROJECT):
+            settings = {
+                key: value
+                for key, value in vars(layer).items()
+                if not key.startswith("_") and key not in _TRAINING and _is_plain(value)
             }
-            parts.append([name, type(part).__name__, {key: value for key, value in found.items() if _is_plain(value)}])
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+            layers.append([name, type(layer).__name__, settings])
+    return hashlib.sha256(json.dumps(layers, sort_keys=True).encode()).hexdigest()
 
 
 def _is_plain(value: Any) -> bool:
@@ -218,7 +278,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file, 64 hex digits."""
+    """Hash a file: SHA-256, 64 hex digits."""
     return hash_range(path, 0, path.stat().st_size)
 
 

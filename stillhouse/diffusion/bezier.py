@@ -12,7 +12,7 @@ from stillhouse.diffusion.flow import per_sample
 
 
 def bernstein(t: Tensor, order: int) -> Tensor:
-    """C(n, i) (1 - t)^(n - i) t^i for i = 0 .. n: (B, n + 1), in the precision of t."""
+    """Evaluate Bernstein's polynomials C(n, i) (1 - t)^(n - i) t^i for i = 0 .. n: (B, n + 1), in the precision of t."""
     return torch.stack([comb(order, i) * (1 - t) ** (order - i) * t**i for i in range(order + 1)], dim=-1)
 
 
@@ -21,18 +21,18 @@ def _combine(weights: Tensor, points: Tensor) -> Tensor:
 
 
 def point(control: Tensor, t: Tensor) -> Tensor:
-    """B_t (B, ...)."""
+    """Evaluate curves at their times: B_t (B, ...)."""
     return _combine(bernstein(t, control.shape[1] - 1), control)
 
 
 def derivative(control: Tensor, t: Tensor) -> Tensor:
-    """B'_t = n sum_i C(n - 1, i) (1 - t)^(n - 1 - i) t^i (P_{i+1} - P_i), (B, ...)."""
+    """Differentiate curves: B'_t = n sum_i C(n - 1, i) (1 - t)^(n - 1 - i) t^i (P_{i+1} - P_i), (B, ...)."""
     order = control.shape[1] - 1
     return order * _combine(bernstein(t, order - 1), control.diff(dim=1))
 
 
 def elevate(control: Tensor) -> Tensor:
-    """The same curve with one control point more (B, n + 2, ...): P'_i = i/(n+1) P_{i-1} + (1 - i/(n+1)) P_i."""
+    """Give the same curve one control point more (B, n + 2, ...): P'_i = i/(n+1) P_{i-1} + (1 - i/(n+1)) P_i."""
     order = control.shape[1]  # the new one
     share = torch.arange(1, order, dtype=torch.float64, device=control.device) / order
     before, after = control[:, :-1], control[:, 1:]
@@ -41,9 +41,10 @@ def elevate(control: Tensor) -> Tensor:
 
 
 def through(order: int) -> Tensor:
-    """The inner control points of the curve of that order through n + 1 given points at t = i/n: (n - 1, n + 1), float64.
+    """Compute the weights by which n + 1 points of a curve, at t = k/n, give its inner control points.
 
-    Row i - 1 holds the weights of P_i: P_i = sum_k W[i - 1, k] (point at t = k/n). For n = 2, P_1 = 2 x_{1/2} - (x_0 + x_1) / 2.
+    Returns:
+        W (n - 1, n + 1), float64, with P_i = sum_k W[i - 1, k] (point at t = k/n). For n = 2, P_1 = 2 x_{1/2} - (x_0 + x_1) / 2.
     """
     table = bernstein(torch.arange(order + 1, dtype=torch.float64) / order, order)  # its row k gives the point at k/n
     return torch.linalg.inv(table)[1:-1]

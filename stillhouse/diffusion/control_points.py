@@ -19,9 +19,17 @@ Matrix = Sequence[Sequence[float]]
 
 
 def default_weights(order: int, teachers: int) -> list[list[float]]:
-    """The n rows for m teachers: point i is teacher ceil(i m / n)'s; of a straight path, all end points alike.
+    """Choose weights: point i is teacher ceil(i m / n)'s; of a straight path, all end points alike.
 
-    Errors: ValueError where there are more teachers than points.
+    Args:
+        order: n.
+        teachers: m.
+
+    Returns:
+        The n rows of A, each of m numbers.
+
+    Raises:
+        ValueError: where there are more teachers than points.
     """
     if order == 1:
         return [[1 / teachers] * teachers]
@@ -34,7 +42,20 @@ def default_weights(order: int, teachers: int) -> list[list[float]]:
 
 
 def check_weights(name: str, weights: Matrix, order: int, teachers: int) -> Tensor:
-    """The matrix (n, m), float64. Errors: ValueError, naming the option, for other sizes or a row that doesn't sum to 1."""
+    """Check a matrix of weights.
+
+    Args:
+        name: of the option method.NAME, for messages.
+        weights: rows of A.
+        order: n.
+        teachers: m.
+
+    Returns:
+        A (n, m), float64.
+
+    Raises:
+        ValueError: for another size, negative weights, or a row that does not sum to 1.
+    """
     try:
         matrix = torch.tensor([[float(value) for value in row] for row in weights], dtype=torch.float64)
     except (TypeError, ValueError):
@@ -52,7 +73,15 @@ def check_weights(name: str, weights: Matrix, order: int, teachers: int) -> Tens
 
 
 def check_slots(slot: str | Sequence[str], order: int) -> list[str]:
-    """A slot for each of the order - 1 inner control points. Errors: ValueError for an unknown name or another number."""
+    """Give each of the order - 1 inner control points its slot.
+
+    Args:
+        slot: one name of `SLOTS` for all, or one for each.
+        order: n.
+
+    Raises:
+        ValueError: for an unknown name, or another number of them.
+    """
     several = isinstance(slot, Sequence) and not isinstance(slot, str)
     if several and len(slot) != order - 1:
         raise ValueError(
@@ -66,12 +95,15 @@ def check_slots(slot: str | Sequence[str], order: int) -> list[str]:
 
 
 class ControlPoints(nn.Module):
-    """Makes control points (B, n + 1, C, H, W).
+    """Control points of curves from noise to images, by what several teachers make of the noise.
 
-    slots: what Q_i is, for each inner point i = 1 .. n - 1: "endpoint", Phi_j(x_0); "trajectory", the control point whose curve
-    passes through j's path at k/n for k = 1 .. n - 1, if all are of it; "linear", on the straight line from x_0 to P_n.
-    end_row: "one_hot", the end point of one teacher, chosen once for each sample by the last row; "average", their mean.
-    shuffled: every inner point is taken from another sample (a control, which shows what the pairing is worth).
+    Args:
+        order: n.
+        slots: what Q_i is, for each inner point i = 1 .. n - 1. "endpoint": Phi_j(x_0). "trajectory": the control point whose
+            curve passes through j's path at k/n for k = 1 .. n - 1, if all are of it. "linear": on the straight line from x_0
+            to P_n.
+        end_row: "one_hot", the end point of one teacher, chosen once for each sample by the last row; "average", their mean.
+        shuffled: whether every inner point is taken from another sample (a control, which shows what the pairing is worth).
     """
 
     def __init__(self, order: int, slots: Sequence[str], end_row: str, shuffled: bool = False):
@@ -82,31 +114,39 @@ class ControlPoints(nn.Module):
 
     @property
     def times(self) -> list[float]:
-        """Times at which the teachers' paths must be known, ascending."""
+        """Times at which the teachers' paths are needed, ascending."""
         inner = [k / self.order for k in range(1, self.order)]
         return inner if "trajectory" in self.slots else []
 
     def forward(self, noise: Tensor, states: Tensor, weights: Tensor, choice: Tensor) -> Tensor:
-        """noise x_0 (B, C, H, W); states (B, m, K, C, H, W): the teachers' x = X_t / t at `times`, then their end points;
-        weights A (n, m); choice (B,), uniform in (0, 1), chooses the end point."""
+        """Compute the control points.
+
+        Args:
+            noise: x_0 (B, C, H, W).
+            states: the teachers' x = X_t / t at `times`, then their end points (B, m, K, C, H, W).
+            weights: A (n, m).
+            choice: uniform numbers in (0, 1), (B,), which choose the end point.
+
+        Returns:
+            P_0 .. P_n (B, n + 1, C, H, W).
+        """
         weights = weights.to(states.dtype)
-        ends, own = states[:, :, -1], [noise]
+        ends, points = states[:, :, -1], [noise]
         end = self._end(ends, weights[-1], choice)
         if self.times:
             paths = self.path_times.to(states.dtype)[:, None, None, None] * states  # X_t
             start = noise[:, None, None].expand(-1, paths.shape[1], 1, *noise.shape[1:])
             # (B, m, n - 1, C, H, W): for each teacher all inner control points of the curve through its path
-            passing = torch.tensordot(self.through.to(paths.dtype), torch.cat([start, paths], 2), ([1], [2])).movedim(
-                0, 2
-            )
+            passing = torch.tensordot(self.through.to(paths.dtype), torch.cat([start, paths], 2), ([1], [2]))
+            passing = passing.movedim(0, 2)
         for i, slot in enumerate(self.slots, 1):
             if slot == "linear":
                 inner = noise + (i / self.order) * (end - noise)
             else:
                 source = ends if slot == "endpoint" else passing[:, :, i - 1]
                 inner = torch.tensordot(source, weights[i - 1], ([1], [0]))
-            own.append(inner.roll(1, 0) if self.shuffled else inner)
-        return torch.stack([*own, end], dim=1)
+            points.append(inner.roll(1, 0) if self.shuffled else inner)
+        return torch.stack([*points, end], dim=1)
 
     def _end(self, ends: Tensor, row: Tensor, choice: Tensor) -> Tensor:
         if self.end_row == "average":

@@ -1,4 +1,4 @@
-"""What a distillation calls d(output, target): a choice of pixels' and perceptual distances."""
+"""Distances d(output, target) of distillation: over pixels, perceptual, or both."""
 
 from pathlib import Path
 
@@ -14,16 +14,22 @@ DISTANCES = ("l2", "l1", "huber", "lpips", "lpips+l2")
 
 
 class Distance:
-    """d(output, target) of a student's images to their targets.
-
-    "l2", "l1", "huber": `regression`, sums over pixels. "lpips": `LPIPS`. "lpips+l2": LPIPS plus the mean square of the
-    difference over pixels (rectified flow's released code, arXiv 2209.03003, whose CIFAR-10 distillation is by "lpips").
+    """The distance d(output, target) of a student's images to their targets.
 
     It is deliberately no nn.Module and copies to itself: held by a LightningModule, LPIPS' weights stay out of checkpoints,
     averages, optimisers and DDP buckets. Move it with `to`.
 
-    shape: (C, H, W) of the images. lpips_weights, lpips_resize: of `LPIPS`, unused by the others.
-    Errors: ValueError for an unknown loss or images that LPIPS doesn't take, and those of `LPIPS` for its weights.
+    Args:
+        loss: "l2", "l1", "huber": `regression`, sums over pixels. "lpips": `LPIPS`. "lpips+l2": LPIPS plus the mean square of
+            the difference over pixels (rectified flow's released code, arXiv 2209.03003, whose CIFAR-10 distillation is by
+            "lpips").
+        shape: (C, H, W) of the images.
+        lpips_weights: as of `load_lpips`, unused by the others.
+        lpips_resize: as of `LPIPS`, unused by the others.
+
+    Raises:
+        ValueError: for an unknown loss or images that LPIPS does not take.
+        FileNotFoundError: for missing weights of LPIPS; its other errors as of `load_lpips`.
     """
 
     def __init__(
@@ -44,7 +50,7 @@ class Distance:
         return self
 
     def __call__(self, output: Tensor, target: Tensor) -> Tensor:
-        """(B,), float32, of images (B, C, H, W) in about [-1, 1]; differentiable in both."""
+        """Compare images (B, C, H, W) in about [-1, 1], differentiably in both: (B,), float32."""
         if self._lpips is None:
             return regression(output, target, self.loss)
         distance = self._lpips(output, target)
@@ -53,6 +59,7 @@ class Distance:
         return distance
 
     def to(self, device: torch.device | str) -> "Distance":
+        """Move LPIPS' weights, if there are any, in place. Returns the distance."""
         if self._lpips is not None:
             self._lpips.to(device)
         return self

@@ -15,37 +15,47 @@ from stillhouse.diffusion.teacher import Teacher
 
 
 def time_of(sigma: Tensor | float) -> Tensor | float:
-    """t of a noise level, in (0, 1]."""
+    """Convert a noise level to its time t in (0, 1]."""
     return 1 / (1 + sigma)
 
 
 def level_of(t: Tensor | float) -> Tensor | float:
-    """sigma of times t in (0, 1]."""
+    """Convert times t in (0, 1] to noise levels."""
     return (1 - t) / t
 
 
 def per_sample(t: Tensor, like: Tensor) -> Tensor:
-    """Times (B,) in the precision of `like` (B, ...), with as many dimensions, to be multiplied by it."""
+    """Shape times (B,) to be multiplied by `like` (B, ...): in its precision, with as many dimensions."""
     return t.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
 
 
 def between(noise: Tensor, images: Tensor, t: Tensor) -> Tensor:
-    """X_t = (1 - t) X_0 + t X_1, for X_0 and X_1 (B, C, H, W) and t (B,), float64."""
+    """Interpolate X_t = (1 - t) X_0 + t X_1, for X_0 and X_1 (B, C, H, W) and t (B,), float64."""
     return per_sample(1 - t, noise) * noise + per_sample(t, images) * images
 
 
 def end_state(denoiser: DenoiserFunction, z: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-    """f(z, t) = z + (1 - t) v(z, t), the estimate of X_1 (B, C, H, W), of states z of that shape at times t (B,) in (0, 1)."""
+    """Estimate X_1 (B, C, H, W) by f(z, t) = z + (1 - t) v(z, t), of states z of that shape at times t (B,) in (0, 1)."""
     return denoiser(z / per_sample(t, z), level_of(t), labels)
 
 
 def velocity(
     denoiser: Denoiser, z: Tensor, t: Tensor, labels: Tensor | None = None, augment_labels: Tensor | None = None
 ) -> Tensor:
-    """v(z, t) (B, C, H, W), float32, of states z of that shape at times t (B,), float64 in (0, 1).
+    """Compute a flow's velocity v(z, t) = (D - z) / (1 - t) without the division of a small difference.
 
-    It is (D - z) / (1 - t) without the division of a small difference: with x = z / t and D = c_skip x + c_out F it is
-    ((c_skip / t - 1) z + c_out F) / (1 - t). A network with branches is read in its first one. augment_labels as of `Denoiser`.
+    With x = z / t and D = c_skip x + c_out F it is ((c_skip / t - 1) z + c_out F) / (1 - t). A network with branches is read in
+    its first one.
+
+    Args:
+        denoiser: the flow.
+        z: states X_t (B, C, H, W).
+        t: times (B,), float64 in (0, 1).
+        labels: classes (B,), int64, or None.
+        augment_labels: as of `Denoiser`.
+
+    Returns:
+        Velocities (B, C, H, W), float32.
     """
     c = denoiser.preconditioning(level_of(t))
     from_state, from_network = (c.skip / t - 1) / (1 - t), c.out / (1 - t)

@@ -5,10 +5,17 @@ from torch import Tensor
 
 
 def slerp(z0: Tensor, z1: Tensor, u: Tensor) -> Tensor:
-    """sin((1-u)w)/sin(w) z0 + sin(uw)/sin(w) z1, with w the angle between the flattened latents.
+    """Interpolate sin((1-u)w)/sin(w) z0 + sin(uw)/sin(w) z1, with w the angle between the flattened latents.
 
-    z0, z1: (B, ...); u: (U,) in [0, 1]. Returns (U, B, ...). Parallel latents, where the formula is 0/0, interpolate
-    linearly.
+    Parallel latents, where the formula is 0/0, interpolate linearly.
+
+    Args:
+        z0: latents (B, ...).
+        z1: latents of that shape.
+        u: where to, in [0, 1], (U,).
+
+    Returns:
+        (U, B, ...).
     """
     flat = (-1, *[1] * (z0.ndim - 1))
     cosine = torch.nn.functional.cosine_similarity(z0.flatten(1).double(), z1.flatten(1).double())

@@ -1,4 +1,4 @@
-"""Objectives shared by several methods. All return one value per sample, (B,): sums over pixels, as EDM's."""
+"""Objectives that several methods share. Losses are one value per sample, (B,): sums over pixels, as EDM's."""
 
 import torch
 from torch import Tensor
@@ -10,17 +10,17 @@ SCORE_WEIGHTINGS = ("edm", "dmd")
 
 
 def log_normal_sigmas(count: int, mean: float, std: float, device: torch.device) -> Tensor:
-    """Training noise levels with ln(sigma) ~ N(mean, std^2), (count,): EDM's distribution (its table 1: -1.2, 1.2)."""
+    """Sample training noise levels with ln(sigma) ~ N(mean, std^2), (count,): EDM's distribution (its table 1: -1.2, 1.2)."""
     return (torch.randn(count, device=device) * std + mean).exp()
 
 
 def noised(images: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
-    """x_sigma = x0 + sigma e, for images and noise (B, C, H, W) and sigma (B,)."""
+    """Add noise: x_sigma = x0 + sigma e, for images and noise (B, C, H, W) and sigma (B,)."""
     return images + sigma.view(-1, 1, 1, 1) * noise
 
 
 def weighted_square(denoiser: Denoiser, error: Tensor, sigma: Tensor) -> Tensor:
-    """lambda(sigma) |error|^2, (B,), with lambda = 1 / c_out^2 (EDM, table 1), for an error (B, C, H, W) at x0."""
+    """Weight an error (B, C, H, W) at x0 as lambda(sigma) |error|^2, (B,), with lambda = 1 / c_out^2 (EDM, table 1)."""
     return denoiser.preconditioning.loss_weight(sigma) * error.square().flatten(1).sum(1)
 
 
@@ -32,23 +32,41 @@ def denoising_score_matching(
     labels: Tensor | None = None,
     augment_labels: Tensor | None = None,
 ) -> Tensor:
-    """lambda(sigma) |D(x0 + sigma e, sigma) - x0|^2 (EDM equation 2) with lambda = 1 / c_out^2.
+    """Compute lambda(sigma) |D(x0 + sigma e, sigma) - x0|^2 (EDM equation 2) with lambda = 1 / c_out^2.
 
-    images (B, C, H, W) in [-1, 1], sigma (B,), noise like images, unit normal; both kinds of labels as of `Denoiser`.
+    Args:
+        denoiser: D.
+        images: x0 (B, C, H, W) in [-1, 1].
+        sigma: noise levels (B,).
+        noise: e, unit normal, of the images' shape.
+        labels: as of `Denoiser`.
+        augment_labels: as of `Denoiser`.
+
+    Returns:
+        (B,).
     """
     estimate = denoiser(noised(images, sigma, noise), sigma, labels, augment_labels)
     return weighted_square(denoiser, estimate - images, sigma)
 
 
 def regression(output: Tensor, target: Tensor, kind: str) -> Tensor:
-    """Distance of a student's image to its teacher's, with all norms and sums over a sample's d = C H W values.
+    """Compare a student's images with its teacher's; all norms and sums are over a sample's d = C H W values.
 
     "l2": |a - b|^2 / 2, Denoising Student's KL. "l1": the sum of |a - b|.
     "huber": sqrt(|a - b|^2 + c^2) - c, the pseudo-Huber loss: |a - b|^2 / 2c for small differences, |a - b| (not squared,
     and not the "l1" sum) for large ones. c = 0.00054 d as in 2-RF++'s code (arXiv 2405.20320), which divides the loss by
     d; iCT, where it comes from (arXiv 2310.14189), has 0.00054 sqrt(d).
 
-    output, target: (..., C, H, W); the result, float32, has their leading shape. ValueError for another kind.
+    Args:
+        output: images (..., C, H, W).
+        target: images of that shape.
+        kind: of `REGRESSIONS`.
+
+    Returns:
+        Distances of the leading shape, float32.
+
+    Raises:
+        ValueError: for another kind.
     """
     if kind not in REGRESSIONS:
         raise ValueError(f"unknown regression loss {kind!r}; choose one of {', '.join(REGRESSIONS)}")
@@ -63,14 +81,22 @@ def regression(output: Tensor, target: Tensor, kind: str) -> Tensor:
 
 
 def score_gradient(images: Tensor, fake: Tensor, target: Tensor, weighting: str) -> Tensor:
-    """Gradient at the generator's images of the integral KL between their noised distribution and the target's, (B, C, H, W).
+    """Compute the gradient, at a generator's images, of the integral KL between their noised distribution and the target's.
 
-    images x0 (B, C, H, W); fake, target: the two denoisers' estimates of x0 from the same noised images. The gradient of
-    KL at one level is (s_fake - s_target)(x_sigma) dx0 with the scores s = (D - x_sigma) / sigma^2, so that
+    The gradient of KL at one level is (s_fake - s_target)(x_sigma) dx0 with the scores s = (D - x_sigma) / sigma^2, so that
 
     "edm": D_fake - D_target, the gradient weighted by sigma^2 (Diff-Instruct, arXiv 2305.18455, released code);
     "dmd": that divided by the mean of |x0 - D_target| over a sample's pixels, and by the number of pixels, over which the
     released code of DMD2 (arXiv 2405.14867) takes the mean.
+
+    Args:
+        images: x0 (B, C, H, W).
+        fake: the fake score's estimate of x0 from the noised images, of that shape.
+        target: the teacher's estimate from the same noised images.
+        weighting: of `SCORE_WEIGHTINGS`.
+
+    Returns:
+        (B, C, H, W), float32.
     """
     difference = fake.float() - target.float()
     if weighting == "edm":

@@ -33,16 +33,22 @@ def dpm_solver_pp(
     lower_order_final: bool = True,
     threshold: float | None = None,
 ) -> Iterator[Tensor]:
-    """Multistep in data prediction, one evaluation a step: a generator of states like those in `stillhouse.diffusion.solvers`.
+    """Solve in several steps of data prediction, one evaluation each; a generator as those in `stillhouse.diffusion.solvers`.
 
-    The history lives in the generator: who takes a few states at a time gets the same ones as who takes all at once.
+    The history lives in the generator: a few states at a time are the same as all at once.
 
-    order: 1 (DDIM), 2 (the paper's algorithm 2) or 3, reached over the first steps, which have less to look back on.
-    lower_order_final: the last step is of order 1 and the one before of at most 2; steadier with few steps. A step to
-    sigma = 0, where lambda diverges, is of order 1 in any case and returns the estimate itself.
-    threshold: None, or the share in (0, 1) of `dynamic_threshold`, applied to every estimate (SFD: 0.995).
+    Args:
+        denoiser, x, sigmas, labels: as of `stillhouse.diffusion.solvers.euler`.
+        order: 1 (DDIM), 2 (the paper's algorithm 2) or 3, reached over the first steps, which have less to look back on.
+        lower_order_final: whether the last step is of order 1 and the one before of at most 2; steadier with few steps. A
+            step to sigma = 0, where lambda diverges, is of order 1 in any case and returns the estimate itself.
+        threshold: None, or the share in (0, 1) of `dynamic_threshold`, applied to every estimate (SFD: 0.995).
 
-    Errors: ValueError for impossible options, at the call and not at the first state.
+    Returns:
+        The states after each step.
+
+    Raises:
+        ValueError: for impossible options, at the call and not at the first state.
     """
     if not isinstance(order, int) or not 1 <= order <= 3:
         raise ValueError(f"order must be 1, 2 or 3, got {order!r}")
@@ -80,7 +86,7 @@ def _states(
 
 
 def _weights(past: Sequence[float], following: float) -> list[float]:
-    """The factors of the estimates made at the levels `past` (newest first; as many as the order) in a step."""
+    """Compute the factors of the estimates made at the levels `past` (newest first; as many as the order) in a step."""
     constant = 1 - following / past[0]  # int_0^h exp(u - h) du
     if len(past) == 1:
         return [constant]
@@ -98,7 +104,7 @@ def _weights(past: Sequence[float], following: float) -> list[float]:
 
 
 def dynamic_threshold(estimate: Tensor, share: float) -> Tensor:
-    """Estimates (B, ...) clipped to [-s, s] and divided by s = max(1, the `share` quantile of |estimate|) of each sample.
+    """Clip estimates (B, ...) to [-s, s] and divide by s = max(1, the `share` quantile of |estimate|) of each sample.
 
     From Imagen (arXiv 2205.11487, section 2.3): values within [-1, 1] are left alone. float32 or float64. Of few pixels
     (64 in a digit) a quantile of 0.995 is nearly the maximum, and one bright pixel dims the whole image.

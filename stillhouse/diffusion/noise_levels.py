@@ -10,7 +10,12 @@ from stillhouse.checks import check_counts
 
 @dataclass(frozen=True)
 class LogNormal:
-    """ln(sigma) ~ N(mean, std^2): EDM's distribution for training (arXiv 2206.00364, table 1), also Diff-Instruct's."""
+    """The distribution ln(sigma) ~ N(mean, std^2): EDM's for training (arXiv 2206.00364, table 1), also Diff-Instruct's.
+
+    Args:
+        mean: of ln(sigma).
+        std: of ln(sigma), positive.
+    """
 
     mean: float = -1.2
     std: float = 1.2
@@ -20,16 +25,27 @@ class LogNormal:
             raise ValueError(f"a log-normal distribution needs a positive std, got {self.std!r}")
 
     def __call__(self, u: Tensor) -> Tensor:
-        """Noise levels (B,), float32, of uniform numbers u (B,), float64 in (0, 1)."""
+        """Turn uniform numbers u (B,), float64 in (0, 1), into noise levels (B,), float32."""
         return (torch.special.ndtri(u) * self.std + self.mean).exp().float()
 
 
 @dataclass(frozen=True)
 class KarrasGrid:
-    """Uniform over the entries `first` .. `last` of `levels` levels that are linear in sigma^(1/rho), entry 0 the least.
+    """The uniform distribution over the entries `first` .. `last` of a grid that is linear in sigma^(1/rho), entry 0 the least.
 
     DMD2's ImageNet-64 distribution (arXiv 2405.14867, released code): 1000 levels, 20 .. 980 for the generator and all for the
     fake score.
+
+    Args:
+        sigma_min: the lowest level.
+        sigma_max: the highest level.
+        rho: of the grid, positive.
+        levels: of the grid.
+        first: the lowest entry.
+        last: the highest entry.
+
+    Raises:
+        ValueError: for impossible numbers.
     """
 
     sigma_min: float = 0.002
@@ -49,7 +65,7 @@ class KarrasGrid:
             raise ValueError(f"need 0 <= first <= last < levels={self.levels}, got {self.first!r} and {self.last!r}")
 
     def __call__(self, u: Tensor) -> Tensor:
-        """Noise levels (B,), float32, of uniform numbers u (B,), float64 in (0, 1)."""
+        """Turn uniform numbers u (B,), float64 in (0, 1), into noise levels (B,), float32."""
         entry = (self.first + u * (self.last - self.first + 1)).floor()
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return (low + entry / (self.levels - 1) * (high - low)).pow(self.rho).float()

@@ -1,4 +1,4 @@
-"""How a network becomes a denoiser: D(x, sigma) = c_skip x + c_out F(c_in x, c_noise).
+"""Preconditionings, by which a network becomes a denoiser: D(x, sigma) = c_skip x + c_out F(c_in x, c_noise).
 
 Every process x_t = a_t x0 + s_t e is `x = x0 + sigma e` after division by a_t, with sigma = s_t / a_t. Each class below
 states the four coefficients of one family in that coordinate (EDM, arXiv 2206.00364, table 1; the v, x0 and flow rows
@@ -14,7 +14,7 @@ from stillhouse.diffusion.schedules import LOG_SNR_CLIP, ddpm_sigmas
 
 
 class Coefficients(NamedTuple):
-    """Each a tensor of the shape of sigma."""
+    """The coefficients c_skip, c_out, c_in and c_noise, each of the shape of sigma."""
 
     skip: Tensor
     out: Tensor
@@ -23,37 +23,38 @@ class Coefficients(NamedTuple):
 
 
 class Preconditioning(nn.Module):
-    """Base: sigma (any shape, > 0, float32 or float64) -> Coefficients of that shape and precision."""
+    """Base of preconditionings: coefficients of noise levels of any shape, float32 or float64, in that shape and precision."""
 
     def forward(self, sigma: Tensor) -> Coefficients:
+        """Compute the coefficients at noise levels sigma > 0."""
         raise NotImplementedError
 
     def scale(self, sigma: Tensor) -> Tensor:
-        """a(sigma): the published network's own variable is a(sigma) x."""
+        """Compute a(sigma), where a(sigma) x is the published network's variable."""
         raise NotImplementedError
 
     def prior_std(self, sigma: Tensor) -> Tensor:
-        """Standard deviation of x where sampling starts: unit noise in the published network's variable."""
+        """Compute the standard deviation of x where sampling starts: unit noise in the published network's variable."""
         return 1 / self.scale(sigma)
 
     def loss_weight(self, sigma: Tensor) -> Tensor:
-        """1 / c_out^2: makes the weighted denoiser error the squared error of the network's own target.
+        """Compute 1 / c_out^2, by which the weighted error of the denoiser is the squared error of the network's target.
 
         That is EDM's lambda(sigma) for EDM, and the eps-, x0-, v- and velocity-MSE for the others.
         """
         return self(sigma).out ** -2
 
     def one_step(self) -> "Preconditioning":
-        """The form in which a one-step student reads the network at the highest noise level."""
+        """Give the form in which a one-step student reads the network at the highest noise level."""
         return self
 
     def options(self) -> dict[str, Any]:
-        """The constructor's arguments, by which another one of this class becomes equal to this one."""
+        """List the constructor's arguments, by which another one of this class becomes equal to this one."""
         return {}
 
 
 class EDM(Preconditioning):
-    """EDM's own: unit-variance inputs and targets for data of standard deviation `sigma_data`."""
+    """EDM's preconditioning: unit-variance inputs and targets for data of standard deviation `sigma_data`."""
 
     def __init__(self, sigma_data: float = 0.5):
         super().__init__()
@@ -81,16 +82,21 @@ class EDM(Preconditioning):
 
 
 class VariancePreserving(Preconditioning):
-    """Networks whose variable is z = x / sqrt(1 + sigma^2), as in DDPM: a^2 + s^2 = 1."""
+    """Base for networks whose variable is z = x / sqrt(1 + sigma^2), as in DDPM: a^2 + s^2 = 1."""
 
     def scale(self, sigma: Tensor) -> Tensor:
         return (1 + sigma**2).rsqrt()
 
 
 class Epsilon(VariancePreserving):
-    """DDPM networks that predict the noise at integer time indices of a linear beta schedule.
+    """Preconditioning of DDPM networks, which predict the noise at integer time indices of a linear beta schedule.
 
-    The time index is interpolated in log sigma, and is exactly integer at the schedule's own noise levels.
+    The time index is interpolated in log sigma, and is exactly integer at the schedule's noise levels.
+
+    Args:
+        timesteps: of the schedule.
+        beta_start: the first beta.
+        beta_end: the last beta.
     """
 
     def __init__(self, timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02):
@@ -100,7 +106,7 @@ class Epsilon(VariancePreserving):
         self.register_buffer("log_sigmas", log_sigmas, persistent=False)
 
     def index(self, sigma: Tensor) -> Tensor:
-        """Time index in [0, timesteps - 1], real-valued, float64."""
+        """Find the time index of noise levels in [0, timesteps - 1], real-valued, float64."""
         target = sigma.double().log()
         right = torch.searchsorted(self.log_sigmas, target).clamp(1, len(self.log_sigmas) - 1)
         low, high = self.log_sigmas[right - 1], self.log_sigmas[right]
@@ -119,9 +125,14 @@ class Epsilon(VariancePreserving):
 
 
 class VP(VariancePreserving):
-    """Score SDE's eps networks on its linear schedule, beta(t) = beta_min + beta_d t (arXiv 2011.13456), as EDM reads them.
+    """Preconditioning of Score SDE's eps networks on beta(t) = beta_min + beta_d t (arXiv 2011.13456), as EDM reads them.
 
     Their time input is (timesteps - 1) t (EDM, table 1), not rounded. Sampling starts as EDM's does, at x = sigma e.
+
+    Args:
+        beta_d: the slope of beta(t).
+        beta_min: beta(0).
+        timesteps: M of EDM's table.
     """
 
     def __init__(self, beta_d: float = 19.9, beta_min: float = 0.1, timesteps: int = 1000):
@@ -133,7 +144,7 @@ class VP(VariancePreserving):
         self.beta_d, self.beta_min, self.timesteps = beta_d, beta_min, timesteps
 
     def time(self, sigma: Tensor) -> Tensor:
-        """t in [0, 1] where ln(1 + sigma^2) = beta_d t^2 / 2 + beta_min t."""
+        """Find t in [0, 1] where ln(1 + sigma^2) = beta_d t^2 / 2 + beta_min t."""
         level = (sigma**2).log1p()
         # The root without a difference of nearly equal numbers, which float32 would feel at small noise.
         return 2 * level / ((self.beta_min**2 + 2 * self.beta_d * level).sqrt() + self.beta_min)
@@ -152,7 +163,7 @@ class VP(VariancePreserving):
 
 
 class VE(Preconditioning):
-    """Score SDE's networks that see x itself and predict -e; their noise label is ln(sigma / 2) (EDM, table 1)."""
+    """Preconditioning of Score SDE's networks that see x and predict -e; their noise label is ln(sigma / 2) (EDM, table 1)."""
 
     def forward(self, sigma: Tensor) -> Coefficients:
         return Coefficients(torch.ones_like(sigma), sigma, torch.ones_like(sigma), (sigma / 2).log())
@@ -165,7 +176,7 @@ class VE(Preconditioning):
 
 
 class ResidualEpsilon(VariancePreserving):
-    """Denoising Student's output form for eps networks (arXiv 2101.02388, released code): z - F(z, last index).
+    """Preconditioning of Denoising Student's eps networks (arXiv 2101.02388, released code): z - F(z, last index).
 
     The x0 formula would divide by a = 0.006 at the highest noise level; this form starts near zero instead.
     """
@@ -183,15 +194,16 @@ class ResidualEpsilon(VariancePreserving):
 
 
 class Cosine(VariancePreserving):
-    """Networks on the continuous cosine schedule, a = cos(pi u / 2); their time input is 1000 u (arXiv 2202.00512)."""
+    """Base for networks on the continuous cosine schedule, a = cos(pi u / 2); their time input is 1000 u (arXiv 2202.00512)."""
 
     def time(self, sigma: Tensor) -> Tensor:
+        """Compute the time input, with the log-SNR cut to +-20."""
         limit = torch.e ** (LOG_SNR_CLIP / 2)
         return sigma.clamp(1 / limit, limit).atan() * (2000 / torch.pi)
 
 
 class V(Cosine):
-    """v-prediction, v = a e - s x0: D = a z - s v with z = a x."""
+    """Preconditioning of v-prediction, v = a e - s x0: D = a z - s v with z = a x."""
 
     def forward(self, sigma: Tensor) -> Coefficients:
         a = self.scale(sigma)
@@ -199,14 +211,17 @@ class V(Cosine):
 
 
 class X0(Cosine):
-    """x0-prediction: the network's output is the denoiser."""
+    """Preconditioning of x0-prediction: the network's output is the denoiser."""
 
     def forward(self, sigma: Tensor) -> Coefficients:
         return Coefficients(torch.zeros_like(sigma), torch.ones_like(sigma), self.scale(sigma), self.time(sigma))
 
 
 class Velocity(Preconditioning):
-    """Rectified flow, X_t = (1 - t) e + t x0 with v = x0 - e (arXiv 2209.03003): sigma = (1 - t) / t, time input 999 t."""
+    """Preconditioning of rectified flow, X_t = (1 - t) e + t x0 with v = x0 - e (arXiv 2209.03003).
+
+    With sigma = (1 - t) / t; the time input is 999 t.
+    """
 
     def scale(self, sigma: Tensor) -> Tensor:
         return 1 / (1 + sigma)

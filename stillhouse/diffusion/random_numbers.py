@@ -1,7 +1,7 @@
-"""Where random numbers come from: sample i from seed i alone, a training step from (seed, rank, step) alone.
+"""Random numbers: sample i is a function of seed i alone, a training step of (seed, rank, step) alone.
 
-Methods that train on noise alone go further: what the sample at a global position is made of depends on (seed, position),
-so several processes train on exactly what one would.
+The random numbers of a training sample are a function of (seed of the run, position in its sequence, stream), so several
+processes train on exactly what one would.
 
 Counter-based generation (Philox4x32-10, Salmon et al. 2011) makes the noise of every sample a pure function of its seed:
 independent of batch size, process count and device, computed for the whole batch at once on the device that needs it.
@@ -50,9 +50,14 @@ class SampleStream(IntEnum):
 
 
 def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four random 32-bit words (in int64 tensors) per counter, by Philox4x32-10.
+    """Generate four random 32-bit words per counter, by Philox4x32-10.
 
-    `counter` is four and `key` two broadcastable int64 tensors with values in [0, 2^32).
+    Args:
+        counter: four broadcastable int64 tensors with values in [0, 2^32).
+        key: two such tensors.
+
+    Returns:
+        Four int64 tensors with values in [0, 2^32).
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -74,26 +79,50 @@ def _words(seeds: Tensor, blocks: int, stream: int) -> tuple[Tensor, Tensor, Ten
 
 
 def sample_noise(seeds: Tensor, shape: Sequence[int], stream: int = 0) -> Tensor:
-    """Standard normal noise (B, *shape) in float32 on the device of `seeds` (B,), int64; row i depends on seeds[i] alone.
+    """Generate unit normal noise of samples; row i is a function of (seeds[i], stream) alone.
 
-    `stream` (0 .. 2^32-3) numbers independent draws of the same sample, such as the steps of a stochastic solver.
+    Args:
+        seeds: (B,), int64.
+        shape: of one sample.
+        stream: 0 .. 2^32-3, numbers independent noise of the same sample, such as that of a stochastic solver's steps.
+
+    Returns:
+        (B, *shape), float32, on the device of the seeds.
     """
     size = math.prod(shape)
     return _normals(_words(seeds, -(-size // 4), stream), size).reshape(len(seeds), *shape)
 
 
 def position_noise(seed: int, positions: Tensor, shape: Sequence[int], stream: int) -> Tensor:
-    """Standard normal noise (B, *shape), float32: row i is a function of (seed, positions[i], stream) alone.
+    """Generate unit normal noise of training samples; row i is a function of (seed, positions[i], stream) alone.
 
-    seed: of a run; positions (B,), int64, not negative: places in the run's endless sequence of training samples. No draw
-    of `sample_noise` is among these.
+    It is independent of all that `sample_noise` generates.
+
+    Args:
+        seed: of a run.
+        positions: places in the run's endless sequence of training samples, (B,), int64, not negative.
+        shape: of one sample's noise.
+        stream: of `TrainingStream`.
+
+    Returns:
+        (B, *shape), float32.
     """
     size = math.prod(shape)
     return _normals(_position_words(seed, positions, -(-size // 4), stream), size).reshape(len(positions), *shape)
 
 
 def position_uniforms(seed: int, positions: Tensor, stream: int, count: int = 4) -> tuple[Tensor, ...]:
-    """`count` independent uniform numbers for each position, each (B,), float64 in (0, 1), as `position_noise`."""
+    """Generate uniform numbers of training samples, as `position_noise` does.
+
+    Args:
+        seed: of a run.
+        positions: (B,), int64, not negative.
+        stream: of `TrainingStream`.
+        count: of independent numbers for each position.
+
+    Returns:
+        `count` tensors (B,), float64 in (0, 1).
+    """
     words = torch.stack(_position_words(seed, positions, -(-count // 4), stream), dim=-1).flatten(1)
     return tuple((word.double() + 0.5) * 2.0**-32 for word in words[:, :count].unbind(1))
 
@@ -108,7 +137,7 @@ def _position_words(seed: int, positions: Tensor, blocks: int, stream: int) -> t
 
 
 def _normals(words: Sequence[Tensor], size: int) -> Tensor:
-    """(B, size) normal numbers, float32, of four words (B, blocks) each."""
+    """Turn four words (B, blocks) into normal numbers (B, size), float32."""
     # Box-Muller in double precision, so that devices agree after rounding to float32.
     u = [(w.double() + 0.5) * 2.0**-32 for w in words]
     pairs = [(torch.sqrt(-2 * torch.log(u[i])), 2 * math.pi * u[i + 1]) for i in (0, 2)]
@@ -117,10 +146,15 @@ def _normals(words: Sequence[Tensor], size: int) -> Tensor:
 
 
 def sample_labels(seeds: Tensor, num_classes: int, class_counts: Sequence[int] | None = None) -> Tensor | None:
-    """Class labels (B,), int64 in [0, num_classes), one per seed; None where there are no classes.
+    """Choose class labels, one per seed.
 
-    Each is the class of one of sum(class_counts) images of so many classes that follow each other, all equally likely; with
-    equal counts, or None, labels are uniform.
+    Args:
+        seeds: (B,), int64.
+        num_classes: 0 without classes.
+        class_counts: images of each class in a data set: labels are distributed as there. None: uniformly.
+
+    Returns:
+        Labels (B,), int64 in [0, num_classes); None where there are no classes.
     """
     if not num_classes:
         return None
@@ -132,13 +166,13 @@ def sample_labels(seeds: Tensor, num_classes: int, class_counts: Sequence[int] |
 
 
 def sample_uniforms(seeds: Tensor) -> Tensor:
-    """Uniform numbers (B,), float64 in (0, 1), one per seed, for a choice that belongs to the sample; no draw of its noise."""
+    """Generate a uniform number per seed, (B,), float64 in (0, 1), for a choice that belongs to the sample."""
     return (_words(seeds, 1, SampleStream.UNIFORM)[0][:, 0].double() + 0.5) * 2.0**-32
 
 
-def derive_seed(*parts: int) -> int:
-    """A 63-bit seed that differs in every tuple of non-negative integers."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def derive_seed(*numbers: int) -> int:
+    """Derive a 63-bit seed from any tuple of non-negative integers; other tuples have other seeds."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def seed_step(seed: int, rank: int, step: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.diffusion.denoiser import DenoiserFunction
-from stillhouse.diffusion.solvers import SOLVERS, analytic_step
+from stillhouse.diffusion.solvers import SOLVERS, analytic_step, evaluations
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Sampling:
     def nfe(self) -> int:
         """Network evaluations of one image."""
         per_step, steps = SOLVERS[self.solver].evaluations, len(self.sigmas) - 1 - self.analytic_first
-        return per_step * steps if self.sigmas[-1] else per_step * (steps - 1) + 1
+        return per_step * steps if self.sigmas[-1] else evaluations(self.solver, steps)
 
     def __call__(self, denoiser: DenoiserFunction, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         """Make images of noise; each is a function of its own noise and label, whatever the batch around it.

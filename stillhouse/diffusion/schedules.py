@@ -1,6 +1,7 @@
-"""Sampling schedules: functions n -> n + 1 noise levels, float64 on the CPU, strictly descending, the last one zero.
+"""Sampling schedules: functions of the number of steps n.
 
-`karras_grid` alone ends above zero: it is the grid that a trajectory is distilled on.
+Each returns n + 1 noise levels, float64 on the CPU, strictly descending, the last one zero, and raises ValueError for
+impossible numbers. `karras_grid` alone ends above zero: it is the grid that a trajectory is distilled on.
 """
 
 import math
@@ -32,13 +33,13 @@ def _karras_levels(count: int, sigma_min: float, sigma_max: float, rho: float) -
 
 
 def karras(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
-    """Linear in sigma^(1/rho) from sigma_max to sigma_min, then zero (EDM equation 5)."""
+    """Make levels that are linear in sigma^(1/rho) from sigma_max to sigma_min, then zero (EDM equation 5)."""
     _check(steps)
     return _to_zero(_karras_levels(steps, sigma_min, sigma_max, rho))
 
 
 def karras_grid(intervals: int, sigma_min: float = 0.006, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
-    """The levels 0 .. `intervals` of EDM's equation 5, from sigma_max to sigma_min (both to rounding) and no zero after.
+    """Make the levels 0 .. `intervals` of EDM's equation 5, from sigma_max to sigma_min (both to rounding) and no zero after.
 
     The defaults are those of SFD (arXiv 2409.19681), whose `num_steps` counts levels: intervals + 1. A grid of
     intervals * substeps intervals passes through the levels of the coarse one, but computed anew these differ in their
@@ -50,7 +51,7 @@ def karras_grid(intervals: int, sigma_min: float = 0.006, sigma_max: float = 80.
 
 
 def log_snr_uniform(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Tensor:
-    """Uniform in the log-SNR -2 ln(sigma) from sigma_max to sigma_min, then zero."""
+    """Make levels that are uniform in the log-SNR -2 ln(sigma) from sigma_max to sigma_min, then zero."""
     _check(steps)
     if not 0 < sigma_min < sigma_max:
         raise ValueError(f"need 0 < sigma_min < sigma_max, got sigma_min={sigma_min}, sigma_max={sigma_max}")
@@ -58,7 +59,10 @@ def log_snr_uniform(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.
 
 
 def cosine_uniform(steps: int) -> Tensor:
-    """Uniform in the time u of the cosine schedule with log-SNR cut to +-20: sigma = tan(a u + b), u = 1 .. 1/n, then zero."""
+    """Make levels that are uniform in the time u of the cosine schedule, then zero.
+
+    With the log-SNR cut to +-20, sigma = tan(a u + b) for u = 1 .. 1/n.
+    """
     _check(steps)
     low = math.atan(math.exp(-LOG_SNR_CLIP / 2))
     high = math.atan(math.exp(LOG_SNR_CLIP / 2))
@@ -67,7 +71,10 @@ def cosine_uniform(steps: int) -> Tensor:
 
 
 def flow_uniform(steps: int, t_start: float = 1e-3) -> Tensor:
-    """Uniform in the time t of a rectified flow from t_start (where its released code starts) to 1: sigma = (1 - t) / t."""
+    """Make levels that are uniform in the time t of a rectified flow: sigma = (1 - t) / t.
+
+    From t_start, where the released code starts, to 1.
+    """
     _check(steps)
     if not 0 < t_start < 1:
         raise ValueError(f"t_start must lie in (0, 1), got {t_start}")
@@ -76,7 +83,7 @@ def flow_uniform(steps: int, t_start: float = 1e-3) -> Tensor:
 
 
 def ddpm_sigmas(timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
-    """sigma = sqrt((1 - abar) / abar) at every index of DDPM's linear beta schedule: (timesteps,), ascending."""
+    """Compute sigma = sqrt((1 - abar) / abar) at every index of DDPM's linear beta schedule: (timesteps,), ascending."""
     if timesteps < 2 or not 0 < beta_start < beta_end < 1:
         raise ValueError(
             f"need timesteps >= 2 and 0 < beta_start < beta_end < 1, got {timesteps}, {beta_start}, {beta_end}"
@@ -86,14 +93,14 @@ def ddpm_sigmas(timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float
 
 
 def ddim_uniform(steps: int, timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
-    """DDIM's evenly spaced indices 0, c, 2c, ... with c = timesteps // n, read from the top (arXiv 2010.02502)."""
+    """Take DDIM's evenly spaced indices 0, c, 2c, ... with c = timesteps // n, from the top (arXiv 2010.02502)."""
     _check(steps, timesteps)
     table = ddpm_sigmas(timesteps, beta_start, beta_end)
     return _to_zero(table[torch.arange(steps) * (timesteps // steps)].flip(0))
 
 
 def ddim_quadratic(steps: int, timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
-    """DDIM's quadratically spaced indices int(linspace(0, sqrt(0.8 timesteps), n)^2), read from the top.
+    """Take DDIM's quadratically spaced indices int(linspace(0, sqrt(0.8 timesteps), n)^2), from the top.
 
     For many steps several entries round to the same index; these evaluations change nothing and are left out, so that
     the schedule can hold fewer than n steps (96 of 100 in Denoising Student's CIFAR-10 setting).

@@ -24,19 +24,28 @@ from stillhouse.diffusion.random_numbers import sample_noise
 
 
 def euler_step(x: Tensor, estimate: Tensor, sigma: float | Tensor, following: float | Tensor) -> Tensor:
-    """The state at noise level `following` on the straight line from x, at level sigma > 0, towards the estimate of x0.
+    """Step on the straight line from x, at noise level sigma > 0, towards the estimate of x0.
 
-    The levels are floats, or tensors of x's dtype that broadcast against x and its estimate: (B, 1, 1, 1) for a level
-    per sample, and x (B, 1, C, H, W) with an estimate (B, K, C, H, W) and following (K, 1, 1, 1) for K branches.
+    Levels are floats, or tensors of x's dtype that broadcast against x and its estimate: (B, 1, 1, 1) for a level per
+    sample, and x (B, 1, C, H, W) with an estimate (B, K, C, H, W) and following (K, 1, 1, 1) for K branches.
+
+    Args:
+        x: the state (B, C, H, W).
+        estimate: of x0.
+        sigma: the level of x.
+        following: the level to go to.
+
+    Returns:
+        The state at the level `following`.
     """
     return x + (following - sigma) * ((x - estimate) / sigma)
 
 
 def analytic_step(x: Tensor, sigma: float | Tensor, following: float | Tensor) -> Tensor:
-    """An Euler step without an evaluation: at large noise dx/dsigma is nearly x / sqrt(1 + sigma^2), the noise itself.
+    """Take an Euler step without an evaluation: at large noise dx/dsigma is nearly x / sqrt(1 + sigma^2), the noise itself.
 
-    The analytic first step (AFS) of GENIE (arXiv 2210.05475), where x_T stands for the first noise prediction. Levels
-    as in `euler_step`.
+    The analytic first step (AFS) of GENIE (arXiv 2210.05475), where x_T stands for the first noise prediction. Arguments
+    as of `euler_step`.
     """
     return x + (following - sigma) * (x / (1 + sigma**2) ** 0.5)
 
@@ -46,9 +55,19 @@ def _direction(denoiser: DenoiserFunction, x: Tensor, sigma: float, labels: Tens
 
 
 def euler(denoiser: DenoiserFunction, x: Tensor, sigmas: Tensor, labels: Tensor | None = None) -> Iterator[Tensor]:
-    """First order, one evaluation a step. In this coordinate it is DDIM and, between the same two times, a flow's Euler step.
+    """Solve by Euler steps: first order, one evaluation a step.
 
-    On `flow_uniform` n steps cover [0.001, 1], where rectified flow's released code begins there too and goes by 1 / n.
+    In this coordinate it is DDIM and, between the same two times, a flow's Euler step. On `flow_uniform` n steps cover
+    [0.001, 1], where rectified flow's released code begins there too and goes by 1 / n.
+
+    Args:
+        denoiser: the estimate of x0.
+        x: the starting state (B, C, H, W), at the level sigmas[0].
+        sigmas: the noise levels (n + 1,).
+        labels: classes (B,), int64, or None.
+
+    Returns:
+        The states after each step.
     """
     levels = sigmas.tolist()
     for sigma, following in pairwise(levels):
@@ -57,7 +76,7 @@ def euler(denoiser: DenoiserFunction, x: Tensor, sigmas: Tensor, labels: Tensor 
 
 
 def heun(denoiser: DenoiserFunction, x: Tensor, sigmas: Tensor, labels: Tensor | None = None) -> Iterator[Tensor]:
-    """Second order, two evaluations a step but the last one to sigma = 0, which is an Euler step (EDM algorithm 1)."""
+    """Solve by Heun's method (EDM algorithm 1): second order, two evaluations a step; a step to sigma = 0 is an Euler step."""
     return stochastic_heun(denoiser, x, sigmas, labels, s_churn=0)
 
 
@@ -72,13 +91,10 @@ def stochastic_heun(
     s_max: float = math.inf,
     s_noise: float = 1.0,
 ) -> Iterator[Tensor]:
-    """Heun with noise added back before each step (EDM algorithm 2).
+    """Solve by Heun's method with noise added back before each step (EDM algorithm 2).
 
     Args:
-        denoiser: the estimate of x0.
-        x: the starting state (B, C, H, W), at the level sigmas[0].
-        sigmas: the noise levels (n + 1,).
-        labels: classes (B,), int64, or None.
+        denoiser, x, sigmas, labels: as of `euler`.
         s_churn: the amount of noise over all steps, not negative; 0 is `heun`.
         s_min: the lowest level at which noise is added.
         s_max: the highest level at which noise is added.
@@ -125,7 +141,7 @@ def _churned_heun(
 
 
 def flow_heun(denoiser: DenoiserFunction, x: Tensor, sigmas: Tensor, labels: Tensor | None = None) -> Iterator[Tensor]:
-    """Heun in the time of a rectified flow, t = 1 / (1 + sigma), on its state z = t x (`stillhouse/diffusion/flow.py`).
+    """Solve by Heun's method in the time of a rectified flow, t = 1 / (1 + sigma), on its state z = t x.
 
     `heun` averages slopes in sigma, whose first step on a flow's grid, from 999, covers nearly all of it; here the
     average is over t. Two evaluations a step but the last one, which is an Euler step.
@@ -153,7 +169,7 @@ def renoising(
     *,
     sigma_min: float = 0.0,
 ) -> Iterator[Tensor]:
-    """Multistep consistency sampling (arXiv 2303.01469, algorithm 1): an estimate at each level, and noise up to the next.
+    """Sample as consistency models do (arXiv 2303.01469, algorithm 1): estimate, add noise of the next level, and again.
 
     x' = D(x, sigma) + sqrt(sigma'^2 - sigma_min^2) e; the last step, to sigma' = 0, is the estimate alone. With the exact
     consistency function for D, which maps noised data of any level to level sigma_min, every state has the distribution
@@ -161,9 +177,7 @@ def renoising(
 
     Args:
         denoiser: the consistency function, or another estimate of a clean image.
-        x: the starting state (B, C, H, W), at the level sigmas[0].
-        sigmas: the noise levels (n + 1,).
-        labels: classes (B,), int64, or None.
+        x, sigmas, labels: as of `euler`.
         sigma_min: the noise level of an estimate.
 
     Returns:
@@ -192,7 +206,7 @@ def _renoised(
 
 
 def _latent_seeds(x: Tensor) -> Tensor:
-    """A seed per sample (B,), int64: the bits of the first and the last value of its starting state, as float32."""
+    """Make a seed per sample (B,), int64, of the bits of the first and the last value of its starting state, as float32."""
     low, high = x.flatten(1)[:, 0], x.flatten(1)[:, -1]
     bits = torch.stack([low, high]).float().contiguous().view(torch.int32).long() & 0xFFFFFFFF
     return bits[0] | bits[1] << 32
@@ -236,5 +250,5 @@ def check_solver(owner: str, solver: str, options: Mapping[str, Any]) -> None:
 
 
 def evaluations(solver: str, steps: int) -> int:
-    """Network evaluations (NFE) of `steps` steps that end at sigma = 0."""
+    """Count the network evaluations (NFE) of `steps` steps that end at sigma = 0."""
     return SOLVERS[solver].evaluations * (steps - 1) + 1

@@ -1,4 +1,4 @@
-"""A frozen denoiser that knows how it is sampled."""
+"""Teachers: frozen denoisers that know how they are sampled."""
 
 import copy
 import hashlib
@@ -19,20 +19,33 @@ from stillhouse.diffusion.sampling import Sampling
 from stillhouse.diffusion.solvers import SOLVERS, check_solver, evaluations
 from stillhouse.files import check_name
 
-_LEVEL_BYTES = (
-    300  # of a noise level: float64 in several tensors of the schedule, and its text, by which samples are known
-)
+# Of a noise level: float64 in several tensors of the schedule, and its text, by which samples are known.
+_LEVEL_BYTES = 300
 
 
 class Teacher:
     """A denoiser with its weights, schedule, solver, labels and licence.
 
     It is deliberately no nn.Module and copies to itself: held by a LightningModule it stays out of checkpoints,
-    optimisers, averages and DDP buckets. `weights=None` leaves the network at its random initialisation, as training one needs.
-    `source`: the published file that missing weights are made of, here and once.
+    optimisers, averages and DDP buckets.
 
-    Errors: ValueError for an unknown solver, options it does not have or cannot take, or an impossible step count,
-    FileNotFoundError for missing weights, and those of the source.
+    Args:
+        name: of the teacher, in file names and tables.
+        network: see `stillhouse.networks`.
+        preconditioning: the coefficients by which the network becomes a denoiser.
+        schedule: from a number of steps to noise levels, see `stillhouse.diffusion.schedules`.
+        weights: a file, see `load_weights`; None leaves the network at its random initialisation, as training one needs.
+        sha256: of that file.
+        source: the published file that missing weights are made of, here and once.
+        solver: a name of `SOLVERS`.
+        solver_options: its keyword arguments.
+        steps: solver steps of a sample.
+        conditional: whether labels are used, where the network has classes.
+        licence: of the weights.
+
+    Raises:
+        ValueError: for an unknown solver, options that it lacks or cannot take, or an impossible number of steps.
+        FileNotFoundError: for missing weights; other errors of weights and of the source as there.
     """
 
     def __init__(
@@ -83,7 +96,7 @@ class Teacher:
 
     @property
     def num_classes(self) -> int:
-        """0 where labels are absent or ignored."""
+        """Classes of its labels, 0 where they are absent or ignored."""
         return self.denoiser.network.num_classes if self.conditional else 0
 
     @property
@@ -100,26 +113,31 @@ class Teacher:
             settings = {
                 k: v for k, v in vars(preconditioning).items() if isinstance(v, int | float) and k != "training"
             }
-            parts = [hash_state(self.denoiser.network), type(preconditioning).__name__, settings]
-            text = json.dumps(parts, sort_keys=True)
+            text = json.dumps(
+                [hash_state(self.denoiser.network), type(preconditioning).__name__, settings], sort_keys=True
+            )
             self._hash = hashlib.sha256(text.encode()).hexdigest()
         return self._hash
 
     @property
     def form(self) -> str:
-        """SHA-256 over what its denoiser is beside the weights (`hash_form`), 64 hex digits: no part of `hash`, by which
-        stored trajectories of earlier versions are found, which therefore have spot checks.
+        """SHA-256 over what its denoiser is beside the weights (`hash_form`), 64 hex digits.
+
+        It does not enter `hash`, by which stored trajectories of earlier versions are found.
         """
         return hash_form(self.denoiser)
 
     def to(self, device: torch.device | str) -> "Teacher":
+        """Move the denoiser, in place. Returns the teacher."""
         self.denoiser.to(device)
         return self
 
     def student(self, label_dropout: bool = True) -> Denoiser:
-        """A trainable copy of the denoiser.
+        """Make a trainable copy of the denoiser.
 
-        label_dropout=False: training never hides a label from it, as what learns from the teacher's own samples needs.
+        Args:
+            label_dropout: False for a copy from which training never hides a label, as one needs that learns from the
+                teacher's samples.
         """
         denoiser = copy.deepcopy(self.denoiser).requires_grad_(True)
         for module in () if label_dropout else denoiser.modules():
@@ -128,10 +146,18 @@ class Teacher:
         return denoiser
 
     def sigmas(self, steps: int | None = None, through: Sequence[float] = ()) -> Tensor:
-        """The sampling noise levels: float64 on the CPU, descending, the last one zero.
+        """Make the sampling noise levels.
 
-        through: levels that must be among them. Each replaces the one nearest to it in ln(sigma), so the number of steps stays.
-        Errors: ValueError where two would replace the same one, the highest, or the zero.
+        Args:
+            steps: solver steps, by default the teacher's.
+            through: levels that must be among them. Each replaces the one nearest to it in ln(sigma), so the number of steps
+                stays.
+
+        Returns:
+            float64 on the CPU, descending, the last one zero.
+
+        Raises:
+            ValueError: where two of `through` would replace the same level, the highest, or the zero.
         """
         steps = self.steps if steps is None else steps
         if type(steps) is int:
@@ -149,6 +175,7 @@ class Teacher:
         return sigmas
 
     def nfe(self, steps: int | None = None) -> int:
+        """Count the network evaluations of a sample of so many solver steps, by default the teacher's."""
         return evaluations(self.solver, len(self.sigmas(steps)) - 1)
 
     def trajectory(
@@ -159,10 +186,17 @@ class Teacher:
         denoiser: Any = None,
         through: Sequence[float] = (),
     ) -> Iterator[Tensor]:
-        """States after each solver step, float64 (B, C, H, W), from unit normal `noise` of that shape.
+        """Solve the probability-flow ODE from noise.
 
-        `denoiser` (default: the teacher's) lets a network in training be sampled by the teacher's schedule and solver.
-        `through`: noise levels that the schedule is bent to, as in `sigmas`.
+        Args:
+            noise: unit normal (B, C, H, W).
+            labels: classes (B,), int64, or None.
+            steps: solver steps, by default the teacher's.
+            denoiser: another denoiser, such as a network in training, to sample by the teacher's schedule and solver.
+            through: noise levels that the schedule is bent to, as of `sigmas`.
+
+        Yields:
+            The state after each solver step, float64 (B, C, H, W).
         """
         denoiser = denoiser or self.denoiser
         sigmas = self.sigmas(steps, through)
@@ -176,16 +210,16 @@ class Teacher:
                 return
             yield state
 
-    def sampling(self) -> Sampling:
-        """How it is sampled, in numbers."""
-        sigmas = self.sigmas()
+    def sampling(self, steps: int | None = None) -> Sampling:
+        """Describe its sampling as plain data, in so many solver steps, by default the teacher's."""
+        sigmas = self.sigmas(steps)
         scale = self.denoiser.preconditioning.prior_std(sigmas[0]).item()
         return Sampling(sigmas.tolist(), scale, self.solver, dict(self.solver_options))
 
     def sample(
         self, noise: Tensor, labels: Tensor | None = None, steps: int | None = None, denoiser: Any = None
     ) -> Tensor:
-        """The end point of the trajectory, float32 (B, C, H, W) in about [-1, 1], not clipped."""
+        """Sample images, the end points of `trajectory`, float32 (B, C, H, W) in about [-1, 1], not clipped."""
         state = noise
         for state in self.trajectory(noise, labels, steps, denoiser):  # noqa: B007
             pass

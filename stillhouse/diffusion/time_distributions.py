@@ -1,7 +1,7 @@
-"""Distributions of the time t of a flow at which a method compares it with its target: quantile functions, from u in (0, 1) to t.
+"""Distributions of the time t of a flow at which a method compares it with its target, as quantile functions of u in (0, 1).
 
 Each is called with u (B,), float64, and `start`, where the network's time begins. It returns t (B,), float64: in [start, 1), or 0
-for the noise itself, which the network reads as it reads `start`.
+for the noise itself, which the network reads as it reads `start`. Impossible parameters are refused with a ValueError.
 """
 
 import math
@@ -15,7 +15,7 @@ from stillhouse.checks import check_counts
 
 @dataclass(frozen=True)
 class Start:
-    """t = 0 always: one-step distillation."""
+    """The time t = 0 always: one-step distillation."""
 
     def __call__(self, u: Tensor, start: float) -> Tensor:
         return torch.zeros_like(u)
@@ -23,7 +23,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Uniform:
-    """t ~ U[start, 1]: rectified flow's (arXiv 2209.03003)."""
+    """The distribution t ~ U[start, 1]: rectified flow's (arXiv 2209.03003)."""
 
     def __call__(self, u: Tensor, start: float) -> Tensor:
         return start + (1 - start) * u
@@ -31,9 +31,12 @@ class Uniform:
 
 @dataclass(frozen=True)
 class UShaped:
-    """p(t) ~ e^(a t) + e^(a (1 - t)) over [start, 1]: 2-RF++'s, with a = 4 (arXiv 2405.20320, released code).
+    """The distribution p(t) ~ e^(a t) + e^(a (1 - t)) over [start, 1]: 2-RF++'s, with a = 4 (arXiv 2405.20320, released code).
 
     With y = t - 1/2 its distribution function is 1/2 + sinh(a y) / (2 sinh(a / 2)).
+
+    Args:
+        a: how much of it is near both ends, positive.
     """
 
     a: float = 4.0
@@ -49,7 +52,11 @@ class UShaped:
 
 @dataclass(frozen=True)
 class Grid:
-    """t uniform over the beginnings of `steps` equal steps from start to 1: k-step distillation's (arXiv 2209.03003)."""
+    """The uniform distribution over the beginnings of `steps` equal steps from start to 1 (arXiv 2209.03003).
+
+    Args:
+        steps: k of k-step distillation.
+    """
 
     steps: int
 
@@ -63,7 +70,11 @@ class Grid:
 
 @dataclass(frozen=True)
 class StartOrLater:
-    """t = 0 with probability 1 - later, else U[start, 1]: states on the way as auxiliary inputs. `later` in [0, 1]."""
+    """The time t = 0 with probability 1 - later, else t ~ U[start, 1]: states on the way as auxiliary inputs.
+
+    Args:
+        later: the share of later times, in [0, 1].
+    """
 
     later: float = 0.0
 

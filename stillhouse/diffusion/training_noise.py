@@ -1,4 +1,4 @@
-"""The random numbers that generated training samples are made of."""
+"""The random numbers of training samples, and the one-step generator that makes images of them."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -13,9 +13,14 @@ from stillhouse.diffusion.sampling import Sampling
 
 
 class TrainingNoise:
-    """Of the samples at `positions` (B,), int64, of a run's sequence: each a function of (seed, its position) alone.
+    """Random numbers of training samples, each a function of (seed, its position) alone.
 
-    shape: (C, H, W) of an image. What each turn needs comes from two calls: a small one takes as long as a large one.
+    Those that most updates need come from two calls: a small one takes as long as a large one.
+
+    Args:
+        seed: of the run.
+        positions: places in the run's sequence of training samples, (B,), int64.
+        shape: (C, H, W) of an image.
     """
 
     def __init__(self, seed: int, positions: Tensor, shape: Sequence[int]):
@@ -31,44 +36,58 @@ class TrainingNoise:
 
     @property
     def latents(self) -> Tensor:
-        """z (B, C, H, W), float32, unit normal as all noise here."""
+        """A generator's input z (B, C, H, W), float32, unit normal as all noise here."""
         return self._normals[0]
 
     @property
     def noise(self) -> Tensor:
+        """Noise on the images that are compared, (B, C, H, W)."""
         return self._normals[1]
 
     @cached_property
     def gan_noise(self) -> Tensor:
+        """Noise on generated images in front of a discriminator, (B, C, H, W)."""
         return position_noise(self.seed, self.positions, self.shape, TrainingStream.GAN_NOISE)
 
     @cached_property
     def real_noise(self) -> Tensor:
+        """Noise on real images in front of a discriminator, (B, C, H, W)."""
         return position_noise(self.seed, self.positions, self.shape, TrainingStream.GAN_REAL_NOISE)
 
     def labels(self, num_classes: int) -> Tensor | None:
-        """Uniform labels (B,), int64; None where there are no classes."""
+        """Choose uniform labels (B,), int64; None where there are no classes."""
         return (self._uniforms[0] * num_classes).long() if num_classes else None
 
     def sigma(self, distribution: NoiseLevelDistribution) -> Tensor:
-        """Noise levels (B,), float32."""
+        """Choose noise levels (B,), float32, of a distribution."""
         return distribution(self._uniforms[1])
 
     def indices(self, count: int) -> Tensor:
-        """Uniform whole numbers in [0, count), (B,), int64, for choosing a noise level from a list: the draw of `sigma`."""
+        """Choose uniform whole numbers in [0, count), (B,), int64, such as places in a list of noise levels; replaces `sigma`."""
         return (self._uniforms[1] * count).long()
 
     def gan_sigma(self, distribution: NoiseLevelDistribution) -> Tensor:
+        """Choose noise levels (B,), float32, of images in front of a discriminator."""
         return distribution(self._uniforms[2])
 
 
 def one_step(denoiser: Denoiser, noise: Tensor, sigma_init: float, labels: Tensor | None) -> Tensor:
-    """The generator G(z) = D(sigma_init z, sigma_init), (B, C, H, W) of unit normal noise of that shape."""
+    """Generate images G(z) = D(sigma_init z, sigma_init).
+
+    Args:
+        denoiser: D.
+        noise: unit normal z (B, C, H, W).
+        sigma_init: the noise level at which D is evaluated.
+        labels: classes (B,), int64, or None.
+
+    Returns:
+        Images (B, C, H, W).
+    """
     sigma = noise.new_full((), sigma_init)
     return denoiser(noise * denoiser.preconditioning.prior_std(sigma), sigma, labels)
 
 
 def one_step_sampling(denoiser: Denoiser, sigma_init: float) -> Sampling:
-    """`one_step` in numbers."""
+    """Describe `one_step` as plain data."""
     scale = denoiser.preconditioning.prior_std(torch.tensor(sigma_init)).item()
     return Sampling((sigma_init, 0.0), scale, double=False)

@@ -1,4 +1,9 @@
-"""Architectures, and what wraps them."""
+"""Architectures, and what wraps them: branches of the output, conditions, compilation, a discriminator, LPIPS.
+
+Every network here can be the `network` of a `Denoiser`. It has the attributes `resolution`, `in_channels`, `out_channels`,
+`num_classes` and `augment_dim` (0 without), is called with (x, noise_labels, class_labels, augment_labels), and has `encode`,
+whose features a discriminator reads, of `encoder_channels` and `encoder_resolution`.
+"""
 
 from stillhouse.networks.branching import (
     BranchedConv2d,

@@ -31,7 +31,7 @@ class BranchedConv2d(nn.Conv2d):
         return self._conv_forward(x, self.end_point(self.weight), self.end_point(self.bias))
 
     def end_point(self, rows: Tensor) -> Tensor:
-        """The last group of a weight or bias: a view."""
+        """View the last group of a weight or bias."""
         return rows[-self.out_channels :]
 
     def extra_repr(self) -> str:
@@ -59,14 +59,20 @@ class BranchedConv2d(nn.Conv2d):
 
 
 def widen(network: nn.Module, branches: int) -> None:
-    """Give the output of a plain network `branches` groups, each with its weights, in place; 1 changes nothing.
+    """Give the output of a plain network several groups, each with its weights, in place.
 
     The output convolutions get new parameters: optimisers and averages come after this.
-    Errors: ValueError for branches < 1, a network that has branches already, or one whose output can't have any.
+
+    Args:
+        network: a plain network.
+        branches: the number of groups; 1 changes nothing.
+
+    Raises:
+        ValueError: for branches < 1, a network that has branches already, or one whose output can't have any.
     """
     check_counts(branches=branches)
-    if (found := branches_of(network)) > 1:
-        raise ValueError(f"branches={branches}: the network has {found} already; collapse it first, or respread them")
+    if (present := branches_of(network)) > 1:
+        raise ValueError(f"branches={branches}: the network has {present} already; collapse it first, or respread them")
     if branches == 1:
         return
     convs = _output_convs(network)
@@ -95,13 +101,13 @@ def respread(network: nn.Module) -> None:
 
 
 def branches_of(network: nn.Module) -> int:
-    """1 for a plain network."""
+    """Count the branches of a network, 1 for a plain one."""
     return next((conv.branches for conv in _output_convs(network)), 1)
 
 
 @contextmanager
 def reading_all(network: nn.Module) -> Iterator[None]:
-    """Within, the network's output is (B, branches * C, H, W), one group of C channels after another."""
+    """Make the network's output all branches within the block: (B, branches * C, H, W), one group of C channels after another."""
     convs = [conv for conv in _output_convs(network) if not conv.reads_all]
     for conv in convs:
         conv.reads_all = True
@@ -113,7 +119,7 @@ def reading_all(network: nn.Module) -> Iterator[None]:
 
 
 def plain_state(network: nn.Module) -> dict[str, Tensor]:
-    """The state dict that the collapsed network would have; like every state dict it shares the network's memory."""
+    """Take the state dict that the collapsed network would have; like every state dict it shares the network's memory."""
     state = network.state_dict()
     for name, conv in network.named_modules():
         if isinstance(conv, BranchedConv2d):

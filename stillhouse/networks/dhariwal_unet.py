@@ -80,11 +80,25 @@ class DhariwalBlock(nn.Module):
 class DhariwalUNet(nn.Module):
     """ADM; the defaults are EDM's ImageNet-64 network but for its num_classes=1000.
 
-    `resolution` must be divisible by 2^(levels - 1), `levels = len(channel_mult)`; `attn_resolutions` are resolutions
-    of these levels, where channels must be a multiple of `channels_per_head`, as at the lowest one, which always has
-    attention. `label_dropout` is the share of training samples whose label is hidden. All other layers start as
-    PyTorch's do, the last one of each sum and of the network at zero.
-    Raises ValueError where an option is out of range or does not fit the others.
+    Layers start as PyTorch's do, the last one of each sum and of the network at zero.
+
+    Args:
+        resolution: of the images, divisible by 2^(levels - 1) with levels = len(channel_mult).
+        in_channels: of the input.
+        out_channels: of the output.
+        num_classes: 0 without labels.
+        augment_dim: of the augmentation's labels, 0 without.
+        model_channels: a multiple of 4.
+        channel_mult: channels of each level over `model_channels`.
+        emb_mult: channels of the embedding over `model_channels`.
+        num_blocks: residual blocks of a level in the encoder; the decoder has one more.
+        attn_resolutions: resolutions of those levels that have attention, beside the lowest, which always has.
+        channels_per_head: divides the channels wherever there is attention.
+        dropout: share of hidden features in training.
+        label_dropout: share of training samples whose label is hidden.
+
+    Raises:
+        ValueError: where an option is out of range or does not fit the others.
     """
 
     def __init__(
@@ -175,9 +189,16 @@ class DhariwalUNet(nn.Module):
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
     ) -> Tensor:
-        """Output (B, out_channels, H, W) for x (B, in_channels, H, W) and the preconditioning's c_noise (B,).
+        """Evaluate the network.
 
-        class_labels: int64 (B,) in [0, num_classes); augment_labels: (B, augment_dim); None is the zero vector.
+        Args:
+            x: the network's input (B, in_channels, H, W).
+            noise_labels: the preconditioning's c_noise (B,).
+            class_labels: int64 (B,) in [0, num_classes); None is the zero vector.
+            augment_labels: (B, augment_dim); None is the zero vector.
+
+        Returns:
+            The output (B, out_channels, H, W).
         """
         check_inputs(self, x, noise_labels, class_labels, augment_labels)
         emb = self.embed(noise_labels, class_labels, augment_labels)
@@ -188,15 +209,16 @@ class DhariwalUNet(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
     def encode(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Features (B, encoder_channels, encoder_resolution, encoder_resolution): the end of the encoder, without decoder.
+        """Compute the features at the end of the encoder, which a discriminator reads; arguments as of `forward`.
 
-        Inputs as for `forward`. A discriminator reads its head's input here.
+        Returns:
+            (B, encoder_channels, encoder_resolution, encoder_resolution).
         """
         check_inputs(self, x, noise_labels, class_labels, None)
         return self._encode(x, self.embed(noise_labels, class_labels, None))[-1]
 
     def _encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
-        """What the decoder concatenates, the last of them also its input."""
+        """Compute what the decoder concatenates; the last of them is also its input."""
         skips = [self.stem(x)]
         for level in self.encoder.values():
             for block in level:

@@ -39,12 +39,26 @@ class DDPMEmbedding(nn.Module):
 class DiffusersUNet(nn.Module):
     """diffusers' UNet2DModel as DDPM's published weights need it, without classes; the defaults are those for CIFAR-10.
 
-    Level i has model_channels * channel_mult[i] channels, num_blocks blocks, and attention where its resolution is in
-    `attn_resolutions`; between encoder and decoder attention stands always, everywhere with one head. `resolution` must be
-    divisible by 2^(levels - 1). `norm_groups` divides all channels. `downsample_padding=0` pads right and below alone.
-    Layers start as PyTorch's do, the output at zero.
+    Layers start as PyTorch's do, the output at zero. Attention has one head.
 
-    Errors: ValueError where an option is out of range or does not fit the others, ImportError without diffusers.
+    Args:
+        resolution: of the images, divisible by 2^(levels - 1) with levels = len(channel_mult).
+        in_channels: of the input.
+        out_channels: of the output.
+        model_channels: a multiple of 4 and of `norm_groups`.
+        channel_mult: channels of each level over `model_channels`.
+        num_blocks: residual blocks of a level in the encoder; the decoder has one more.
+        attn_resolutions: resolutions of those levels that have attention, beside the middle, which always has.
+        dropout: share of hidden features in training.
+        norm_groups: of every group norm.
+        norm_eps: of every group norm.
+        downsample_padding: of the convolutions that halve the resolution; 0 pads right and below alone.
+        flip_sin_to_cos: whether cosines come first in the noise level's waves.
+        freq_shift: 1 where their last frequency is 1/10000.
+
+    Raises:
+        ValueError: where an option is out of range or does not fit the others.
+        ImportError: without diffusers.
     """
 
     num_classes = 0
@@ -123,7 +137,17 @@ class DiffusersUNet(nn.Module):
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
     ) -> Tensor:
-        """Output (B, out_channels, H, W) for x (B, in_channels, H, W) and time indices (B,); both labels can only be None."""
+        """Evaluate the network.
+
+        Args:
+            x: the network's input (B, in_channels, H, W).
+            noise_labels: time indices (B,).
+            class_labels: None.
+            augment_labels: None.
+
+        Returns:
+            The output (B, out_channels, H, W).
+        """
         check_inputs(self, x, noise_labels, class_labels, augment_labels)
         emb = self.embed(noise_labels)
         skips = self._encode(x, emb)
@@ -134,15 +158,16 @@ class DiffusersUNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def encode(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Features (B, encoder_channels, encoder_resolution, encoder_resolution): the end of the encoder, without decoder.
+        """Compute the features at the end of the encoder, which a discriminator reads; arguments as of `forward`.
 
-        Inputs as for `forward`. A discriminator reads its head's input here.
+        Returns:
+            (B, encoder_channels, encoder_resolution, encoder_resolution).
         """
         check_inputs(self, x, noise_labels, class_labels, None)
         return self._encode(x, self.embed(noise_labels))[-1]
 
     def _encode(self, x: Tensor, emb: Tensor) -> tuple[Tensor, ...]:
-        """What the decoder concatenates, the last of them also its input."""
+        """Compute what the decoder concatenates; the last of them is also its input."""
         x = self.conv_in(x)
         skips = (x,)
         for level in self.down_blocks:

@@ -6,10 +6,15 @@ from stillhouse.networks.layers import conv, group_norm
 
 
 class Discriminator(nn.Module):
-    """Logits (B, 1) of encoder features (B, D, h, w): convolutions that halve the resolution down to 4, one over what is
-    left, and a linear read-out (arXiv 2405.14867, released ImageNet-64 code, there from 8x8).
+    """A classifier with logits (B, 1) of encoder features (B, D, h, w), after the released ImageNet-64 code (there from 8x8).
 
-    unet: the network whose `encode` gives the features; h = w = 4 * 2^k, or less than 4.
+    Convolutions halve the resolution down to 4; one over what is left and a linear layer follow (arXiv 2405.14867).
+
+    Args:
+        unet: the network whose `encode` gives the features; h = w = 4 * 2^k, or less than 4.
+
+    Raises:
+        ValueError: for another resolution of the features.
     """
 
     def __init__(self, unet: nn.Module):

@@ -1,4 +1,4 @@
-"""What a U-Net is told beside the image: the noise level, the class, the augmentation."""
+"""Embeddings of a U-Net's inputs beside the image: the noise level, the class, the augmentation."""
 
 import math
 
@@ -12,7 +12,9 @@ from stillhouse.networks.layers import linear, zeroed
 class PositionalEmbedding(nn.Module):
     """Sines, then cosines, of the noise label (B,) at frequencies in geometric steps from 1 to 1/10000 (DDPM++).
 
-    With `endpoint=False` the steps end one before 1/10000 (ADM).
+    Args:
+        channels: of the result, even.
+        endpoint: False for steps that end one before 1/10000 (ADM).
     """
 
     def __init__(self, channels: int, endpoint: bool = True):
@@ -45,7 +47,16 @@ EMBEDDINGS = {"positional": PositionalEmbedding, "fourier": FourierEmbedding}
 
 
 class Embedding(nn.Module):
-    """Noise label, class and augmentation of each sample as one vector (B, emb_channels), in full precision always."""
+    """Noise label, class and augmentation of each sample as one vector (B, emb_channels), in full precision always.
+
+    Args:
+        kind: of the noise label's waves, a name of `EMBEDDINGS`.
+        noise_channels: of these waves.
+        emb_channels: of the vector.
+        num_classes: 0 without labels.
+        augment_dim: of the augmentation's labels, 0 without.
+        label_dropout: share of training samples whose label is hidden.
+    """
 
     def __init__(
         self,
@@ -85,7 +96,7 @@ class Embedding(nn.Module):
 
 
 class DhariwalEmbedding(nn.Module):
-    """The same for ADM, whose label joins behind the two layers; (B, emb_channels), in full precision always."""
+    """ADM's `Embedding`, whose label joins behind the two layers; arguments and result as there."""
 
     def __init__(
         self, noise_channels: int, emb_channels: int, num_classes: int, augment_dim: int, label_dropout: float
@@ -119,7 +130,7 @@ class DhariwalEmbedding(nn.Module):
 
 
 def _one_hot(class_labels: Tensor | None, num_classes: int, dropout: float, like: Tensor) -> Tensor:
-    """(B, num_classes) with the dtype and device of `like` (B, ...); zeros where labels are absent or dropped."""
+    """Encode labels as (B, num_classes) with the dtype and device of `like` (B, ...); zeros where they are absent or dropped."""
     if class_labels is None:
         return like.new_zeros(len(like), num_classes)
     one_hot = F.one_hot(class_labels, num_classes).to(like.dtype)

@@ -15,18 +15,18 @@ SQRT_HALF = math.sqrt(0.5)
 
 
 def conv(in_channels: int, out_channels: int, kernel: int, gain: float = 1.0, padding: int | None = None) -> nn.Conv2d:
-    """Convolution, Glorot uniform times `gain`, zero bias; it keeps the resolution unless `padding` says otherwise."""
+    """Make a convolution, Glorot uniform times `gain`, zero bias; it keeps the resolution unless `padding` says otherwise."""
     layer = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2 if padding is None else padding)
     return initialised(layer, gain)
 
 
 def linear(in_features: int, out_features: int, gain: float = 1.0, bias: bool = True) -> nn.Linear:
-    """Fully connected layer: Glorot uniform times `gain`, zero bias."""
+    """Make a fully connected layer, Glorot uniform times `gain`, zero bias."""
     return initialised(nn.Linear(in_features, out_features, bias=bias), gain)
 
 
 def initialised(layer, gain: float = 1.0):
-    """The layer with its weights drawn Glorot uniform times `gain`, and a zero bias."""
+    """Initialise a layer in place: weights Glorot uniform times `gain`, bias zero. Returns the layer."""
     nn.init.xavier_uniform_(layer.weight, gain=gain)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
@@ -34,20 +34,20 @@ def initialised(layer, gain: float = 1.0):
 
 
 def zeroed(layer):
-    """The layer with all its weights set to zero."""
+    """Set all weights of a layer to zero, in place. Returns the layer."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
 
 
 def group_norm(channels: int, eps: float = 1e-6) -> nn.GroupNorm:
-    """Group norm with as many equal groups as possible, up to 32, of at least 4 channels."""
+    """Make a group norm with as many equal groups as possible, up to 32, of at least 4 channels."""
     groups = next(n for n in range(min(32, channels // 4), 0, -1) if channels % n == 0)
     return nn.GroupNorm(groups, channels, eps=eps)
 
 
 class _Resample(nn.Module):
-    """Holds the separable filter `taps` as kernel (1, 1, k, k) of unit sum: fixed, hence not part of the weights."""
+    """Base of resampling layers: the separable filter `taps` as a kernel (1, 1, k, k) of unit sum, not part of the weights."""
 
     def __init__(self, taps: Sequence[int]):
         super().__init__()
@@ -91,9 +91,14 @@ class Upsample(_Resample):
 
 
 def attend(qkv: Tensor, heads: int = 1) -> Tensor:
-    """Attention (B, N, C) of N places to each other; the channels of qkv (B, N, 3C) are all queries, keys, values.
+    """Let N places attend to each other.
 
-    Each of the three holds the channels of one head after those of another.
+    Args:
+        qkv: (B, N, 3C); channels are all queries, then keys, then values, and in each of the three head after head.
+        heads: divides C.
+
+    Returns:
+        (B, N, C).
     """
     q, k, v = qkv.unflatten(2, (3 * heads, -1)).transpose(1, 2).chunk(3, dim=1)  # each (B, heads, N, C / heads)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
@@ -119,9 +124,15 @@ class Attention(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Norm, convolution, embedding added, norm, dropout, convolution, plus the input; attention after it if asked.
+    """Norm, convolution, embedding added, norm, dropout, convolution, plus the input; then attention, where there is any.
 
-    `resample` (`Upsample` or `Downsample`) changes the resolution of both paths. `emb` is (B, emb_channels).
+    Args:
+        in_channels: of the input.
+        out_channels: of the output.
+        emb_channels: of the embedding (B, emb_channels).
+        dropout: share of hidden features in training.
+        attention: whether attention follows.
+        resample: `Upsample` or `Downsample`, which changes the resolution of both paths.
     """
 
     def __init__(

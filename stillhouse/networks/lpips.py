@@ -63,7 +63,7 @@ class LPIPS(nn.Module):
         return distance
 
     def levels(self, images: Tensor) -> Iterator[Tensor]:
-        """The five levels' features, unit vectors along dimension 1: (B, 64, H, W) to (B, 512, H // 16, W // 16)."""
+        """Yield five levels' features, unit vectors along dimension 1: (B, 64, H, W) to (B, 512, H // 16, W // 16)."""
         x = images.float()
         if self.resize is not None and min(x.shape[2:]) < self.resize:
             x = interpolate(x, (self.resize, self.resize), mode="bilinear")
@@ -96,7 +96,7 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def vgg16() -> nn.Sequential:
-    """VGG-16's layers up to its last convolution, with torchvision's numbers as their names."""
+    """Make VGG-16's layers up to its last convolution, with torchvision's numbers as their names."""
     layers, before = [], 3
     for stage in STAGES:
         for channels in stage:

@@ -27,13 +27,21 @@ class _Block(nn.Module):
 
 
 class MLP(nn.Module):
-    """`num_blocks` residual blocks of `width` features between a linear stem and an output that starts at zero.
+    """Residual blocks between a linear stem and an output that starts at zero and can have branches.
 
-    `resolution` must be 1: neighbouring pixels would mean nothing to it. `width` is a multiple of 4, `label_dropout` the
-    share of training samples whose label is hidden, `embedding` that of the noise level, as in `SongUNet`: any
-    preconditioning's input will do. The output convolution can have branches (stillhouse/networks/branching.py).
+    Args:
+        resolution: 1; neighbouring pixels would mean nothing to it.
+        in_channels: of the input.
+        out_channels: of the output.
+        num_classes: 0 without labels.
+        width: features, a multiple of 4.
+        num_blocks: residual blocks.
+        dropout: share of hidden features in training.
+        label_dropout: share of training samples whose label is hidden.
+        embedding: of the noise level, "positional" or "fourier"; any preconditioning's c_noise will do.
 
-    Errors: ValueError where an option is out of range or does not fit the others.
+    Raises:
+        ValueError: where an option is out of range or does not fit the others.
     """
 
     augment_dim = 0
@@ -83,15 +91,22 @@ class MLP(nn.Module):
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
     ) -> Tensor:
-        """Output (B, out_channels, 1, 1) for x (B, in_channels, 1, 1) and the preconditioning's c_noise (B,).
+        """Evaluate the network.
 
-        class_labels: int64 (B,) in [0, num_classes); None is the zero vector. augment_labels: None.
+        Args:
+            x: the network's input (B, in_channels, 1, 1).
+            noise_labels: the preconditioning's c_noise (B,).
+            class_labels: int64 (B,) in [0, num_classes); None is the zero vector.
+            augment_labels: None.
+
+        Returns:
+            The output (B, out_channels, 1, 1).
         """
         check_inputs(self, x, noise_labels, class_labels, augment_labels)
         return self.head(self._encode(x, noise_labels, class_labels))
 
     def encode(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Features (B, width, 1, 1) that the output is read from; inputs as for `forward`. A discriminator reads them."""
+        """Compute the features (B, width, 1, 1) that the output is made of, which a discriminator reads too."""
         check_inputs(self, x, noise_labels, class_labels, None)
         return self._encode(x, noise_labels, class_labels)
 

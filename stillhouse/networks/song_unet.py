@@ -68,7 +68,7 @@ class EncoderLevel(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: Tensor, side: Tensor, emb: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The features that the decoder will concatenate, the last of them the output; and the new `side`."""
+        """Compute the features that the decoder will concatenate, the last of them the output; and the new `side`."""
         if self.down is not None:
             x = self.down(x, emb)
         if self.inject is not None:
@@ -96,7 +96,7 @@ class DecoderLevel(nn.Module):
 
 
 class Head(nn.Module):
-    """Features to output channels; starts near zero."""
+    """The last layers, from features to output channels; starts near zero."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -110,10 +110,27 @@ class Head(nn.Module):
 class SongUNet(nn.Module):
     """DDPM++, NCSN++ and what lies between them.
 
-    `resolution` must be divisible by 2^(levels - 1), `levels = len(channel_mult)`; `attn_resolutions` are resolutions
-    of these levels. `label_dropout` is the share of training samples whose label is hidden. `encoder` adds to each
-    level the features of the one above ("residual") or the image ("skip"); `decoder="skip"` sums outputs of all levels.
-    Raises ValueError where an option is out of range or does not fit the others.
+    Args:
+        resolution: of the images, divisible by 2^(levels - 1) with levels = len(channel_mult).
+        in_channels: of the input.
+        out_channels: of the output.
+        num_classes: 0 without labels.
+        augment_dim: of the augmentation's labels, 0 without.
+        model_channels: a multiple of 4.
+        channel_mult: channels of each level over `model_channels`.
+        emb_mult: channels of the embedding over `model_channels`.
+        num_blocks: residual blocks of a level in the encoder; the decoder has one more.
+        attn_resolutions: resolutions of those levels that have attention.
+        dropout: share of hidden features in training.
+        label_dropout: share of training samples whose label is hidden.
+        embedding: of the noise level, "positional" or "fourier".
+        channel_mult_noise: channels of the noise level's waves over `model_channels`.
+        encoder: "standard"; "residual" adds the features of the level above to each level, "skip" the image.
+        decoder: "standard"; "skip" sums the outputs of all levels.
+        resample_filter: (1, 1) or (1, 3, 3, 1).
+
+    Raises:
+        ValueError: where an option is out of range or does not fit the others.
     """
 
     def __init__(
@@ -216,9 +233,16 @@ class SongUNet(nn.Module):
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
     ) -> Tensor:
-        """Output (B, out_channels, H, W) for x (B, in_channels, H, W) and the preconditioning's c_noise (B,).
+        """Evaluate the network.
 
-        class_labels: int64 (B,) in [0, num_classes); augment_labels: (B, augment_dim); None is the zero vector.
+        Args:
+            x: the network's input (B, in_channels, H, W).
+            noise_labels: the preconditioning's c_noise (B,).
+            class_labels: int64 (B,) in [0, num_classes); None is the zero vector.
+            augment_labels: (B, augment_dim); None is the zero vector.
+
+        Returns:
+            The output (B, out_channels, H, W).
         """
         check_inputs(self, x, noise_labels, class_labels, augment_labels)
         emb = self.embed(noise_labels, class_labels, augment_labels)
@@ -232,15 +256,16 @@ class SongUNet(nn.Module):
         return out
 
     def encode(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Features (B, encoder_channels, encoder_resolution, encoder_resolution): the end of the encoder, without decoder.
+        """Compute the features at the end of the encoder, which a discriminator reads; arguments as of `forward`.
 
-        Inputs as for `forward`. A discriminator reads its head's input here.
+        Returns:
+            (B, encoder_channels, encoder_resolution, encoder_resolution).
         """
         check_inputs(self, x, noise_labels, class_labels, None)
         return self._encode(x, self.embed(noise_labels, class_labels, None))[-1]
 
     def _encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
-        """What the decoder concatenates, the last of them also its input."""
+        """Compute what the decoder concatenates; the last of them is also its input."""
         side, skips = x, []
         x = self.stem(x)
         for level in self.encoder.values():

@@ -1,4 +1,4 @@
-"""One network for several numbers of sampling steps: it is told which (SFD-v, arXiv 2409.19681)."""
+"""One network for several numbers of sampling steps, conditioned on their number (SFD-v, arXiv 2409.19681)."""
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,11 @@ class StepEmbedding(nn.Module):
 
     The number is a buffer that is filled in place: setting it makes no transfer and no recompilation. It is the same for
     a whole batch and, under DDP, on all processes.
+
+    Args:
+        channels: of the waves.
+        emb_channels: of the vector.
+        count: the number of steps until `set_steps`.
     """
 
     def __init__(self, channels: int, emb_channels: int, count: int):
@@ -30,10 +35,16 @@ class StepEmbedding(nn.Module):
 
 
 def condition_on_steps(network: nn.Module, count: int) -> None:
-    """Let a U-Net know its number of sampling steps, in place; `count`: the one until `set_steps`.
+    """Condition a network on its number of sampling steps, in place.
 
-    It computes what it did until its new parameters are trained; optimisers and averages come after this.
-    Errors: ValueError for count < 1, a network without `embed`, or one that is conditioned already.
+    Its output stays the same until its new parameters are trained; optimisers and averages come after this.
+
+    Args:
+        network: with an `embed` of this room.
+        count: the number of steps until `set_steps`.
+
+    Raises:
+        ValueError: for count < 1, a network without `embed`, or one that is conditioned already.
     """
     check_counts(count=count)
     embed = getattr(network, "embed", None)
@@ -48,9 +59,10 @@ def condition_on_steps(network: nn.Module, count: int) -> None:
 
 
 def set_steps(network: nn.Module, count: int) -> None:
-    """From now on the network's evaluations are those of sampling in `count` steps.
+    """Make the network's evaluations those of sampling in `count` steps, until the next call.
 
-    Errors: ValueError for count < 1 or a network that is not conditioned.
+    Raises:
+        ValueError: for count < 1 or a network that is not conditioned.
     """
     check_counts(count=count)
     _steps(network).count.fill_(count)
@@ -58,10 +70,13 @@ def set_steps(network: nn.Module, count: int) -> None:
 
 @torch.no_grad()
 def fixed_steps_state(network: nn.Module, count: int) -> dict[str, Tensor]:
-    """The state dict of the plain network, without condition or branches, that does the same at `count` steps.
+    """Take the state dict of the plain network, without condition or branches, that does the same at `count` steps.
 
     What joins the noise embedding is then constant, so a bias takes it up; the outputs are equal up to rounding. All other
-    tensors share the network's memory. Errors as of `set_steps`.
+    tensors share the network's memory.
+
+    Raises:
+        ValueError: as `set_steps`.
     """
     check_counts(count=count)
     steps = _steps(network)

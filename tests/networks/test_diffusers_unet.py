@@ -170,5 +170,5 @@ def test_wrong_options_are_named(options, message):
 
 
 def test_the_networks_are_there_without_waiting_for_diffusers():
-    code = "import networks, sys; raise SystemExit('diffusers' in sys.modules)"
+    code = "import stillhouse.networks, sys; raise SystemExit('diffusers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
