@@ -24,7 +24,7 @@ from datamodules.image_folder import ImageFolder
 from datamodules.imagenet import ImageNet
 from datamodules.imagenet_downsampled import DownsampledImageNet
 from datamodules.lsun import LSUN
-from datamodules.plane_points import Planar, PlanePoints
+from datamodules.plane_points import PlanePoints
 from datamodules.trajectories import TrajectoryDataModule, TrajectoryStore
 
 __all__ = [
@@ -45,7 +45,6 @@ __all__ = [
     "PackedImages",
     "PictureDataModule",
     "PixelDataModule",
-    "Planar",
     "PlanePoints",
     "TrajectoryDataModule",
     "TrajectoryStore",

@@ -16,10 +16,16 @@ _IMAGES, _PARTITION, _ATTRIBUTES = "img_align_celeba", "list_eval_partition.txt"
 
 
 class CelebA(PictureDataModule, PixelDataModule):
-    """162,770 faces, in the order of their names; `attribute` (of list_attr_celeba.txt) is class 1 where it is +1.
+    """162,770 faces, in the order of their names.
 
-    `path`: img_align_celeba or img_align_celeba.zip with list_eval_partition.txt beside it, or the folder of these. The
-    128x128 pixels around (89, 121) are shrunk by Pillow's bilinear filter, which is torchvision's Resize in DDIM's code.
+    The 128x128 pixels around (89, 121) are shrunk by Pillow's bilinear filter, which is torchvision's Resize in DDIM's code.
+
+    Args:
+        path: img_align_celeba or img_align_celeba.zip with list_eval_partition.txt beside it, or the folder that holds them.
+        attribute: A column of list_attr_celeba.txt: class 1 where it is +1, else 0. None: no classes.
+
+    Raises:
+        ValueError: The number of classes is not the attribute's.
     """
 
     how_to_get = "get img_align_celeba.zip and list_eval_partition.txt of CelebA and set data.path"
@@ -87,7 +93,12 @@ class CelebA(PictureDataModule, PixelDataModule):
 
 
 def _by_name(path: Path) -> dict[str, list[str]]:
-    """The words of each line behind its first one. Errors: ValueError for two lines that differ about one name."""
+    """The words of each line after the first one, by that one.
+
+    Raises:
+        FileNotFoundError: The file is missing.
+        ValueError: Two lines differ about one name.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; get it from CelebA's page and put it beside the images")
     rows: dict[str, list[str]] = {}

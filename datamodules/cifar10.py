@@ -24,10 +24,11 @@ _CLASSES, _SIDE = 10, 32
 
 
 class CIFAR10(PixelDataModule):
-    """The training images, batch after batch: EDM's dataset_tool has the same order, and all sources give the same bytes.
+    """50,000 training images in ten classes, in the order of the batches, which is also EDM's; every source gives the same bytes.
 
-    `path`: cifar-10-python.tar.gz, cifar-10-batches-py or the folder around it (torchvision's root), or EDM's zip.
-    `sha256`: of the archive, compared before it is read; None: any archive.
+    Args:
+        path: cifar-10-python.tar.gz, cifar-10-batches-py or the folder around it (torchvision's root), or EDM's zip.
+        sha256: Of the archive, compared before it is read; None: any archive.
     """
 
     how_to_get = "get cifar-10-python.tar.gz and set data.path"
@@ -60,7 +61,7 @@ class CIFAR10(PixelDataModule):
 
 @contextmanager
 def _opened(path: Path) -> Iterator:
-    """A function from a batch's name to its file."""
+    """Yield a function from a batch's name to its file."""
     if path.is_dir():
         folder = path / _FOLDER if (path / _FOLDER).is_dir() else path
 
@@ -75,7 +76,7 @@ def _opened(path: Path) -> Iterator:
         return
     try:
         with gzip.open(path) as unzipped:
-            # It also bounds what a header says of itself, which tarfile reads whole.
+            # Bounded, for tarfile reads as much at once as a header says.
             stream = BoundedStream(unzipped, path.stat().st_size, "its content")
             with tarfile.open(fileobj=stream, mode="r:") as archive:
                 batches = (one for one in archive if one.isfile() and Path(one.name).name in _BATCHES)

@@ -1,4 +1,4 @@
-"""Batches for methods that train on their own samples: no images, only places in the sequence of training samples."""
+"""Batches for methods that train on their own samples: no images, only positions in the sequence of training samples."""
 
 import numpy as np
 import pytorch_lightning as pl
@@ -12,11 +12,13 @@ def _positions(position: int, indices: np.ndarray) -> Batch:
 
 
 class DataFree(pl.LightningDataModule):
-    """A batch is {"position": int64 (B,)}, from which `stillhouse.diffusion.random_numbers.position_noise` makes noise.
+    """Batches {"position": int64 (B,)}, from which `stillhouse.diffusion.random_numbers.position_noise` makes noise.
 
-    batch_size: global, over all processes.
+    Args:
+        batch_size: Over all processes.
 
-    Errors: ValueError for a batch that the devices cannot divide evenly.
+    Raises:
+        ValueError: When training starts, for a batch that the devices cannot divide evenly.
     """
 
     def __init__(self, batch_size: int):

@@ -8,9 +8,11 @@ from datamodules.components.picture_files import PictureFiles, is_edm_zip
 
 
 class FFHQ(PictureDataModule, PixelDataModule):
-    """`path`: EDM's zip, or images1024x1024 or thumbnails128x128, whose pixels differ once they are shrunk.
+    """70,000 faces, without classes.
 
-    EDM's own zip, which its teacher has learnt, comes from images1024x1024.
+    Args:
+        path: EDM's zip, or a folder or zip of images1024x1024 or of thumbnails128x128. Shrunk, these two differ; EDM's zip,
+            on which its teacher was trained, comes from images1024x1024.
     """
 
     how_to_get = "get images1024x1024 or thumbnails128x128, or EDM's zip, and set data.path"

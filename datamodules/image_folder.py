@@ -10,10 +10,12 @@ from datamodules.components.picture_files import CLASS_ORDERS, PictureFiles, cla
 
 
 class ImageFolder(PictureDataModule, PixelDataModule):
-    """All pictures below `path`, upright, the middle square of each; its first folders are the classes if num_classes > 0.
+    """All pictures below a folder or in a zip, upright, the middle square of each.
 
-    `class_order`: text numbers the folders 1, 10, 2, as EDM's dataset_tool does, natural numbers them 1, 2, 10. Pictures
-    more than `max_aspect` times as long as wide are refused.
+    Args:
+        path: The folder or zip; its first folders are the classes if num_classes > 0.
+        class_order: text numbers the folders 1, 10, 2, as EDM's dataset_tool does; natural numbers them 1, 2, 10.
+        max_aspect: Pictures more than so many times as long as wide are refused; None: none are.
     """
 
     how_to_get = "set data.path to a folder or zip of pictures"

@@ -9,10 +9,12 @@ from datamodules.components.picture_files import PictureFiles, class_folders, cl
 
 
 class ImageNet(PictureDataModule, PixelDataModule):
-    """`path`: EDM's zip with its dataset.json, or ILSVRC/Data/CLS-LOC/train (or a zip of it) with n01440764/*.JPEG and so on.
+    """1,281,167 training images in a thousand classes, numbered by their sorted WordNet names as EDM's teachers do.
 
-    A class is the place of its folder among the sorted ones, as EDM's teachers know it. Both give the same images but for
-    the few CMYK ones of ILSVRC, whose four values EDM's tool reads as three; here they are converted.
+    Args:
+        path: EDM's zip with its dataset.json, or ILSVRC/Data/CLS-LOC/train (or a zip of it) with n01440764/*.JPEG and so on.
+            Both give the same images, except for the few of ILSVRC in CMYK, whose four values EDM's tool reads as three; here
+            they are converted.
     """
 
     how_to_get = "get ILSVRC 2012's training images, or EDM's zip of them, and set data.path"

@@ -21,11 +21,13 @@ _MAPPING = "map_clsloc.txt"
 
 
 class DownsampledImageNet(PixelDataModule):
-    """`path`: a folder of train_data_batch_1(.npz) and so on, or of the published zips of them.
+    """1,281,167 training images; their pixels are not EDM's, for another filter shrank other parts of the pictures.
 
-    The labels are numbers of map_clsloc.txt, in an order of their own: with that file (`n02119789 1 kit_fox` in each line)
-    in the folder they become the places among the sorted WordNet names, as ImageNet and EDM's teachers have them.
-    The pixels are not EDM's: another filter shrank other parts of the pictures.
+    The published labels are numbers of map_clsloc.txt, in an order of its own. That file (`n02119789 1 kit_fox` in each line)
+    in the same folder turns them into places among the sorted WordNet names, which ImageNet and EDM's teachers use.
+
+    Args:
+        path: A folder of train_data_batch_1(.npz) and so on, or of the published zips of them.
     """
 
     how_to_get = "get Imagenet64_train_part1_npz.zip and part2 and set data.path to their folder"
@@ -36,7 +38,7 @@ class DownsampledImageNet(PixelDataModule):
         return sorted(file for file in self.path.iterdir() if file.is_file()) if self.path.is_dir() else [self.path]
 
     def source(self) -> ImageSource:
-        batches = _found(self.path)
+        batches = _find_batches(self.path)
         way_out = "get all files of the training images again"
         numbers = [batch.number for batch in batches]
         if not numbers or numbers != list(range(1, len(numbers) + 1)):
@@ -49,7 +51,7 @@ class DownsampledImageNet(PixelDataModule):
                 yield from (rows.reshape(-1, 3, self.resolution, self.resolution) for rows in batch.rows(start, width))
                 start = max(0, start - batch.count)
 
-        classes = self._sorted(labels) if self.classes else None
+        classes = self._sorted_classes(labels) if self.classes else None
         return ImageSource(
             count=len(labels),
             chunks=chunks,
@@ -63,7 +65,7 @@ class DownsampledImageNet(PixelDataModule):
             },
         )
 
-    def _sorted(self, labels: np.ndarray) -> np.ndarray:
+    def _sorted_classes(self, labels: np.ndarray) -> np.ndarray:
         path = self.path / _MAPPING
         if not path.is_file():
             raise FileNotFoundError(
@@ -85,7 +87,7 @@ class DownsampledImageNet(PixelDataModule):
         return table[labels - 1]
 
 
-def _found(path: Path) -> list["_Batch"]:
+def _find_batches(path: Path) -> list["_Batch"]:
     """Batches in the order of their numbers."""
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is no folder; set data.path to the folder with the batches' files")
@@ -106,12 +108,21 @@ def _found(path: Path) -> list["_Batch"]:
 
 @dataclass
 class _Batch:
-    """One file; `count`, its images, is known once the labels are."""
+    """One file of images and labels.
+
+    Attributes:
+        number: Its place among the batches, from 1 on.
+        where: What errors call it.
+        size: Bytes of the file, or of the archive's member.
+        location: The file's path, or the archive's member.
+        archive: The zip that it is in, if any.
+        count: Its images, known once the labels were read.
+    """
 
     number: int
     where: str
     size: int
-    place: Any
+    location: Any
     archive: zipfile.ZipFile | None = None
     count: int = 0
 
@@ -137,10 +148,10 @@ class _Batch:
 
 class _Pickle(_Batch):
     def content_hash(self) -> str:
-        return hash_file(self.place)
+        return hash_file(self.location)
 
     def _load(self) -> dict[str, Any]:
-        with open(self.place, "rb") as file:
+        with open(self.location, "rb") as file:
             return unpickle(file, self.where)
 
     def _labels(self) -> Any:
@@ -157,7 +168,7 @@ class _Npz(_Batch):
             return json_hash(sorted((info.filename, info.CRC) for info in archive.infolist()))
 
     def _opened(self) -> zipfile.ZipFile:
-        return zipfile.ZipFile(self.place if self.archive is None else self.archive.open(self.place))
+        return zipfile.ZipFile(self.location if self.archive is None else self.archive.open(self.location))
 
     def _member(self, name: str) -> Iterator[np.ndarray]:
         """An array of the .npz, some rows at a time: a whole batch takes 1.6 GB."""

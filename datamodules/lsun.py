@@ -16,10 +16,12 @@ from stillhouse.ranks import progress_bar
 
 
 class LSUN(PictureDataModule):
-    """Pictures of one category, of which the middle square is shown; no classes.
+    """The pictures of one category, of each the middle square, without classes.
 
-    `path`: a folder with data.mdb (as bedroom_train_lmdb), in the order of its keys, or any folder or zip of pictures. They
-    stay encoded, for raw they would take ten times the space: `num_workers` processes decode them.
+    They stay encoded, because as pixels they would take ten times the space; `num_workers` processes decode them.
+
+    Args:
+        path: A folder with data.mdb (such as bedroom_train_lmdb), in the order of its keys, or any folder or zip of pictures.
     """
 
     packed_type = EncodedImages
@@ -27,7 +29,7 @@ class LSUN(PictureDataModule):
 
     @property
     def source_paths(self) -> list[Path]:
-        return [self.path / "data.mdb"] if self._is_lmdb else [self.path]  # its lock file is written by who reads
+        return [self.path / "data.mdb"] if self._is_lmdb else [self.path]  # readers write its lock file
 
     @property
     def _is_lmdb(self) -> bool:
@@ -71,12 +73,14 @@ class LSUN(PictureDataModule):
 
 
 class LMDB(PictureSequence):
-    """The values of an LMDB folder in the order of their keys. `sizes` is one upper bound of all: reading each takes hours.
+    """The values of an LMDB folder in the order of their keys.
 
-    Another process reads them, for in a damaged file the library can run into pages that are not there, which ends whoever
-    does so.
+    `sizes` holds one upper bound of the sum, because to read each size takes hours. The values are read in another process: in
+    a damaged file the library can run into pages that are not there, which ends the process.
 
-    Errors: OSError for a damaged or empty one, ValueError where the lmdb package is missing.
+    Raises:
+        OSError: The folder is damaged or empty.
+        ValueError: The lmdb package is missing.
     """
 
     def __init__(self, path: Path):
@@ -94,7 +98,7 @@ class LMDB(PictureSequence):
         return {"number of pictures": lambda: str(len(self)), "pictures": self.content_hash}
 
     def report(self, name: str) -> None:
-        """Nothing of it is left out."""
+        """Print nothing: all values are used."""
 
     def _read(self, start: int) -> Iterator[tuple[str, bytes]]:
         context = multiprocessing.get_context("fork")
@@ -127,11 +131,11 @@ class LMDB(PictureSequence):
 
 
 def _send_values(path: Path, start: int, receiver: Connection, sender: Connection) -> None:
-    """(key, value) of each value from number `start` on, then None with the error that there was, or None."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for the process that asked, whose end is this one's
+    """Send (key, value) of each value from number `start` on, then (None, the error that ended it, or None)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for the parent process, whose end also ends this one
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    receiver.close()  # else nothing would say that the other side has gone
-    with suppress(BrokenPipeError):  # who asked has enough
+    receiver.close()  # while it is open here, a closed pipe goes unnoticed
+    with suppress(BrokenPipeError):  # the parent needs no more
         try:
             with _opened(path) as environment, environment.begin() as transaction:
                 cursor = transaction.cursor()
@@ -147,7 +151,7 @@ def _send_values(path: Path, start: int, receiver: Connection, sender: Connectio
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """The environment; the library's errors in one line, also those of the block."""
+    """Yield the environment, and turn the library's errors into one line, also those of the block."""
     try:
         import lmdb  # needed once
     except ImportError:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,14 +19,14 @@ _HALF, _SQUARES = 0.9, 4  # half of the board's side, and its squares along a si
 
 
 def eight_gaussians(count: int, generator: np.random.Generator) -> np.ndarray:
-    """`count` points (count, 2), float64: eight modes of standard deviation 0.05 on a circle of radius 0.7, alike likely."""
+    """Points (count, 2), float64, of eight equally likely modes of standard deviation 0.05 on a circle of radius 0.7."""
     angles = 2 * np.pi / _MODES * generator.integers(_MODES, size=count)
     means = _RADIUS * np.stack([np.cos(angles), np.sin(angles)], axis=1)
     return means + _STD * generator.standard_normal((count, 2))
 
 
 def checkerboard(count: int, generator: np.random.Generator) -> np.ndarray:
-    """`count` points (count, 2), float64: uniform on the eight dark squares of a 4x4 board in [-0.9, 0.9]^2.
+    """Points (count, 2), float64, uniform on the eight dark squares of a 4x4 board in [-0.9, 0.9]^2.
 
     The square in the lower left corner is dark.
     """
@@ -42,50 +43,35 @@ DISTRIBUTIONS: dict[str, Callable[[int, np.random.Generator], np.ndarray]] = {
 
 
 class PlanePoints(ImageDataModule):
-    """`points` samples of one distribution of DISTRIBUTIONS; channel 0 is the abscissa. No classes.
+    """Points of a distribution in the plane as images; channel 0 is x, channel 1 is y, and there are no classes.
 
     The points come from a seed of their own by numpy's PCG64, so they are the same everywhere; `seed` orders the batches. They
-    are packed as bytes like any data set, by the house's rule x*127.5+128: points of a 256x256 lattice with steps of
-    1/127.5 = 0.008, a sixth of the Gaussians' standard deviation and far below what 2,000 samples can resolve.
+    are packed as bytes like any data set, x*127.5+128: points of a 256x256 lattice with steps of 1/127.5 = 0.008, a sixth of
+    the Gaussians' standard deviation and far below what 2,000 samples can resolve.
 
-    Errors: ValueError for an unknown distribution, or where other points than those asked for are packed under this name.
+    Args:
+        distribution: A name in DISTRIBUTIONS.
+        name: By default that of the distribution.
+        root: As in `ImageDataModule`.
+        points: How many points.
+        options: The other options of `ImageDataModule`.
+
+    Raises:
+        ValueError: The distribution is unknown, or other points than those asked for are packed under this name.
     """
 
     def __init__(
-        self,
-        distribution: str,
-        name: str | None = None,
-        root: str = "data",
-        *,
-        batch_size: int,
-        points: int = 50_000,
-        seed: int = 0,
-        resolution: int = 1,
-        channels: int = 2,
-        num_classes: int = 0,
-        conditional: bool = False,
-        num_workers: int = 0,
-        verify: bool = False,
+        self, distribution: str, name: str | None = None, root: str = "data", *, points: int = 50_000, **options: Any
     ):
         check_choice("distribution", distribution, tuple(DISTRIBUTIONS))
         check_counts(points=points)
-        super().__init__(
-            distribution if name is None else name,
-            root,
-            batch_size=batch_size,
-            seed=seed,
-            resolution=resolution,
-            channels=channels,
-            num_classes=num_classes,
-            conditional=conditional,
-            num_workers=num_workers,
-            verify=verify,
-        )
+        sizes = {"resolution": 1, "channels": 2, "num_classes": 0, "conditional": False}
+        super().__init__(distribution if name is None else name, root, **{**sizes, **options})
         self.distribution, self.points = distribution, points
 
     def convert(self, folder: Path) -> None:
-        drawn = DISTRIBUTIONS[self.distribution](self.points, np.random.Generator(np.random.PCG64(_SEED)))
-        images = to_uint8(torch.from_numpy(drawn)).numpy()[:, :, None, None]
+        points = DISTRIBUTIONS[self.distribution](self.points, np.random.Generator(np.random.PCG64(_SEED)))
+        images = to_uint8(torch.from_numpy(points)).numpy()[:, :, None, None]
         pack(
             folder,
             images,
@@ -110,8 +96,3 @@ class PlanePoints(ImageDataModule):
                     f"{option}={ours}, but {self.folder} was packed with {theirs}; correct the option or set another name or root"
                 )
         return packed
-
-
-def Planar(law: str, **options) -> PlanePoints:
-    """The same data set, as configs of runs before November 2026 name it."""
-    return PlanePoints(law, **options)

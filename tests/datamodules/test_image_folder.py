@@ -171,7 +171,7 @@ def test_what_an_older_version_packed_is_read_and_it_is_said(tmp_path, capsys):
         json.dumps({k: v for k, v in meta.items() if k not in ("options", "source_stamp", "source_sha256")})
     )
     assert len(module(tmp_path).reference()) == 3
-    assert "was packed by an older version, which did not note what it was packed of" in capsys.readouterr().out
+    assert "was packed by an older version, which did not record its source" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
