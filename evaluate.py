@@ -300,7 +300,7 @@ def keep(measured: Measured) -> None:
 
 def measure_all(cfg: DictConfig, folders: Sequence[Path], device: Any) -> list:
     """All records, kept and printed: also those before an error, in measuring or writing, ended the rest."""
-    from stillhouse.analysis.tables import table
+    from stillhouse.analysis.tables import records_text
     from stillhouse.metrics.records import merge_records
 
     shown: list = []
@@ -310,7 +310,7 @@ def measure_all(cfg: DictConfig, folders: Sequence[Path], device: Any) -> list:
             keep(measured)
     finally:
         if shown:
-            print(f"\n{table(shown)}", flush=True)
+            print(f"\n{records_text(shown)}", flush=True)
     if not shown:
         raise ValueError("nothing was measured; the lines above say why")
     return shown

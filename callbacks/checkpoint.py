@@ -1,7 +1,6 @@
 """Checkpoints that survive a kill at any moment: checkpoints/last.ckpt every n steps, checkpoints/best.ckpt by a metric."""
 
 import math
-import os
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -14,10 +13,10 @@ from pytorch_lightning.loops.evaluation_loop import RestartStage
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.trainer.states import TrainerFn
 
-from callbacks.components.schedule import is_last
+from callbacks.components.intervals import is_last_step
 from callbacks.loggers.csv_logger import CSVLogger
 from stillhouse.checkpoints.bounds import check_archive, check_tensors
-from stillhouse.files import unfinished
+from stillhouse.files import atomic_write
 
 _RESUMED = {"callbacks", "global_step", "loops", "optimizer_states"}  # what Lightning wants of one beside the weights
 
@@ -84,13 +83,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if self.owner is not None:
             checkpoint = checkpoint | {"run": self.owner}
         try:
-            with unfinished(path) as temporary:
-                with temporary.open("wb") as file:
-                    torch.save(checkpoint, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
-            _sync_folder(path.parent)
+            with atomic_write(path, sync=True) as temporary, temporary.open("wb") as file:
+                torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:
             # torch hides a failed write behind an internal assertion of its zip writer.
             cause = error if isinstance(error, OSError) else error.__context__
@@ -113,15 +107,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if self.owner is not None:
             check_owner(path, content, self.owner)
         return content
-
-
-def _sync_folder(folder: Path) -> None:
-    """Puts a rename on disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class Checkpoints(pl.callbacks.Checkpoint):
@@ -169,7 +154,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._due = _validation_follows(trainer)
-        if self._due or is_last(trainer) or self._wanted or trainer.global_step % self.every_n_steps == 0:
+        if self._due or is_last_step(trainer) or self._wanted or trainer.global_step % self.every_n_steps == 0:
             self._wanted = False
             _log_in_file(trainer)
             self._save_last(trainer)
@@ -184,7 +169,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
         self._due = False
         if pl_module.monitor is not None:
             self._save_best(trainer, pl_module.monitor)
-        if is_last(trainer):
+        if is_last_step(trainer):
             self._saved_step = -1  # it says that this validation is still to be made
             self._save_last(trainer)
 

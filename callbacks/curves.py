@@ -11,10 +11,10 @@ import pytorch_lightning as pl
 from matplotlib.figure import Figure
 from pytorch_lightning.utilities import rank_zero_only
 
-from callbacks.components.schedule import due, is_last
+from callbacks.components.intervals import interval_reached, is_last_step
 from callbacks.ema import RAW
-from callbacks.generative_metrics import GenerativeMetrics, counted
-from stillhouse.analysis.curve_files import read_rows
+from callbacks.generative_metrics import GenerativeMetrics, metric_with_count
+from stillhouse.analysis.curves import read_metrics_csv
 from stillhouse.files import write_file
 from stillhouse.metrics.records import load_records
 
@@ -29,7 +29,7 @@ class Curves(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         times = [callback.every_kimg for callback in trainer.callbacks if isinstance(callback, GenerativeMetrics)]
-        if not is_last(trainer) and any(due(trainer, pl_module, every_kimg) for every_kimg in times):
+        if not is_last_step(trainer) and any(interval_reached(trainer, pl_module, every_kimg) for every_kimg in times):
             self._draw(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -39,7 +39,7 @@ class Curves(pl.Callback):
     def _draw(self, trainer: pl.Trainer) -> None:
         folder = Path(trainer.default_root_dir)
         if (folder / "metrics.csv").exists():
-            draw_curves(folder / "metrics.csv", folder / "curves.png", reference_lines(folder / "monitoring.json"))
+            plot_curves(folder / "metrics.csv", folder / "curves.png", reference_lines(folder / "monitoring.json"))
 
 
 def reference_lines(path: str | Path) -> dict[str, dict[str, float]]:
@@ -52,12 +52,12 @@ def reference_lines(path: str | Path) -> dict[str, dict[str, float]]:
         count = record.fingerprint.get("num_samples")
         if record.subject in ("teacher", "real") and isinstance(count, int):
             label = f"teacher ({record.nfe} NFE)" if record.subject == "teacher" else "real"
-            metric = counted(record.metric, count)
+            metric = metric_with_count(record.metric, count)
             lines.setdefault(metric, {})[label] = record.mean
     return lines
 
 
-def draw_curves(
+def plot_curves(
     csv_path: str | Path, png_path: str | Path, reference_lines: Mapping[str, Mapping[str, float]] | None = None
 ) -> Figure:
     """Draws a metrics.csv against kimg, one panel for the losses and one per generative metric, and returns the figure.
@@ -65,7 +65,7 @@ def draw_curves(
     Losses are the columns loss, loss/... and heldout/...; a generative metric has one column per averaged copy, such as
     fid_digits_1k/ema_0.999 and fid_digits_1k/raw. `reference_lines`: {metric: {label: value}}, drawn in the metric's panel.
     """
-    rows = read_rows(Path(csv_path))
+    rows = read_metrics_csv(Path(csv_path))
     curves = {
         key: [(float(r["nimg"]) / 1000, float(r[key])) for r in rows if r[key]] for key in (rows[0] if rows else ())
     }

@@ -189,7 +189,7 @@ class EMA(pl.Callback):
             )
 
 
-def copies(
+def student_weights(
     trainer: pl.Trainer, user: pl.Callback, names: Sequence[str] | None
 ) -> dict[str, Callable[[pl.LightningModule], AbstractContextManager[None]]]:
     """Name -> context manager that puts this copy of the weights into the student while `user` looks at it.

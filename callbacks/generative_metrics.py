@@ -7,14 +7,20 @@ import pytorch_lightning as pl
 import torch
 
 from callbacks.clock import Clock
-from callbacks.components.schedule import check_every_kimg, due
-from callbacks.components.undisturbed import aside
-from callbacks.ema import copies
+from callbacks.components.evaluation_mode import evaluation_mode
+from callbacks.components.intervals import check_every_kimg, interval_reached
+from callbacks.ema import student_weights
 from stillhouse.checks import check_choice
 from stillhouse.diffusion.random_numbers import MONITOR_SEEDS
-from stillhouse.metrics.evaluation import check_real, check_rows, check_settings, measure, needs_real_rows
+from stillhouse.metrics.evaluation import (
+    check_evaluation,
+    check_real_features,
+    check_real_images,
+    measure_sampler,
+    needs_real_features,
+)
 from stillhouse.metrics.extractors import FeatureExtractor
-from stillhouse.metrics.labels import DISTRIBUTIONS, check_shares, sampled_counts
+from stillhouse.metrics.labels import DISTRIBUTIONS, check_class_shares, sampling_class_counts
 from stillhouse.metrics.reference import Reference, published_reference, reference_statistics
 
 
@@ -45,9 +51,9 @@ class GenerativeMetrics(pl.Callback):
         reference: Mapping[str, Any] | None = None,
         labels: str = "uniform",
     ) -> None:
-        check_settings(metrics, num_samples, 1, batch_size, owner="callbacks.metrics")
+        check_evaluation(metrics, num_samples, 1, batch_size, owner="callbacks.metrics")
         if reference is not None:
-            check_rows(metrics)
+            check_real_features(metrics)
         self.every_kimg = check_every_kimg("GenerativeMetrics", every_kimg)
         self.num_samples, self.extractor, self.metrics = num_samples, extractor, list(metrics)
         self.ema_names, self.batch_size, self.cache_folder = ema_names, batch_size, cache_folder
@@ -69,26 +75,26 @@ class GenerativeMetrics(pl.Callback):
         }
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        copies(trainer, self, self.ema_names)
-        self._class_counts = sampled_counts(self.labels, pl_module.data)
+        student_weights(trainer, self, self.ema_names)
+        self._class_counts = sampling_class_counts(self.labels, pl_module.data)
         if self.published is not None:
             self._reference = published_reference(self.published, self.extractor)
             return
-        check_real(self.metrics, len(pl_module.data.reference()), self.num_samples)
+        check_real_images(self.metrics, len(pl_module.data.reference()), self.num_samples)
         # Here, so that an extractor that does not fit the data is refused before training.
         self._reference = reference_statistics(
             pl_module.data.reference(),
             self.extractor,
             self.cache_folder,
-            keep_features=needs_real_rows(self.metrics),
+            keep_features=needs_real_features(self.metrics),
             device=pl_module.device,
         )
-        check_shares(self.labels, pl_module.data)
+        check_class_shares(self.labels, pl_module.data)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if due(trainer, pl_module, self.every_kimg):
+        if interval_reached(trainer, pl_module, self.every_kimg):
             values = self.evaluate(trainer, pl_module)
             trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
             values["progress/student_updates"] = pl_module.student_updates
@@ -101,10 +107,10 @@ class GenerativeMetrics(pl.Callback):
         """The values by the names under which they are logged; every rank must call it."""
         data = pl_module.data
         values = {}
-        with aside(pl_module):
-            for name, applied in copies(trainer, self, self.ema_names).items():
+        with evaluation_mode(pl_module):
+            for name, applied in student_weights(trainer, self, self.ema_names).items():
                 with applied(pl_module):
-                    records = measure(
+                    records = measure_sampler(
                         pl_module.sample,
                         name=pl_module.name,
                         subject="student",
@@ -123,10 +129,12 @@ class GenerativeMetrics(pl.Callback):
                         first_seed=MONITOR_SEEDS,
                         progress=False,
                     )
-                values |= {f"{counted(record.metric, self.num_samples)}/{name}": record.mean for record in records}
+                values |= {
+                    f"{metric_with_count(record.metric, self.num_samples)}/{name}": record.mean for record in records
+                }
         return values
 
 
-def counted(metric: str, num_samples: int) -> str:
+def metric_with_count(metric: str, num_samples: int) -> str:
     """fid_digits of 1000 samples is fid_digits_1k."""
     return f"{metric}_{num_samples // 1000}k" if num_samples % 1000 == 0 else f"{metric}_{num_samples}"

@@ -7,7 +7,7 @@ from typing import Any
 import pytorch_lightning as pl
 from tqdm import tqdm
 
-from callbacks.components.schedule import check_every_kimg, due
+from callbacks.components.intervals import check_every_kimg, interval_reached
 
 
 class Progress(pl.Callback):
@@ -56,7 +56,7 @@ class Progress(pl.Callback):
         if self._bar is not None:
             self._bar.update(pl_module.batch_size)
         late = self.every_kimg is None and now[0] - self._line[0] >= self.every_seconds
-        if late or due(trainer, pl_module, self.every_kimg):
+        if late or interval_reached(trainer, pl_module, self.every_kimg):
             self._show(trainer, now)
             self._line = now
 

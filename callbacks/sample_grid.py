@@ -8,11 +8,11 @@ import pytorch_lightning as pl
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from callbacks.components.schedule import check_every_kimg, due
-from callbacks.components.undisturbed import aside
-from callbacks.ema import copies
+from callbacks.components.evaluation_mode import evaluation_mode
+from callbacks.components.intervals import check_every_kimg, interval_reached
+from callbacks.ema import student_weights
 from stillhouse.checks import check_memory
-from stillhouse.pictures.samples import draw_progress, shape_of
+from stillhouse.pictures.samples import image_shape, save_progress_picture
 
 
 class SampleGrid(pl.Callback):
@@ -30,22 +30,24 @@ class SampleGrid(pl.Callback):
         self.rows, self.columns = rows, columns
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        copies(trainer, self, None)
-        pixels = self.rows * self.columns * math.prod(shape_of(pl_module.data))
+        student_weights(trainer, self, None)
+        pixels = self.rows * self.columns * math.prod(image_shape(pl_module.data))
         check_memory(4 * pixels, f"callbacks.grid of {self.rows} rows and {self.columns} columns (lower them)")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if due(trainer, pl_module, self.every_kimg):
+        if interval_reached(trainer, pl_module, self.every_kimg):
             self._draw(trainer, pl_module)
 
     @rank_zero_only
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         path = Path(trainer.default_root_dir) / "samples" / f"{pl_module.nimg // 1000:06d}.png"
-        (applied,) = copies(trainer, self, None).values()
-        with aside(pl_module), applied(pl_module):
-            picture = draw_progress(path, pl_module.sample, pl_module.data, pl_module.device, self.rows, self.columns)
+        (applied,) = student_weights(trainer, self, None).values()
+        with evaluation_mode(pl_module), applied(pl_module):
+            picture = save_progress_picture(
+                path, pl_module.sample, pl_module.data, pl_module.device, self.rows, self.columns
+            )
         for logger in trainer.loggers:
             step = trainer.global_step - 1  # Lightning's own number of this batch
             if isinstance(logger, TensorBoardLogger):

@@ -16,7 +16,7 @@ from launch.option_types import UnknownOption, check_targets, check_value
 from launch.run.trainer_options import TrainerOptions
 from lightning_modules import Method
 from stillhouse.diffusion.teacher import Teacher
-from stillhouse.files import check_name
+from stillhouse.files import check_folder_name
 
 
 class RunOptions(TypedDict):
@@ -86,7 +86,7 @@ def check_run(cfg: DictConfig) -> None:
             ) from None
         raise
 
-    check_name("name", cfg.name, "runs", several=True)
+    check_folder_name("name", cfg.name, "runs", several=True)
     if HydraConfig.initialized() and any(re.match(r"[+~]*folder\b", o) for o in typed_options()):
         raise ValueError("folder is not an option: name=NAME makes it runs/NAME")
     if cfg.callbacks.get("checkpoints") is None:

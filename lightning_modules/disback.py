@@ -14,7 +14,7 @@ from lightning_modules.components.degradation_recording import DegradationRecord
 from lightning_modules.components.method import Method
 from lightning_modules.diff_instruct import DiffInstruct
 from stillhouse.checks import check_choice, check_counts
-from stillhouse.ranks import averaged
+from stillhouse.ranks import average_over_ranks
 
 SWITCHES = ("interval", "converged")
 
@@ -155,7 +155,7 @@ class DisBack(DiffInstruct):
         super().on_save_checkpoint(checkpoint)
         mismatch = None
         if self.mismatch is not None:  # each rank goes on with the mean, whose sum over them is the same
-            mismatch = averaged({"mismatch": self.mismatch}, self.device)["mismatch"].cpu()
+            mismatch = average_over_ranks({"mismatch": self.mismatch}, self.device)["mismatch"].cpu()
         state = {"node": self.node, "since": self.since, "mismatch": mismatch, "first_mismatch": self.first_mismatch}
         checkpoint["backtracking"] = state
 

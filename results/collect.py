@@ -9,10 +9,10 @@ from launch.evaluate.convergence import compare_runs, draw, dumped
 from launch.evaluate.flows import load_chain
 from launch.evaluate.quality import compare_quality
 from launch.evaluate.quality import draw as draw_quality
-from stillhouse.analysis.curve_files import to_json
-from stillhouse.analysis.flow_chain import to_json as chain_to_json
-from stillhouse.analysis.flow_picture import draw_flows
-from stillhouse.analysis.quality import to_json as quality_to_json
+from stillhouse.analysis.convergence import convergence_to_json
+from stillhouse.analysis.flow_chain import flow_chain_to_json
+from stillhouse.analysis.flow_plot import plot_flow_chain
+from stillhouse.analysis.quality import quality_to_json
 from stillhouse.files import write_file
 from stillhouse.metrics.provenance import revision
 from stillhouse.metrics.records import Record, load_records, merge_records
@@ -30,7 +30,7 @@ def record(target: Path, folders: list[Path]) -> None:
 def compare(target: Path, folders: list[Path]) -> None:
     """Write how fast the runs converged, as evaluate.py's convergence.json, into `target`, and the picture beside it."""
     comparison = compare_runs(folders)
-    write_file(target, dumped({**origin(), "comparison": to_json(comparison)}))
+    write_file(target, dumped({**origin(), "comparison": convergence_to_json(comparison)}))
     draw(target.with_suffix(".png"), comparison, folders)
 
 
@@ -44,8 +44,8 @@ def quality(target: Path, folders: list[Path]) -> None:
 def flows(target: Path, measured: Path) -> None:
     """Write a chain of flows, from evaluate.py's flows.json, into `target`, and the picture beside it."""
     chain = load_chain(measured)
-    write_file(target, dumped({**origin(), "flows": chain_to_json(chain)}))
-    draw_flows(target.with_suffix(".png"), chain)
+    write_file(target, dumped({**origin(), "flows": flow_chain_to_json(chain)}))
+    plot_flow_chain(target.with_suffix(".png"), chain)
 
 
 def origin() -> dict[str, Any]:

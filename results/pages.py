@@ -9,14 +9,10 @@ from typing import Any
 from benchmarks.measuring import ROOT
 from benchmarks.run import table
 from results.support import support_table
-from stillhouse.analysis.convergence_tables import markdown as convergence_markdown
-from stillhouse.analysis.curve_files import from_json
-from stillhouse.analysis.flow_chain import from_json as chain_from_json
-from stillhouse.analysis.flow_tables import markdown as flows_markdown
-from stillhouse.analysis.quality import Quality, Value
-from stillhouse.analysis.quality import from_json as quality_from_json
-from stillhouse.analysis.quality_tables import markdown as quality_markdown
-from stillhouse.analysis.tables import markdown
+from stillhouse.analysis.convergence import convergence_from_json, convergence_markdown
+from stillhouse.analysis.flow_chain import flow_chain_from_json, flow_chain_markdown
+from stillhouse.analysis.quality import Quality, QualityValue, quality_from_json, quality_markdown
+from stillhouse.analysis.tables import records_markdown
 from stillhouse.metrics.records import Record
 
 RESULTS = ROOT / "results"
@@ -45,7 +41,7 @@ def section(path: Path, pictures: str = "results") -> str:
     if "outcomes" in content:
         return support_table(content, ROOT / "conf/recipe")
     if "records" in content:
-        return f"{markdown([Record(**entry) for entry in content['records']])}\n\n{_source(path, content)}"
+        return f"{records_markdown([Record(**entry) for entry in content['records']])}\n\n{_source(path, content)}"
     for key, against, tables in _KINDS:
         if key in content:
             picture = f"![Metric against {against}]({pictures}/{path.stem}.png)"
@@ -55,9 +51,9 @@ def section(path: Path, pictures: str = "results") -> str:
 
 
 _KINDS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
-    ("comparison", "updates, images and seconds", lambda content: convergence_markdown(from_json(content))),
+    ("comparison", "updates, images and seconds", lambda content: convergence_markdown(convergence_from_json(content))),
     ("quality", "network evaluations", lambda content: quality_markdown(quality_from_json(content))),
-    ("flows", "the number of the flow", lambda content: flows_markdown(chain_from_json(content))),
+    ("flows", "the number of the flow", lambda content: flow_chain_markdown(flow_chain_from_json(content))),
 )
 
 
@@ -94,7 +90,7 @@ def summary() -> str:
     Raises:
         ValueError: For values that were not measured alike, and for a row that names none.
     """
-    values: list[Value] = []
+    values: list[QualityValue] = []
     fingerprints, floors = [], []
     for name, pattern, row in _SUMMARY:
         content = json.loads((RESULTS / f"{name}.json").read_text())
@@ -110,15 +106,17 @@ def summary() -> str:
             fingerprints += [record.comparable for record in chosen]
         if not found:
             raise ValueError(f"results/{name}.json has nothing that is called {pattern}")
-        values += [Value(**{**vars(value), "group": row}) for value in found]
+        values += [QualityValue(**{**vars(value), "group": row}) for value in found]
     if any(fingerprint != fingerprints[0] for fingerprint in fingerprints):
         raise ValueError("the values of the README's table were not measured alike")
     return quality_markdown(Quality("fid_digits", fingerprints[0], tuple(values), floors[0]))
 
 
-def _value(record: Record) -> Value:
+def _value(record: Record) -> QualityValue:
     seed = int(re.search(r"seed(\d+)", record.name)[1])
-    return Value(record.name, "", seed, record.nfe, record.mean, record.fingerprint["weights"], record.provenance)
+    return QualityValue(
+        record.name, "", seed, record.nfe, record.mean, record.fingerprint["weights"], record.provenance
+    )
 
 
 def updated(text: str) -> str:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from stillhouse.analysis.tables import piped
+from stillhouse.analysis.tables import markdown_table
 
 _LETTERS = {"edm": "E", "ddpm": "D", "flow": "F"}
 _TRAINED = "trained"
@@ -19,7 +19,7 @@ def support_table(content: dict[str, Any], recipes: Path) -> str:
             [f"`{method}`", *(_cell(found[name], recipes / f"{method.replace(' ', '_')}_{name}.yaml") for name in data)]
         )
     source = f"From `results/support.json`: commit {content['commit'][:7]}, {content['date']}, {content['machine']}."
-    return f"{chr(10).join(piped(rows))}\n\n{source}"
+    return f"{chr(10).join(markdown_table(rows))}\n\n{source}"
 
 
 def _cell(families: dict[str, str], recipe: Path) -> str:

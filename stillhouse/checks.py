@@ -27,14 +27,14 @@ def check_memory(needed: int, what: str) -> None:
         raise ValueError(f"{what} would take some {needed / 1e9:,.3g} GB of memory, of {present / 1e9:,.3g} GB here")
 
 
-def check_sequence(name: str, values: Sequence[int]) -> tuple[int, ...]:
+def check_integers(name: str, values: Sequence[int]) -> tuple[int, ...]:
     if not isinstance(values, Sequence) or isinstance(values, str):
         raise ValueError(f"{name} must be a list of integers, got {values!r}")
     check_counts(**{f"{name}[{i}]": value for i, value in enumerate(values)})
     return tuple(values)
 
 
-def check_shares(**options: float) -> None:
+def check_fractions(**options: float) -> None:
     for name, value in options.items():
         if not isinstance(value, int | float) or not 0 <= value < 1:
             raise ValueError(f"{name} must be in [0, 1), got {value!r}")
@@ -48,7 +48,7 @@ def check_multiple(divisor: int, **options: int) -> None:
 
 def check_labels(num_classes: int, label_dropout: float) -> None:
     check_counts(0, num_classes=num_classes)
-    check_shares(label_dropout=label_dropout)
+    check_fractions(label_dropout=label_dropout)
     if label_dropout and not num_classes:
         raise ValueError(f"label_dropout={label_dropout} needs labels: set num_classes above 0, or label_dropout=0")
 

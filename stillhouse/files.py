@@ -20,7 +20,7 @@ _DAY = 24 * 3600  # seconds
 _LONGEST = 255  # bytes of a name in most file systems
 
 
-def check_name(option: str, name: str, below: str, several: bool = False) -> None:
+def check_folder_name(option: str, name: str, below: str, several: bool = False) -> None:
     """Refuse a name that is no folder, or with `several` no path of some, below the folder `below`."""
     parts = name.split("/")
     plain = all(part.strip() and part not in (".", "..") and part.isprintable() for part in parts)
@@ -32,36 +32,54 @@ def check_name(option: str, name: str, below: str, several: bool = False) -> Non
 
 
 def write_file(path: str | Path, data: bytes) -> None:
-    """Write `data` to a temporary name beside `path`, then rename; missing folders are made.
+    """Write `data` to a temporary name beside `path`, then rename it; missing folders are made.
 
-    Raises OSError, naming the file, where the disk refuses; an existing file is then as it was.
+    Raises:
+        OSError: naming the file, where the disk refuses; an existing file is then as it was.
     """
     try:
-        with unfinished(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_bytes(data)
-            os.replace(temporary, path)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error}; free some space there or choose another folder") from error
 
 
 @contextmanager
-def unfinished(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside `path` for the block to fill and rename; whatever is left under it afterwards is removed.
+def atomic_write(path: str | Path, sync: bool = False) -> Iterator[Path]:
+    """Yield a temporary name beside `path`, and rename what the block wrote there (a file or a folder) to `path` at its end.
 
-    A killed process leaves it behind under a name that nobody reads, which goes when the same path is written again.
+    Where the block raises, `path` stays as it was and what lies under the temporary name is removed. A killed process leaves
+    that behind under a name that nobody reads, and it goes when the same path is written again.
+
+    Args:
+        path: the file or folder; missing parent folders are made.
+        sync: whether the file and its new name are on the disk at the end, so that they survive a loss of power.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sweep(path.parent, path.name)
+    remove_leftovers(path.parent, path.name)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{_process_space()}")
     _remove(temporary)  # of a dead process that had this one's number
     try:
         yield temporary
+        if sync:
+            _sync(temporary)
+        os.replace(temporary, path)
+        if sync:
+            _sync(path.parent)
     finally:
         _remove(temporary)
 
 
-def sweep(folder: Path, name: str | None = None) -> None:
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
     """Delete what killed processes left in `folder` under temporary names, of the file `name` or of all.
 
     Whether a process of another machine lives can't be seen: its file is taken for a dead one's a day after its last change.
@@ -130,7 +148,7 @@ def write_cache(save: Callable[[], Any]) -> None:
         print(f"warning: {error}. It is only a cache: the next command computes it again", file=sys.stderr, flush=True)
 
 
-def inside(folder: str | Path, name: str) -> Path:
+def resolve_inside(folder: str | Path, name: str) -> Path:
     """`folder`/`name`. Raises ValueError where a link leads out of the folder: whoever made it could show any file by it."""
     path = Path(folder) / name
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):

@@ -17,7 +17,7 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
-def share(total: int) -> slice:
+def rank_slice(total: int) -> slice:
     """The contiguous part of range(total) that this process works on; the parts of all ranks follow each other."""
     rank, world = rank_and_world()
     return slice(total * rank // world, total * (rank + 1) // world)
@@ -36,7 +36,7 @@ def gather_rows(rows: Tensor, total: int) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
-def averaged(values: Mapping[str, Tensor | float], device: torch.device | str) -> dict[str, Tensor | float]:
+def average_over_ranks(values: Mapping[str, Tensor | float], device: torch.device | str) -> dict[str, Tensor | float]:
     """Values by name, each its mean over all ranks, which must ask for the same ones in the same order; floats are float32."""
     _, world = rank_and_world()
     if world == 1 or not values:
@@ -48,7 +48,7 @@ def averaged(values: Mapping[str, Tensor | float], device: torch.device | str) -
     return {name: part.view(t.shape).to(t.dtype) for name, part, t in zip(values, parts, tensors, strict=True)}
 
 
-def slowest(seconds: float, device: torch.device | str) -> float:
+def max_over_ranks(seconds: float, device: torch.device | str) -> float:
     """The largest `seconds` of all ranks."""
     if rank_and_world()[1] == 1:
         return seconds
@@ -57,7 +57,7 @@ def slowest(seconds: float, device: torch.device | str) -> float:
     return longest.item()
 
 
-def from_rank_zero(function: Callable[[], Any]) -> Any:
+def run_on_rank_zero(function: Callable[[], Any]) -> Any:
     """The result of `function()`, called on rank 0 alone, on every rank; so is its ValueError or OSError."""
     rank, world = rank_and_world()
     if world == 1:

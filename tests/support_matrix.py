@@ -21,7 +21,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 from published_files import PUBLISHED
 
-from callbacks.network_form import denoisers
+from callbacks.network_layout import all_denoisers
 from launch.run.build import build, build_seeded, build_trainer, check_fit
 from launch.run.folder import RunFolder
 from launch.run.names import register_resolvers
@@ -143,7 +143,7 @@ class Counter:
 
     def __init__(self, method: Method):
         self.count, self.active = 0, False
-        for network in {denoiser.network for denoiser in denoisers(method)}:
+        for network in {denoiser.network for denoiser in all_denoisers(method)}:
             network.register_forward_hook(self._hook)
         step = method.training_step
 

@@ -21,7 +21,7 @@ class EventFile:
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"  # read in this order
-        self._file = opened(self._folder / name)
+        self._file = open_unbuffered(self._folder / name)
         self._begun = False
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
@@ -56,7 +56,7 @@ class EventFile:
         self._file.close()
 
 
-def opened(path: Path) -> io.RawIOBase:
+def open_unbuffered(path: Path) -> io.RawIOBase:
     return path.open("wb", buffering=0)
 
 

@@ -8,7 +8,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.loggers.logger import rank_zero_experiment
 from pytorch_lightning.utilities import rank_zero_only
 
-from stillhouse.analysis.curve_files import read_rows
+from stillhouse.analysis.curves import read_metrics_csv
 
 
 class TensorBoard(TensorBoardLogger):
@@ -36,7 +36,7 @@ class TensorBoard(TensorBoardLogger):
     def _row(self, step: int | None) -> dict[str, float]:
         """What metrics.csv has of a step, as Lightning numbers it."""
         table = Path(self.save_dir).parent / "metrics.csv"
-        rows = read_rows(table) if table.is_file() else []
+        rows = read_metrics_csv(table) if table.is_file() else []
         found = next((row for row in rows if int(row["step"]) - 1 == step), {})
         return {key: float(value) for key, value in found.items() if value and key not in ("step", "nimg")}
 

@@ -10,7 +10,7 @@ _HEADER = 7  # bytes: of wandb at the beginning of a file, and of LevelDB before
 _BLOCK = 32768
 
 
-def records(path: Path) -> Iterator[Any]:
+def read_wandb_records(path: Path) -> Iterator[Any]:
     """The records of a run-*.wandb, up to where a kill cut it off.
 
     LevelDB's log format: blocks of 32 KiB hold chunks, each behind checksum, length and kind: 1 a whole record, 2, 3, 4 its
@@ -40,13 +40,13 @@ def records(path: Path) -> Iterator[Any]:
             yield record
 
 
-def values(items: Any) -> dict[str, Any]:
+def wandb_values(items: Any) -> dict[str, Any]:
     """Of a record's items, by their names."""
     return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
 
 
-def rows(path: Path) -> Iterator[dict[str, Any]]:
+def read_wandb_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Every logged row, in order."""
-    for record in records(path):
+    for record in read_wandb_records(path):
         if record.WhichOneof("record_type") == "history":
-            yield values(record.history.item)
+            yield wandb_values(record.history.item)

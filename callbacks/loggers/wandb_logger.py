@@ -11,9 +11,9 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.loggers.logger import rank_zero_experiment
 from pytorch_lightning.utilities import rank_zero_only
 
-from callbacks.generative_metrics import counted
-from callbacks.loggers.wandb_files import rows
-from stillhouse.analysis.curve_files import read_rows
+from callbacks.generative_metrics import metric_with_count
+from callbacks.loggers.wandb_files import read_wandb_rows
+from stillhouse.analysis.curves import read_metrics_csv
 from stillhouse.files import write_file
 from stillhouse.metrics.records import Record
 
@@ -94,12 +94,12 @@ class WandbRun(WandbLogger):
         folder, self._sent = Path(self.save_dir), {}
         for path in folder.glob(f"wandb/offline-run-*-{self.version}/run-*.wandb"):
             if path.parent.resolve() != Path(self.experiment.dir).parent.resolve():
-                for row in rows(path):
+                for row in read_wandb_rows(path):
                     self._sent.setdefault(row.get("trainer/global_step", -1), set()).update(row)
         self._latest = dict(self.experiment.summary)
         self._sent_before = int(self._latest.get("nimg", 0)) // self.batch_size - 1
         table = folder / "metrics.csv"
-        for row in read_rows(table) if table.is_file() else []:
+        for row in read_metrics_csv(table) if table.is_file() else []:
             step = int(row.pop("step")) - 1
             if step <= end:
                 values = {key: float(value) for key, value in row.items() if value and key != "nimg"}
@@ -124,7 +124,7 @@ class WandbRun(WandbLogger):
             if (folder / f"{name}.png").is_file()
         }
         self._log(row, step)
-        self.experiment.summary.update({final_name(record): record.mean for record in records})
+        self.experiment.summary.update({final_metric_name(record): record.mean for record in records})
         if self.with_weights:
             self._log_student(folder)
 
@@ -155,9 +155,9 @@ class WandbRun(WandbLogger):
             self._experiment = None
 
 
-def final_name(record: Record) -> str:
+def final_metric_name(record: Record) -> str:
     """fid_digits_2k/student@1: metric with its number of samples, subject, and NFE (none of real images)."""
-    metric = counted(record.metric, record.fingerprint["num_samples"])
+    metric = metric_with_count(record.metric, record.fingerprint["num_samples"])
     return f"{metric}/{record.subject}" + (f"@{record.nfe}" if record.nfe else "")
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stillhouse.files import unfinished
+from stillhouse.files import atomic_write
 
 
 @contextmanager
@@ -27,15 +27,14 @@ def named_if_full(path: Path) -> Iterator[None]:
 
 @contextmanager
 def scratch(path: Path) -> Iterator[Path]:
-    """As `stillhouse.files.unfinished`, with the error of a full disk naming `path`."""
-    with named_if_full(path), unfinished(path) as temporary:
+    """As `stillhouse.files.atomic_write`, with the error of a full disk naming `path`."""
+    with named_if_full(path), atomic_write(path) as temporary:
         yield temporary
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     with scratch(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-        os.replace(temporary, path)
 
 
 def readable(size: float) -> str:

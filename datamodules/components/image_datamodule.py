@@ -14,7 +14,7 @@ from datamodules.components.batch_loader import Batch, BatchLoader, endless_load
 from datamodules.components.packed_images import PackedImages
 from stillhouse.checks import check_counts
 from stillhouse.diffusion.random_numbers import derive_seed, philox
-from stillhouse.files import check_name
+from stillhouse.files import check_folder_name
 from stillhouse.metrics.images import from_uint8
 
 _FLIP = 1  # keeps the flips' random numbers apart from everything else that is derived from the seed
@@ -66,7 +66,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         verify: bool = False,
     ):
         super().__init__()
-        check_name("data.name", name, root)
+        check_folder_name("data.name", name, root)
         check_counts(batch_size=batch_size, resolution=resolution, channels=channels)
         check_counts(0, seed=seed, num_classes=num_classes, num_workers=num_workers)
         self.name = name

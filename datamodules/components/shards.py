@@ -66,7 +66,6 @@ class Shards:
         path, entries = self._place(shard)
         with scratch(path) as temporary:
             write_npy(temporary, (entries, *self.entry_shape), self.dtype, chunks, trailer=True)
-            os.replace(temporary, path)
 
     def _check(self, shard: int) -> tuple[Path, int, int]:
         """(file, number of its entries, byte at which they begin)"""

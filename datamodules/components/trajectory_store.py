@@ -18,7 +18,7 @@ from datamodules.components.shards import Shards
 from stillhouse.checks import check_choice, check_counts
 from stillhouse.diffusion.random_numbers import sample_labels, sample_noise
 from stillhouse.diffusion.teacher import Teacher
-from stillhouse.files import sweep
+from stillhouse.files import remove_leftovers
 from stillhouse.metrics.images import from_uint8, to_uint8
 
 FORMAT = 1
@@ -148,7 +148,7 @@ class TrajectoryStore:
                 flush=True,
             )
         self.folder.mkdir(parents=True, exist_ok=True)
-        sweep(self.folder)
+        remove_leftovers(self.folder)
         write_json(self.folder / "meta.json", {"teacher_name": self.teacher.name, **self.description})
         self.teacher.to(device)
 

@@ -8,12 +8,10 @@ from pathlib import Path
 
 from launch.evaluate.groups import Essence, essence, labels, measured_alike, other_differences
 from launch.run.folder import RunFolder
-from stillhouse.analysis.convergence import Comparison
-from stillhouse.analysis.convergence_picture import draw_convergence
-from stillhouse.analysis.convergence_tables import text
-from stillhouse.analysis.curve import Curve
-from stillhouse.analysis.curve_files import read_curve, to_json
-from stillhouse.files import inside, write_file
+from stillhouse.analysis.convergence import Comparison, convergence_text, convergence_to_json
+from stillhouse.analysis.convergence_plot import plot_convergence
+from stillhouse.analysis.curves import Curve, read_curve
+from stillhouse.files import resolve_inside, write_file
 from stillhouse.metrics.provenance import student_provenance
 
 
@@ -71,9 +69,9 @@ def report(paths: Sequence[Path], folder: Path, *, weights: str | None = None) -
         comparison = compare_runs(paths, weights=weights)
     except ValueError as error:
         return f"convergence not compared: {error}"
-    write_file(folder / "convergence.json", dumped(to_json(comparison)))
+    write_file(folder / "convergence.json", dumped(convergence_to_json(comparison)))
     draw(folder / "convergence.png", comparison, paths)
-    return f"{text(comparison)}\n\n{folder}/convergence.json and convergence.png written"
+    return f"{convergence_text(comparison)}\n\n{folder}/convergence.json and convergence.png written"
 
 
 def draw(path: Path, comparison: Comparison, paths: Sequence[Path]) -> None:
@@ -83,8 +81,8 @@ def draw(path: Path, comparison: Comparison, paths: Sequence[Path]) -> None:
     lines: dict[str, float] = {}
     for folder in reversed(paths):
         with suppress(ValueError, OSError):  # of a run that is left out
-            lines |= reference_lines(inside(folder, "monitoring.json")).get(comparison.metric, {})
-    draw_convergence(path, comparison, {k: v for k, v in lines.items() if k.startswith("teacher")})
+            lines |= reference_lines(resolve_inside(folder, "monitoring.json")).get(comparison.metric, {})
+    plot_convergence(path, comparison, {k: v for k, v in lines.items() if k.startswith("teacher")})
 
 
 def dumped(content: dict) -> bytes:

@@ -1,7 +1,6 @@
 """A trained student as a folder that plain diffusers samples, on machines where this project is not installed."""
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from launch.run.teachers import students_teacher
 from lightning_modules import Method
 from stillhouse.checkpoints.weights import PROJECT_ROOT, save_weights
 from stillhouse.diffusion.random_numbers import sample_noise
-from stillhouse.files import check_writable, unfinished
+from stillhouse.files import atomic_write, check_writable
 from stillhouse.metrics.records import Record
 from stillhouse.networks.diffusers_unet import DiffusersUNet
 
@@ -108,7 +107,7 @@ def export(
     """
     target = check_target(target)
     try:
-        with unfinished(target) as temporary:
+        with atomic_write(target) as temporary:
             student.save_pretrained(temporary / "student")
             copy_modules(temporary / "student")
             if isinstance(student.denoiser.network, DiffusersUNet):
@@ -129,7 +128,6 @@ def export(
             (temporary / "README.md").write_text(readme(student, method, stored, weights, method.licence, records))
             if (PROJECT_ROOT / "LICENSE").is_file():
                 shutil.copyfile(PROJECT_ROOT / "LICENSE", temporary / "LICENSE-code")
-            os.replace(temporary, target)
     except OSError as error:
         raise OSError(f"cannot write {target}: {error}; free some space there or choose another folder") from error
 

@@ -12,7 +12,7 @@ from lightning_modules import BezierDistillation, Method
 from stillhouse.diffusion.random_numbers import sample_labels, sample_noise, sample_uniforms
 from stillhouse.diffusion.teacher import Teacher
 from stillhouse.metrics.images import from_uint8
-from stillhouse.pictures.paths import Panel, bezier_panel, coupling_panel, draw_paths, flow_panel, points
+from stillhouse.pictures.paths import PathPanel, bezier_panel, coupling_panel, flow_panel, planar_points, plot_paths
 from stillhouse.pictures.points import PLANE
 
 LINES = 48
@@ -31,7 +31,7 @@ def draw_flow_paths(
     All but the first panel share their noise.
     """
     packed = evaluation.data.reference()
-    cloud = points(real_images(packed, min(CLOUD, len(packed))))
+    cloud = planar_points(real_images(packed, min(CLOUD, len(packed))))
     seeds = torch.arange(LINES, device=evaluation.device)
     noise, labels = sample_noise(seeds, evaluation.shape), sample_labels(seeds, evaluation.data.num_classes)
     drawn = sample_labels(seeds, len(packed)).cpu().numpy()
@@ -42,7 +42,7 @@ def draw_flow_paths(
         panels.append(flow_panel(f"flow {k}: {flow.name}", flow, noise, labels, steps, cloud))
     bent = {curve_title(s): s for s in students if isinstance(s, BezierDistillation)}
     panels += [curves_panel(title, student, seeds, cloud) for title, student in bent.items()]
-    draw_paths(path, panels)
+    plot_paths(path, panels)
 
 
 def curve_title(method: BezierDistillation) -> str:
@@ -51,7 +51,7 @@ def curve_title(method: BezierDistillation) -> str:
     return f"Bezier, order {method.control_points.order}{f', {slots}' if slots else ''}: training curves\n({names})"
 
 
-def curves_panel(title: str, method: BezierDistillation, seeds: Tensor, background: Tensor | None = None) -> Panel:
+def curves_panel(title: str, method: BezierDistillation, seeds: Tensor, background: Tensor | None = None) -> PathPanel:
     """The curves that a Bezier student trained on last, from the noise of seeds (N,), int64."""
     return bezier_panel(title, control_points(method, seeds), background)
 

@@ -16,16 +16,23 @@ from launch.evaluate.measure import Evaluation, Weights
 from launch.run.build import check_teacher
 from launch.run.folder import RunFolder
 from lightning_modules import BezierDistillation, Method
-from stillhouse.analysis.flow_chain import Chain, Distilled, Flow, from_json, scores, to_json
-from stillhouse.analysis.flow_errors import ends, estimate, squares, straightness
-from stillhouse.analysis.flow_picture import draw_flows
-from stillhouse.analysis.flow_tables import text
+from stillhouse.analysis.flow_chain import (
+    ChainedFlow,
+    DistilledRun,
+    FlowChain,
+    flow_chain_from_json,
+    flow_chain_text,
+    flow_chain_to_json,
+    scores_by_metric,
+)
+from stillhouse.analysis.flow_errors import mean_with_error, sample_images, squared_distances, straightness
+from stillhouse.analysis.flow_plot import plot_flow_chain
 from stillhouse.checkpoints.bounds import parse_json
 from stillhouse.checks import check_memory
 from stillhouse.diffusion.teacher import Teacher
 from stillhouse.files import write_file
+from stillhouse.metrics.distances import wasserstein_distance
 from stillhouse.metrics.images import from_uint8
-from stillhouse.metrics.transport import wasserstein
 
 MATCHED = 2000  # samples that W2 is taken of, at most: its time grows with their cube
 _PLACE = ("teacher", "method.teacher", "method.teachers")  # where in a chain a run stands
@@ -71,9 +78,9 @@ class FlowMeasurement:
         self.matched = min(samples, MATCHED, len(packed))
         self.real = real_images(packed, self.matched)
 
-    def run(self, steps: Sequence[int], runs: Iterable[Run]) -> Chain:
+    def run(self, steps: Sequence[int], runs: Iterable[Run]) -> FlowChain:
         """steps: numbers of Euler steps to score every flow at. runs: taken one at a time."""
-        self.ends = [ends(flow.sample, self.seeds, **self.sampling) for flow in self.flows]
+        self.ends = [sample_images(flow.sample, self.seeds, **self.sampling) for flow in self.flows]
         flows = [self._flow(k, steps) for k in range(len(self.flows))]
         distilled, essences, notes = [], [], []
         for run in runs:
@@ -83,45 +90,45 @@ class FlowMeasurement:
             notes += said
         groups = labels(essences)
         real = self.evaluation.real()
-        return Chain(
+        return FlowChain(
             tuple(flows),
-            tuple(Distilled(group=group, **value) for group, value in zip(groups, distilled, strict=True)),
+            tuple(DistilledRun(group=group, **value) for group, value in zip(groups, distilled, strict=True)),
             samples=len(self.seeds),
             path_steps=self.path_steps,
             matched=self.matched,
             fingerprint=real[0].comparable,
-            floor=scores(real),
+            floor=scores_by_metric(real),
             notes=tuple(notes),
         )
 
-    def _flow(self, k: int, steps: Sequence[int]) -> Flow:
+    def _flow(self, k: int, steps: Sequence[int]) -> ChainedFlow:
         flow, own = self.flows[k], self.ends[k]
         options = {key: self.sampling[key] for key in ("batch_size", "device", "class_counts")}
         euler = copy.copy(flow)  # the same network and noise levels
         euler.solver, euler.solver_options = "euler", {}
         simulated = self.evaluation.teacher(flow)
-        return Flow(
+        return ChainedFlow(
             name=flow.name,
             solver=flow.solver_name,
             nfe=flow.nfe(),
-            step_drift=estimate(squares(own, self.ends[k - 1])) if k else None,
-            end_drift=estimate(squares(own, self.ends[0])) if k else None,
+            step_drift=mean_with_error(squared_distances(own, self.ends[k - 1])) if k else None,
+            end_drift=mean_with_error(squared_distances(own, self.ends[0])) if k else None,
             straightness=straightness(flow, self.seeds, self.path_steps, label=f"{flow.name}, straightness", **options),
-            w2=wasserstein(own[: self.matched], self.real),
-            simulated=scores(simulated),
-            euler={count: scores(self.evaluation.teacher(euler, count)) for count in steps},
+            w2=wasserstein_distance(own[: self.matched], self.real),
+            simulated=scores_by_metric(simulated),
+            euler={count: scores_by_metric(self.evaluation.teacher(euler, count)) for count in steps},
             provenance=simulated[0].provenance,
         )
 
     def _distilled(self, run: Run) -> tuple[dict[str, str], dict[str, Any], list[str]]:
-        """(what its group depends on, all of `Distilled` but the group, notes)."""
+        """(what its group depends on, all of `DistilledRun` but the group, notes)."""
         k = place(self.flows, run)
         method = run.method.to(self.evaluation.device)
         target, notes = end_teacher(method), []
-        own = ends(method.sample, self.seeds, **self.sampling)
+        own = sample_images(method.sample, self.seeds, **self.sampling)
         regression = None
         if target is not None and target.hash == self.flows[k].hash:
-            regression = estimate(squares(own, self.ends[k]))
+            regression = mean_with_error(squared_distances(own, self.ends[k]))
             if how(target) != how(self.flows[k]):
                 notes.append(f"{run.folder.path} was trained on samples of {how(target)}, not {how(self.flows[k])}")
         records = self.evaluation.student(method, run.folder, run.weights)
@@ -135,8 +142,8 @@ class FlowMeasurement:
             "nfe": method.nfe,
             "weights": run.weights.name,
             "regression": regression,
-            "w2": wasserstein(own[: self.matched], self.real),
-            "scores": scores(records),
+            "w2": wasserstein_distance(own[: self.matched], self.real),
+            "scores": scores_by_metric(records),
             "provenance": records[0].provenance,
         }
         return self._essence(run, k), value, notes
@@ -186,18 +193,18 @@ def real_images(packed: Any, count: int) -> Tensor:
     return from_uint8(packed.fetch(np.arange(count) * len(packed) // count)[0])
 
 
-def report(chain: Chain, folder: Path) -> str:
+def report(chain: FlowChain, folder: Path) -> str:
     """Write flows.json and flows.png into `folder`; returns the tables."""
-    write_file(folder / "flows.json", dumped(to_json(chain)))
-    draw_flows(folder / "flows.png", chain)
-    return f"{text(chain)}\n\n{folder}/flows.json and flows.png written"
+    write_file(folder / "flows.json", dumped(flow_chain_to_json(chain)))
+    plot_flow_chain(folder / "flows.png", chain)
+    return f"{flow_chain_text(chain)}\n\n{folder}/flows.json and flows.png written"
 
 
-def load_chain(path: Path) -> Chain:
+def load_chain(path: Path) -> FlowChain:
     """What `report` wrote. Errors: FileNotFoundError for no file, ValueError, naming it, for a damaged one."""
     if not path.is_file():
         raise FileNotFoundError(f"no measured flows at {path}; make them by evaluate.py 'flows=[...]'")
     try:
-        return from_json(parse_json(path.read_bytes()))
+        return flow_chain_from_json(parse_json(path.read_bytes()))
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); measure the flows again") from error

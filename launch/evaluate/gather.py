@@ -9,7 +9,7 @@ from typing import Any
 from launch.evaluate.groups import essence, labels, trained_alike
 from launch.run.folder import RunFolder
 from stillhouse.analysis.cost import read_costs
-from stillhouse.files import inside
+from stillhouse.files import resolve_inside
 from stillhouse.metrics.records import Record, load_records, merge_records
 
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -68,7 +68,7 @@ def gather(patterns: Sequence[str]) -> Gathered:
             if RunFolder(path).config.is_file():
                 stored.append(_read(path, left_out))
             else:
-                teachers[path] = load_records(inside(path, "metrics.json"))
+                teachers[path] = load_records(resolve_inside(path, "metrics.json"))
         except (ValueError, OSError) as error:
             left_out.append(f"{path}: {' '.join(str(error).split())}")
     if not stored:
@@ -103,12 +103,12 @@ def _read(path: Path, left_out: list[str]) -> dict[str, Any]:
 
 
 def _samples(folder: Path) -> bytes | None:
-    path = inside(folder, "samples.png")
+    path = resolve_inside(folder, "samples.png")
     if not path.is_file():
         found = max((folder / "samples").glob("*.png"), default=None)  # names are numbers of the same length
         if found is None:
             return None
-        path = inside(folder, str(found.relative_to(folder)))
+        path = resolve_inside(folder, str(found.relative_to(folder)))
     content = path.read_bytes()
     if not content.startswith(_PNG):
         raise ValueError(f"{path} is no PNG picture; restore or remove it")

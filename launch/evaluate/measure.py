@@ -21,23 +21,23 @@ from stillhouse.checks import check_choice, check_memory
 from stillhouse.diffusion.teacher import Teacher
 from stillhouse.files import write_cache
 from stillhouse.metrics.evaluation import (
-    check_features,
-    check_real,
-    check_rows,
-    check_settings,
-    measure,
-    measure_real,
-    needs_real_rows,
+    check_evaluation,
+    check_feature_memory,
+    check_real_features,
+    check_real_images,
+    measure_real_images,
+    measure_sampler,
+    needs_real_features,
 )
 from stillhouse.metrics.extractors import FeatureExtractor
 from stillhouse.metrics.fidelity import WAYS_OUT
-from stillhouse.metrics.labels import DISTRIBUTIONS, check_shares, sampled_counts
+from stillhouse.metrics.labels import DISTRIBUTIONS, check_class_shares, sampling_class_counts
 from stillhouse.metrics.provenance import with_provenance
 from stillhouse.metrics.records import Record, load_records, save_records
 from stillhouse.metrics.reference import Reference, published_reference, reference_statistics
 from stillhouse.metrics.sampling import Sampler
-from stillhouse.pictures.samples import draw_final, shape_of
-from stillhouse.ranks import from_rank_zero, rank_and_world
+from stillhouse.pictures.samples import image_shape, save_final_pictures
+from stillhouse.ranks import rank_and_world, run_on_rank_zero
 
 
 class OnTheWay(TypedDict, total=False):
@@ -98,7 +98,7 @@ class Evaluation:
         self.extractor = self.settings.pop("extractor").to(device)
         published, labels = self.settings.pop("reference"), self.settings.pop("labels")
         self.has_images = published is None
-        self.class_counts = sampled_counts(labels, data)
+        self.class_counts = sampling_class_counts(labels, data)
         self.reference: Reference
         if published is not None:
             self.reference = published_reference(published, self.extractor).to(device)
@@ -107,15 +107,15 @@ class Evaluation:
             data.reference(),
             self.extractor,
             self.cache / "statistics",
-            keep_features=needs_real_rows(self.settings["metrics"]),
+            keep_features=needs_real_features(self.settings["metrics"]),
             device=device,
         )
         if not first_seed:  # on the way GenerativeMetrics has said it
-            check_shares(labels, data)
+            check_class_shares(labels, data)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return shape_of(self.data)
+        return image_shape(self.data)
 
     def _common(self, num_classes: int) -> dict[str, Any]:
         return {
@@ -145,7 +145,7 @@ class Evaluation:
 
     def student(self, method: Method, folder: RunFolder, weights: Weights) -> list[Record]:
         """Records of a method's student as it samples now."""
-        records = measure(
+        records = measure_sampler(
             method.sample,
             name=folder.name,
             subject="student",
@@ -163,10 +163,10 @@ class Evaluation:
         teacher.to(self.device)
         key = self._teacher_key(teacher, steps)
         path = self.cache / "measured" / f"{teacher.name}-{key[:16]}.json"
-        stored = from_rank_zero(lambda: load_records(path) if path.exists() else None)
+        stored = run_on_rank_zero(lambda: load_records(path) if path.exists() else None)
         if stored is not None:
             return stored
-        records = measure(
+        records = measure_sampler(
             lambda noise, labels: teacher.sample(noise, labels, steps),
             name=teacher.name,
             subject="teacher",
@@ -177,7 +177,7 @@ class Evaluation:
             **self._common(teacher.num_classes),
         )
         records = with_provenance(records, key, teacher.hash)
-        from_rank_zero(lambda: write_cache(lambda: save_records(path, records)))
+        run_on_rank_zero(lambda: write_cache(lambda: save_records(path, records)))
         return records
 
     def _teacher_key(self, teacher: Teacher, steps: int | None) -> str:
@@ -204,13 +204,13 @@ class Evaluation:
         """The floor: real images against all real images; none where there are only their statistics."""
         if not self.has_images:
             return []
-        records = measure_real(self.data.reference(), name=self.data.name, **self._common(self.data.num_classes))
+        records = measure_real_images(self.data.reference(), name=self.data.name, **self._common(self.data.num_classes))
         return with_provenance(records, None, None)
 
     def pictures(self, folder: Path, samplers: dict[str, Sampler]) -> None:
         """samples.png and interpolation.png in `folder`, of samplers {title: function of (noise, labels)}."""
         if rank_and_world()[0] == 0:
-            draw_final(folder, samplers, self.data, self.device, with_real=self.has_images)
+            save_final_pictures(folder, samplers, self.data, self.device, with_real=self.has_images)
 
 
 def measures_nothing(settings: Mapping[str, Any]) -> bool:
@@ -252,17 +252,19 @@ def checked(settings: dict[str, Any], data: Any) -> dict[str, Any]:
         raise ValueError(
             f"evaluation needs {', '.join(sorted(SETTINGS))}; unknown or missing: {', '.join(sorted(odd))}"
         )
-    check_settings(**{key: value for key, value in final.items() if key not in ("extractor", "reference", "labels")})
+    check_evaluation(**{key: value for key, value in final.items() if key not in ("extractor", "reference", "labels")})
     check_choice("evaluation.labels", final["labels"], DISTRIBUTIONS)
-    check_features(final["extractor"].dim, final["num_samples"], final["blocks"], has_images=final["reference"] is None)
+    check_feature_memory(
+        final["extractor"].dim, final["num_samples"], final["blocks"], has_images=final["reference"] is None
+    )
     if final["reference"] is not None:
-        check_rows(final["metrics"])
+        check_real_features(final["metrics"])
         published_reference(final["reference"], final["extractor"])
     # A fast one would be compiled for a single image.
     exact = getattr(final["extractor"], "exact", None) or final["extractor"]
-    exact.to("cpu")(torch.zeros(1, *shape_of(data), dtype=torch.uint8))  # after training it is on the run's device
+    exact.to("cpu")(torch.zeros(1, *image_shape(data), dtype=torch.uint8))  # after training it is on the run's device
     at_once = min(final["batch_size"], final["num_samples"])
-    noise = 16 * math.prod(shape_of(data))  # bytes of an image's: the words that it is made of, and itself
+    noise = 16 * math.prod(image_shape(data))  # bytes of an image's: the words that it is made of, and itself
     check_memory(noise * at_once, f"evaluation.batch_size={at_once} (lower it): the noise of a batch")
     return final
 
@@ -295,7 +297,7 @@ def load_student(
 def check_data(settings: Mapping[str, Any], data: Any) -> None:
     """Refuse data of too few images for the metrics of `checked` settings; packs them where they are not yet."""
     if needs_images(settings):
-        check_real(settings["metrics"], len(data.reference()), settings["num_samples"])
+        check_real_images(settings["metrics"], len(data.reference()), settings["num_samples"])
 
 
 def _chosen(method: Method, folder: RunFolder, checkpoint: str | None) -> tuple[str, dict[str, Any]]:

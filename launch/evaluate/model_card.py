@@ -6,7 +6,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_modules import Method
-from stillhouse.analysis.tables import markdown, piped
+from stillhouse.analysis.tables import markdown_table, records_markdown
 from stillhouse.diffusion.sampling import Sampling
 from stillhouse.metrics.records import Record
 from stillhouse.networks.diffusers_unet import DiffusersUNet
@@ -56,7 +56,7 @@ def readme(
         ("training", f"{_steps(method, records)} steps of {method.batch_size} images, seed {method.seed}"),
         ("licence of the weights", licence),
     ]
-    measured = markdown(records) if records else "Not measured."
+    measured = records_markdown(records) if records else "Not measured."
     return "\n".join(
         [
             "---",
@@ -71,7 +71,7 @@ def readme(
             "",
             _licence_note(licence),
             "",
-            *piped([["", ""], *map(list, facts)]),
+            *markdown_table([["", ""], *map(list, facts)]),
             "",
             "## Use",
             "",

@@ -6,11 +6,17 @@ from pathlib import Path
 from launch.evaluate.convergence import dumped
 from launch.evaluate.groups import essence, labels, trained_alike
 from launch.run.folder import RunFolder
-from stillhouse.analysis.quality import Quality, Value, measured_lines, teacher_label, to_json
-from stillhouse.analysis.quality_picture import draw_quality
-from stillhouse.analysis.quality_tables import text
-from stillhouse.analysis.tables import short
-from stillhouse.files import inside, write_file
+from stillhouse.analysis.quality import (
+    Quality,
+    QualityValue,
+    label_teacher,
+    quality_lines,
+    quality_text,
+    quality_to_json,
+)
+from stillhouse.analysis.quality_plot import plot_quality
+from stillhouse.analysis.tables import shorten_hash
+from stillhouse.files import resolve_inside, write_file
 from stillhouse.metrics.records import Record, load_records
 
 
@@ -34,13 +40,13 @@ def compare_quality(paths: Sequence[Path], *, like: Record | None = None, weight
     if like is None:
         raise ValueError("\n".join(["no value of a student; measure runs by evaluate.py run=...", *notes]))
 
-    values: dict[tuple, Value] = {}
+    values: dict[tuple, QualityValue] = {}
     groups = _groups(paths)
     for path, (final, again) in measured.items():
         notes += _unlike(path, "student" if path in groups else "teacher", (*final, *again), like)
         for record in _chosen(final, again, like, weights) if path in groups else ():
             group, seed = groups[path]
-            value = Value(
+            value = QualityValue(
                 RunFolder(path).name,
                 group,
                 seed,
@@ -58,7 +64,9 @@ def compare_quality(paths: Sequence[Path], *, like: Record | None = None, weight
     comparable = [record for record in everything if record.kind == like.kind]
     for record in comparable:
         if record.subject == "teacher":
-            value = Value(record.name, teacher_label(record), None, record.nfe, record.mean, None, record.provenance)
+            value = QualityValue(
+                record.name, label_teacher(record), None, record.nfe, record.mean, None, record.provenance
+            )
             twin = values.setdefault((value.group, None, value.nfe), value)
             if twin.mean != value.mean:
                 notes.append(
@@ -78,7 +86,7 @@ def _stored(path: Path, notes: list[str]) -> tuple[list[Record], list[Record]]:
     if not folder.config.is_file():
         if not folder.metrics.is_file():
             raise FileNotFoundError(f"{path} holds neither a run nor a measured teacher; give folders that do")
-        return load_records(inside(path, folder.metrics.name)), []
+        return load_records(resolve_inside(path, folder.metrics.name)), []
     final, (again, unfinished) = folder.final_records(), folder.later_records()
     notes += [f"{path}: {line}" for line in unfinished]
     return final, again
@@ -129,7 +137,7 @@ def _differences(record: Record, like: Record) -> str:
     """num_samples 200, not 2000"""
     ours, theirs = record.comparable, like.comparable
     keys = [key for key in dict.fromkeys([*ours, *theirs]) if ours.get(key) != theirs.get(key)]
-    return ", ".join(f"{key} {short(ours.get(key))}, not {short(theirs.get(key))}" for key in keys)
+    return ", ".join(f"{key} {shorten_hash(ours.get(key))}, not {shorten_hash(theirs.get(key))}" for key in keys)
 
 
 def _listed(counts: Iterable[int]) -> str:
@@ -142,13 +150,13 @@ def report(paths: Sequence[Path], folder: Path, *, like: Record | None = None, w
         quality = compare_quality(paths, like=like, weights=weights)
     except ValueError as error:
         return f"quality against NFE not compared: {error}"
-    write_file(folder / "quality.json", dumped(to_json(quality)))
+    write_file(folder / "quality.json", dumped(quality_to_json(quality)))
     draw(folder / "quality.png", quality)
-    return f"{text(quality)}\n\n{folder}/quality.json and quality.png written"
+    return f"{quality_text(quality)}\n\n{folder}/quality.json and quality.png written"
 
 
 def draw(path: Path, quality: Quality) -> None:
-    draw_quality(path, quality.metric, quality.lines, floor=quality.floor)
+    plot_quality(path, quality.metric, quality.lines, floor=quality.floor)
 
 
 def draw_measured(path: Path, records: Sequence[Record]) -> None:
@@ -157,7 +165,7 @@ def draw_measured(path: Path, records: Sequence[Record]) -> None:
     The metric is the first one, of a student where there is one.
     """
     like = next(filter(_student, records), records[0])
-    lines = measured_lines(records, like)
+    lines = quality_lines(records, like)
     if any(len(line.points) > 1 for line in lines):
         floor = next((r.mean for r in records if r.subject == "real" and r.kind == like.kind), None)
-        draw_quality(path, like.metric, lines, floor=floor, spread="blocks of evaluation seeds")
+        plot_quality(path, like.metric, lines, floor=floor, spread="blocks of evaluation seeds")

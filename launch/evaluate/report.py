@@ -6,7 +6,7 @@ from pathlib import Path
 
 from launch.evaluate.gather import gather
 from launch.evaluate.report_sections import sections
-from stillhouse.analysis.report_page import MARK, page
+from stillhouse.analysis.report_page import REPORT_MARK, html_page
 from stillhouse.files import check_writable, write_file
 from stillhouse.metrics.provenance import revision
 
@@ -16,7 +16,7 @@ def check_target(path: str | Path) -> Path:
     path = Path(str(path))
     if path.suffix != ".html":
         raise ValueError(f"report={path} is a web page; name it like report=report.html")
-    if path.exists() and not (path.is_file() and MARK.encode() in path.read_bytes()[:1000]):
+    if path.exists() and not (path.is_file() and REPORT_MARK.encode() in path.read_bytes()[:1000]):
         raise ValueError(f"report={path} exists and is no report of this program; choose another name, or move it away")
     check_writable(path)
     return path
@@ -33,7 +33,7 @@ def write_report(target: Path, patterns: Sequence[str]) -> str:
         ("runs", f"{len(gathered.runs)}, in {len({run.label for run in gathered.runs})} groups"),
         ("left out", f"{len(gathered.left_out)} (listed at the end)" if gathered.left_out else "none"),
     ]
-    text = page("Stillhouse report", facts, sections(gathered))
+    text = html_page("Stillhouse report", facts, sections(gathered))
     write_file(target, text.encode())
     left_out = f", {len(gathered.left_out)} left out" if gathered.left_out else ""
     return f"{target} written: {len(gathered.runs)} runs{left_out}"

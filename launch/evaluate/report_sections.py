@@ -10,14 +10,11 @@ from launch.evaluate import convergence as convergence_files
 from launch.evaluate import quality
 from launch.evaluate.gather import Gathered
 from launch.evaluate.groups import essence, measured_alike, options_that_differ
-from stillhouse.analysis.convergence_tables import notes as convergence_notes
-from stillhouse.analysis.convergence_tables import sections as convergence_sections
-from stillhouse.analysis.cost import Priced, cost_rows
-from stillhouse.analysis.cost_picture import draw_cost
-from stillhouse.analysis.quality_tables import quality_heading, quality_rows
+from stillhouse.analysis.convergence import convergence_notes, convergence_tables
+from stillhouse.analysis.cost import RunCost, cost_rows, plot_cost
+from stillhouse.analysis.quality import quality_heading, quality_rows
 from stillhouse.analysis.report_page import Block, Gallery, Heading, Notes, Picture, Section, Table, Text
-from stillhouse.analysis.seed_tables import seed_rows
-from stillhouse.analysis.tables import by_fingerprint, fingerprint_line
+from stillhouse.analysis.tables import describe_fingerprint, group_by_fingerprint, seed_rows
 from stillhouse.metrics.records import Record
 
 
@@ -58,7 +55,7 @@ def _fingerprints(gathered: Gathered) -> list[tuple[str, list[tuple[str, int | N
     others = [record for run in gathered.runs for record in run.records if record.subject != "student"]
     others += [record for records in gathered.teachers.values() for record in records]
     labelled |= {id(record): (record.name, None, record) for record in others}
-    tables = by_fingerprint(record for _, _, record in labelled.values())
+    tables = group_by_fingerprint(record for _, _, record in labelled.values())
     return [(line, [labelled[id(record)] for record in records]) for line, records in tables]
 
 
@@ -74,7 +71,7 @@ def quality_against_nfe(gathered: Gathered) -> list[Block]:
         blocks += [
             Heading(heading),
             Picture(picture, f"Plot: {heading}", "Less is better for fid and kid; bars are one standard deviation."),
-            Table(quality_rows(compared), caption=fingerprint_line(compared.fingerprint)),
+            Table(quality_rows(compared), caption=describe_fingerprint(compared.fingerprint)),
             Notes(compared.notes),
         ]
     return blocks
@@ -84,14 +81,14 @@ def quality_against_cost(gathered: Gathered) -> list[Block]:
     blocks: list[Block] = []
     for like in _first_students(gathered):
         runs = [
-            Priced(f"{run.label}, {record.nfe} NFE", run.seed, record.mean, run.costs)
+            RunCost(f"{run.label}, {record.nfe} NFE", run.seed, record.mean, run.costs)
             for run in gathered.runs
             for record in run.final
             if record.subject == "student" and record.kind == like.kind
         ]
         if len(runs) < 2 or not any(cost is not None for run in runs for cost in run.costs.values()):
             continue
-        picture = _drawn(partial(draw_cost, metric=like.metric, runs=runs))
+        picture = _drawn(partial(plot_cost, metric=like.metric, runs=runs))
         blocks += [
             Heading(f"{like.metric} against the cost of training, with all that had to be prepared"),
             Picture(
@@ -99,7 +96,7 @@ def quality_against_cost(gathered: Gathered) -> list[Block]:
                 f"Plot of {like.metric} against images, seconds and network evaluations of training",
                 "Faint dots are runs, large ones means over seeds. Seconds compare only on one machine.",
             ),
-            Table(cost_rows(runs, like.metric), caption=fingerprint_line(like.comparable)),
+            Table(cost_rows(runs, like.metric), caption=describe_fingerprint(like.comparable)),
         ]
     return blocks
 
@@ -128,7 +125,7 @@ def _compared(paths: list[Path]) -> list[Block]:
         ordered = [path, *paths[:number], *paths[number + 1 :]]
         comparison = convergence_files.compare_runs(ordered)
         picture = _drawn(partial(convergence_files.draw, comparison=comparison, paths=ordered))
-        (heading, rows), *more = convergence_sections(comparison)
+        (heading, rows), *more = convergence_tables(comparison)
         caption = (
             "Lines: medians over seeds of smoothed curves; bands: from the least to the greatest; dots: measurements."
         )

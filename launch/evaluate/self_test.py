@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from launch.run.build import check_teacher
-from stillhouse.analysis.tables import aligned
+from stillhouse.analysis.tables import text_table
 from stillhouse.diffusion.teacher import Teacher
 from stillhouse.files import write_file
 from stillhouse.metrics.images import from_uint8
 from stillhouse.metrics.self_test import SelfTest, self_test
-from stillhouse.pictures.self_test import draw_self_test
+from stillhouse.pictures.self_test import plot_self_test
 
 IMAGES = 64
 
@@ -26,7 +26,7 @@ def check(teacher: Teacher, data: Any, folder: Path, device: torch.device) -> st
     check_teacher(teacher, data)
     result = self_test(teacher, known_images(data), range(IMAGES), device)
     write_file(folder / "check.json", (json.dumps(content(teacher, result), indent=1) + "\n").encode())
-    draw_self_test(folder / "check.png", result, teacher.name)
+    plot_self_test(folder / "check.png", result, teacher.name)
     text = report(result, folder)
     if result.failed:
         print(text)
@@ -71,4 +71,4 @@ def report(result: SelfTest, folder: Path) -> str:
     width = max(len(row[0]) for row in checks)
     lines = [f"{name.ljust(width)}  {mark:8}  {text}" for name, mark, text in checks]
     images = "real images" if result.real else "its own samples: no real images are here"
-    return "\n".join([*aligned([header, *rows]), "", *lines, "", f"on {images}; {folder}/check.png written"])
+    return "\n".join([*text_table([header, *rows]), "", *lines, "", f"on {images}; {folder}/check.png written"])

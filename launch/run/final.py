@@ -9,14 +9,14 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from callbacks import GenerativeMetrics, WandbRun, draw_curves, reference_lines
+from callbacks import GenerativeMetrics, WandbRun, plot_curves, reference_lines
 from launch.evaluate.convergence import compare_runs
 from launch.evaluate.measure import Evaluation, load_student, samplers
 from launch.run.folder import RunFolder
 from launch.run.plan import evaluations_before
 from lightning_modules import Method
-from stillhouse.analysis.convergence_tables import curve_rows
-from stillhouse.analysis.tables import table
+from stillhouse.analysis.convergence import convergence_summary_rows
+from stillhouse.analysis.tables import records_text
 from stillhouse.checkpoints.weights import save_weights
 from stillhouse.diffusion.random_numbers import MONITOR_SEEDS
 from stillhouse.metrics.records import Record, save_records
@@ -48,10 +48,10 @@ def finish(
                 save_records(folder.metrics, records)
                 if (folder.path / "metrics.csv").exists():  # a choice of conf/logger
                     curves = reference_lines(folder.monitoring)
-                    draw_curves(folder.path / "metrics.csv", folder.path / "curves.png", curves)
+                    plot_curves(folder.path / "metrics.csv", folder.path / "curves.png", curves)
         finally:  # also where the disk was full
             if rank_and_world()[0] == 0:
-                print(f"\n{folder.path}\n\n{table(records)}", flush=True)
+                print(f"\n{folder.path}\n\n{records_text(records)}", flush=True)
         if rank_and_world()[0] == 0:
             for board in boards:
                 board.log_final(records, folder.path, method.total_steps - 1, own_convergence(folder))
@@ -77,7 +77,7 @@ def curve_lines(method: Method, data: Any, device: torch.device, callbacks: Sequ
 def own_convergence(folder: RunFolder) -> list[list[str]] | None:
     """The run's row of a comparison, under its header; None for a run without a curve."""
     try:
-        return curve_rows(compare_runs([folder.path]))
+        return convergence_summary_rows(compare_runs([folder.path]))
     except (ValueError, OSError):
         return None
 

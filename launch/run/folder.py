@@ -11,10 +11,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from launch.run.names import names_in
-from stillhouse.analysis.tables import table
+from stillhouse.analysis.tables import records_text
 from stillhouse.checkpoints.bounds import check_aliases
 from stillhouse.file_locks import try_lock
-from stillhouse.files import check_writable, inside, write_file
+from stillhouse.files import check_writable, resolve_inside, write_file
 from stillhouse.metrics.records import Record, load_records
 
 # Of a run that has begun these may change: they move its results by rounding at most. config.yaml keeps the first values.
@@ -75,14 +75,14 @@ class RunFolder:
     def final_records(self) -> list[Record]:
         """Of the final evaluation. Errors: ValueError for a run that is not complete, and for damaged ones."""
         self.check_complete()
-        return load_records(inside(self.path, self.metrics.name))
+        return load_records(resolve_inside(self.path, self.metrics.name))
 
     def later_records(self) -> tuple[list[Record], list[str]]:
         """(those that evaluate.py made of the final weights; lines on others that are left out, made while training went on).
 
         Errors: ValueError for damaged ones.
         """
-        path = inside(self.path, "evaluation/metrics.json")
+        path = resolve_inside(self.path, "evaluation/metrics.json")
         found = load_records(path) if path.is_file() else []
         unfinished = {f"{r.training['step']} of {r.training['total']}": None for r in found if r.unfinished}
         lines = [f"{path.relative_to(self.path)} has values after {at} training steps, left out" for at in unfinished]
@@ -90,7 +90,7 @@ class RunFolder:
 
     def report(self) -> str:
         """The table of the final evaluation."""
-        return table(self.final_records())
+        return records_text(self.final_records())
 
     def read_config(self) -> DictConfig:
         """Its plain values, as train.py wrote them.
@@ -100,7 +100,7 @@ class RunFolder:
         """
         if not self.config.is_file():
             raise FileNotFoundError(f"{self.path} holds no run (no config.yaml); give a folder that train.py made")
-        inside(self.path, self.config.name)
+        resolve_inside(self.path, self.config.name)
         try:
             check_aliases(self.config.read_text())
             config = OmegaConf.load(self.config)

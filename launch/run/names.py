@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from stillhouse.files import check_name
+from stillhouse.files import check_folder_name
 
 LONGEST = 120  # file systems take names of up to 255 bytes
 
@@ -17,7 +17,7 @@ LONGEST = 120  # file systems take names of up to 255 bytes
 def run_folder(name: Any) -> str:
     """runs/NAME; runs/ alone of what is no such name, which Hydra makes before the program can refuse the name."""
     try:
-        check_name("name", str(name), "runs", several=True)
+        check_folder_name("name", str(name), "runs", several=True)
     except ValueError:
         return "runs"
     return f"runs/{name}"

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypedDict, get_type_hints
 import pytorch_lightning as pl
 
 from callbacks import AtomicCheckpointIO
-from callbacks.network_form import NetworkForm
+from callbacks.network_layout import NetworkLayout
 from launch.run.micro_batch import FindMicroBatch
 from launch.run.precision import PRECISIONS, TensorFloat32, allow_tf32, check_precision, device_kind, precision_plugin
 from launch.run.profiling import PROFILES, profiler
@@ -131,7 +131,7 @@ def translated(
                 "gradient; set one of them to null"
             )
         method.gradient_clip = norm
-    form = NetworkForm(options.pop("compile"), options.pop("channels_last"))
+    form = NetworkLayout(options.pop("compile"), options.pop("channels_last"))
     own = [TensorFloat32()] if precision == "tf32" else []
     own += [form] if form.compile or form.channels_last else []
     own += [FindMicroBatch()] if micro_batch == "auto" else []

@@ -8,7 +8,7 @@ from statistics import mean, stdev
 
 from launch.run.names import run_name
 from launch.sweep.jobs import Job, Jobs
-from stillhouse.analysis.tables import aligned, by_fingerprint, piped, shown
+from stillhouse.analysis.tables import format_mean_std, group_by_fingerprint, markdown_table, text_table
 from stillhouse.files import write_file
 from stillhouse.metrics.records import Record, load_records
 
@@ -53,12 +53,13 @@ def report(jobs: Sequence[Job], path: Path, *closing: str) -> None:
     """Print the tables of the jobs and what failed, then the lines of `closing`; in markdown they are kept in `path`."""
     measured = {id(job): record for job in jobs if (record := _measured(job))}
     tables = [table for table in (_rows(jobs, measured), _over_seeds(jobs, measured)) if len(table) > 1]
-    notes = [line for line, _ in by_fingerprint(measured.values())]
+    notes = [line for line, _ in group_by_fingerprint(measured.values())]
     notes += [f"{job.folder.path} failed: {job.error}" for job in jobs if job.error]
     notes += closing
-    write_file(path, "\n\n".join([*("\n".join(piped(table)) for table in tables), *notes, ""]).encode())
+    write_file(path, "\n\n".join([*("\n".join(markdown_table(table)) for table in tables), *notes, ""]).encode())
     print(
-        "\n" + "\n\n".join(["\n".join(aligned(table)) for table in tables] + ["\n".join([*notes, f"{path} written"])])
+        "\n"
+        + "\n\n".join(["\n".join(text_table(table)) for table in tables] + ["\n".join([*notes, f"{path} written"])])
     )
     sys.stdout.flush()
 
@@ -86,7 +87,9 @@ def _rows(jobs: Sequence[Job], measured: dict[int, Record]) -> list[list[str]]:
         cells = [job.folder.name, job.state, *(job.options.get(key, "–") for key in swept)]
         if searched:
             cells.append("–" if job.value is None else f"{job.value:.4g}")
-        values = [shown(record.mean, record.std) if record and record.kind == kind else "–" for kind in columns]
+        values = [
+            format_mean_std(record.mean, record.std) if record and record.kind == kind else "–" for kind in columns
+        ]
         rows.append([*cells, str(record.nfe) if record else "–", *values])
     return rows
 
@@ -104,7 +107,7 @@ def _over_seeds(jobs: Sequence[Job], measured: dict[int, Record]) -> list[list[s
     for (others, own, nfe), records in groups.items():
         if len(records) > 1:
             means = [record.mean for record in records]
-            value = f"{shown(mean(means), stdev(means))}"
+            value = f"{format_mean_std(mean(means), stdev(means))}"
             rows.append([" ".join(others) or "all", "", str(len(means)), str(nfe)])
             rows[-1] += [value if kind == own else "–" for kind in columns]
     return rows

@@ -8,12 +8,12 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig
 
 from callbacks import GenerativeMetrics
-from callbacks.components.schedule import due, is_last
+from callbacks.components.intervals import interval_reached, is_last_step
 from launch.run.folder import RunFolder
 from launch.sweep.study import Settings, open_study
-from stillhouse.analysis.curve_files import curve_columns
+from stillhouse.analysis.curves import curve_column_names
 from stillhouse.files import write_file
-from stillhouse.ranks import from_rank_zero
+from stillhouse.ranks import run_on_rank_zero
 
 
 class Pruned(Exception):
@@ -35,12 +35,12 @@ class Pruning(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not due(trainer, pl_module, self.every_kimg):
+        if not interval_reached(trainer, pl_module, self.every_kimg):
             return
-        column, *_ = curve_columns(trainer.callback_metrics)
+        column, *_ = curve_column_names(trainer.callback_metrics)
         value, nimg = float(trainer.callback_metrics[column]), pl_module.nimg
         total = trainer.max_steps * pl_module.batch_size
-        if from_rank_zero(lambda: self._hopeless(value, nimg, total)) and not is_last(trainer):
+        if run_on_rank_zero(lambda: self._hopeless(value, nimg, total)) and not is_last_step(trainer):
             if trainer.is_global_zero:
                 note = {"nimg": nimg, column: value, "trial": self.number}
                 write_file(self.run.pruned, (json.dumps(note, indent=1) + "\n").encode())

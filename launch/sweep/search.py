@@ -13,7 +13,7 @@ from launch.run.folder import RunFolder
 from launch.sweep.grid import NO_MATTER, report
 from launch.sweep.jobs import Job, Jobs
 from launch.sweep.study import Settings, alone, distributions, open_study, settled
-from stillhouse.analysis.curve_files import read_curve
+from stillhouse.analysis.curves import read_curve
 from stillhouse.checks import check_counts
 from stillhouse.files import write_file
 

@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from stillhouse.ranks import averaged
+from stillhouse.ranks import average_over_ranks
 
 Batch = dict[str, Tensor]
 
@@ -71,7 +71,7 @@ class Optimisation(pl.LightningModule):
         loss = self.train_on(batch)
         self.after_update()
         if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
-            self.log_dict(self.metrics(averaged(self.means, self.device)))
+            self.log_dict(self.metrics(average_over_ranks(self.means, self.device)))
         return loss
 
     def metrics(self, means: Mapping[str, Tensor | float]) -> dict[str, Tensor | float]:
@@ -187,7 +187,7 @@ class Optimisation(pl.LightningModule):
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        means = averaged(self.means, self.device)
+        means = average_over_ranks(self.means, self.device)
         checkpoint["means"] = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in means.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

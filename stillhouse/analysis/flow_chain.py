@@ -7,18 +7,21 @@ The law of a student f distilled from flow k lies within
 of the data's law pi_1, since images of one noise are a coupling. Between finite sets of the same noise it holds as exactly.
 """
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from stillhouse.analysis.flow_errors import Estimate
+from stillhouse.analysis.tables import describe_fingerprint, format_mean_std, markdown_table, text_table
 from stillhouse.metrics.records import Record
 
 Scores = dict[str, tuple[float, float | None]]  # metric: (mean, std over blocks of seeds)
+TitledTable = tuple[str, list[list[str]]]
 
 
 @dataclass(frozen=True)
-class Flow:
+class ChainedFlow:
     """Flow k of a chain.
 
     step_drift: E |Phi_k - Phi_{k-1}|^2, end_drift: E |Phi_k - Phi_1|^2, None for the first; straightness S. w2: between its
@@ -39,7 +42,7 @@ class Flow:
 
 
 @dataclass(frozen=True)
-class Distilled:
+class DistilledRun:
     """A run whose (last) teacher is flow `flow`, from 1 on.
 
     regression: r = E |f(x0) - Phi_k(x0)|^2 on noise of evaluation seeds, which no run was trained or chosen on; None where the
@@ -60,12 +63,12 @@ class Distilled:
 
 
 @dataclass(frozen=True)
-class Chain:
+class FlowChain:
     """samples: from which drifts, straightness and r are; path_steps: Euler steps of the straightness; matched: samples and real
     images that w2 is between. fingerprint, floor (scores of real images): of the scores. notes: what a reader has to know."""
 
-    flows: tuple[Flow, ...]
-    distilled: tuple[Distilled, ...]
+    flows: tuple[ChainedFlow, ...]
+    distilled: tuple[DistilledRun, ...]
     samples: int
     path_steps: int
     matched: int
@@ -85,19 +88,19 @@ class Chain:
         """That of W2 between real images and flow k, or a student whose r is `regression`."""
         return self.flows[0].w2 + self.drifted(k) + (regression.root if regression else 0.0)
 
-    def groups(self) -> dict[str, dict[int, list[Distilled]]]:
+    def groups(self) -> dict[str, dict[int, list[DistilledRun]]]:
         """{group: {k: its runs there}}, in the order of their first runs and of k."""
-        found: dict[str, dict[int, list[Distilled]]] = {}
+        found: dict[str, dict[int, list[DistilledRun]]] = {}
         for run in sorted(self.distilled, key=lambda run: run.flow):
             found.setdefault(run.group, {}).setdefault(run.flow, []).append(run)
         return found
 
 
-def scores(records: Sequence[Record]) -> Scores:
+def scores_by_metric(records: Sequence[Record]) -> Scores:
     return {record.metric: (record.mean, record.std) for record in records}
 
 
-def to_json(chain: Chain) -> dict[str, Any]:
+def flow_chain_to_json(chain: FlowChain) -> dict[str, Any]:
     """Plain values: all that the rest is computed from, then the bounds."""
     terms = [
         {"flow": k, "first": chain.flows[0].w2, "drifted": chain.drifted(k), "bound": chain.bound(k), "w2": flow.w2}
@@ -109,13 +112,13 @@ def to_json(chain: Chain) -> dict[str, Any]:
     return _plain(content | {"bounds": terms})
 
 
-def from_json(content: dict[str, Any]) -> Chain:
-    """What `to_json` described; ValueError for anything else."""
+def flow_chain_from_json(content: dict[str, Any]) -> FlowChain:
+    """What `flow_chain_to_json` described; ValueError for anything else."""
     try:
         flows = tuple(_flow(**flow) for flow in content["flows"])
         distilled = tuple(_distilled(**run) for run in content["distilled"])
         plain = {key: content[key] for key in ("samples", "path_steps", "matched", "fingerprint")}
-        return Chain(flows, distilled, floor=_scores(content["floor"]), notes=tuple(content["notes"]), **plain)
+        return FlowChain(flows, distilled, floor=_scores(content["floor"]), notes=tuple(content["notes"]), **plain)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"this is no measured chain of flows: {error!r}") from error
 
@@ -134,11 +137,98 @@ def _scores(values: dict[str, list]) -> Scores:
     return {metric: (mean, std) for metric, (mean, std) in values.items()}
 
 
-def _flow(*, simulated: dict, euler: dict, **rest: Any) -> Flow:
+def _flow(*, simulated: dict, euler: dict, **rest: Any) -> ChainedFlow:
     estimates = {key: _estimate(rest.pop(key)) for key in ("step_drift", "end_drift", "straightness")}
     by_steps = {int(steps): _scores(values) for steps, values in euler.items()}
-    return Flow(simulated=_scores(simulated), euler=by_steps, **estimates, **rest)
+    return ChainedFlow(simulated=_scores(simulated), euler=by_steps, **estimates, **rest)
 
 
-def _distilled(*, regression: dict | None, scores: dict, **rest: Any) -> Distilled:
-    return Distilled(regression=_estimate(regression), scores=_scores(scores), **rest)
+def _distilled(*, regression: dict | None, scores: dict, **rest: Any) -> DistilledRun:
+    return DistilledRun(regression=_estimate(regression), scores=_scores(scores), **rest)
+
+
+def flow_chain_text(chain: FlowChain) -> str:
+    """Aligned plain text: tables under one line each, then the fingerprint and notes."""
+    parts = ["\n".join([heading, *text_table(rows)]) for heading, rows in _sections(chain)]
+    return "\n\n".join([*parts, describe_fingerprint(chain.fingerprint), *(f"note: {note}" for note in chain.notes)])
+
+
+def flow_chain_markdown(chain: FlowChain) -> str:
+    """The same for a README."""
+    parts = ["\n".join([heading, "", *markdown_table(rows)]) for heading, rows in _sections(chain)]
+    notes = "\n".join(f"- {note}" for note in chain.notes)
+    return "\n\n".join([*parts, describe_fingerprint(chain.fingerprint), *([notes] if notes else [])])
+
+
+def _sections(chain: FlowChain) -> list[TitledTable]:
+    floor = ", ".join(f"{metric} {mean:.4g}" for metric, (mean, _) in chain.floor.items())
+    flows = (
+        f"Flows: E|Φ_k - Φ_k-1|², E|Φ_k - Φ_1|² and straightness S ({chain.path_steps} Euler steps) ± standard error over "
+        f"{chain.samples:,} samples; distances ± standard deviation over blocks of seeds; real images: {floor}"
+    )
+    students = (
+        "Distilled runs, by their last teacher: r = E|f(x0) - Φ_k(x0)|² on unseen noise, and distances, ± standard deviation "
+        "over training seeds"
+    )
+    bounds = (
+        "W2(data, law) <= W2(data, law Φ_1) + sum of steps' roots + root of r, over all pixels; W2 between "
+        f"{chain.matched:,} samples and as many real images, which is not zero for equal laws"
+    )
+    distilled = [(students, _student_rows(chain))] if chain.distilled else []
+    return [(flows, _flow_rows(chain)), *distilled, (bounds, _bound_rows(chain))]
+
+
+def _flow_rows(chain: FlowChain) -> list[list[str]]:
+    counts = list(dict.fromkeys(steps for flow in chain.flows for steps in flow.euler))
+    ways = ["simulated", *(f"Euler {steps}" for steps in counts)]
+    columns = [f"{metric}, {way}" for metric in chain.metrics for way in ways]
+    body = []
+    for k, flow in enumerate(chain.flows, 1):
+        scores = [flow.simulated, *(flow.euler[steps] for steps in counts)]
+        cells = [_shown(value) for value in (flow.step_drift, flow.end_drift, flow.straightness)]
+        cells += [format_mean_std(*score[metric]) for metric in chain.metrics for score in scores]
+        body.append([str(k), f"{flow.name} ({flow.solver})", str(flow.nfe), *cells])
+    return [["k", "flow", "NFE", "step drift", "end drift", "S", *columns], *body]
+
+
+def _student_rows(chain: FlowChain) -> list[list[str]]:
+    body = []
+    for group, places in chain.groups().items():
+        for k, runs in places.items():
+            seeds = ", ".join(str(run.seed) for run in runs)
+            copies = ", ".join(dict.fromkeys(run.weights for run in runs))
+            cells = [_over_seeds([run.scores[metric][0] for run in runs]) for metric in chain.metrics]
+            label = f"{group} ({copies})"
+            body.append([str(k), label, seeds, str(runs[0].nfe), _regression(runs), *cells])
+    return [["k", "group", "seeds", "NFE", "r", *chain.metrics], *body]
+
+
+def _bound_rows(chain: FlowChain) -> list[list[str]]:
+    first = f"{chain.flows[0].w2:.4g}"
+    body = []
+    for k, flow in enumerate(chain.flows, 1):
+        body.append(
+            [str(k), flow.name, first, f"{chain.drifted(k):.4g}", "–", f"{chain.bound(k):.4g}", f"{flow.w2:.4g}"]
+        )
+    for group, places in chain.groups().items():
+        for k, runs in places.items():
+            roots = [run.regression.root for run in runs if run.regression]
+            bound = f"{chain.bound(k) + statistics.fmean(roots):.4g}" if len(roots) == len(runs) else "–"
+            root = _over_seeds(roots) if len(roots) == len(runs) else "–"
+            body.append(
+                [str(k), group, first, f"{chain.drifted(k):.4g}", root, bound, _over_seeds([r.w2 for r in runs])]
+            )
+    return [["k", "law", "W2 of Φ_1", "steps", "root of r", "bound", "W2"], *body]
+
+
+def _shown(value: Estimate | None) -> str:
+    return "–" if value is None else format_mean_std(value.mean, value.error)
+
+
+def _regression(runs: Sequence[DistilledRun]) -> str:
+    values = [run.regression.mean for run in runs if run.regression]
+    return _over_seeds(values) if len(values) == len(runs) else "–"
+
+
+def _over_seeds(values: Sequence[float]) -> str:
+    return format_mean_std(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stillhouse.diffusion.flow import euler_path
 from stillhouse.diffusion.teacher import Teacher
-from stillhouse.metrics.sampling import Sampler, inputs
+from stillhouse.metrics.sampling import Sampler, sampler_inputs
 from stillhouse.ranks import progress_bar
 
 
@@ -28,21 +28,21 @@ class Estimate:
         return math.sqrt(self.mean)
 
 
-def estimate(values: Tensor) -> Estimate:
+def mean_with_error(values: Tensor) -> Estimate:
     """Of values (N,)."""
     values = values.double()
     error = (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else None
     return Estimate(values.mean().item(), error)
 
 
-def squares(ours: Tensor, theirs: Tensor) -> Tensor:
+def squared_distances(ours: Tensor, theirs: Tensor) -> Tensor:
     """|a - b|^2 of each pair of images (N, C, H, W): (N,), float64. Errors: ValueError for other shapes than each other's."""
     if ours.shape != theirs.shape:
         raise ValueError(f"samples {tuple(ours.shape)} and {tuple(theirs.shape)} have no pairs to compare")
     return (ours.double() - theirs.double()).square().flatten(1).sum(1)
 
 
-def ends(
+def sample_images(
     sample: Sampler,
     seeds: Tensor,
     *,
@@ -56,14 +56,14 @@ def ends(
 
     Errors: ValueError where images contain NaN or infinity.
     """
-    batches = inputs(seeds.to(device), shape, num_classes, batch_size, class_counts)
+    batches = sampler_inputs(seeds.to(device), shape, num_classes, batch_size, class_counts)
     images = torch.cat([sample(*batch).float().cpu() for batch in batches])
     if not images.isfinite().all():
         raise ValueError("samples contain NaN or infinity: the sampler has diverged")
     return images
 
 
-def bend(teacher: Teacher, noise: Tensor, labels: Tensor | None, steps: int) -> Tensor:
+def path_bending(teacher: Teacher, noise: Tensor, labels: Tensor | None, steps: int) -> Tensor:
     """int |X_1 - X_0 - v(X_t, t)|^2 dt along each path from noise (B, C, H, W): (B,), float64, zero for straight ones.
 
     Its mean is the straightness S of rectified flow (arXiv 2209.03003), by the states of `steps` Euler steps; the
@@ -92,7 +92,7 @@ def straightness(
     shape = (teacher.channels, teacher.resolution, teacher.resolution)
     values = []
     with progress_bar(len(seeds), label) as bar:
-        for noise, labels in inputs(seeds.to(device), shape, teacher.num_classes, batch_size, class_counts):
-            values.append(bend(teacher, noise, labels, steps))
+        for noise, labels in sampler_inputs(seeds.to(device), shape, teacher.num_classes, batch_size, class_counts):
+            values.append(path_bending(teacher, noise, labels, steps))
             bar.update(len(noise))
-    return estimate(torch.cat(values))
+    return mean_with_error(torch.cat(values))

@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+from stillhouse.analysis.tables import describe_fingerprint, format_mean_std, markdown_table, text_table
 from stillhouse.metrics.records import Record
 
 
 @dataclass(frozen=True)
-class Point:
+class QualityPoint:
     """Where a line passes at `nfe`; std: of a sample (n - 1), None for one value; seeds: the training seeds behind it."""
 
     nfe: int
@@ -20,16 +21,16 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Line:
+class QualityLine:
     """Points in order of NFE."""
 
     label: str
-    points: tuple[Point, ...]
+    points: tuple[QualityPoint, ...]
     teacher: bool = False
 
 
 @dataclass(frozen=True)
-class Value:
+class QualityValue:
     """The metric of one run, or of one teacher, at one number of evaluations.
 
     name: the run or the teacher. group: label of the runs that differ from it by their seed (and NFE) alone, or the
@@ -56,7 +57,7 @@ class Quality:
 
     metric: str
     fingerprint: dict[str, Any]
-    values: tuple[Value, ...]
+    values: tuple[QualityValue, ...]
     floor: float | None = None
     notes: tuple[str, ...] = ()
 
@@ -70,30 +71,32 @@ class Quality:
         return sorted({value.nfe for value in self.values})
 
     @cached_property
-    def lines(self) -> tuple[Line, ...]:
+    def lines(self) -> tuple[QualityLine, ...]:
         """One per group, students first, each otherwise in the order of its first value."""
-        groups: dict[str, list[Value]] = {}
+        groups: dict[str, list[QualityValue]] = {}
         for value in sorted(self.values, key=lambda v: v.seed is None):
             groups.setdefault(value.group, []).append(value)
         return tuple(_line(label, values) for label, values in groups.items())
 
 
-def _line(label: str, values: list[Value]) -> Line:
+def _line(label: str, values: list[QualityValue]) -> QualityLine:
     points = []
     for nfe in sorted({value.nfe for value in values}):
         here = sorted((v for v in values if v.nfe == nfe), key=lambda v: v.seed or 0)
         means = [v.mean for v in here]
         # One seed has a spread over blocks of evaluation seeds, but that is another thing and would look like this one.
         std = statistics.stdev(means) if len(means) > 1 else None
-        points.append(Point(nfe, statistics.fmean(means), std, tuple(v.seed for v in here if v.seed is not None)))
-    return Line(label, tuple(points), teacher=values[0].seed is None)
+        points.append(
+            QualityPoint(nfe, statistics.fmean(means), std, tuple(v.seed for v in here if v.seed is not None))
+        )
+    return QualityLine(label, tuple(points), teacher=values[0].seed is None)
 
 
-def teacher_label(record: Record) -> str:
+def label_teacher(record: Record) -> str:
     return f"teacher {record.name} ({record.solver})" if record.solver else f"teacher {record.name}"
 
 
-def measured_lines(records: Iterable[Record], like: Record) -> tuple[Line, ...]:
+def quality_lines(records: Iterable[Record], like: Record) -> tuple[QualityLine, ...]:
     """Lines of the students and teachers among one measurement's records, as far as they compare with `like`.
 
     std is the spread over blocks of evaluation seeds.
@@ -101,15 +104,17 @@ def measured_lines(records: Iterable[Record], like: Record) -> tuple[Line, ...]:
     lines: dict[str, dict[int, Record]] = {}
     for record in records:
         if record.subject != "real" and record.kind == like.kind:
-            label = "student" if record.subject == "student" else teacher_label(record)
+            label = "student" if record.subject == "student" else label_teacher(record)
             lines.setdefault(label, {})[record.nfe] = record
     return tuple(
-        Line(label, tuple(Point(nfe, r.mean, r.std) for nfe, r in sorted(found.items())), label != "student")
+        QualityLine(
+            label, tuple(QualityPoint(nfe, r.mean, r.std) for nfe, r in sorted(found.items())), label != "student"
+        )
         for label, found in lines.items()
     )
 
 
-def to_json(quality: Quality) -> dict[str, Any]:
+def quality_to_json(quality: Quality) -> dict[str, Any]:
     """Plain values: under "values" all that the rest is computed from, then every number of the table."""
     return {
         "metric": quality.metric,
@@ -124,10 +129,52 @@ def to_json(quality: Quality) -> dict[str, Any]:
     }
 
 
-def from_json(content: dict[str, Any]) -> Quality:
-    """What `to_json` described, from its values; ValueError for anything else."""
+def quality_from_json(content: dict[str, Any]) -> Quality:
+    """What `quality_to_json` described, from its values; ValueError for anything else."""
     try:
-        values = tuple(Value(**value) for value in content["values"])
+        values = tuple(QualityValue(**value) for value in content["values"])
         return Quality(content["metric"], content["fingerprint"], values, content["floor"], tuple(content["notes"]))
     except (KeyError, TypeError) as error:
         raise ValueError(f"this is no comparison of quality against NFE: {error!r}") from error
+
+
+def quality_text(quality: Quality) -> str:
+    """Aligned plain text under one line, then the fingerprint and notes."""
+    lines = [quality_heading(quality), *text_table(quality_rows(quality)), describe_fingerprint(quality.fingerprint)]
+    return "\n\n".join(["\n".join(lines), *(f"note: {note}" for note in quality.notes)])
+
+
+def quality_markdown(quality: Quality) -> str:
+    """The same for a README."""
+    parts = [
+        quality_heading(quality),
+        "\n".join(markdown_table(quality_rows(quality))),
+        describe_fingerprint(quality.fingerprint),
+    ]
+    notes = "\n".join(f"- {note}" for note in quality.notes)
+    return "\n\n".join([*parts, *([notes] if notes else [])])
+
+
+def quality_heading(quality: Quality) -> str:
+    copies = ", ".join(dict.fromkeys(value.weights for value in quality.values if value.weights))
+    spread = any(point.std is not None for line in quality.lines for point in line.points)
+    mean = "mean ± standard deviation over training seeds" if spread else "one training seed each"
+    floor = "" if quality.floor is None else f"; real images score {quality.floor:.4g}"
+    return f"{quality.metric} against NFE ({copies}): {mean}{floor}"
+
+
+def quality_rows(quality: Quality) -> list[list[str]]:
+    """Nothing is marked as best: with a few seeds that would say more than the numbers do."""
+    body = []
+    for line in quality.lines:
+        seeds = sorted({seed for point in line.points for seed in point.seeds})
+        points = {point.nfe: point for point in line.points}
+        cells = [_cell(points[nfe], line, seeds) if nfe in points else "–" for nfe in quality.counts]
+        body.append([line.label, ", ".join(map(str, seeds)) or "–", *cells])
+    return [["group", "seeds", *(f"{nfe} NFE" for nfe in quality.counts)], *body]
+
+
+def _cell(point: QualityPoint, line: QualityLine, seeds: list[int]) -> str:
+    """0.209 ± 0.012, and which seeds are behind it where those are not all of the row's."""
+    fewer = "" if line.teacher or list(point.seeds) == seeds else f" (seed {', '.join(map(str, point.seeds))})"
+    return f"{format_mean_std(point.mean, point.std)}{fewer}"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-MARK = '<meta name="generator" content="Stillhouse report">'
+REPORT_MARK = '<meta name="generator" content="Stillhouse report">'
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -104,7 +104,7 @@ class Section:
     blocks: Sequence[Block]
 
 
-def page(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section]) -> str:
+def html_page(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section]) -> str:
     """The whole page; everything that is not a picture is escaped."""
     links = "".join(f'<a href="#part{n}">{escape(s.title)}</a>' for n, s in enumerate(sections, 1))
     body = "\n".join(
@@ -113,7 +113,7 @@ def page(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Sectio
     )
     listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts)
     return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{MARK}\n'
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{REPORT_MARK}\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
         f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n<dl>{listed}</dl>\n<nav>{links}</nav>\n"
         f"{body}\n</body>\n</html>\n"

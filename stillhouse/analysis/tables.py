@@ -1,26 +1,32 @@
 """Records as text: values with unlike fingerprints never share a table."""
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from stillhouse.metrics.records import SUBJECTS, Record, comparable_id
 
+Labelled = tuple[str, int | None, Record]  # a group of runs that differ by their seed alone (else a name), seed, record
 
-def table(records: Iterable[Record]) -> str:
+
+def records_text(records: Iterable[Record]) -> str:
     """Aligned plain text: one table per fingerprint, each under a line that names it and what sets it apart."""
-    groups = by_fingerprint(records)
+    groups = group_by_fingerprint(records)
     if not groups:
         return "nothing was measured, by evaluation=none"
-    return "\n\n".join("\n".join([heading, *aligned(_rows(group))]) for heading, group in groups)
+    return "\n\n".join("\n".join([heading, *text_table(_rows(group))]) for heading, group in groups)
 
 
-def markdown(records: Iterable[Record]) -> str:
+def records_markdown(records: Iterable[Record]) -> str:
     """The same tables for a README."""
-    return "\n\n".join("\n".join([*piped(_rows(group)), "", heading]) for heading, group in by_fingerprint(records))
+    return "\n\n".join(
+        "\n".join([*markdown_table(_rows(group)), "", heading]) for heading, group in group_by_fingerprint(records)
+    )
 
 
-def aligned(rows: list[list[str]]) -> list[str]:
+def text_table(rows: list[list[str]]) -> list[str]:
     """Lines of plain text for a header and a body; the first two columns are words, the others numbers."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
@@ -30,14 +36,14 @@ def aligned(rows: list[list[str]]) -> list[str]:
     return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
 
 
-def piped(rows: list[list[str]]) -> list[str]:
+def markdown_table(rows: list[list[str]]) -> list[str]:
     """The same in markdown, where a | or the end of a line inside a cell would begin another one."""
     header, *body = ([" ".join(cell.replace("|", r"\|").splitlines()) for cell in row] for row in rows)
     rule = ["---", "---", *["---:"] * (len(header) - 2)]
     return [f"| {' | '.join(cells)} |" for cells in (header, rule, *body)]
 
 
-def by_fingerprint(records: Iterable[Record]) -> list[tuple[str, list[Record]]]:
+def group_by_fingerprint(records: Iterable[Record]) -> list[tuple[str, list[Record]]]:
     """Records that may share a table, under a line that names their fingerprint and what sets it apart."""
     groups: dict[str, list[Record]] = {}
     for record in records:
@@ -45,14 +51,14 @@ def by_fingerprint(records: Iterable[Record]) -> list[tuple[str, list[Record]]]:
     prints = [group[0].comparable for group in groups.values()]
     keys = dict.fromkeys(key for p in prints for key in p)
     differing = [key for key in keys if len({repr(p.get(key)) for p in prints}) > 1]
-    return [(fingerprint_line(group[0].comparable, differing), group) for group in groups.values()]
+    return [(describe_fingerprint(group[0].comparable, differing), group) for group in groups.values()]
 
 
-def fingerprint_line(comparable: dict[str, Any], differing: Sequence[str] = ()) -> str:
+def describe_fingerprint(comparable: dict[str, Any], differing: Sequence[str] = ()) -> str:
     """The name of a fingerprint (see `Record.comparable`) and what it says; `differing`: keys that set it apart."""
 
     def show(keys: Iterable[str]) -> str:
-        return ", ".join(f"{key} {short(comparable.get(key))}" for key in keys)
+        return ", ".join(f"{key} {shorten_hash(comparable.get(key))}" for key in keys)
 
     common = [key for key in comparable if key not in differing]
     text = f"fingerprint {comparable_id(comparable)}"
@@ -61,7 +67,7 @@ def fingerprint_line(comparable: dict[str, Any], differing: Sequence[str] = ()) 
     return f"{text} ({show(common)})" if common else text
 
 
-def short(value: Any) -> str:
+def shorten_hash(value: Any) -> str:
     """Hashes by their first 8 digits."""
     text = str(value)
     return text[:8] if len(text) == 64 else text
@@ -78,8 +84,8 @@ def _rows(records: list[Record]) -> list[list[str]]:
     body = []
     for row in order:
         r = next(iter(row.values()))
-        values = [shown(row[metric].mean, row[metric].std) if metric in row else "–" for metric in metrics]
-        body.append([r.name, subject(r), str(r.nfe), *values, rate(r), _speed_up(r, records)])
+        values = [format_mean_std(row[metric].mean, row[metric].std) if metric in row else "–" for metric in metrics]
+        body.append([r.name, describe_subject(r), str(r.nfe), *values, format_rate(r), _speed_up(r, records)])
     return [["name", "subject", "NFE", *metrics, "images/s", "speed-up"], *body]
 
 
@@ -87,7 +93,7 @@ def _rank(record: Record) -> tuple:
     return SUBJECTS.index(record.subject), -record.nfe if record.subject == "teacher" else 0
 
 
-def subject(record: Record) -> str:
+def describe_subject(record: Record) -> str:
     """student (ema_0.999), student (raw, after 6 of 13 training steps), teacher (heun, 10 steps), real."""
     notes = [record.fingerprint.get("weights") if record.subject == "student" else None, record.solver]
     notes.append(f"{record.steps} steps" if record.steps and record.steps > 1 else None)
@@ -97,14 +103,14 @@ def subject(record: Record) -> str:
     return f"{record.subject} ({how})" if how else record.subject
 
 
-def shown(mean: float, std: float | None) -> str:
+def format_mean_std(mean: float, std: float | None) -> str:
     if not std:
         return f"{mean:.4g}"
     decimals = min(max(1 - math.floor(math.log10(std)), 0), 6)  # two digits of the spread
     return f"{mean:.{decimals}f} ± {std:.{decimals}f}"
 
 
-def rate(record: Record) -> str:
+def format_rate(record: Record) -> str:
     """Images per second."""
     rate = record.images_per_second
     return "–" if rate is None else f"{rate:,.{0 if rate >= 100 else 1}f}"
@@ -119,3 +125,38 @@ def _speed_up(record: Record, records: list[Record]) -> str:
         return "–"
     slowest = max(teachers, key=lambda r: r.nfe)
     return f"{record.images_per_second / slowest.images_per_second:.1f}x"
+
+
+def seed_rows(labelled: Iterable[Labelled]) -> list[list[str]]:
+    """Header and body: a row for each label, subject and number of evaluations, a column for each metric.
+
+    A cell is mean ± standard deviation over the training seeds where there are several, else over blocks of evaluation seeds;
+    of two values of one seed the first counts. The records share one fingerprint.
+    """
+    found: dict[tuple, dict[str, dict[int | None, Record]]] = {}
+    metrics: dict[str, None] = {}
+    for label, seed, r in labelled:
+        metrics[r.metric] = None
+        key = (SUBJECTS.index(r.subject), label, describe_subject(r), r.nfe)
+        found.setdefault(key, {}).setdefault(r.metric, {}).setdefault(seed, r)
+    body = [
+        _seed_row(key[1], by_metric, list(metrics))
+        for key, by_metric in sorted(found.items(), key=lambda item: item[0][0])
+    ]
+    return [["group", "subject", "seeds", "NFE", *metrics, "± over", "images/s"], *body]
+
+
+def _seed_row(label: str, by_metric: dict[str, dict[int | None, Record]], metrics: Sequence[str]) -> list[str]:
+    most = max(by_metric.values(), key=len)
+    first = next(iter(most.values()))
+    cells = []
+    for metric in metrics:
+        records = list(by_metric.get(metric, {}).values())
+        means = [r.mean for r in records]
+        std = statistics.stdev(means) if len(means) > 1 else records[0].std if records else None
+        cells.append(format_mean_std(statistics.fmean(means), std) if means else "–")
+    seeds = sorted(seed for seed in most if seed is not None)
+    over = f"{len(most)} training seeds" if len(most) > 1 else f"{len(first.values)} blocks" if first.std else "–"
+    rates = [record.images_per_second for record in most.values() if record.images_per_second is not None]
+    speed = format_rate(replace(first, images_per_second=statistics.fmean(rates) if rates else None))
+    return [label, describe_subject(first), ", ".join(map(str, seeds)) or "–", str(first.nfe), *cells, over, speed]

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from stillhouse.checkpoints.block_hashes import BlockHashes, hash_range, unchanged
 from stillhouse.checkpoints.bounds import parse_json
-from stillhouse.files import unfinished
+from stillhouse.files import atomic_write
 
 _PROJECT = ("stillhouse.networks.", "stillhouse.diffusion.")
 _TRAINING = ("training", "label_dropout")
@@ -49,7 +48,7 @@ def save_weights(path: str | Path, state_dict: Mapping[str, Tensor], card: dict,
         raise FileExistsError(f"{path} exists already; move it away or choose another name")
     card_path = path.with_suffix(".json")
     try:
-        with unfinished(path) as new_weights, unfinished(card_path) as new_card:
+        with atomic_write(path) as new_weights, atomic_write(card_path) as new_card:  # the card is renamed first
             # Not save_file, which makes files that only their owner can read.
             data = save({name: t.detach().cpu().contiguous() for name, t in state_dict.items()})
             new_weights.write_bytes(data)
@@ -57,8 +56,6 @@ def save_weights(path: str | Path, state_dict: Mapping[str, Tensor], card: dict,
             hashes.update(data)
             blocks = {"blocks": hashes.blocks} if hashes.blocks else {}
             new_card.write_text(json.dumps({**card, "sha256": hashes.whole, **blocks}, indent=2) + "\n")
-            os.replace(new_card, card_path)
-            os.replace(new_weights, path)
     except (OSError, SafetensorError) as error:
         raise OSError(f"cannot write {path}: {error}; free some space there or choose another folder") from error
 

@@ -17,7 +17,7 @@ from stillhouse.diffusion.denoiser import Denoiser
 from stillhouse.diffusion.preconditioning import Preconditioning
 from stillhouse.diffusion.sampling import Sampling
 from stillhouse.diffusion.solvers import SOLVERS, check_solver, evaluations
-from stillhouse.files import check_name
+from stillhouse.files import check_folder_name
 
 # Of a noise level: float64 in several tensors of the schedule, and its text, by which samples are known.
 _LEVEL_BYTES = 300
@@ -64,7 +64,7 @@ class Teacher:
         conditional: bool = True,
         licence: str = "unknown",
     ):
-        check_name("teacher.name", name, "data")
+        check_folder_name("teacher.name", name, "data")
         options = dict(solver_options or {})
         check_solver("teacher", solver, options)
         self.name = name

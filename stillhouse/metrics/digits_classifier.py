@@ -45,7 +45,7 @@ class DigitsClassifier(nn.Module):
         return self.head(self.features(images))
 
 
-def digits() -> tuple[Tensor, Tensor]:
+def load_digit_images() -> tuple[Tensor, Tensor]:
     """scikit-learn's 1,797 digits: uint8 (N, 1, 8, 8) with 0 .. 16 stretched to 0 .. 255, and int64 labels (N,)."""
     from sklearn.datasets import load_digits  # takes a second to import, and the extractor does without
 
@@ -54,29 +54,29 @@ def digits() -> tuple[Tensor, Tensor]:
     return torch.from_numpy(pixels)[:, None], torch.from_numpy(bunch.target.astype(np.int64))
 
 
-def split() -> tuple[Tensor, Tensor]:
+def split_digits() -> tuple[Tensor, Tensor]:
     """Indices of the 1,437 training and 360 held-out digits, the same in every run, each class in proportion."""
     from sklearn.model_selection import train_test_split
 
-    _, labels = digits()
+    _, labels = load_digit_images()
     train, held_out = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels.numpy(), random_state=0)
     return torch.from_numpy(train), torch.from_numpy(held_out)
 
 
-def accuracy(classifier: DigitsClassifier, images: Tensor, labels: Tensor) -> float:
+def classifier_accuracy(classifier: DigitsClassifier, images: Tensor, labels: Tensor) -> float:
     with torch.no_grad():
         return (classifier(images).argmax(dim=1) == labels).float().mean().item()
 
 
-def train(seed: int, steps: int, batch_size: int = 128, learning_rate: float = 3e-3) -> DigitsClassifier:
+def train_classifier(seed: int, steps: int, batch_size: int = 128, learning_rate: float = 3e-3) -> DigitsClassifier:
     """Train on the training split with shifts of up to a pixel and slight noise.
 
     Dropout before the head keeps every feature in use, and soft labels keep the features from growing without bound:
     without them a quarter of the features is dead and the covariance is singular.
     """
     torch.manual_seed(seed)
-    images, labels = digits()
-    train_indices, _ = split()
+    images, labels = load_digit_images()
+    train_indices, _ = split_digits()
     classifier = DigitsClassifier()
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=learning_rate, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
@@ -107,15 +107,15 @@ def main() -> None:
     if Path(arguments.output).exists():
         parser.error(f"{arguments.output} exists already; move it away or choose another --output")
     torch.set_num_threads(1)  # sums in another order would give another file
-    classifier = train(arguments.seed, arguments.steps)
+    classifier = train_classifier(arguments.seed, arguments.steps)
     classifier.half().float()  # the file holds half precision: measure what it will give
-    images, labels = digits()
-    _, held_out = split()
+    images, labels = load_digit_images()
+    _, held_out = split_digits()
     card = {
         "command": f"python -m stillhouse.metrics.digits_classifier --seed {arguments.seed} --steps {arguments.steps}",
         "seed": arguments.seed,
         "steps": arguments.steps,
-        "held_out_accuracy": accuracy(classifier, images[held_out], labels[held_out]),
+        "held_out_accuracy": classifier_accuracy(classifier, images[held_out], labels[held_out]),
         "held_out_images": len(held_out),
         "held_out_sha256": sha256(held_out.numpy().tobytes()).hexdigest(),
         "features": FEATURES,

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 BANDWIDTHS = (0.05, 0.1, 0.2, 0.5, 1.0)  # of `gaussian_kernel_distance`: from a mode of the planar laws to all of them
@@ -131,3 +132,16 @@ def inception_score(logits: Tensor, splits: int = 10) -> Tensor:
         log_marginal = part.logsumexp(dim=0) - math.log(len(part))
         scores.append((part.exp() * (part - log_marginal)).sum(dim=1).mean().exp())
     return torch.stack(scores)
+
+
+def wasserstein_distance(a: Tensor, b: Tensor) -> float:
+    """W2 = min over pairings of sqrt(mean |a_i - b_pi(i)|^2), between the uniform laws on a and b (N, ...), exactly.
+
+    It takes N^3 time: seconds for 2,000. Between draws from two laws it is above their own distance, and two sets of one law
+    do not have zero, the less so the higher the dimension. Errors: ValueError for sets of other sizes.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"sets {tuple(a.shape)} and {tuple(b.shape)} cannot be paired one to one")
+    costs = torch.cdist(a.flatten(1).double(), b.flatten(1).double(), compute_mode="donot_use_mm_for_euclid_dist") ** 2
+    rows, columns = linear_sum_assignment(costs.numpy())
+    return costs[rows, columns].mean().sqrt().item()

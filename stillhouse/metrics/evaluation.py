@@ -15,16 +15,16 @@ from stillhouse.metrics.distances import (
     inception_score,
     kernel_distance,
     precision_recall,
+    wasserstein_distance,
 )
 from stillhouse.metrics.extractors import FeatureExtractor
 from stillhouse.metrics.fidelity import WAYS_OUT
 from stillhouse.metrics.images import UINT8_RULE
-from stillhouse.metrics.labels import described, real_draws
+from stillhouse.metrics.labels import describe_labels, draw_real_images
 from stillhouse.metrics.records import Record
 from stillhouse.metrics.reference import PackedImages, Reference, real_features
-from stillhouse.metrics.sampling import Sampler, features
+from stillhouse.metrics.sampling import Sampler, sample_features
 from stillhouse.metrics.statistics import RunningGaussian
-from stillhouse.metrics.transport import wasserstein
 from stillhouse.ranks import rank_and_world
 
 METRICS = ("fid", "kid", "precision", "recall", "is", "w2", "mmd")
@@ -35,7 +35,7 @@ _NEED_REAL_ROWS = {"kid", "precision", "recall", "w2", "mmd"}
 _NEED_AS_MANY_ROWS = {"w2", "mmd"}
 
 
-def measure(
+def measure_sampler(
     sample: Sampler,
     *,
     name: str,
@@ -70,12 +70,14 @@ def measure(
     reference = reference.to(device)
     labels = {"num_classes": num_classes, "class_counts": class_counts}
     sampling = {"shape": shape, **labels, "batch_size": batch_size, "device": device}
-    show_shift(sample, extractor, reference, first_seed + torch.arange(min(num_samples, SHIFT_SAMPLES)), sampling, name)
+    measure_shift(
+        sample, extractor, reference, first_seed + torch.arange(min(num_samples, SHIFT_SAMPLES)), sampling, name
+    )
     values: list[dict[str, float]] = []
     rates = []
     for block in range(blocks):
         seeds = first_seed + torch.arange(block * num_samples, (block + 1) * num_samples)
-        rows, seconds = features(
+        rows, seconds = sample_features(
             sample,
             extractor,
             seeds,
@@ -89,7 +91,7 @@ def measure(
     return _records(values, extractor, fingerprint, name, subject, nfe, statistics.median(rates), how)
 
 
-def measure_real(
+def measure_real_images(
     packed: PackedImages,
     *,
     name: str,
@@ -108,7 +110,8 @@ def measure_real(
 ) -> list[Record]:
     """The floor: what exact draws from the data set, with replacement, score at this number of samples.
 
-    Draw i depends on seed i alone, blocks are those of `measure`, and so is the distribution of classes (see `real_draws`).
+    Draw i depends on seed i alone, blocks are those of `measure_sampler`, and so is the distribution of classes (see
+    `draw_real_images`).
     Where w2 or mmd is measured, the draws are from the real images that those do not compare with: a set is at distance zero
     from itself. Give the same num_classes, class_counts and precision as there: the records then carry the same fingerprint and
     share the table.
@@ -117,9 +120,9 @@ def measure_real(
     reference = reference.to(device)
     seeds = first_seed + torch.arange(blocks * num_samples)
     disjoint = _NEED_AS_MANY_ROWS.intersection(metrics)
-    among = choose_real(len(packed), num_samples)[1] if disjoint else torch.arange(len(packed))
+    among = split_real_images(len(packed), num_samples)[1] if disjoint else torch.arange(len(packed))
     labels = {"num_classes": num_classes, "class_counts": class_counts}
-    draws = real_draws(seeds, packed.labels, among, **labels).numpy()
+    draws = draw_real_images(seeds, packed.labels, among, **labels).numpy()
     label = f"{name} real" if progress else None
     rows = real_features(packed, extractor, batch_size, device, indices=draws, label=label)
     values = [_scores(part, reference, extractor, metrics) for part in rows.split(num_samples)]
@@ -141,7 +144,7 @@ class _Both:
         return self
 
 
-def show_shift(
+def measure_shift(
     sample: Sampler,
     extractor: FeatureExtractor,
     reference: Reference,
@@ -155,12 +158,12 @@ def show_shift(
     """
     if getattr(extractor, "exact", None) is None or extractor.shift is not None:
         return
-    rows, _ = features(sample, _Both(extractor), seeds, **sampling)
+    rows, _ = sample_features(sample, _Both(extractor), seeds, **sampling)
     fast, exact = (_frechet(part, reference) for part in rows.split(extractor.dim, dim=1))
     extractor.shift = fast - exact
     if rank_and_world()[0] == 0:
         print(
-            f"{extractor.name}: {printed_name('fid', extractor)} of {len(seeds)} samples of {name} is {exact:.5g} in float32, "
+            f"{extractor.name}: {printed_metric('fid', extractor)} of {len(seeds)} samples of {name} is {exact:.5g} in float32, "
             f"{fast:.5g} with it: a shift of {extractor.shift:+.2g}",
             flush=True,
         )
@@ -171,18 +174,18 @@ def _frechet(rows: Tensor, reference: Reference) -> float:
     return frechet_distance(gaussian.mean, gaussian.cov, reference.mu, reference.cov).item()
 
 
-def needs_real_rows(metrics: Sequence[str]) -> bool:
+def needs_real_features(metrics: Sequence[str]) -> bool:
     """Whether the reference has to keep the features of all real images."""
     return bool(_NEED_REAL_ROWS.intersection(metrics))
 
 
-def choose_real(total: int, num_samples: int) -> tuple[Tensor, Tensor]:
+def split_real_images(total: int, num_samples: int) -> tuple[Tensor, Tensor]:
     """Indices (num_samples,) of the real images, of `total`, that w2 and mmd compare with, and those of all others."""
     order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
     return order[:num_samples], order[num_samples:]
 
 
-def check_settings(
+def check_evaluation(
     metrics: Sequence[str], num_samples: int, blocks: int, batch_size: int, owner: str = "evaluation"
 ) -> None:
     """Refuse before an hour of training or sampling what would fail after it. owner: where the options stand."""
@@ -206,7 +209,7 @@ def check_settings(
         )
 
 
-def check_features(dim: int, num_samples: int, blocks: int, has_images: bool) -> None:
+def check_feature_memory(dim: int, num_samples: int, blocks: int, has_images: bool) -> None:
     """Refuse numbers of samples whose features (N, dim), and those of as many real images for all blocks, fit into no memory."""
     together = num_samples * (blocks if has_images else 1)
     options = f"evaluation.num_samples={num_samples}" + (f" in blocks={blocks}" if has_images else "")
@@ -215,7 +218,7 @@ def check_features(dim: int, num_samples: int, blocks: int, has_images: bool) ->
     )  # float32, and in parts
 
 
-def check_real(metrics: Sequence[str], total: int, num_samples: int) -> None:
+def check_real_images(metrics: Sequence[str], total: int, num_samples: int) -> None:
     """Refuse metrics that need more real images than there are, `total`."""
     least = {metric: LEAST_REAL[metric] for metric in metrics if metric in LEAST_REAL}
     if least and total < max(least.values()):
@@ -231,7 +234,7 @@ def check_real(metrics: Sequence[str], total: int, num_samples: int) -> None:
         )
 
 
-def check_rows(metrics: Sequence[str]) -> None:
+def check_real_features(metrics: Sequence[str]) -> None:
     """Refuse metrics that compare with single real images where there are only their mean and covariance."""
     if needy := _NEED_REAL_ROWS.intersection(metrics):
         raise ValueError(
@@ -248,16 +251,16 @@ def _check(
     blocks: int,
     batch_size: int,
 ) -> None:
-    check_settings(metrics, num_samples, blocks, batch_size)
+    check_evaluation(metrics, num_samples, blocks, batch_size)
     if len(reference.mu) != extractor.dim:
         raise ValueError(
             f"the reference has {len(reference.mu)} features, the {extractor.name} extractor {extractor.dim}; "
             "use statistics made by this extractor"
         )
     if reference.features is None:
-        check_rows(metrics)
+        check_real_features(metrics)
     if reference.features is not None:
-        check_real(metrics, len(reference.features), num_samples)
+        check_real_images(metrics, len(reference.features), num_samples)
     if not (reference.mu.isfinite().all() and reference.cov.isfinite().all()):
         raise ValueError(
             "the statistics of the real images contain NaN or infinity: make or fetch them again (evaluation.reference, or "
@@ -265,7 +268,7 @@ def _check(
         )
 
 
-def printed_name(metric: str, extractor: FeatureExtractor) -> str:
+def printed_metric(metric: str, extractor: FeatureExtractor) -> str:
     """What a metric of METRICS is called in these features: fid_digits, fd_pixels, and fid of Inception's alone."""
     name = getattr(extractor, "frechet_name", metric) if metric == "fid" else metric
     return name + extractor.metric_suffix
@@ -282,10 +285,10 @@ def _scores(
     if {"precision", "recall"}.intersection(metrics):
         scores["precision"], scores["recall"] = precision_recall(rows, reference.features)
     if _NEED_AS_MANY_ROWS.intersection(metrics):
-        chosen = choose_real(len(reference.features), len(rows))[0]
+        chosen = split_real_images(len(reference.features), len(rows))[0]
         real = reference.features[chosen.to(rows.device)]
         if "w2" in metrics:
-            scores["w2"] = torch.tensor(wasserstein(rows.cpu(), real.cpu()))
+            scores["w2"] = torch.tensor(wasserstein_distance(rows.cpu(), real.cpu()))
         if "mmd" in metrics:
             scores["mmd"] = gaussian_kernel_distance(rows, real)
     if "is" in metrics:
@@ -309,7 +312,7 @@ def _fingerprint(
         "reference": reference.hash,
         "num_samples": num_samples,
         "seeds": [first_seed, first_seed + blocks * num_samples - 1],
-        "labels": described(**labels),
+        "labels": describe_labels(**labels),
         "uint8": UINT8_RULE,
         "precision": precision,
         "weights": weights,
@@ -330,7 +333,7 @@ def _records(
     for metric in values[0]:
         series = [block[metric] for block in values]
         std = statistics.stdev(series) if len(series) > 1 else None
-        printed = printed_name(metric, extractor)
+        printed = printed_metric(metric, extractor)
         mean = statistics.fmean(series)
         shift = getattr(extractor, "shift", None) if metric == "fid" else None
         records.append(Record(name, printed, subject, nfe, mean, std, series, rate, fingerprint, **how, shift=shift))

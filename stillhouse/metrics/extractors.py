@@ -23,7 +23,7 @@ class FeatureExtractor(Protocol):
     One without learned features has `frechet_name`, which is printed in the place of fid. `hash` is a SHA-256 of the weights. An
     extractor is deliberately no nn.Module: as an attribute of a LightningModule it stays out of checkpoints, averages and
     parameter counts. One that is fast at the cost of exactness has `exact`, the extractor that it stands for, and keeps the
-    `shift` that it makes (see `stillhouse.metrics.evaluation.measure`).
+    `shift` that it makes (see `stillhouse.metrics.evaluation.measure_sampler`).
     """
 
     name: str

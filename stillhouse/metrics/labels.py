@@ -16,28 +16,32 @@ DISTRIBUTIONS = ("uniform", "data")
 NOTICEABLE = 0.02  # of samples that would have another class: ImageNet's 732 to 1,300 images per class make 0.013
 
 
-def sampled_counts(distribution: str, data: Any) -> tuple[int, ...] | None:
+def sampling_class_counts(distribution: str, data: Any) -> tuple[int, ...] | None:
     """What `sample_labels` takes as `class_counts`: those of the data's images where its shares are asked for, else None.
 
     data: a datamodule. Errors: ValueError for another name than uniform or data, and those of reading the data's labels.
     """
     check_choice("evaluation.labels", distribution, DISTRIBUTIONS)
-    return counts_of(data.reference().labels, data.num_classes) if distribution == "data" and data.num_classes else None
+    return (
+        count_classes(data.reference().labels, data.num_classes)
+        if distribution == "data" and data.num_classes
+        else None
+    )
 
 
-def counts_of(labels: np.ndarray, num_classes: int) -> tuple[int, ...]:
+def count_classes(labels: np.ndarray, num_classes: int) -> tuple[int, ...]:
     """Images of each class, of labels (N,) in [0, num_classes)."""
     return tuple(np.bincount(labels, minlength=num_classes).tolist())
 
 
-def unlike_uniform(counts: tuple[int, ...]) -> float:
+def distance_from_uniform(counts: tuple[int, ...]) -> float:
     """Total variation distance of the classes' shares from equal ones: the least share of images to exchange, in [0, 1)."""
     return sum(abs(count / sum(counts) - 1 / len(counts)) for count in counts) / 2
 
 
-def warning(distribution: str, counts: tuple[int, ...]) -> str | None:
+def class_share_warning(distribution: str, counts: tuple[int, ...]) -> str | None:
     """One line where samples have other shares of classes than the data's images; else None."""
-    if distribution == "data" or unlike_uniform(counts) < NOTICEABLE:
+    if distribution == "data" or distance_from_uniform(counts) < NOTICEABLE:
         return None
     least, most = (100 * extreme(counts) / sum(counts) for extreme in (min, max))
     return (
@@ -47,14 +51,18 @@ def warning(distribution: str, counts: tuple[int, ...]) -> str | None:
     )
 
 
-def check_shares(distribution: str, data: Any) -> None:
-    """Print `warning`, from rank zero, where the data's images have classes. Errors: ValueError for a class without images."""
+def check_class_shares(distribution: str, data: Any) -> None:
+    """Print `class_share_warning`, from rank zero, where the data's images have classes.
+
+    Raises:
+        ValueError: for a class without images.
+    """
     if not data.num_classes:
         return
-    counts = counts_of(data.reference().labels, data.num_classes)
+    counts = count_classes(data.reference().labels, data.num_classes)
     if distribution == "uniform":
         _check_present(counts)
-    line = warning(distribution, counts)
+    line = class_share_warning(distribution, counts)
     if line and rank_and_world()[0] == 0:
         print(line, flush=True)
 
@@ -67,7 +75,7 @@ def _check_present(counts: Sequence[int]) -> None:
         )
 
 
-def real_draws(
+def draw_real_images(
     seeds: Tensor,
     labels: np.ndarray | None,
     among: Tensor,
@@ -81,7 +89,7 @@ def real_draws(
 
     Errors: ValueError for a class of the distribution without an image.
     """
-    if not num_classes or class_counts is not None or len(set(counts_of(labels, num_classes))) == 1:
+    if not num_classes or class_counts is not None or len(set(count_classes(labels, num_classes))) == 1:
         return among[sample_labels(seeds, len(among))]
     own = torch.from_numpy(labels)[among]
     counts = own.bincount(minlength=num_classes)
@@ -91,7 +99,7 @@ def real_draws(
     return among[own.argsort(stable=True)[place]]
 
 
-def described(num_classes: int, class_counts: tuple[int, ...] | None) -> str:
+def describe_labels(num_classes: int, class_counts: tuple[int, ...] | None) -> str:
     """The distribution, for a fingerprint."""
     if not num_classes:
         return "none"

@@ -13,7 +13,7 @@ from torch import Tensor
 from stillhouse.files import write_cache
 from stillhouse.metrics.extractors import FeatureExtractor
 from stillhouse.metrics.statistics import RunningGaussian, load_statistics, save_statistics
-from stillhouse.ranks import from_rank_zero, gather_rows, progress_bar, share
+from stillhouse.ranks import gather_rows, progress_bar, rank_slice, run_on_rank_zero
 
 
 class PackedImages(Protocol):
@@ -86,7 +86,7 @@ def reference_statistics(
     if cache_folder is not None:
         cache = Path(cache_folder) / f"{extractor.name}-{extractor.hash[:16]}-{packed.hash[:16]}.npz"
         identity = f"extractor {extractor.hash}, images {packed.hash}"
-        cached = from_rank_zero(lambda: load_statistics(cache, identity) if cache.exists() else None)
+        cached = run_on_rank_zero(lambda: load_statistics(cache, identity) if cache.exists() else None)
         if cached is not None and not keep_features:
             return Reference(*cached, packed.hash).to(device)
     rows = None
@@ -99,7 +99,7 @@ def reference_statistics(
             gaussian.update(part)
         gaussian = gaussian.merged()
     if cache is not None and cached is None:
-        from_rank_zero(lambda: write_cache(lambda: save_statistics(cache, gaussian.mean, gaussian.cov, identity)))
+        run_on_rank_zero(lambda: write_cache(lambda: save_statistics(cache, gaussian.mean, gaussian.cov, identity)))
     return Reference(gaussian.mean, gaussian.cov, packed.hash, rows)
 
 
@@ -147,7 +147,7 @@ def _batches(
 ) -> Iterator[Tensor]:
     """Features of this rank's share, batch by batch."""
     indices = np.arange(len(packed)) if indices is None else indices
-    mine = indices[share(len(indices))]
+    mine = indices[rank_slice(len(indices))]
     extractor = extractor.to(device)
     with progress_bar(len(mine), label) as bar:
         for start in range(0, len(mine), batch_size):

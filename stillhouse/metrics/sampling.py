@@ -9,12 +9,12 @@ from torch import Tensor
 from stillhouse.diffusion.random_numbers import sample_labels, sample_noise
 from stillhouse.metrics.extractors import FeatureExtractor
 from stillhouse.metrics.images import to_uint8
-from stillhouse.ranks import gather_rows, progress_bar, share, slowest
+from stillhouse.ranks import gather_rows, max_over_ranks, progress_bar, rank_slice
 
 Sampler = Callable[[Tensor, Tensor | None], Tensor]
 
 
-def features(
+def sample_features(
     sample: Sampler,
     extractor: FeatureExtractor,
     seeds: Tensor,
@@ -37,11 +37,11 @@ def features(
     """
     device = torch.device(device)
     extractor = extractor.to(device)
-    mine = seeds[share(len(seeds))].to(device)
+    mine = seeds[rank_slice(len(seeds))].to(device)
     clock = _CudaClock() if device.type == "cuda" else _Clock()
     rows = [torch.zeros(0, extractor.dim, device=device)]
     with torch.no_grad(), progress_bar(len(mine), label) as bar:
-        for noise, labels in inputs(mine, shape, num_classes, batch_size, class_counts):
+        for noise, labels in sampler_inputs(mine, shape, num_classes, batch_size, class_counts):
             with clock:
                 images = sample(noise, labels)
             finite = images.isfinite().flatten(1).all(dim=1, keepdim=True)
@@ -53,10 +53,10 @@ def features(
     broken = int(gathered.isnan().any(dim=1).sum())
     if broken:
         raise ValueError(f"{broken} of {len(seeds)} samples contain NaN or infinity: the sampler has diverged")
-    return gathered, slowest(clock.seconds(), device)
+    return gathered, max_over_ranks(clock.seconds(), device)
 
 
-def inputs(
+def sampler_inputs(
     seeds: Tensor,
     shape: Sequence[int],
     num_classes: int,

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from stillhouse.checks import (
     check_counts,
+    check_fractions,
     check_inputs,
+    check_integers,
     check_labels,
     check_levels,
     check_multiple,
-    check_sequence,
-    check_shares,
 )
 from stillhouse.networks.branching import BranchedConv2d
 from stillhouse.networks.embeddings import DhariwalEmbedding
@@ -128,10 +128,10 @@ class DhariwalUNet(nn.Module):
             channels_per_head=channels_per_head,
         )
         check_counts(0, augment_dim=augment_dim)
-        check_shares(dropout=dropout)
+        check_fractions(dropout=dropout)
         check_labels(num_classes, label_dropout)
-        channel_mult = check_sequence("channel_mult", channel_mult)
-        attn_resolutions = check_sequence("attn_resolutions", attn_resolutions)
+        channel_mult = check_integers("channel_mult", channel_mult)
+        attn_resolutions = check_integers("attn_resolutions", attn_resolutions)
         check_levels(resolution, channel_mult, attn_resolutions)
         check_multiple(4, model_channels=model_channels)
         levels = [(resolution >> level, model_channels * mult) for level, mult in enumerate(channel_mult)]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stillhouse.checks import check_counts, check_inputs, check_levels, check_multiple, check_sequence, check_shares
+from stillhouse.checks import check_counts, check_fractions, check_inputs, check_integers, check_levels, check_multiple
 from stillhouse.networks.branching import BranchedConv2d
 from stillhouse.networks.layers import zeroed
 
@@ -90,9 +90,9 @@ class DiffusersUNet(nn.Module):
             norm_groups=norm_groups,
         )
         check_counts(0, downsample_padding=downsample_padding, freq_shift=freq_shift)
-        check_shares(dropout=dropout, norm_eps=norm_eps)
-        channel_mult = check_sequence("channel_mult", channel_mult)
-        attn_resolutions = check_sequence("attn_resolutions", attn_resolutions)
+        check_fractions(dropout=dropout, norm_eps=norm_eps)
+        channel_mult = check_integers("channel_mult", channel_mult)
+        attn_resolutions = check_integers("attn_resolutions", attn_resolutions)
         check_levels(resolution, channel_mult, attn_resolutions)
         check_multiple(math.lcm(4, norm_groups), model_channels=model_channels)
         self.resolution = resolution

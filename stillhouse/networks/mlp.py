@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stillhouse.checks import check_choice, check_counts, check_inputs, check_labels, check_multiple, check_shares
+from stillhouse.checks import check_choice, check_counts, check_fractions, check_inputs, check_labels, check_multiple
 from stillhouse.networks.branching import BranchedConv2d
 from stillhouse.networks.embeddings import EMBEDDINGS, Embedding
 from stillhouse.networks.layers import linear, zeroed
@@ -66,7 +66,7 @@ class MLP(nn.Module):
             width=width,
             num_blocks=num_blocks,
         )
-        check_shares(dropout=dropout)
+        check_fractions(dropout=dropout)
         check_labels(num_classes, label_dropout)
         check_multiple(4, width=width)
         check_choice("embedding", embedding, tuple(EMBEDDINGS))

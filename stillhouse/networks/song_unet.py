@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from stillhouse.checks import (
     check_choice,
     check_counts,
+    check_fractions,
     check_inputs,
+    check_integers,
     check_labels,
     check_levels,
     check_multiple,
-    check_sequence,
-    check_shares,
 )
 from stillhouse.networks.branching import BranchedConv2d
 from stillhouse.networks.embeddings import EMBEDDINGS, Embedding
@@ -164,11 +164,11 @@ class SongUNet(nn.Module):
             channel_mult_noise=channel_mult_noise,
         )
         check_counts(0, augment_dim=augment_dim)
-        check_shares(dropout=dropout)
+        check_fractions(dropout=dropout)
         check_labels(num_classes, label_dropout)
-        channel_mult = check_sequence("channel_mult", channel_mult)
-        attn_resolutions = check_sequence("attn_resolutions", attn_resolutions)
-        taps = check_sequence("resample_filter", resample_filter)
+        channel_mult = check_integers("channel_mult", channel_mult)
+        attn_resolutions = check_integers("attn_resolutions", attn_resolutions)
+        taps = check_integers("resample_filter", resample_filter)
         check_choice("embedding", embedding, tuple(EMBEDDINGS))
         check_choice("encoder", encoder, ENCODERS)
         check_choice("decoder", decoder, DECODERS)

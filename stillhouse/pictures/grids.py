@@ -42,7 +42,7 @@ def save_grid(path: str | Path, images: Tensor, columns: int, scale: int = 1) ->
     _save(path, Image.fromarray(image_grid(images, columns, scale, _GAP)))
 
 
-def side_by_side(path: str | Path, columns: Mapping[str, Tensor], scale: int = 1, rows: int = 8) -> None:
+def save_side_by_side(path: str | Path, columns: Mapping[str, Tensor], scale: int = 1, rows: int = 8) -> None:
     """Titled columns, such as teacher, student and nearest real image, with one row per noise.
 
     columns: title -> uint8 (N, C, H, W), all of the same length. After `rows` rows the columns begin again to the right.
@@ -62,7 +62,7 @@ def side_by_side(path: str | Path, columns: Mapping[str, Tensor], scale: int = 1
     _save(path, _row([_row(panels, 3 * _GAP) for panels in blocks], 3 * _MARGIN))
 
 
-def nearest(images: Tensor, candidates: Tensor, chunk: int = 1 << 28) -> Tensor:
+def nearest_images(images: Tensor, candidates: Tensor, chunk: int = 1 << 28) -> Tensor:
     """For each of `images` (N, C, H, W) the index (N,) of the candidate (M, C, H, W) nearest in pixel L2; both uint8.
 
     The first of equals. `chunk` bounds the bytes that converted candidates and distances take at once.
@@ -81,7 +81,7 @@ def nearest(images: Tensor, candidates: Tensor, chunk: int = 1 << 28) -> Tensor:
     return index
 
 
-def interpolation_strip(
+def save_interpolations(
     path: str | Path,
     samplers: Mapping[str, Callable[[Tensor, Tensor | None], Tensor]],
     seeds: Tensor,

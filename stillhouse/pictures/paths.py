@@ -14,7 +14,7 @@ from torch import Tensor
 from stillhouse.diffusion import bezier
 from stillhouse.diffusion.flow import euler_path
 from stillhouse.diffusion.teacher import Teacher
-from stillhouse.pictures.charts import legend_below, save
+from stillhouse.pictures.plots import legend_below, save_figure
 
 _COLUMNS = 4  # at most
 _SIDE = 3.6  # inches
@@ -23,7 +23,7 @@ _NOISE, _DATA, _CONTROL = "C0", "C3", "C2"
 _MARGIN = 0.06
 
 
-class Panel(NamedTuple):
+class PathPanel(NamedTuple):
     """Curves (N, T, 2) from starts to ends (N, 2), over points (M, 2) of the data and marks (L, 2), such as control points."""
 
     title: str
@@ -34,7 +34,7 @@ class Panel(NamedTuple):
     marks: Tensor | None = None
 
 
-def draw_paths(path: str | Path, panels: Sequence[Panel]) -> Figure:
+def plot_paths(path: str | Path, panels: Sequence[PathPanel]) -> Figure:
     """Small multiples with equal axes and common limits; returns the figure. Errors: ValueError for no panel."""
     if not panels:
         raise ValueError("a picture of paths needs at least one panel")
@@ -53,39 +53,39 @@ def draw_paths(path: str | Path, panels: Sequence[Panel]) -> Figure:
         handles, labels = axes.get_legend_handles_labels()
         entries |= dict(zip(labels, handles, strict=True))
     legend_below(figure, list(entries.values()), list(entries), _LETTERS * columns)
-    save(figure, path)
+    save_figure(figure, path)
     return figure
 
 
-def coupling_panel(title: str, noise: Tensor, images: Tensor, background: Tensor | None = None) -> Panel:
+def coupling_panel(title: str, noise: Tensor, images: Tensor, background: Tensor | None = None) -> PathPanel:
     """Straight lines from noise to images (N, 2, 1, 1): what a flow is trained on. Independent ones cross."""
-    starts, ends = points(noise), points(images)
-    return Panel(title, starts, torch.stack([starts, ends], 1), ends, background)
+    starts, ends = planar_points(noise), planar_points(images)
+    return PathPanel(title, starts, torch.stack([starts, ends], 1), ends, background)
 
 
 def flow_panel(
     title: str, teacher: Teacher, noise: Tensor, labels: Tensor | None, steps: int, background: Tensor | None = None
-) -> Panel:
+) -> PathPanel:
     """The paths of a flow's ODE from noise (N, 2, 1, 1), by so many Euler steps of equal length in its time."""
-    states = [points(z) for z, _ in euler_path(teacher, noise, labels, steps)]
-    return Panel(title, states[0], torch.stack(states, 1), states[-1], background)
+    states = [planar_points(z) for z, _ in euler_path(teacher, noise, labels, steps)]
+    return PathPanel(title, states[0], torch.stack(states, 1), states[-1], background)
 
 
-def bezier_panel(title: str, control: Tensor, background: Tensor | None = None, steps: int = 64) -> Panel:
+def bezier_panel(title: str, control: Tensor, background: Tensor | None = None, steps: int = 64) -> PathPanel:
     """Bezier curves of control points (N, n + 1, 2, 1, 1), with the inner ones marked."""
     times = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=control.device)
-    states = [points(bezier.point(control, t.expand(len(control)))) for t in times]
+    states = [planar_points(bezier.point(control, t.expand(len(control)))) for t in times]
     inner = control[:, 1:-1].flatten(0, 1)
-    marks = points(inner) if len(inner) else None
-    return Panel(title, states[0], torch.stack(states, 1), states[-1], background, marks)
+    marks = planar_points(inner) if len(inner) else None
+    return PathPanel(title, states[0], torch.stack(states, 1), states[-1], background, marks)
 
 
-def points(images: Tensor) -> Tensor:
+def planar_points(images: Tensor) -> Tensor:
     """Planar images (N, 2, 1, 1) as points (N, 2), float64, on the CPU."""
     return images.reshape(len(images), 2).double().cpu()
 
 
-def _limits(panels: Sequence[Panel]) -> tuple[list[float], list[float]]:
+def _limits(panels: Sequence[PathPanel]) -> tuple[list[float], list[float]]:
     """Of everything but the marks, of which some lie far away."""
     everything = [p.curves.flatten(0, 1) for p in panels] + [p.background for p in panels if p.background is not None]
     cloud = torch.cat(everything)
@@ -94,7 +94,7 @@ def _limits(panels: Sequence[Panel]) -> tuple[list[float], list[float]]:
     return (low - room).tolist(), (high + room).tolist()
 
 
-def _draw(axes: Axes, panel: Panel) -> None:
+def _draw(axes: Axes, panel: PathPanel) -> None:
     if panel.background is not None:
         axes.scatter(*panel.background.T, s=4, color="0.7", linewidths=0, zorder=0, label="data")
     axes.add_collection(LineCollection(panel.curves.numpy(), colors="0.35", linewidths=0.7, alpha=0.7, zorder=1))

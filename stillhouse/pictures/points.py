@@ -19,7 +19,7 @@ _EDGE = 1.13
 _REAL, _SAMPLE = "0.75", "C0"
 
 
-def scatter(panels: Mapping[str, Tensor], real: Tensor) -> Figure:
+def plot_points(panels: Mapping[str, Tensor], real: Tensor) -> Figure:
     """A panel for each title -> samples (N, 2, 1, 1), in colour over the real points (M, 2, 1, 1) in grey.
 
     Both in [-1, 1], float. Samples outside of the panel stand at its edge and are counted in its title.
@@ -33,7 +33,7 @@ def scatter(panels: Mapping[str, Tensor], real: Tensor) -> Figure:
 
 
 @torch.no_grad()
-def interpolation_curves(
+def plot_interpolations(
     samplers: Mapping[str, Callable[[Tensor, Tensor | None], Tensor]],
     real: Tensor,
     seeds: Tensor,
@@ -44,7 +44,7 @@ def interpolation_curves(
     """What each sampler makes of the great circles between the latents of seed pairs (P, 2), int64: curves, one colour each.
 
     A curve of `steps` + 1 points is as continuous as the sampler: dots at its ends, thin dots on the way, joined by a line
-    that shows jumps. real: as in `scatter`. A pair keeps the label of its first seed.
+    that shows jumps. real: as in `plot_points`. A pair keeps the label of its first seed.
     """
     z0, z1 = sample_noise(seeds[:, 0], PLANE), sample_noise(seeds[:, 1], PLANE)
     noise = slerp(z0, z1, torch.linspace(0, 1, steps + 1, device=seeds.device)).transpose(0, 1).flatten(0, 1)
@@ -60,7 +60,7 @@ def interpolation_curves(
     return figure
 
 
-def pixels(figure: Figure) -> np.ndarray:
+def figure_pixels(figure: Figure) -> np.ndarray:
     """The figure as uint8 RGB (H, W, 3), for loggers."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()

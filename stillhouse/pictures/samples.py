@@ -12,9 +12,9 @@ from stillhouse.diffusion.random_numbers import sample_labels, sample_noise
 from stillhouse.metrics.images import from_uint8, to_uint8
 from stillhouse.metrics.reference import PackedImages
 from stillhouse.metrics.sampling import Sampler
-from stillhouse.pictures.charts import save
-from stillhouse.pictures.grids import image_grid, interpolation_strip, nearest, save_grid, side_by_side
-from stillhouse.pictures.points import PLANE, interpolation_curves, pixels, scatter
+from stillhouse.pictures.grids import image_grid, nearest_images, save_grid, save_interpolations, save_side_by_side
+from stillhouse.pictures.plots import save_figure
+from stillhouse.pictures.points import PLANE, figure_pixels, plot_interpolations, plot_points
 
 _ROWS, _STRIPS = 16, 4
 _PIXELS, _GRID_PIXELS = 48, 32  # small images are enlarged to about so many, in the end and on the way
@@ -32,12 +32,12 @@ class Data(Protocol):
     def reference(self) -> PackedImages: ...
 
 
-def shape_of(data: Data) -> tuple[int, int, int]:
+def image_shape(data: Data) -> tuple[int, int, int]:
     return data.channels, data.resolution, data.resolution
 
 
 @torch.no_grad()
-def draw_final(
+def save_final_pictures(
     folder: Path, samplers: Mapping[str, Sampler], data: Data, device: torch.device, with_real: bool = True
 ) -> None:
     """samples.png and interpolation.png in `folder`, of samplers {title: function of (noise, labels)}.
@@ -46,45 +46,47 @@ def draw_final(
     unless `with_real` is false.
     Points: one panel for each sampler, all of the same noise, over real points.
     """
-    if shape_of(data) == PLANE:
+    if image_shape(data) == PLANE:
         real = _real_points(data)
         samples = {title: _samples(sample, data, _POINTS, device) for title, sample in samplers.items()}
-        save(scatter(samples, real), folder / "samples.png")
+        save_figure(plot_points(samples, real), folder / "samples.png")
         pairs = torch.arange(2 * _STRIPS, device=device).reshape(_STRIPS, 2)
-        curves = interpolation_curves(samplers, real, pairs, num_classes=data.num_classes)
-        save(curves, folder / "interpolation.png")
+        curves = plot_interpolations(samplers, real, pairs, num_classes=data.num_classes)
+        save_figure(curves, folder / "interpolation.png")
         return
     scale = max(1, _PIXELS // data.resolution)
     seeds = torch.arange(_ROWS, device=device)
-    noise = sample_noise(seeds, shape_of(data))
+    noise = sample_noise(seeds, image_shape(data))
     # Every class once shows more than drawn labels do.
     labels = seeds % data.num_classes if data.num_classes else None
     columns = {title: to_uint8(sample(noise, labels)).cpu() for title, sample in samplers.items()}
     if with_real:
         packed = data.reference()
         real, _ = packed.fetch(np.arange(min(len(packed), _NEAREST_AMONG)))
-        columns["nearest real"] = real[nearest(list(columns.values())[-1], real)]
-    side_by_side(folder / "samples.png", columns, scale)
-    interpolation_strip(
+        columns["nearest real"] = real[nearest_images(list(columns.values())[-1], real)]
+    save_side_by_side(folder / "samples.png", columns, scale)
+    save_interpolations(
         folder / "interpolation.png",
         samplers,
         seeds[: 2 * _STRIPS].reshape(_STRIPS, 2),
-        shape=shape_of(data),
+        shape=image_shape(data),
         num_classes=data.num_classes,
         scale=scale,
     )
 
 
 @torch.no_grad()
-def draw_progress(path: Path, sample: Sampler, data: Data, device: torch.device, rows: int, columns: int) -> np.ndarray:
+def save_progress_picture(
+    path: Path, sample: Sampler, data: Data, device: torch.device, rows: int, columns: int
+) -> np.ndarray:
     """Samples of the seeds from 0 on as a PNG at `path`; returns the picture, uint8 RGB (H, W, 3), for loggers.
 
     Images: `rows` of `columns`. Points: 2,000 over as many real ones.
     """
-    if shape_of(data) == PLANE:
-        figure = scatter({"samples": _samples(sample, data, _POINTS, device)}, _real_points(data))
-        save(figure, path)
-        return pixels(figure)
+    if image_shape(data) == PLANE:
+        figure = plot_points({"samples": _samples(sample, data, _POINTS, device)}, _real_points(data))
+        save_figure(figure, path)
+        return figure_pixels(figure)
     images = to_uint8(_samples(sample, data, rows * columns, device)).cpu()
     scale = max(1, _GRID_PIXELS // data.resolution)
     save_grid(path, images, columns, scale)
@@ -93,7 +95,7 @@ def draw_progress(path: Path, sample: Sampler, data: Data, device: torch.device,
 
 def _samples(sample: Sampler, data: Data, count: int, device: torch.device) -> Tensor:
     seeds = torch.arange(count, device=device)
-    return sample(sample_noise(seeds, shape_of(data)), sample_labels(seeds, data.num_classes))
+    return sample(sample_noise(seeds, image_shape(data)), sample_labels(seeds, data.num_classes))
 
 
 def _real_points(data: Data) -> Tensor:

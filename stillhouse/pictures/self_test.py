@@ -8,13 +8,13 @@ from torch import Tensor
 
 from stillhouse.metrics.images import to_uint8
 from stillhouse.metrics.self_test import SelfTest
-from stillhouse.pictures.charts import save
 from stillhouse.pictures.grids import image_grid
+from stillhouse.pictures.plots import save_figure
 
 _COLUMNS = 8
 
 
-def draw_self_test(path: Path, result: SelfTest, name: str) -> Figure:
+def plot_self_test(path: Path, result: SelfTest, name: str) -> Figure:
     figure = Figure(figsize=(13, 4.6), layout="constrained")
     curve, known, drawn = figure.subplots(1, 3)
     sigmas = [level.sigma for level in result.levels]
@@ -29,7 +29,7 @@ def draw_self_test(path: Path, result: SelfTest, name: str) -> Figure:
     _show(drawn, result.samples, "samples")
     failed = ", ".join(check.name for check in result.failed)
     figure.suptitle(f"{name}: " + (f"failed: {failed}" if failed else "all checks passed"))
-    save(figure, path)
+    save_figure(figure, path)
     return figure
 
 

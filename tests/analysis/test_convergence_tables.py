@@ -1,9 +1,8 @@
 import pytest
 from convergence_tools import curve, decay
 
-from stillhouse.analysis.convergence import Comparison, SpeedUp
-from stillhouse.analysis.convergence_tables import markdown, speed, text
-from stillhouse.analysis.curve import Cost
+from stillhouse.analysis.convergence import Comparison, SpeedUp, convergence_markdown, convergence_text, format_speed_up
+from stillhouse.analysis.curves import Cost
 
 BASE = [curve("base", decay(0.3, floor=0.1), every=1309, seed=s) for s in range(2)]
 FAST = [curve("fast", decay(0.3, floor=0.1), seed=s) for s in range(2)]
@@ -14,7 +13,7 @@ def cells(line):
 
 
 def test_one_group_has_one_table():
-    table = text(Comparison(tuple(BASE), "base"))
+    table = convergence_text(Comparison(tuple(BASE), "base"))
     heading, header, rule, row = table.splitlines()
     assert heading.startswith("Convergence of fid_digits_2k (ema_10kimg): medians over seeds")
     assert cells(header) == ["group", "seeds", "kimg between", "best", "at update", "final", "spread of last third"]
@@ -23,7 +22,7 @@ def test_one_group_has_one_table():
 
 
 def test_costs_and_speed_ups():
-    curves, costs, speeds = text(Comparison((*BASE, *FAST), "base")).split("\n\n")
+    curves, costs, speeds = convergence_text(Comparison((*BASE, *FAST), "base")).split("\n\n")
     assert [cells(line)[0] for line in curves.splitlines()[3:]] == ["base (baseline)", "fast"]
     assert cells(costs.splitlines()[1]) == ["threshold", "group", "seeds there", "updates", "kimg", "seconds"]
     first, second = (cells(line) for line in costs.splitlines()[3:5])
@@ -37,7 +36,7 @@ def test_costs_and_speed_ups():
 
 def test_groups_with_a_preparation_have_rows_with_and_without_it():
     prepared = curve("fast", decay(0.3, floor=0.1), preparation=Cost(600, 9600, 12.5))
-    _, costs, speeds = text(Comparison((BASE[0], prepared), "base")).split("\n\n")
+    _, costs, speeds = convergence_text(Comparison((BASE[0], prepared), "base")).split("\n\n")
     assert [cells(line)[1] for line in costs.splitlines()[3:6]] == ["base", "fast", "fast + preparation"]
     assert cells(costs.splitlines()[5])[3:] == ["3,600", "57.6", "1,512"]
     assert [cells(line)[1:3] for line in speeds.splitlines()[4:6]] == [
@@ -62,18 +61,18 @@ def test_groups_with_a_preparation_have_rows_with_and_without_it():
 )
 def test_a_speed_up_in_words(pairs, shown):
     numbered = tuple((seed, *pair) for seed, pair in enumerate(pairs))
-    assert speed(SpeedUp("fast", 1.0, "updates", False, numbered)) == shown
+    assert format_speed_up(SpeedUp("fast", 1.0, "updates", False, numbered)) == shown
 
 
 def test_what_was_not_reached_has_no_cost():
-    _, costs, speeds = text(Comparison((BASE[0], curve("slow", [9.0, 8.0])), "base")).split("\n\n")
+    _, costs, speeds = convergence_text(Comparison((BASE[0], curve("slow", [9.0, 8.0])), "base")).split("\n\n")
     assert cells(costs.splitlines()[4])[1:] == ["slow", "0 of 1", *["not reached"] * 3]
     assert cells(speeds.splitlines()[-1])[1:] == ["slow", *["not reached (1 of 1 seeds)"] * 3]
 
 
 def test_notes_say_what_the_numbers_do_not():
     fast = curve("fast", [0.1, 0.1], seed=1)
-    notes = text(Comparison((*BASE, fast), "base", ("told",))).split("\n\n")[3:]
+    notes = convergence_text(Comparison((*BASE, fast), "base", ("told",))).split("\n\n")[3:]
     assert notes == [
         "note: told",
         "note: fast was at 1x, 1.05x, 1.2x by its first two measurements and may have been earlier: "
@@ -84,8 +83,10 @@ def test_notes_say_what_the_numbers_do_not():
 
 def test_markdown_has_the_same_cells():
     comparison = Comparison((*BASE, *FAST), "base", ("told",))
-    rows = [line.strip("| ").split(" | ") for line in markdown(comparison).splitlines() if line.startswith("| ")]
-    plain = [cells(line) for line in text(comparison).splitlines()]
+    rows = [
+        line.strip("| ").split(" | ") for line in convergence_markdown(comparison).splitlines() if line.startswith("| ")
+    ]
+    plain = [cells(line) for line in convergence_text(comparison).splitlines()]
     assert all(row in plain or set(row) <= {"---", "---:"} for row in rows)
     assert len(rows) == 4 + 8 + 5
-    assert markdown(comparison).endswith("\n\n- told")
+    assert convergence_markdown(comparison).endswith("\n\n- told")

@@ -3,9 +3,8 @@ import json
 import pytest
 from convergence_tools import curve, decay, write_run
 
-from stillhouse.analysis.cost import Priced, cost_rows, read_costs
-from stillhouse.analysis.cost_picture import draw_cost
-from stillhouse.analysis.curve import Cost
+from stillhouse.analysis.cost import RunCost, cost_rows, plot_cost, read_costs
+from stillhouse.analysis.curves import Cost
 
 
 def test_a_preparation_costs_too(tmp_path):
@@ -62,7 +61,7 @@ def test_a_link_out_of_the_run_is_not_followed(tmp_path):
 
 
 def priced(label, seed, value, seconds):
-    return Priced(label, seed, value, {"kimg": 1.5, "seconds": seconds, "network evaluations": None})
+    return RunCost(label, seed, value, {"kimg": 1.5, "seconds": seconds, "network evaluations": None})
 
 
 RUNS = [priced("slow", 0, 0.2, 1000.0), priced("slow", 1, 0.4, 3000.0), priced("fast", 0, 0.5, 10.0)]
@@ -77,7 +76,7 @@ def test_rows_are_means_over_seeds():
 
 
 def test_the_picture_has_a_panel_for_each_cost_that_is_known(tmp_path):
-    figure = draw_cost(tmp_path / "cost.png", "fid", RUNS)
+    figure = plot_cost(tmp_path / "cost.png", "fid", RUNS)
     assert (tmp_path / "cost.png").exists()
     assert [axes.get_xlabel() for axes in figure.axes] == ["kimg of training", "seconds of training"]
     assert [axes.get_xscale() for axes in figure.axes] == ["linear", "log"]

@@ -4,9 +4,8 @@ from dataclasses import replace
 import pytest
 from convergence_tools import curve, decay, write_run
 
-from stillhouse.analysis.convergence import Comparison
-from stillhouse.analysis.curve import Cost
-from stillhouse.analysis.curve_files import from_json, read_curve, to_json
+from stillhouse.analysis.convergence import Comparison, convergence_from_json, convergence_to_json
+from stillhouse.analysis.curves import Cost, read_curve
 
 PREPARATION = Cost(600, 9600, 12.5)
 
@@ -97,13 +96,13 @@ def comparison():
 
 
 def test_json_holds_all_that_it_is_computed_from():
-    content = json.loads(json.dumps(to_json(comparison()), allow_nan=False))
-    assert from_json(content) == comparison()
-    assert json.loads(json.dumps(to_json(from_json(content)))) == content
+    content = json.loads(json.dumps(convergence_to_json(comparison()), allow_nan=False))
+    assert convergence_from_json(content) == comparison()
+    assert json.loads(json.dumps(convergence_to_json(convergence_from_json(content)))) == content
 
 
 def test_json_holds_every_number_of_the_tables():
-    content = to_json(comparison())
+    content = convergence_to_json(comparison())
     assert content["baseline"] == "base"
     assert [t["factor"] for t in content["thresholds"]] == [1.0, 1.05, 1.2]
     assert len(content["speed_ups"]) == 3 * 2 * 2 * 3  # thresholds, groups, with and without preparation, currencies
@@ -127,4 +126,4 @@ def test_json_holds_every_number_of_the_tables():
 @pytest.mark.parametrize("content", [{}, {"runs": [{}], "baseline": "a", "notes": []}, {"runs": None}])
 def test_other_json_is_refused(content):
     with pytest.raises(ValueError, match="no comparison of convergence"):
-        from_json(content)
+        convergence_from_json(content)

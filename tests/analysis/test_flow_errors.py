@@ -8,10 +8,17 @@ from flow_chain_tools import MEAN, Constant, flow, gaussian_flow, mixture_flow
 from scipy.integrate import quad
 
 from closed_forms import Mixture, exact_solution
-from stillhouse.analysis.flow_errors import Estimate, bend, ends, estimate, squares, straightness
+from stillhouse.analysis.flow_errors import (
+    Estimate,
+    mean_with_error,
+    path_bending,
+    sample_images,
+    squared_distances,
+    straightness,
+)
 from stillhouse.diffusion.flow import euler_path
 from stillhouse.diffusion.random_numbers import sample_noise
-from stillhouse.metrics.transport import wasserstein
+from stillhouse.metrics.distances import wasserstein_distance
 
 SHAPE = (2, 1, 1)
 SAMPLING = {"shape": SHAPE, "num_classes": 0, "device": "cpu"}
@@ -19,20 +26,20 @@ SEEDS = torch.arange(40)
 
 
 def test_an_estimate_by_hand():
-    found = estimate(torch.tensor([1.0, 3.0, 5.0]))
+    found = mean_with_error(torch.tensor([1.0, 3.0, 5.0]))
     assert found.mean == 3
     assert found.error == pytest.approx(2 / math.sqrt(3))
     assert found.root == pytest.approx(math.sqrt(3))
-    assert estimate(torch.tensor([2.0])) == Estimate(2.0, None)
+    assert mean_with_error(torch.tensor([2.0])) == Estimate(2.0, None)
 
 
 def test_the_drift_between_two_gaussian_flows():
     """X_1 = mean + std c with c the noise."""
     flows = [gaussian_flow(std=0.5), gaussian_flow((0.1, 0.2), std=0.3)]
-    first, second = (ends(one.sample, SEEDS, batch_size=16, **SAMPLING) for one in flows)
+    first, second = (sample_images(one.sample, SEEDS, batch_size=16, **SAMPLING) for one in flows)
     noise = sample_noise(SEEDS, SHAPE).double()
     away = torch.tensor([0.1 - MEAN[0], 0.2 - MEAN[1]])[:, None, None] + (0.3 - 0.5) * noise
-    torch.testing.assert_close(squares(first, second), away.square().flatten(1).sum(1), rtol=3e-3, atol=1e-4)
+    torch.testing.assert_close(squared_distances(first, second), away.square().flatten(1).sum(1), rtol=3e-3, atol=1e-4)
 
 
 def test_a_gaussian_flow_is_as_bent_as_its_closed_form():
@@ -47,7 +54,7 @@ def test_a_gaussian_flow_is_as_bent_as_its_closed_form():
     expected = share * noise.double().square().flatten(1).sum(1)
     errors = []
     for steps in (50, 100, 200):
-        found = bend(gaussian_flow(std=std), noise, None, steps)
+        found = path_bending(gaussian_flow(std=std), noise, None, steps)
         errors.append(((found - expected).abs().sum() / expected.sum()).item())
     assert errors[2] < 0.02
     assert errors[0] / errors[1] == pytest.approx(2, rel=0.2)  # Euler's order
@@ -56,10 +63,10 @@ def test_a_gaussian_flow_is_as_bent_as_its_closed_form():
 
 def test_a_straight_flow_has_no_bend_and_a_shorter_time_changes_nothing():
     noise = sample_noise(SEEDS, SHAPE)
-    assert bend(flow(Constant()), noise, None, 7).abs().max() < 1e-12
+    assert path_bending(flow(Constant()), noise, None, 7).abs().max() < 1e-12
     teacher = flow(Constant())
     teacher.schedule = lambda steps: torch.tensor([1.0, 0.0], dtype=torch.float64)  # from t = 1/2
-    assert bend(teacher, noise, None, 7).abs().max() < 1e-12
+    assert path_bending(teacher, noise, None, 7).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("make", [gaussian_flow, mixture_flow])
@@ -88,7 +95,7 @@ def test_batches_change_nothing():
     parts = straightness(teacher, SEEDS, 10, batch_size=7, device="cpu")
     assert parts.mean == pytest.approx(whole.mean, rel=1e-6)
     assert parts.error == pytest.approx(whole.error, rel=1e-6)
-    images = [ends(teacher.sample, SEEDS, batch_size=size, **SAMPLING) for size in (40, 7)]
+    images = [sample_images(teacher.sample, SEEDS, batch_size=size, **SAMPLING) for size in (40, 7)]
     torch.testing.assert_close(*images)
 
 
@@ -112,27 +119,28 @@ def test_labels_reach_a_conditional_flow_and_no_other():
 
 def test_misuse():
     with pytest.raises(ValueError, match="have no pairs"):
-        squares(torch.zeros(3, 2), torch.zeros(4, 2))
+        squared_distances(torch.zeros(3, 2), torch.zeros(4, 2))
     with pytest.raises(ValueError, match="NaN or infinity"):
-        ends(lambda noise, labels: noise / 0, SEEDS, batch_size=9, **SAMPLING)
+        sample_images(lambda noise, labels: noise / 0, SEEDS, batch_size=9, **SAMPLING)
 
 
 def test_wasserstein_by_hand_and_as_a_metric():
     points = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
-    assert wasserstein(points, points[torch.randperm(50)]) == 0
-    assert wasserstein(points, points + torch.tensor([3.0, 4.0])) == pytest.approx(5)
+    assert wasserstein_distance(points, points[torch.randperm(50)]) == 0
+    assert wasserstein_distance(points, points + torch.tensor([3.0, 4.0])) == pytest.approx(5)
     line = torch.tensor([[0.0], [1.0]])
-    assert wasserstein(line, torch.tensor([[3.0], [1.0]])) == pytest.approx(math.sqrt(2.5))  # 0 to 1, 1 to 3
+    assert wasserstein_distance(line, torch.tensor([[3.0], [1.0]])) == pytest.approx(math.sqrt(2.5))  # 0 to 1, 1 to 3
     with pytest.raises(ValueError, match="cannot be paired"):
-        wasserstein(points, points[:40])
+        wasserstein_distance(points, points[:40])
 
 
 def test_the_bound_holds_between_finite_sets():
     seeds = torch.arange(200)
     data = Mixture().sample(200, torch.Generator().manual_seed(0))
     first, second = (
-        ends(one.sample, seeds, batch_size=200, **SAMPLING) for one in (mixture_flow(), gaussian_flow((0.2, 0.1), 0.3))
+        sample_images(one.sample, seeds, batch_size=200, **SAMPLING)
+        for one in (mixture_flow(), gaussian_flow((0.2, 0.1), 0.3))
     )
-    bound = wasserstein(data, first) + estimate(squares(first, second)).root
-    assert wasserstein(data, second) <= bound
-    assert wasserstein(data, first) < wasserstein(data, second)
+    bound = wasserstein_distance(data, first) + mean_with_error(squared_distances(first, second)).root
+    assert wasserstein_distance(data, second) <= bound
+    assert wasserstein_distance(data, first) < wasserstein_distance(data, second)

@@ -1,6 +1,6 @@
 from flow_chain_tools import chain
 
-from stillhouse.analysis.flow_tables import markdown, text
+from stillhouse.analysis.flow_chain import flow_chain_markdown, flow_chain_text
 
 
 def cells(line):
@@ -8,7 +8,7 @@ def cells(line):
 
 
 def test_numbers_by_hand():
-    flows, students, bounds, fingerprint, note = text(chain()).split("\n\n")
+    flows, students, bounds, fingerprint, note = flow_chain_text(chain()).split("\n\n")
     heading, header, _, *rows = flows.splitlines()
     assert heading.endswith("standard deviation over blocks of seeds; real images: fid 0.1")
     assert "S (50 Euler steps) ± standard error over 2,000 samples" in heading
@@ -41,7 +41,7 @@ def test_numbers_by_hand():
 
 
 def test_markdown():
-    _, table, _, students, _, bounds, fingerprint, notes = markdown(chain()).split("\n\n")
+    _, table, _, students, _, bounds, fingerprint, notes = flow_chain_markdown(chain()).split("\n\n")
     assert table.splitlines()[0] == "| k | flow | NFE | step drift | end drift | S | fid, simulated | fid, Euler 1 |"
     assert [len(part.splitlines()) for part in (table, students, bounds)] == [5, 5, 8]
     assert fingerprint.startswith("fingerprint ")

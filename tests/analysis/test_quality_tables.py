@@ -1,16 +1,15 @@
-from stillhouse.analysis.quality import Quality, Value
-from stillhouse.analysis.quality_tables import markdown, text
+from stillhouse.analysis.quality import Quality, QualityValue, quality_markdown, quality_text
 from stillhouse.metrics.records import comparable_id
 
 PRINT = {"num_samples": 2000}
 
 
 def sfd(seed, nfe, mean):
-    return Value(f"sfd{seed}", "sfd", seed, nfe, mean, "ema")
+    return QualityValue(f"sfd{seed}", "sfd", seed, nfe, mean, "ema")
 
 
 VALUES = (
-    Value("digits", "teacher digits (heun)", None, 19, 0.16, None),
+    QualityValue("digits", "teacher digits (heun)", None, 19, 0.16, None),
     *(sfd(*row) for row in [(0, 1, 0.3), (1, 1, 0.5), (2, 1, 0.4), (0, 2, 0.2), (2, 2, 0.22), (1, 4, 0.15)]),
 )
 
@@ -20,7 +19,7 @@ def cells(line):
 
 
 def test_numbers_by_hand():
-    heading, header, rule, *rows, fingerprint = text(Quality("fid", PRINT, VALUES, floor=0.09931)).splitlines()
+    heading, header, rule, *rows, fingerprint = quality_text(Quality("fid", PRINT, VALUES, floor=0.09931)).splitlines()
     assert heading == (
         "fid against NFE (ema): mean ± standard deviation over training seeds; real images score 0.09931"
     )
@@ -34,7 +33,7 @@ def test_numbers_by_hand():
 
 
 def test_one_seed_has_no_spread():
-    table = text(Quality("fid", PRINT, (sfd(0, 1, 0.3), sfd(0, 2, 0.2)), notes=("b left out",)))
+    table = quality_text(Quality("fid", PRINT, (sfd(0, 1, 0.3), sfd(0, 2, 0.2)), notes=("b left out",)))
     assert table.splitlines()[0] == "fid against NFE (ema): one training seed each"
     assert "± " not in table
     assert table.endswith("\n\nnote: b left out")
@@ -42,7 +41,7 @@ def test_one_seed_has_no_spread():
 
 def test_markdown():
     quality = Quality("fid", PRINT, VALUES, notes=("one", "two"))
-    heading, table, fingerprint, notes = markdown(quality).split("\n\n")
+    heading, table, fingerprint, notes = quality_markdown(quality).split("\n\n")
     assert "real images" not in heading
     assert table.splitlines()[:2] == [
         "| group | seeds | 1 NFE | 2 NFE | 4 NFE | 19 NFE |",

@@ -1,6 +1,6 @@
 from dataclasses import replace
 
-from stillhouse.analysis.tables import markdown, piped, table
+from stillhouse.analysis.tables import markdown_table, records_markdown, records_text
 from stillhouse.metrics.records import Record
 
 FINGERPRINT = {"extractor": "digits", "reference": "ab" * 32, "num_samples": 100, "precision": "32-true"}
@@ -12,7 +12,7 @@ REAL = Record("digits", "fid_digits", "real", 0, 0.3, 0.02, [0.3], None, FINGERP
 
 
 def lines(records):
-    return table(records).splitlines()
+    return records_text(records).splitlines()
 
 
 def test_one_fingerprint_gives_one_aligned_table():
@@ -31,7 +31,7 @@ def test_one_fingerprint_gives_one_aligned_table():
 
 def test_unlike_fingerprints_never_share_a_table():
     other = replace(STUDENT, name="other", fingerprint=STUDENT.fingerprint | {"num_samples": 50})
-    first, second = table([STUDENT, TEACHER, other]).split("\n\n")
+    first, second = records_text([STUDENT, TEACHER, other]).split("\n\n")
     assert "other" not in first.split("\n", 1)[1]
     assert "ds" not in second.split("\n", 1)[1]
     assert first.startswith(
@@ -63,7 +63,7 @@ def test_speed_up_is_over_the_students_own_teacher_at_its_most_evaluations():
 
 
 def test_markdown_holds_the_same_cells():
-    text = markdown([TEACHER, STUDENT]).splitlines()
+    text = records_markdown([TEACHER, STUDENT]).splitlines()
     assert text[0] == "| name | subject | NFE | fid_digits | images/s | speed-up |"
     assert text[1] == "| --- | --- | ---: | ---: | ---: | ---: |"
     assert text[3] == "| ds | student (ema) | 1 | 5.51 ± 0.12 | 3,500 | 35.0x |"
@@ -71,10 +71,10 @@ def test_markdown_holds_the_same_cells():
 
 
 def test_a_cell_cannot_end_its_row_or_column():
-    assert piped([["a|b", "c"], ["x\ny", "|"]]) == [r"| a\|b | c |", "| --- | --- |", r"| x y | \| |"]
+    assert markdown_table([["a|b", "c"], ["x\ny", "|"]]) == [r"| a\|b | c |", "| --- | --- |", r"| x y | \| |"]
 
 
 def test_an_unfinished_training_is_marked():
     half = replace(STUDENT, training={"step": 4, "reached": 6, "total": 13})
-    assert "student (ema, after 4 of 13 training steps)" in table([half])
-    assert "student (ema) " in table([replace(half, training={"step": 4, "reached": 13, "total": 13})])
+    assert "student (ema, after 4 of 13 training steps)" in records_text([half])
+    assert "student (ema) " in records_text([replace(half, training={"step": 4, "reached": 13, "total": 13})])

@@ -10,7 +10,7 @@ from tiny_module import TinyMethod, trainer
 
 from callbacks.checkpoint import Checkpoints
 from callbacks.clock import Clock
-from callbacks.components.undisturbed import aside
+from callbacks.components.evaluation_mode import evaluation_mode
 from callbacks.generative_metrics import GenerativeMetrics
 from callbacks.loggers.csv_logger import CSVLogger
 
@@ -30,7 +30,7 @@ class Time(pl.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step in self.at:
-            with aside(pl_module):
+            with evaluation_mode(pl_module):
                 self.now += 100
 
 

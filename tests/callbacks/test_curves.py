@@ -4,7 +4,7 @@ import pytest
 from matplotlib.image import imread
 from tiny_module import TinyMethod, trainer
 
-from callbacks.curves import Curves, draw_curves, reference_lines
+from callbacks.curves import Curves, plot_curves, reference_lines
 from callbacks.generative_metrics import GenerativeMetrics
 from callbacks.loggers.csv_logger import CSVLogger
 from stillhouse.metrics.records import Record, save_records
@@ -22,7 +22,7 @@ def write(folder, text=TABLE):
 
 
 def test_panels_lines_and_values(tmp_path):
-    figure = draw_curves(write(tmp_path), tmp_path / "curves.png", {"fid": {"teacher (18 NFE)": 9.0, "real": 1.0}})
+    figure = plot_curves(write(tmp_path), tmp_path / "curves.png", {"fid": {"teacher (18 NFE)": 9.0, "real": 1.0}})
     panels = {axes.get_title(): axes for axes in figure.axes}
     lines = {title: {line.get_label(): line for line in axes.lines} for title, axes in panels.items()}
     assert {title: sorted(labels) for title, labels in lines.items()} == {
@@ -46,7 +46,7 @@ def test_panels_lines_and_values(tmp_path):
     "text", ["step,nimg\n", "step,nimg,loss\n1,1000,nan\n", "step,nimg,loss\n1,1000,-1\n2,2000,inf\n"]
 )
 def test_odd_tables_are_drawn_too(tmp_path, text):
-    draw_curves(write(tmp_path, text), tmp_path / "curves.png")
+    plot_curves(write(tmp_path, text), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
@@ -78,7 +78,7 @@ def test_a_run_leaves_its_curves(tmp_path):
 
 def test_curves_follow_the_evaluations(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr("callbacks.curves.draw_curves", lambda *args: drawn.append(t.global_step))
+    monkeypatch.setattr("callbacks.curves.plot_curves", lambda *args: drawn.append(t.global_step))
     monkeypatch.setattr(GenerativeMetrics, "on_fit_start", lambda *args: None)
     monkeypatch.setattr(GenerativeMetrics, "evaluate", lambda *args: {"fid_9/raw": 1.0})
     callbacks = [GenerativeMetrics(0.2, 10, None), Curves()]

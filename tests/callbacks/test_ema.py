@@ -9,7 +9,7 @@ from process_tools import in_two_processes
 from tiny_module import TWO, TinyMethod, trainer
 
 from callbacks.checkpoint import Checkpoints, read_checkpoint
-from callbacks.ema import EMA, copies, student_state
+from callbacks.ema import EMA, student_state, student_weights
 
 RULES = [{"decay": 0.9}, {"halflife_kimg": 0.02, "rampup_ratio": 0.5}, {"halflife_kimg": 0.01, "rampup_ratio": None}]
 NAMES = ["ema_0.9", "ema_0.02kimg", "ema_0.01kimg"]
@@ -237,16 +237,16 @@ def test_copies(tmp_path):
     t = trainer(tmp_path, 3, [ema, user])
     t.fit(module)
     raw = module.student[0].weight.detach().clone()
-    assert list(copies(t, user, None)) == NAMES[:1]
-    for name, applied in copies(t, user, ["raw", NAMES[2]]).items():
+    assert list(student_weights(t, user, None)) == NAMES[:1]
+    for name, applied in student_weights(t, user, ["raw", NAMES[2]]).items():
         with applied(module):
             want = raw if name == "raw" else ema.state_dict()["averages"][name]["0.weight"]
             assert torch.equal(module.student[0].weight, want)
     with pytest.raises(ValueError, match=r"User: ema_names must be some of \['ema_0.9', .*, 'raw'\], got \['ema_1'\]"):
-        copies(t, user, ["ema_1"])
+        student_weights(t, user, ["ema_1"])
     with pytest.raises(ValueError, match="User must come after EMA in callbacks"):
-        copies(trainer(tmp_path, 3, [user, ema]), user, None)
-    assert list(copies(trainer(tmp_path, 3, [user]), user, None)) == ["raw"]
+        student_weights(trainer(tmp_path, 3, [user, ema]), user, None)
+    assert list(student_weights(trainer(tmp_path, 3, [user]), user, None)) == ["raw"]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from tiny_module import TWO, TinyMethod, identical, trainer
 
 from callbacks.checkpoint import Checkpoints, read_checkpoint
 from callbacks.ema import EMA
-from callbacks.generative_metrics import GenerativeMetrics, counted
+from callbacks.generative_metrics import GenerativeMetrics, metric_with_count
 from callbacks.loggers.csv_logger import CSVLogger
 from stillhouse.diffusion.random_numbers import MONITOR_SEEDS, sample_noise
 from stillhouse.metrics.statistics import RunningGaussian, save_statistics
@@ -153,7 +153,7 @@ def test_published_statistics_stand_for_the_images(tmp_path):
 
 
 def test_counted():
-    assert [counted("fid", n) for n in (1000, 50000, 1797)] == ["fid_1k", "fid_50k", "fid_1797"]
+    assert [metric_with_count("fid", n) for n in (1000, 50000, 1797)] == ["fid_1k", "fid_50k", "fid_1797"]
 
 
 def test_misuse(tmp_path):

@@ -69,7 +69,7 @@ class Filling(io.RawIOBase):
 
 
 def test_a_full_disk_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(callbacks.loggers.event_files, "opened", lambda path: Filling(path, 200))
+    monkeypatch.setattr(callbacks.loggers.event_files, "open_unbuffered", lambda path: Filling(path, 200))
     made = logger(tmp_path)
     with pytest.raises(
         OSError, match=rf"cannot write TensorBoard's file in {tmp_path}: No space left on device. Make room"

@@ -5,7 +5,7 @@ import wandb_tools
 from quality_tools import REAL, students, teachers
 
 from callbacks import wandb_logger
-from callbacks.loggers.wandb_logger import final_name
+from callbacks.loggers.wandb_logger import final_metric_name
 
 
 def made(folder, **options):
@@ -40,7 +40,7 @@ def test_the_id_is_kept_and_that_of_an_agent_wins(tmp_path, monkeypatch):
 
 def test_final_names_say_metric_samples_subject_and_evaluations():
     records = [*teachers({19: 0.15}), *students({1: 0.5, 4: 0.3}), REAL]
-    assert [final_name(record) for record in records] == [
+    assert [final_metric_name(record) for record in records] == [
         "fid_digits_2k/teacher@19",
         "fid_digits_2k/student@1",
         "fid_digits_2k/student@4",

@@ -26,7 +26,7 @@ def filling(target):
 
 def test_of_tensorboard(tmp_path):
     options = (*PRETRAIN, "callbacks.grid=null")
-    ended = train(tmp_path, *options, before=partial(filling, "callbacks.loggers.event_files:opened"))
+    ended = train(tmp_path, *options, before=partial(filling, "callbacks.loggers.event_files:open_unbuffered"))
     ended.refused(f"cannot write TensorBoard's file in {RUN}/tensorboard: No space left on device", "run again")
     assert read_checkpoint(tmp_path / RUN / "checkpoints/last.ckpt")["global_step"] >= 3
     train(tmp_path, *options).ok()

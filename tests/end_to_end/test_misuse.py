@@ -237,7 +237,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_earlier_one(finished, tmp_pat
     last = tmp_path / RUN / "checkpoints" / "last.ckpt"
     before = last.read_bytes()
     message = "cannot write the checkpoint", "No space left", "the previous one is intact", "Make room and run again"
-    full = partial(in_call, "callbacks.checkpoint:unfinished", 1, on_a_full_disk)
+    full = partial(in_call, "callbacks.checkpoint:atomic_write", 1, on_a_full_disk)
     train(tmp_path, *STUDENT, before=full).refused("runs/run/checkpoints/last.ckpt", *message)
     assert last.read_bytes() == before
     train(tmp_path, *STUDENT).ok()

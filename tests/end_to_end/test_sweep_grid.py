@@ -7,7 +7,7 @@ import pytest
 from end_to_end_tools import PRETRAIN, assert_same_run, die, in_call, read_json, train
 from omegaconf import OmegaConf
 
-from stillhouse.analysis.tables import shown
+from stillhouse.analysis.tables import format_mean_std
 
 TINY = tuple(option for option in PRETRAIN if not option.startswith("name="))
 SWEEP = ("-m", *TINY, "callbacks.grid=null", "method.lr=1e-3,-1,2e-3", "seed=0,1")
@@ -51,7 +51,7 @@ def test_failed_jobs_do_not_stop_the_others_and_stand_in_the_table(swept):
         if row[1] == "complete":
             path = complete[float(row[2]), int(row[3])]
             student = next(r for r in read_json(path / "metrics.json") if r["subject"] == "student")
-            assert (row[0], row[5]) == (path.name, shown(student["mean"], student["std"]))
+            assert (row[0], row[5]) == (path.name, format_mean_std(student["mean"], student["std"]))
         else:
             assert row[4:] == ["–", "–"]
     assert text.count("failed: method: lr must be a positive number, got -1") == 2
@@ -72,7 +72,7 @@ def test_seeds_of_equal_options_have_their_mean_and_deviation(swept):
         ]
         middle = sum(means) / 2
         assert row[2] == "2"
-        assert row[4] == shown(middle, 2**0.5 * abs(means[0] - middle))
+        assert row[4] == format_mean_std(middle, 2**0.5 * abs(means[0] - middle))
 
 
 @pytest.mark.slow

@@ -15,9 +15,9 @@ from stillhouse.diffusion.preconditioning import EDM
 from stillhouse.diffusion.random_numbers import sample_noise
 from stillhouse.diffusion.schedules import karras
 from stillhouse.diffusion.teacher import Teacher
+from stillhouse.metrics.distances import wasserstein_distance
 from stillhouse.metrics.extractors import Points
 from stillhouse.metrics.images import to_uint8
-from stillhouse.metrics.transport import wasserstein
 from stillhouse.networks import MLP
 
 
@@ -149,10 +149,10 @@ def test_it_learns_points_of_the_plane_with_the_perceptron_that_they_have(distri
     real = Points()(torch.from_numpy(data.reference().images[:1000].copy()))
 
     def distance(samples):
-        return wasserstein(Points()(to_uint8(samples)), real)
+        return wasserstein_distance(Points()(to_uint8(samples)), real)
 
     fit(method, data)
     learnt, from_noise = distance(method.sample(noise, None)), distance(0.5 * noise)
-    floor = wasserstein(Points()(torch.from_numpy(data.reference().images[1000:2000].copy())), real)
+    floor = wasserstein_distance(Points()(torch.from_numpy(data.reference().images[1000:2000].copy())), real)
     assert learnt < 0.6 * from_noise
     assert learnt < 2 * floor

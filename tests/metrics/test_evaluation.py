@@ -6,7 +6,7 @@ import pytest
 import torch
 from metric_stubs import SHAPE, Packed, Stub, sampler, stub_reference
 
-from stillhouse.analysis.tables import table
+from stillhouse.analysis.tables import records_text
 from stillhouse.diffusion.random_numbers import sample_labels, sample_noise, sample_uniforms
 from stillhouse.metrics.distances import (
     frechet_distance,
@@ -14,12 +14,13 @@ from stillhouse.metrics.distances import (
     inception_score,
     kernel_distance,
     precision_recall,
+    wasserstein_distance,
 )
-from stillhouse.metrics.evaluation import choose_real, features, measure, measure_real
+from stillhouse.metrics.evaluation import measure_real_images, measure_sampler, split_real_images
 from stillhouse.metrics.images import to_uint8
 from stillhouse.metrics.reference import load_reference, real_features, reference_statistics
+from stillhouse.metrics.sampling import sample_features
 from stillhouse.metrics.statistics import RunningGaussian, save_statistics
-from stillhouse.metrics.transport import wasserstein
 
 SAMPLING = {"shape": SHAPE, "num_classes": 3, "batch_size": 16, "device": "cpu"}
 ALL = ("fid", "kid", "precision", "recall", "is")
@@ -35,7 +36,7 @@ def measured(sample=sampler, reference=None, **changes):
         **SAMPLING,
         **changes,
     }
-    return measure(sample, reference=reference or stub_reference(), extractor=Stub(), **options)
+    return measure_sampler(sample, reference=reference or stub_reference(), extractor=Stub(), **options)
 
 
 def expected_rows(seeds):
@@ -45,7 +46,7 @@ def expected_rows(seeds):
 @pytest.mark.parametrize("batch_size", [1, 7, 100])
 def test_features_are_those_of_each_seed_in_order_whatever_the_batch(batch_size):
     seeds = torch.tensor([5, 3, 900, 0, 12, 7, 8, 2, 1])
-    rows, seconds = features(sampler, Stub(), seeds, **SAMPLING | {"batch_size": batch_size})
+    rows, seconds = sample_features(sampler, Stub(), seeds, **SAMPLING | {"batch_size": batch_size})
     torch.testing.assert_close(rows, expected_rows(seeds))
     assert seconds > 0
 
@@ -63,7 +64,7 @@ def test_seconds_count_sampling_alone(monkeypatch):
         now[0] += 2
         return sampler(noise, labels)
 
-    _, seconds = features(sample, Slow(), torch.arange(30), **SAMPLING | {"batch_size": 10})
+    _, seconds = sample_features(sample, Slow(), torch.arange(30), **SAMPLING | {"batch_size": 10})
     assert seconds == 6
     times = iter([100, 1, 1])  # the first block compiles
 
@@ -78,15 +79,15 @@ def test_seconds_count_sampling_alone(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_features_on_a_gpu_are_those_on_the_cpu():
     seeds = torch.arange(30)
-    rows, seconds = features(sampler, Stub(), seeds, **SAMPLING | {"device": "cuda"})
+    rows, seconds = sample_features(sampler, Stub(), seeds, **SAMPLING | {"device": "cuda"})
     torch.testing.assert_close(rows.cpu(), expected_rows(seeds), rtol=1e-3, atol=1e-3)
     assert seconds > 0
 
 
 def test_extraction_is_outside_an_autocast_around_it():
-    plain, _ = features(sampler, Stub(), torch.arange(20), **SAMPLING)
+    plain, _ = sample_features(sampler, Stub(), torch.arange(20), **SAMPLING)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        within, _ = features(sampler, Stub(), torch.arange(20), **SAMPLING)
+        within, _ = sample_features(sampler, Stub(), torch.arange(20), **SAMPLING)
     assert torch.equal(within, plain)
 
 
@@ -97,7 +98,7 @@ def test_diverged_samples_are_counted_not_measured():
         return images
 
     with pytest.raises(ValueError, match="3 of 30 samples contain NaN or infinity: the sampler has diverged"):
-        features(diverged, Stub(), torch.arange(30), **SAMPLING | {"batch_size": 10})
+        sample_features(diverged, Stub(), torch.arange(30), **SAMPLING | {"batch_size": 10})
 
 
 def test_measure_gives_every_metric_of_every_block():
@@ -148,7 +149,7 @@ def test_a_single_block_has_no_spread():
 
 
 def test_real_floor_draws_with_replacement_and_shares_the_table():
-    records = measure_real(
+    records = measure_real_images(
         Packed(), name="data", reference=stub_reference(), extractor=Stub(), num_samples=30, num_classes=3, batch_size=16,
         device="cpu", metrics=("fid", "kid"), progress=False,
     )  # fmt: skip
@@ -156,7 +157,7 @@ def test_real_floor_draws_with_replacement_and_shares_the_table():
     assert [r.metric for r in records] == ["fid_stub", "kid_stub"]
     assert (records[0].subject, records[0].nfe, records[0].images_per_second) == ("real", 0, None)
     assert records[0].comparable == student[0].comparable
-    assert table([*records, *student]).count("fingerprint") == 1
+    assert records_text([*records, *student]).count("fingerprint") == 1
     seeds, real_classes = torch.arange(90), Packed().labels  # 14, 13 and 13 images: each draw has the class of its seed
     places = [np.flatnonzero(real_classes == label) for label in sample_labels(seeds, 3)]
     draws = torch.tensor([place[int(u * len(place))] for place, u in zip(places, sample_uniforms(seeds), strict=True)])
@@ -171,12 +172,12 @@ def test_w2_and_mmd_compare_with_as_many_real_rows_always_the_same():
     reference = stub_reference()
     records = measured(metrics=("w2", "mmd"), num_samples=16, blocks=2)
     assert [record.metric for record in records] == ["w2_stub", "mmd_stub"]
-    chosen, others = choose_real(40, 16)
+    chosen, others = split_real_images(40, 16)
     assert sorted([*chosen.tolist(), *others.tolist()]) == list(range(40))
     real = reference.features[chosen]
     for block in range(2):
         rows = expected_rows(torch.arange(16 * block, 16 * block + 16))
-        assert records[0].values[block] == pytest.approx(wasserstein(rows, real), rel=1e-6)
+        assert records[0].values[block] == pytest.approx(wasserstein_distance(rows, real), rel=1e-6)
         assert records[1].values[block] == pytest.approx(gaussian_kernel_distance(rows, real).item(), rel=1e-6)
 
 
@@ -190,14 +191,16 @@ def test_the_floor_of_w2_is_of_other_real_images():
             return super().fetch(indices)
 
     options = {"num_samples": 16, "num_classes": 3, "batch_size": 16, "device": "cpu", "progress": False}
-    records = measure_real(
+    records = measure_real_images(
         Watched(), name="data", reference=stub_reference(), extractor=Stub(), metrics=("w2", "mmd"), **options
     )
-    chosen, others = choose_real(40, 16)
+    chosen, others = split_real_images(40, 16)
     assert len(fetched) == 48
     assert set(fetched) <= set(others.tolist())
     rows = Stub()(Packed().images[fetched[:16]])
-    assert records[0].values[0] == pytest.approx(wasserstein(rows, stub_reference().features[chosen]), rel=1e-6)
+    assert records[0].values[0] == pytest.approx(
+        wasserstein_distance(rows, stub_reference().features[chosen]), rel=1e-6
+    )
     assert records[0].comparable == measured(metrics=("w2",), num_samples=16)[0].comparable
 
 

@@ -7,14 +7,14 @@ import torch
 from torch.nn import functional
 
 from stillhouse.checkpoints.weights import find_weights
-from stillhouse.metrics.digits_classifier import WEIGHTS, accuracy, digits, split
+from stillhouse.metrics.digits_classifier import WEIGHTS, classifier_accuracy, load_digit_images, split_digits
 from stillhouse.metrics.distances import frechet_distance
-from stillhouse.metrics.evaluation import printed_name
+from stillhouse.metrics.evaluation import printed_metric
 from stillhouse.metrics.extractors import Digits, Pixels, Points
 from stillhouse.metrics.images import from_uint8, to_uint8
 from stillhouse.metrics.statistics import RunningGaussian
 
-IMAGES, LABELS = digits()
+IMAGES, LABELS = load_digit_images()
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +36,14 @@ def test_uint8_rule_is_edms_and_inverts_normalisation():
 
 
 def test_classifier_is_as_accurate_as_its_card_says(extractor, card):
-    train, held_out = split()
+    train, held_out = split_digits()
     assert len(train) + len(held_out) == 1797
     assert hashlib.sha256(held_out.numpy().tobytes()).hexdigest() == card["held_out_sha256"], "another split"
     assert not set(train.tolist()) & set(held_out.tolist())
     logits = extractor.class_logits(extractor(IMAGES[held_out]))
     share_right = (logits.argmax(dim=1) == LABELS[held_out]).float().mean().item()
     assert share_right == pytest.approx(card["held_out_accuracy"])
-    assert accuracy(extractor._classifier, IMAGES[held_out], LABELS[held_out]) == pytest.approx(share_right)
+    assert classifier_accuracy(extractor._classifier, IMAGES[held_out], LABELS[held_out]) == pytest.approx(share_right)
     assert share_right >= 0.985
 
 
@@ -169,8 +169,8 @@ def test_the_distance_of_pixels_is_no_fid_and_grows_with_blur_and_other_colours(
 
     floor, blurred, darker = (distance(x) for x in (images, functional.avg_pool2d(images, 3, 1, 1), images * 0.8 - 0.2))
     assert min(blurred, darker) > 5 * floor, (floor, blurred, darker)
-    assert printed_name("fid", pixels) == "fd_pixels"
-    assert printed_name("kid", pixels) == "kid_pixels"
+    assert printed_metric("fid", pixels) == "fd_pixels"
+    assert printed_metric("kid", pixels) == "kid_pixels"
     assert len(pixels.hash) == 64
 
 

@@ -7,9 +7,9 @@ import torch
 from extractor_files import write_clip, write_dinov2
 from metric_stubs import SHAPE, Packed, Stub, sampler, stub_reference
 
-from stillhouse.analysis.tables import table
+from stillhouse.analysis.tables import records_text
 from stillhouse.metrics.dinov2 import DINOv2
-from stillhouse.metrics.evaluation import measure
+from stillhouse.metrics.evaluation import measure_sampler
 from stillhouse.metrics.extractors import Inception, TorchFidelity
 from stillhouse.metrics.fidelity import check_hub_name
 from stillhouse.metrics.reference import reference_statistics
@@ -170,11 +170,11 @@ class Rounded(Stub):
 def test_the_shift_is_shown_once_and_recorded_and_values_never_share_a_table(capsys, tmp_path):
     options = {"name": "run", "subject": "student", "nfe": 1, "shape": SHAPE, "num_classes": 3, "batch_size": 16}
     options |= {"device": "cpu", "num_samples": 30, "blocks": 2, "reference": stub_reference(), "progress": False}
-    (exact,) = measure(sampler, extractor=Stub(), **options)
+    (exact,) = measure_sampler(sampler, extractor=Stub(), **options)
     assert exact.shift is None
     assert capsys.readouterr().out == ""
     fast = Rounded()
-    record, kid = measure(sampler, extractor=fast, metrics=["fid", "kid"], **options)
+    record, kid = measure_sampler(sampler, extractor=fast, metrics=["fid", "kid"], **options)
     assert record.shift == pytest.approx(record.values[0] - exact.values[0], rel=1e-6)
     assert record.shift != 0
     assert kid.shift is None
@@ -182,9 +182,9 @@ def test_the_shift_is_shown_once_and_recorded_and_values_never_share_a_table(cap
     assert printed.startswith(f"stub-fast: fid_stub of 30 samples of run is {exact.values[0]:.5g} in float32, ")
     assert printed.endswith(f"a shift of {record.shift:+.2g}\n")
     assert printed.count("\n") == 1
-    measure(sampler, extractor=fast, **options)
+    measure_sampler(sampler, extractor=fast, **options)
     assert capsys.readouterr().out == ""
-    assert table([exact, record]).count("fingerprint") == 2
+    assert records_text([exact, record]).count("fingerprint") == 2
     ours, theirs = (reference_statistics(Packed(), e, tmp_path) for e in (Rounded(), Stub()))
     assert torch.equal(ours.mu, theirs.mu), "the reference of a fast extractor is the exact one's"
     assert len(list(tmp_path.iterdir())) == 1

@@ -7,9 +7,9 @@ from metric_stubs import SHAPE, Packed, Stub
 from scipy import stats
 
 from stillhouse.diffusion.random_numbers import sample_labels
-from stillhouse.metrics.evaluation import measure, measure_real
+from stillhouse.metrics.evaluation import measure_real_images, measure_sampler
 from stillhouse.metrics.images import from_uint8
-from stillhouse.metrics.labels import check_shares, counts_of, real_draws, sampled_counts
+from stillhouse.metrics.labels import check_class_shares, count_classes, draw_real_images, sampling_class_counts
 from stillhouse.metrics.reference import reference_statistics
 
 SEEDS = torch.arange(6000)
@@ -41,11 +41,11 @@ def test_with_balanced_classes_both_distributions_are_the_same_to_the_last_bit()
     labels = np.arange(60) % 3
     assert torch.equal(sample_labels(SEEDS, 3, (20, 20, 20)), sample_labels(SEEDS, 3))
     for counts in (None, (20, 20, 20)):
-        assert torch.equal(real_draws(SEEDS, labels, torch.arange(60), 3, counts), sample_labels(SEEDS, 60))
+        assert torch.equal(draw_real_images(SEEDS, labels, torch.arange(60), 3, counts), sample_labels(SEEDS, 60))
 
 
 def test_labels_have_the_shares_of_the_data():
-    counts = counts_of(np.repeat([0, 1, 2, 3], [7, 0, 2, 1]), 4)
+    counts = count_classes(np.repeat([0, 1, 2, 3], [7, 0, 2, 1]), 4)
     drawn = torch.bincount(sample_labels(SEEDS, 4, counts), minlength=4)
     assert drawn[1] == 0
     assert stats.chisquare(drawn[[0, 2, 3]].numpy(), np.array([0.7, 0.2, 0.1]) * len(SEEDS)).pvalue > 0.01
@@ -53,15 +53,15 @@ def test_labels_have_the_shares_of_the_data():
 
 def test_real_images_are_drawn_by_the_distribution_of_the_samples():
     data = Imbalanced()
-    by_class = real_draws(SEEDS, data.labels, torch.arange(1000), 2, None)
+    by_class = draw_real_images(SEEDS, data.labels, torch.arange(1000), 2, None)
     assert np.array_equal(data.labels[by_class], sample_labels(SEEDS, 2))
     for number in range(2):  # within a class all are equally likely
         drawn = np.bincount(by_class[data.labels[by_class] == number], minlength=1000)[data.labels == number]
         assert stats.chisquare(drawn).pvalue > 0.01
-    as_data = real_draws(SEEDS, data.labels, torch.arange(1000), 2, (900, 100))
+    as_data = draw_real_images(SEEDS, data.labels, torch.arange(1000), 2, (900, 100))
     assert stats.binomtest(int(data.labels[as_data].sum()), len(SEEDS), 0.1).pvalue > 0.01
     few = torch.arange(0, 1000, 7)
-    assert set(real_draws(SEEDS, data.labels, few, 2, None).tolist()) == set(few.tolist())
+    assert set(draw_real_images(SEEDS, data.labels, few, 2, None).tolist()) == set(few.tolist())
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +77,13 @@ def values():
             "num_samples": 1000,
             "blocks": 4,
             "num_classes": 2,
-            "class_counts": sampled_counts(distribution, data),
+            "class_counts": sampling_class_counts(distribution, data),
             "batch_size": 1000,
             "device": "cpu",
             "progress": False,
         }
-        sampled = measure(data.perfect, name="a", subject="student", nfe=1, shape=SHAPE, **common)
-        real = measure_real(data, name="b", **common)
+        sampled = measure_sampler(data.perfect, name="a", subject="student", nfe=1, shape=SHAPE, **common)
+        real = measure_real_images(data, name="b", **common)
         assert sampled[0].comparable == real[0].comparable
         found[distribution] = np.array(sampled[0].values), np.array(real[0].values), real[0].fingerprint["labels"]
     return found
@@ -105,7 +105,7 @@ def test_the_fingerprint_names_the_distribution(values):
 
 
 def test_other_shares_than_the_datas_are_said_in_one_line(capsys):
-    check_shares("uniform", Imbalanced())
+    check_class_shares("uniform", Imbalanced())
     (line,) = capsys.readouterr().out.splitlines()
     assert (
         "samples have 2 classes equally often, and of the images that they are compared with each has 10% to 90%"
@@ -115,7 +115,7 @@ def test_other_shares_than_the_datas_are_said_in_one_line(capsys):
     balanced = Imbalanced()
     balanced.labels = np.arange(1000) % 2
     for distribution, data in (("data", Imbalanced()), ("uniform", balanced)):
-        check_shares(distribution, data)
+        check_class_shares(distribution, data)
     assert capsys.readouterr().out == ""
 
 
@@ -123,8 +123,8 @@ def test_a_class_without_images_is_refused():
     data = Imbalanced()
     data.num_classes = 3
     with pytest.raises(ValueError, match=r"class 2 of 3 has no real image among 1,000.*or set evaluation.labels=data"):
-        check_shares("uniform", data)
+        check_class_shares("uniform", data)
     with pytest.raises(ValueError, match="class 1 of 2 has no real image among 9"):
-        real_draws(SEEDS, data.labels, torch.arange(1, 10), 2, None)
+        draw_real_images(SEEDS, data.labels, torch.arange(1, 10), 2, None)
     with pytest.raises(ValueError, match="evaluation.labels must be one of uniform, data, got 'law'"):
-        sampled_counts("law", data)
+        sampling_class_counts("law", data)

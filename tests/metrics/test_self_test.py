@@ -11,7 +11,7 @@ from stillhouse.diffusion.preconditioning import X0, Preconditioning, V
 from stillhouse.diffusion.schedules import karras
 from stillhouse.diffusion.teacher import Teacher
 from stillhouse.metrics.self_test import self_test
-from stillhouse.pictures.self_test import draw_self_test
+from stillhouse.pictures.self_test import plot_self_test
 
 CLASSES, SIDE, STD = 4, 6, 0.1
 
@@ -132,6 +132,6 @@ def test_without_real_images_the_teachers_own_samples_serve(tmp_path):
     assert torch.equal(found.images, found.samples)
     assert {check.name for check in found.checks if check.passed is None} == {"labels", "values"}
     assert not found.failed
-    figure = draw_self_test(tmp_path / "check.png", found, "mixture")
+    figure = plot_self_test(tmp_path / "check.png", found, "mixture")
     assert (tmp_path / "check.png").stat().st_size > 5000
     assert "all checks passed" in figure.get_suptitle()

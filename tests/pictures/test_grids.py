@@ -6,7 +6,7 @@ from PIL import Image
 from stillhouse.diffusion.interpolation import slerp
 from stillhouse.diffusion.random_numbers import sample_labels, sample_noise
 from stillhouse.metrics.images import to_uint8
-from stillhouse.pictures.grids import image_grid, interpolation_strip, nearest, save_grid, side_by_side
+from stillhouse.pictures.grids import image_grid, nearest_images, save_grid, save_interpolations, save_side_by_side
 
 
 def random_images(count, channels=1, size=4, seed=0):
@@ -60,7 +60,7 @@ def test_saved_grid_holds_the_images(tmp_path):
 def test_side_by_side_keeps_a_noise_in_one_row_under_its_titles(tmp_path):
     teacher, student, real = (random_images(5, seed=seed) for seed in range(3))
     path = tmp_path / "samples.png"
-    side_by_side(path, {"teacher": teacher, "student": student, "nearest real image": real}, scale=6, rows=3)
+    save_side_by_side(path, {"teacher": teacher, "student": student, "nearest real image": real}, scale=6, rows=3)
     picture = read(path)
     corners = [[find(picture, images[i], 6) for images in (teacher, student, real)] for i in range(5)]
     assert all(len(found) == 1 for row in corners for found in row)
@@ -74,16 +74,16 @@ def test_side_by_side_keeps_a_noise_in_one_row_under_its_titles(tmp_path):
     above = picture[: tops[0][0]]
     assert (above < 100).any(), "titles are written"
     with pytest.raises(ValueError, match="equally many images, got teacher 5, student 4"):
-        side_by_side(path, {"teacher": teacher, "student": student[:4]})
+        save_side_by_side(path, {"teacher": teacher, "student": student[:4]})
 
 
 @pytest.mark.parametrize("chunk", [1 << 28, 2000])
 def test_nearest_matches_brute_force_whatever_the_chunks(chunk):
     images, candidates = random_images(7, 3, seed=1), random_images(50, 3, seed=2)
     expected = (images[:, None].double() - candidates[None].double()).square().flatten(2).sum(dim=2).argmin(dim=1)
-    assert torch.equal(nearest(images, candidates, chunk), expected)
-    assert nearest(candidates[[31, 4]], candidates, chunk).tolist() == [31, 4]
-    assert nearest(candidates[[5]], candidates[[5, 5, 5]].flip(0), chunk).tolist() == [0]
+    assert torch.equal(nearest_images(images, candidates, chunk), expected)
+    assert nearest_images(candidates[[31, 4]], candidates, chunk).tolist() == [31, 4]
+    assert nearest_images(candidates[[5]], candidates[[5, 5, 5]].flip(0), chunk).tolist() == [0]
 
 
 def test_interpolation_strip_shows_each_sampler_on_the_same_path(tmp_path):
@@ -96,7 +96,7 @@ def test_interpolation_strip_shows_each_sampler_on_the_same_path(tmp_path):
     seeds = torch.tensor([[3, 4], [5, 6]])
     path = tmp_path / "interpolation.png"
     samplers = {"teacher": teacher, "student": lambda noise, labels: noise * -0.3}
-    interpolation_strip(path, samplers, seeds, shape=(1, 4, 4), num_classes=10, scale=5)
+    save_interpolations(path, samplers, seeds, shape=(1, 4, 4), num_classes=10, scale=5)
     (noise, labels), picture = seen[0], read(path)
     z0, z1 = sample_noise(seeds[:, 0], (1, 4, 4)), sample_noise(seeds[:, 1], (1, 4, 4))
     torch.testing.assert_close(noise[[0, 11]], z0)

@@ -8,8 +8,8 @@ from PIL import Image
 from datamodules import Digits, PlanePoints
 from stillhouse.diffusion.interpolation import slerp
 from stillhouse.diffusion.random_numbers import sample_noise
-from stillhouse.pictures.points import PLANE, interpolation_curves, pixels, scatter
-from stillhouse.pictures.samples import draw_final, draw_progress
+from stillhouse.pictures.points import PLANE, figure_pixels, plot_interpolations, plot_points
+from stillhouse.pictures.samples import save_final_pictures, save_progress_picture
 
 CPU = torch.device("cpu")
 
@@ -41,7 +41,7 @@ def points(tmp_path_factory):
 def test_real_points_lie_beneath_the_samples_of_every_panel():
     real, teacher, student = cloud(), cloud(30, 1), cloud(20, 2)
     student[:3, 1] = 5
-    figure = scatter({"teacher": teacher, "student": student}, real)
+    figure = plot_points({"teacher": teacher, "student": student}, real)
     one, other = figure.axes
     for axes, samples in ((one, teacher), (other, student)):
         beneath, above = offsets(axes)
@@ -52,17 +52,17 @@ def test_real_points_lie_beneath_the_samples_of_every_panel():
         assert axes.get_aspect() == 1
     assert one.get_title() == "teacher"
     assert other.get_title() == "student\n(3 outside)"
-    picture = pixels(figure)
+    picture = figure_pixels(figure)
     assert picture.dtype == np.uint8
     assert picture.shape[2] == 3
     assert coloured(picture[:, picture.shape[1] // 2 :]) > 20
-    assert coloured(pixels(scatter({"none": student[:0]}, real))) == 0
+    assert coloured(figure_pixels(plot_points({"none": student[:0]}, real))) == 0
 
 
 def test_curves_are_the_samplers_images_of_great_circles():
     seeds = torch.arange(4).reshape(2, 2)
     samplers = {"teacher": lambda noise, labels: noise / 4, "student": lambda noise, labels: -noise / 4}
-    figure = interpolation_curves(samplers, cloud(), seeds, num_classes=0, steps=20)
+    figure = plot_interpolations(samplers, cloud(), seeds, num_classes=0, steps=20)
     z0, z1 = sample_noise(seeds[:, 0], PLANE), sample_noise(seeds[:, 1], PLANE)
     circles = slerp(z0, z1, torch.linspace(0, 1, 21)).flatten(2)
     for axes, sign in zip(figure.axes, (1, -1), strict=True):
@@ -76,16 +76,16 @@ def test_curves_are_the_samplers_images_of_great_circles():
 
 
 def test_final_pictures_of_points(points, tmp_path):
-    draw_final(tmp_path, {"teacher": planar, "student": planar}, points, CPU)
+    save_final_pictures(tmp_path, {"teacher": planar, "student": planar}, points, CPU)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["interpolation.png", "samples.png"]
     before = (tmp_path / "samples.png").read_bytes()
-    draw_final(tmp_path, {"teacher": planar, "student": planar}, points, CPU)
+    save_final_pictures(tmp_path, {"teacher": planar, "student": planar}, points, CPU)
     assert (tmp_path / "samples.png").read_bytes() == before
 
 
 def test_a_picture_of_points_on_the_way(points, tmp_path):
     asked = []
-    picture = draw_progress(
+    picture = save_progress_picture(
         tmp_path / "a" / "1.png", lambda *a: asked.append(a[0]) or planar(*a), points, CPU, rows=2, columns=3
     )
     assert torch.equal(asked[0], sample_noise(torch.arange(2000), PLANE))
@@ -102,9 +102,9 @@ def test_images_are_shown_as_images(tmp_path):
         seen.append((len(noise), labels))
         return noise.clamp(-1, 1)
 
-    draw_final(tmp_path, {"student": sample}, digits, CPU)
+    save_final_pictures(tmp_path, {"student": sample}, digits, CPU)
     assert (tmp_path / "samples.png").is_file()
     assert seen[0][0] == 16
     assert seen[0][1].tolist() == [*range(10), *range(6)], "every class once"
-    picture = draw_progress(tmp_path / "grid.png", sample, digits, CPU, rows=2, columns=3)
+    picture = save_progress_picture(tmp_path / "grid.png", sample, digits, CPU, rows=2, columns=3)
     assert picture.shape == (64, 96, 3)

@@ -12,22 +12,17 @@ from launch.evaluate.quality import compare_quality
 from results import pages
 from results.__main__ import main
 from results.pages import README, RESULTS, measured_entries, section, updated
-from stillhouse.analysis.convergence_tables import markdown
-from stillhouse.analysis.curve_files import from_json, to_json
-from stillhouse.analysis.flow_chain import from_json as chain_from_json
-from stillhouse.analysis.flow_chain import to_json as chain_to_json
-from stillhouse.analysis.flow_tables import markdown as flows_markdown
-from stillhouse.analysis.quality import from_json as quality_from_json
-from stillhouse.analysis.quality import to_json as quality_to_json
-from stillhouse.analysis.quality_tables import markdown as quality_markdown
+from stillhouse.analysis.convergence import convergence_from_json, convergence_markdown, convergence_to_json
+from stillhouse.analysis.flow_chain import flow_chain_from_json, flow_chain_markdown, flow_chain_to_json
+from stillhouse.analysis.quality import quality_from_json, quality_markdown, quality_to_json
 from stillhouse.metrics.records import Record, save_records
 
 FILES = sorted(RESULTS.glob("*.json"))
 # What is stored under a key is what the code makes of it.
 ROUND_TRIPS = {
-    "comparison": lambda content: json.loads(json.dumps(to_json(from_json(content)))),
+    "comparison": lambda content: json.loads(json.dumps(convergence_to_json(convergence_from_json(content)))),
     "quality": lambda content: quality_to_json(quality_from_json(content)),
-    "flows": lambda content: chain_to_json(chain_from_json(content)),
+    "flows": lambda content: flow_chain_to_json(flow_chain_from_json(content)),
     "records": lambda content: [vars(Record(**entry)) for entry in content],
 }
 
@@ -83,7 +78,7 @@ def _given(content):
 @pytest.mark.parametrize(
     ("kind", "measured"),
     [
-        ("compare", lambda found: markdown(compare_runs(found))),
+        ("compare", lambda found: convergence_markdown(compare_runs(found))),
         ("quality", lambda found: quality_markdown(compare_quality(found))),
     ],
 )
@@ -119,6 +114,6 @@ def test_records_and_a_chain_of_flows_are_stored_and_shown(tmp_path):
     assert target.with_suffix(".png").exists()
     picture, *tables, _ = section(target).split("\n\n")
     assert picture == "![Metric against the number of the flow](results/chain.png)"
-    assert "\n\n".join(tables) == flows_markdown(chain())
+    assert "\n\n".join(tables) == flow_chain_markdown(chain())
     with pytest.raises(FileNotFoundError, match="no measured flows at"):
         main(["flows", str(target), str(tmp_path / "none.json")])

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from stillhouse.files import sweep, unfinished, write_file
+from stillhouse.files import atomic_write, remove_leftovers, write_file
 
 FORK = multiprocessing.get_context("fork")
 
 
 def under_way(path: Path, begun) -> None:
-    with unfinished(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.mkdir() if path.suffix == "" else temporary.write_bytes(b"half")
         begun.set()
         time.sleep(100)
@@ -56,7 +56,7 @@ def test_the_next_to_write_a_file_removes_what_a_killed_one_left_of_it(tmp_path,
     assert (tmp_path / "curves.png").read_bytes() == b"whole"
     kill(living)
     kill(leave("folder"))
-    sweep(tmp_path)
+    remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
 
 
@@ -65,13 +65,13 @@ def test_of_another_machine_a_file_is_left_for_a_day(tmp_path):
     fresh.touch()
     old.touch()
     os.utime(old, times=(time.time() - 90_000,) * 2)
-    sweep(tmp_path)
+    remove_leftovers(tmp_path)
     assert list(tmp_path.iterdir()) == [fresh]
 
 
 def test_an_error_leaves_nothing_and_the_file_as_it_was(tmp_path):
     write_file(tmp_path / "a", b"1")
-    with pytest.raises(KeyboardInterrupt), unfinished(tmp_path / "a") as temporary:
+    with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / "a") as temporary:
         temporary.write_bytes(b"2")
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -6,10 +6,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from metric_stubs import SHAPE, Packed, Stub, sampler
 
-from stillhouse.metrics.evaluation import features, measure, measure_real
+from stillhouse.metrics.evaluation import measure_real_images, measure_sampler
 from stillhouse.metrics.reference import real_features, reference_statistics
+from stillhouse.metrics.sampling import sample_features
 from stillhouse.metrics.statistics import RunningGaussian
-from stillhouse.ranks import from_rank_zero, gather_rows, rank_and_world, share
+from stillhouse.ranks import gather_rows, rank_and_world, rank_slice, run_on_rank_zero
 
 SAMPLING = {"shape": SHAPE, "num_classes": 3, "batch_size": 4, "device": "cpu"}
 
@@ -22,13 +23,13 @@ def outcome(folder):
     options = {"extractor": Stub(), "num_samples": 21, "num_classes": 3, "batch_size": 4, "device": "cpu"}
     options |= {"reference": whole, "metrics": ("fid", "kid", "precision", "is"), "progress": False}
     return {
-        "features": features(sampler, Stub(), seeds, **SAMPLING)[0],
-        "one": features(sampler, Stub(), seeds[:1], **SAMPLING)[0],
+        "features": sample_features(sampler, Stub(), seeds, **SAMPLING)[0],
+        "one": sample_features(sampler, Stub(), seeds[:1], **SAMPLING)[0],
         "real": real_features(Packed(), Stub(), 6, "cpu"),
         "mu": reference.mu,
         "cov": reference.cov,
-        "fid": [r.values for r in measure(sampler, name="a", subject="student", nfe=1, shape=SHAPE, **options)],
-        "floor": [r.values for r in measure_real(Packed(), name="a", **options)],
+        "fid": [r.values for r in measure_sampler(sampler, name="a", subject="student", nfe=1, shape=SHAPE, **options)],
+        "floor": [r.values for r in measure_real_images(Packed(), name="a", **options)],
     }
 
 
@@ -64,16 +65,16 @@ def child(rank, folder):
         sampled.append(len(noise))
         return sampler(noise, labels)
 
-    features(counted, Stub(), torch.arange(13), **SAMPLING)
+    sample_features(counted, Stub(), torch.arange(13), **SAMPLING)
     running = RunningGaussian(8)
-    running.update(Stub()(Packed().images[share(40)]))
+    running.update(Stub()(Packed().images[rank_slice(40)]))
     merged = running.merged()
     results |= {
         "merged_twice": (running.merged().count, merged.count, running.count),
-        "broken": message_of(features, broken_on_one_rank, Stub(), torch.arange(13), **SAMPLING),
-        "refusal": message_of(from_rank_zero, refusal),
-        "value": from_rank_zero(lambda: f"of rank {rank}"),
-        "seconds": features(slow_to_sample, Stub(), torch.arange(13), **SAMPLING)[1],
+        "broken": message_of(sample_features, broken_on_one_rank, Stub(), torch.arange(13), **SAMPLING),
+        "refusal": message_of(run_on_rank_zero, refusal),
+        "value": run_on_rank_zero(lambda: f"of rank {rank}"),
+        "seconds": sample_features(slow_to_sample, Stub(), torch.arange(13), **SAMPLING)[1],
         "sampled": sum(sampled),
         "mine": len(gather_rows(torch.ones(7 if rank else 6, 2), 13)),
     }

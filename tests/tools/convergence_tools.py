@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from stillhouse.analysis.curve import Cost, Curve
+from stillhouse.analysis.curves import Cost, Curve
 from stillhouse.metrics.records import Record, save_records
 
 BATCH = 16

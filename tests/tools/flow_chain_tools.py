@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from closed_forms import Corrected, ExactNetwork, Mixture
-from stillhouse.analysis.flow_chain import Chain, Distilled, Flow
+from stillhouse.analysis.flow_chain import ChainedFlow, DistilledRun, FlowChain
 from stillhouse.analysis.flow_errors import Estimate
 from stillhouse.diffusion.preconditioning import Velocity
 from stillhouse.diffusion.schedules import flow_uniform
@@ -81,12 +81,12 @@ def write_chain(folder: Path) -> Path:
     return folder / "flows.json"
 
 
-def chain() -> Chain:
+def chain() -> FlowChain:
     """Three flows whose step drifts have the roots 2 and 1, with students of two seeds of the last two."""
 
     def measured(name, step, end, straightness, w2, fid, euler):
         estimates = [value and Estimate(*value) for value in (step, end, straightness)]
-        return Flow(name, "flow_heun", 19, *estimates, w2, {"fid": (fid, 0.01)}, {1: {"fid": (euler, 0.1)}})
+        return ChainedFlow(name, "flow_heun", 19, *estimates, w2, {"fid": (fid, 0.01)}, {1: {"fid": (euler, 0.1)}})
 
     flows = (
         measured("rf1", None, None, (3.0, 0.1), 2.5, 0.2, 20.0),
@@ -96,9 +96,9 @@ def chain() -> Chain:
 
     def student(k, group, seed, r, fid):
         regression = None if r is None else Estimate(r, 0.05)
-        return Distilled(k, f"{group}{seed}", group, seed, 1, "ema", regression, 2.8, {"fid": (fid, 0.01)})
+        return DistilledRun(k, f"{group}{seed}", group, seed, 1, "ema", regression, 2.8, {"fid": (fid, 0.01)})
 
     runs = [student(2, "flow_distill", seed, r, fid) for seed, r, fid in ((0, 0.25, 0.4), (1, 0.49, 0.5))]
     runs += [student(3, "flow_distill", 0, 1.0, 0.6), student(3, "bezier", 0, None, 0.55)]
     rest = {"samples": 2000, "path_steps": 50, "matched": 1797, "fingerprint": {"num_samples": 2000}}
-    return Chain(flows, tuple(runs), floor={"fid": (0.1, 0.02)}, notes=("a note",), **rest)
+    return FlowChain(flows, tuple(runs), floor={"fid": (0.1, 0.02)}, notes=("a note",), **rest)

@@ -10,7 +10,7 @@ from callbacks.loggers import wandb_files
 
 def records(folder: Path) -> Iterator[Any]:
     (path,) = folder.glob("run-*.wandb")
-    return wandb_files.records(path)
+    return wandb_files.read_wandb_records(path)
 
 
 def ended(folder: Path) -> Path:
@@ -28,7 +28,7 @@ def of_kind(folder: Path, kind: str) -> list[Any]:
 
 def rows(folder: Path) -> list[dict[str, Any]]:
     """Every logged row, in order."""
-    return [wandb_files.values(row.item) for row in of_kind(folder, "history")]
+    return [wandb_files.wandb_values(row.item) for row in of_kind(folder, "history")]
 
 
 def history(folder: Path) -> dict[int, dict[str, Any]]:
@@ -41,14 +41,14 @@ def config(folder: Path) -> dict[str, Any]:
     for record in records(folder):
         kind = record.WhichOneof("record_type")
         if kind in ("run", "config"):
-            found |= wandb_files.values((record.run.config if kind == "run" else record.config).update)
+            found |= wandb_files.wandb_values((record.run.config if kind == "run" else record.config).update)
     return found
 
 
 def summary(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for update in of_kind(folder, "summary"):
-        found |= wandb_files.values(update.update)
+        found |= wandb_files.wandb_values(update.update)
     return found
 
 

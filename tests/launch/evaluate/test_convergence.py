@@ -8,8 +8,8 @@ from convergence_tools import curve, decay, write_run
 
 from launch.evaluate.convergence import compare_runs, report
 from launch.evaluate.groups import essence, labels, measured_alike, other_differences
-from stillhouse.analysis.curve import Cost
-from stillhouse.analysis.curve_files import from_json
+from stillhouse.analysis.convergence import convergence_from_json
+from stillhouse.analysis.curves import Cost
 from stillhouse.metrics.records import Record, save_records
 
 CONFIG = {
@@ -154,7 +154,7 @@ def test_the_report_is_printed_and_written(runs, tmp_path):
     assert printed.endswith(f"{tmp_path}/out/convergence.json and convergence.png written")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["convergence.json", "convergence.png"]
     content = json.loads((tmp_path / "out/convergence.json").read_text())
-    assert from_json(content) == compare_runs(runs)
+    assert convergence_from_json(content) == compare_runs(runs)
 
 
 def test_incomparable_runs_are_left_out_with_the_reason(runs):

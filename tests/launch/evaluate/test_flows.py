@@ -13,7 +13,7 @@ from launch.evaluate.flows import FlowMeasurement, Run, end_teacher, load_chain,
 from launch.evaluate.measure import Evaluation, Weights
 from launch.run.folder import RunFolder
 from lightning_modules import BezierDistillation, FlowDistillation
-from stillhouse.analysis.flow_chain import from_json, to_json
+from stillhouse.analysis.flow_chain import flow_chain_from_json, flow_chain_to_json
 from stillhouse.diffusion import bezier
 from stillhouse.diffusion.random_numbers import sample_noise
 from stillhouse.diffusion.time_distributions import Start, Uniform
@@ -139,7 +139,7 @@ def test_a_student_measured_while_it_was_trained_is_noted(flows, evaluation):
 
 
 def test_a_chain_survives_its_file(chain, tmp_path):
-    assert from_json(json.loads(json.dumps(to_json(chain)))) == chain
+    assert flow_chain_from_json(json.loads(json.dumps(flow_chain_to_json(chain)))) == chain
     printed = report(chain, tmp_path / "flows")
     assert printed.endswith(f"{tmp_path}/flows/flows.json and flows.png written")
     assert sorted(path.name for path in (tmp_path / "flows").iterdir()) == ["flows.json", "flows.png"]
@@ -183,7 +183,7 @@ def test_paths_are_drawn_for_planar_data(flows, evaluation, tmp_path, monkeypatc
     assert planar((2, 1, 1))
     assert not planar((1, 8, 8))
     seen = []
-    monkeypatch.setattr("launch.evaluate.flow_paths.draw_paths", lambda path, panels: seen.extend(panels))
+    monkeypatch.setattr("launch.evaluate.flow_paths.plot_paths", lambda path, panels: seen.extend(panels))
     students = [curved(flows[:2]), curved(flows[:2]), distilled(flows[0]), curved(flows[:1], order=1)]
     draw_flow_paths(tmp_path / "paths.png", flows, students, evaluation, steps=6)
     assert [panel.title for panel in seen] == [

@@ -8,7 +8,7 @@ from quality_tools import FINGERPRINT, REAL, measured, students, teachers, write
 
 from launch.evaluate.groups import trained_alike
 from launch.evaluate.quality import compare_quality, draw_measured, report
-from stillhouse.analysis.quality import Point, from_json, to_json
+from stillhouse.analysis.quality import QualityPoint, quality_from_json, quality_to_json
 from stillhouse.metrics.records import save_records
 
 
@@ -46,7 +46,7 @@ def test_runs_trained_for_one_number_each_are_one_line(runs):
     assert (quality.metric, quality.floor, quality.fingerprint) == ("fid_digits", 0.1, FINGERPRINT)
     assert quality.counts == [1, 2, 3, 4, 8, 19]
     assert quality.notes == ()
-    assert from_json(json.loads(json.dumps(to_json(quality)))) == quality
+    assert quality_from_json(json.loads(json.dumps(quality_to_json(quality)))) == quality
 
 
 def test_other_options_and_lists_of_steps_split_groups(tmp_path):
@@ -121,7 +121,7 @@ def test_the_report_is_printed_and_written(runs, tmp_path):
     assert printed.startswith("fid_digits against NFE (ema): mean ± standard deviation over training seeds")
     assert printed.endswith(f"{tmp_path}/out/quality.json and quality.png written")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["quality.json", "quality.png"]
-    assert from_json(json.loads((tmp_path / "out/quality.json").read_text())) == compare_quality(runs)
+    assert quality_from_json(json.loads((tmp_path / "out/quality.json").read_text())) == compare_quality(runs)
     assert report(runs[-1:], tmp_path / "none").startswith("quality against NFE not compared: no value of a student")
     assert not (tmp_path / "none").exists()
 
@@ -138,10 +138,10 @@ def test_one_measurement_is_drawn_where_it_has_several_numbers(tmp_path):
 
 
 def test_damaged_comparisons_are_refused(runs):
-    content = to_json(compare_quality(runs))
+    content = quality_to_json(compare_quality(runs))
     with pytest.raises(ValueError, match="this is no comparison of quality against NFE"):
-        from_json({**content, "values": [{"name": "a"}]})
+        quality_from_json({**content, "values": [{"name": "a"}]})
     with pytest.raises(ValueError, match="two values of one group have the same seed and NFE"):
-        from_json({**content, "values": 2 * content["values"][:1]})
+        quality_from_json({**content, "values": 2 * content["values"][:1]})
     assert content["lines"][1]["points"][0] == {"nfe": 1, "mean": 0.55, "std": None, "seeds": [0]}
-    assert compare_quality(runs).lines[1].points[0] == Point(1, 0.55, None, (0,))
+    assert compare_quality(runs).lines[1].points[0] == QualityPoint(1, 0.55, None, (0,))

@@ -6,7 +6,7 @@ import torch
 from method_runs import METHODS, config, train
 from pytorch_lightning.plugins.precision import Precision
 
-from callbacks.network_form import denoisers
+from callbacks.network_layout import all_denoisers
 from launch.run.build import build_seeded, build_trainer
 from launch.run.folder import RunFolder
 from launch.run.precision import PRECISIONS, TensorFloat32, TrainingAutocast, check_precision, precision_plugin
@@ -22,7 +22,7 @@ class Inside(pl.Callback):
 
     def on_fit_start(self, trainer, pl_module):
         self.networks, self.estimates, self.elsewhere = set(), set(), set()
-        for denoiser in denoisers(pl_module):
+        for denoiser in all_denoisers(pl_module):
             denoiser.register_forward_hook(lambda module, args, out: self.estimates.add(out.dtype))
             for layer in denoiser.modules():
                 if isinstance(layer, torch.nn.Conv2d):

@@ -7,8 +7,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from stillhouse.analysis.quality import Line
-from stillhouse.pictures.charts import legend_below, log_scale, save
+from stillhouse.analysis.quality import QualityLine
+from stillhouse.pictures.plots import legend_below, log_scale, save_figure
 
 _LEGEND_LETTERS = 90  # in a line as wide as the figure
 _NAME_LETTERS = 50  # of a group, in a line beside the axis
@@ -16,8 +16,13 @@ _FLOOR = "real images"
 _GREYS = ("black", "0.4", "0.6")
 
 
-def draw_quality(
-    path: str | Path, metric: str, lines: Sequence[Line], *, floor: float | None = None, spread: str = "training seeds"
+def plot_quality(
+    path: str | Path,
+    metric: str,
+    lines: Sequence[QualityLine],
+    *,
+    floor: float | None = None,
+    spread: str = "training seeds",
 ) -> Figure:
     """Draw `lines` over a logarithmic axis of NFE with a tick at every number that occurs, and return the figure.
 
@@ -43,12 +48,12 @@ def draw_quality(
     entries = zip(*axes.get_legend_handles_labels(), strict=True)
     handles, labels = zip(*sorted(entries, key=lambda entry: entry[1] == _FLOOR), strict=True)  # it would come first
     legend_below(figure, handles, labels, _LEGEND_LETTERS)
-    save(figure, path)
+    save_figure(figure, path)
     return figure
 
 
 def _draw_one_below_the_other(
-    path: str | Path, metric: str, lines: Sequence[Line], floor: float | None, spread: str
+    path: str | Path, metric: str, lines: Sequence[QualityLine], floor: float | None, spread: str
 ) -> Figure:
     students = [line for line in lines if not line.teacher]
     names = [textwrap.fill(line.label, _NAME_LETTERS) for line in students]
@@ -74,11 +79,11 @@ def _draw_one_below_the_other(
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         legend_below(figure, handles, labels, _LEGEND_LETTERS + 20)
-    save(figure, path)
+    save_figure(figure, path)
     return figure
 
 
-def _draw_line(axes: Axes, line: Line, colour: str, marker: str, linewidth: float) -> None:
+def _draw_line(axes: Axes, line: QualityLine, colour: str, marker: str, linewidth: float) -> None:
     # A missing spread draws no bar; zero would draw one of no length, which says that there is none.
     spreads = [float("nan") if point.std is None else point.std for point in line.points]
     seeds = len({seed for point in line.points for seed in point.seeds})
@@ -96,7 +101,7 @@ def _draw_line(axes: Axes, line: Line, colour: str, marker: str, linewidth: floa
     )
 
 
-def _scale(axes: Axes, lines: Sequence[Line], floor: float | None) -> None:
+def _scale(axes: Axes, lines: Sequence[QualityLine], floor: float | None) -> None:
     counts = sorted({point.nfe for line in lines for point in line.points})
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(count) for count in counts])

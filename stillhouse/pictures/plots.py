@@ -27,7 +27,7 @@ def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str], 
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
-def save(figure: Figure, path: str | Path) -> None:
+def save_figure(figure: Figure, path: str | Path) -> None:
     """Write the figure as PNG, whole or not at all."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)

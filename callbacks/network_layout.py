@@ -9,7 +9,7 @@ from stillhouse.diffusion.denoiser import Denoiser
 from stillhouse.networks.compiling import compile_network, undo_compilation
 
 
-class NetworkForm(pl.Callback):
+class NetworkLayout(pl.Callback):
     """Puts a method's networks, the frozen ones too, into a form for training, and back when it ends.
 
     compile: true, or a torch.compile backend. channels_last: whether images and convolutions have their channels innermost.
@@ -22,38 +22,38 @@ class NetworkForm(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Before the processes agree on how gradients lie in memory."""
         if stage == "fit" and self.channels_last:
-            lay_out(pl_module, torch.channels_last)
+            set_memory_format(pl_module, torch.channels_last)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for denoiser in denoisers(pl_module) if self.compile else ():
+        for denoiser in all_denoisers(pl_module) if self.compile else ():
             compile_network(denoiser.network, self.compile)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for optimizer in trainer.optimizers:
-            align(optimizer)
+            align_optimizer_state(optimizer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        for denoiser in denoisers(pl_module) if self.compile else ():
+        for denoiser in all_denoisers(pl_module) if self.compile else ():
             undo_compilation(denoiser.network)
         if stage == "fit" and self.channels_last:
-            lay_out(pl_module, torch.contiguous_format)
+            set_memory_format(pl_module, torch.contiguous_format)
 
 
-def denoisers(module: pl.LightningModule) -> Iterator[Denoiser]:
+def all_denoisers(module: pl.LightningModule) -> Iterator[Denoiser]:
     """All that a method evaluates, each once: its own, and those of its teachers, which are not registered."""
     held = [getattr(module, "target", None), getattr(module, "teacher", None), *getattr(module, "teachers", [])]
     own = [part for part in module.modules() if isinstance(part, Denoiser)]
     yield from {id(d): d for d in (*own, *(teacher.denoiser for teacher in held if teacher is not None))}.values()
 
 
-def lay_out(module: pl.LightningModule, form: torch.memory_format) -> None:
+def set_memory_format(module: pl.LightningModule, form: torch.memory_format) -> None:
     module.to(memory_format=form)
-    for denoiser in denoisers(module):
+    for denoiser in all_denoisers(module):
         denoiser.to(memory_format=form)
 
 
 @torch.no_grad()
-def align(optimizer: torch.optim.Optimizer) -> None:
+def align_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
     """Lay restored moments out as their weights are: a fused step reads both in the order in which they lie in memory."""
     for parameter, state in optimizer.state.items():
         for key, value in state.items():

@@ -8,9 +8,9 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from stillhouse.analysis.flow_chain import Chain
+from stillhouse.analysis.flow_chain import FlowChain
 from stillhouse.analysis.flow_errors import Estimate
-from stillhouse.pictures.charts import legend_below, log_scale, save
+from stillhouse.pictures.plots import legend_below, log_scale, save_figure
 
 _SIDE = 4.2  # inches
 _LETTERS = 40  # of the legend for each panel
@@ -18,7 +18,7 @@ _NAME = 14  # letters of a flow's name in a line
 _DASHES = ("--", "-.", ":")
 
 
-def draw_flows(path: str | Path, chain: Chain) -> Figure:
+def plot_flow_chain(path: str | Path, chain: FlowChain) -> Figure:
     """One panel for the drifts, one for the straightness and one per metric, over the number k of the flow; returns the figure.
 
     Bars reach one standard error (drift, straightness), or one standard deviation over blocks of evaluation seeds (a flow's
@@ -42,11 +42,11 @@ def draw_flows(path: str | Path, chain: Chain) -> Figure:
         handles, labels = axes.get_legend_handles_labels()
         entries |= dict(zip(labels, handles, strict=True))
     legend_below(figure, list(entries.values()), list(entries), _LETTERS * count)
-    save(figure, path)
+    save_figure(figure, path)
     return figure
 
 
-def _draw_drift(axes: Axes, chain: Chain) -> None:
+def _draw_drift(axes: Axes, chain: FlowChain) -> None:
     places = range(1, len(chain.flows) + 1)
     _line(axes, places, [chain.drifted(k) for k in places], None, "roots of step drifts, added up", "C3", "s")
     ends = [flow.end_drift.root if flow.end_drift else 0.0 for flow in chain.flows]
@@ -61,7 +61,7 @@ def _root_error(value: Estimate | None) -> float:
     return value.error / (2 * value.root) if value and value.error and value.mean else 0.0
 
 
-def _draw_straightness(axes: Axes, chain: Chain) -> None:
+def _draw_straightness(axes: Axes, chain: FlowChain) -> None:
     places = range(1, len(chain.flows) + 1)
     values = [flow.straightness for flow in chain.flows]
     _line(axes, places, [v.mean for v in values], [v.error or 0.0 for v in values], "straightness S", "C2", "o")
@@ -75,7 +75,7 @@ def _from_zero(axes: Axes, values: Iterable[float]) -> None:
         axes.set_ylim(0, 1.08 * top)
 
 
-def _draw_metric(axes: Axes, chain: Chain, metric: str) -> None:
+def _draw_metric(axes: Axes, chain: FlowChain, metric: str) -> None:
     places = range(1, len(chain.flows) + 1)
     own = [flow.simulated[metric] for flow in chain.flows]
     _line(axes, places, [m for m, _ in own], [s or 0.0 for _, s in own], "whole simulation", "black", "o")

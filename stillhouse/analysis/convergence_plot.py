@@ -9,14 +9,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from stillhouse.analysis.convergence import Comparison
-from stillhouse.analysis.curve import Cost, Curve
-from stillhouse.pictures.charts import legend_below, log_scale, save
+from stillhouse.analysis.curves import Cost, Curve
+from stillhouse.pictures.plots import legend_below, log_scale, save_figure
 
 _AXES = (("updates of the student", 1), ("kimg", 1000), ("seconds of training", 1))
 _LEGEND_LETTERS = 170  # in a line as wide as the figure
 
 
-def draw_convergence(path: str | Path, comparison: Comparison, references: Mapping[str, float] | None = None) -> Figure:
+def plot_convergence(path: str | Path, comparison: Comparison, references: Mapping[str, float] | None = None) -> Figure:
     """Draw one panel per currency, and return the figure.
 
     Lines are medians over seeds of the smoothed curves, bands reach from the least to the greatest, dots are single
@@ -34,12 +34,12 @@ def draw_convergence(path: str | Path, comparison: Comparison, references: Mappi
     panels[0].set_ylabel(f"{comparison.metric}, trailing median of 3")
     handles, labels = panels[0].get_legend_handles_labels()
     legend_below(figure, handles, labels, _LEGEND_LETTERS)
-    save(figure, path)
+    save_figure(figure, path)
     return figure
 
 
 def _draw_group(axes: Axes, curves: Sequence[Curve], currency: int, unit: int, label: str, colour: str) -> None:
-    x, values = seed_curves(curves, currency)
+    x, values = curves_on_common_axis(curves, currency)
     x = x / unit
     middle = np.median(values, axis=0)
     seeds = f", {len(curves)} seeds" if len(curves) > 1 else ""
@@ -63,7 +63,7 @@ def _draw_levels(axes: Axes, comparison: Comparison, references: Mapping[str, fl
         axes.axhline(value, color="black", linewidth=1, linestyle=("-.", (0, (5, 1)))[number % 2], label=label)
 
 
-def seed_curves(curves: Sequence[Curve], currency: int) -> tuple[np.ndarray, np.ndarray]:
+def curves_on_common_axis(curves: Sequence[Curve], currency: int) -> tuple[np.ndarray, np.ndarray]:
     """Places (P,) on the axis of a currency (0 updates, 1 images, 2 seconds), and smoothed values there (seeds, P).
 
     Updates and images: every place where a seed was measured and all have values, the others interpolated linearly.

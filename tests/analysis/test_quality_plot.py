@@ -1,18 +1,20 @@
 import numpy as np
 from matplotlib.image import imread
 
-from stillhouse.analysis.quality import Line, Point
-from stillhouse.analysis.quality_picture import draw_quality
+from stillhouse.analysis.quality import QualityLine, QualityPoint
+from stillhouse.analysis.quality_plot import plot_quality
 
-SFD = Line("sfd", tuple(Point(n, m, s, (0, 1, 2)) for n, m, s in [(1, 0.5, 0.1), (2, 0.3, 0.05), (4, 0.2, 0.01)]))
-PD = Line("progressive", tuple(Point(n, m, None, (0,)) for n, m in [(1, 0.6), (2, 0.35), (8, 0.22)]))
-HEUN = Line("teacher digits (heun)", (Point(19, 0.16),), teacher=True)
-EULER = Line("teacher digits (euler)", (Point(4, 2.5), Point(8, 0.9)), teacher=True)
+SFD = QualityLine(
+    "sfd", tuple(QualityPoint(n, m, s, (0, 1, 2)) for n, m, s in [(1, 0.5, 0.1), (2, 0.3, 0.05), (4, 0.2, 0.01)])
+)
+PD = QualityLine("progressive", tuple(QualityPoint(n, m, None, (0,)) for n, m in [(1, 0.6), (2, 0.35), (8, 0.22)]))
+HEUN = QualityLine("teacher digits (heun)", (QualityPoint(19, 0.16),), teacher=True)
+EULER = QualityLine("teacher digits (euler)", (QualityPoint(4, 2.5), QualityPoint(8, 0.9)), teacher=True)
 
 
 def test_axes_lines_and_legend(tmp_path):
     path = tmp_path / "comparison/quality.png"
-    figure = draw_quality(path, "fid_digits", [SFD, PD, HEUN, EULER], floor=0.1)
+    figure = plot_quality(path, "fid_digits", [SFD, PD, HEUN, EULER], floor=0.1)
     (axes,) = figure.axes
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
     assert list(axes.get_xticks()) == [1, 2, 4, 8, 19]
@@ -34,16 +36,19 @@ def test_axes_lines_and_legend(tmp_path):
 
 
 def test_a_narrow_range_is_linear_and_without_bars_nothing_is_said_of_them(tmp_path):
-    (axes,) = draw_quality(tmp_path / "q.png", "fid", [PD]).axes
+    (axes,) = plot_quality(tmp_path / "q.png", "fid", [PD]).axes
     assert axes.get_yscale() == "linear"
     assert axes.get_title() == ""
-    low = Line("low", (Point(1, 9.0), Point(2, -0.1)))  # rounding of a distance near zero
-    assert draw_quality(tmp_path / "q.png", "fid", [low]).axes[0].get_yscale() == "linear"
+    low = QualityLine("low", (QualityPoint(1, 9.0), QualityPoint(2, -0.1)))  # rounding of a distance near zero
+    assert plot_quality(tmp_path / "q.png", "fid", [low]).axes[0].get_yscale() == "linear"
 
 
 def test_students_of_one_number_of_evaluations_stand_one_below_the_other(tmp_path):
-    one, other = Line("guided", (Point(1, 0.2, 0.02, (0, 1)),)), Line("straight", (Point(1, 0.3, 0.01, (0, 1)),))
-    figure = draw_quality(tmp_path / "q.png", "fid_digits", [one, other, HEUN], floor=0.1)
+    one, other = (
+        QualityLine("guided", (QualityPoint(1, 0.2, 0.02, (0, 1)),)),
+        QualityLine("straight", (QualityPoint(1, 0.3, 0.01, (0, 1)),)),
+    )
+    figure = plot_quality(tmp_path / "q.png", "fid_digits", [one, other, HEUN], floor=0.1)
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["guided", "straight"]
     assert axes.get_xlabel() == "fid_digits, 1 NFE"

@@ -6,8 +6,8 @@ import torch
 from flow_chain_tools import chain
 from matplotlib.image import imread
 
-from stillhouse.analysis.flow_picture import draw_flows
-from stillhouse.pictures.paths import Panel, bezier_panel, coupling_panel, draw_paths
+from stillhouse.analysis.flow_plot import plot_flow_chain
+from stillhouse.pictures.paths import PathPanel, bezier_panel, coupling_panel, plot_paths
 
 
 def lines(axes):
@@ -16,7 +16,7 @@ def lines(axes):
 
 
 def test_panels_lines_and_legend(tmp_path):
-    figure = draw_flows(tmp_path / "flows/flows.png", chain())
+    figure = plot_flow_chain(tmp_path / "flows/flows.png", chain())
     drift, bend, fid = figure.axes
     assert lines(drift) == {"roots of step drifts, added up": [0, 2, 3], "root of the end-point drift": [0, 2, 2.5]}
     assert lines(bend) == {"straightness S": [3.0, 0.5, 0.2]}
@@ -38,7 +38,7 @@ def test_panels_lines_and_legend(tmp_path):
 def test_one_flow_alone_and_long_names(tmp_path):
     first = dataclasses.replace(chain().flows[0], name="reflow-eight_gaussians-seed0")
     one = dataclasses.replace(chain(), flows=(first,), distilled=())
-    (tick,) = draw_flows(tmp_path / "flows.png", one).axes[0].get_xticklabels()
+    (tick,) = plot_flow_chain(tmp_path / "flows.png", one).axes[0].get_xticklabels()
     assert max(map(len, tick.get_text().splitlines())) <= 14
 
 
@@ -48,7 +48,7 @@ def test_paths_share_their_limits_and_axes_are_equal(tmp_path):
     straight = coupling_panel("pairs", noise, images, torch.zeros(3, 2))
     control = torch.stack([noise, images + 100, images], 1).double()  # its inner points may lie far outside
     bent = bezier_panel("curves", control)
-    figure = draw_paths(tmp_path / "paths.png", [straight, bent, straight._replace(title="again"), *[straight] * 2])
+    figure = plot_paths(tmp_path / "paths.png", [straight, bent, straight._replace(title="again"), *[straight] * 2])
     axes = figure.axes
     assert [a.get_title() for a in axes[:3]] == ["pairs", "curves", "again"]
     assert len(axes) == 6
@@ -61,10 +61,10 @@ def test_paths_share_their_limits_and_axes_are_equal(tmp_path):
     (legend,) = figure.legends
     assert [t.get_text() for t in legend.get_texts()] == ["data", "noise", "end points", "control points"]
     with pytest.raises(ValueError, match="at least one panel"):
-        draw_paths(tmp_path / "none.png", [])
+        plot_paths(tmp_path / "none.png", [])
 
 
 def test_a_straight_bezier_curve_has_no_marks():
     control = torch.randn(4, 2, 2, 1, 1)
     assert bezier_panel("straight", control).marks is None
-    assert isinstance(bezier_panel("straight", control), Panel)
+    assert isinstance(bezier_panel("straight", control), PathPanel)

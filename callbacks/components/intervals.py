@@ -10,17 +10,17 @@ def check_every_kimg(owner: str, every_kimg: float) -> float:
     return every_kimg
 
 
-def is_last(trainer: pl.Trainer) -> bool:
+def is_last_step(trainer: pl.Trainer) -> bool:
     """Whether the batch that just ended is the last of the run."""
     return trainer.global_step == trainer.max_steps or trainer.should_stop
 
 
-def due(trainer: pl.Trainer, pl_module: pl.LightningModule, every_kimg: float | None) -> bool:
+def interval_reached(trainer: pl.Trainer, pl_module: pl.LightningModule, every_kimg: float | None) -> bool:
     """Whether the batch that just ended reached a multiple of `every_kimg` thousand images (None: never), or is the last.
 
     For on_train_batch_end, which comes before the checkpoint of that batch: an interrupted action is done again.
     """
-    if is_last(trainer):
+    if is_last_step(trainer):
         return True
     if every_kimg is None:
         return False

@@ -5,7 +5,7 @@ import torch
 from method_runs import train
 from process_tools import in_two_processes
 
-from callbacks.network_form import align, denoisers
+from callbacks.network_layout import align_optimizer_state, all_denoisers
 from stillhouse.networks.compiling import compile_network, eager
 
 POINTS = "eight_gaussians"  # whose networks compile in seconds
@@ -26,7 +26,9 @@ def test_channels_last_is_the_same_run(name, tmp_path, monkeypatch):
     assert_alike(other, plain)
     weights = [p for step in other.gradients for p in step if p.ndim == 4 and min(p.shape[1:3]) > 1]
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
-    assert all(p.is_contiguous() for denoiser in denoisers(other.method) for p in denoiser.parameters())  # as it was
+    assert all(
+        p.is_contiguous() for denoiser in all_denoisers(other.method) for p in denoiser.parameters()
+    )  # as it was
 
 
 @pytest.mark.parametrize("name", ["denoising_student", "disback", "b_dense progressive"])
@@ -35,7 +37,7 @@ def test_compiled_is_the_same_run(name, tmp_path, monkeypatch):
     changes = {"trainer.compile": "aot_eager", "trainer.micro_batch": 3}
     plain, other = train(name, data=POINTS), train(name, changes, data=POINTS)
     assert_alike(other, plain)
-    for denoiser in denoisers(other.method):
+    for denoiser in all_denoisers(other.method):
         assert denoiser.network._compiled_call_impl is None  # what follows training measures as it always does
 
 
@@ -69,7 +71,7 @@ def test_moments_of_another_layout_are_laid_out_as_their_weights():
     optimizer.step()
     expected = optimizer.state[weight]["exp_avg"].clone()
     weight.data = weight.data.to(memory_format=torch.channels_last)
-    align(optimizer)
+    align_optimizer_state(optimizer)
     moment = optimizer.state[weight]["exp_avg"]
     assert moment.stride() == weight.stride()
     assert torch.equal(moment, expected)

@@ -10,7 +10,7 @@ from callbacks.clock import Clock
 
 
 @contextmanager
-def aside(pl_module: pl.LightningModule) -> Iterator[None]:
+def evaluation_mode(pl_module: pl.LightningModule) -> Iterator[None]:
     """Eval mode, no gradients, float32 outside autocast, the clock stopped; random state and modes return afterwards."""
     modes = [(module, module.training) for module in pl_module.modules()]
     device = pl_module.device

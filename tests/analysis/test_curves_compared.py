@@ -7,7 +7,7 @@ import pytest
 from convergence_tools import BATCH, curve, decay
 
 from stillhouse.analysis.convergence import Comparison
-from stillhouse.analysis.curve import CURRENCIES, Cost, smoothed
+from stillhouse.analysis.curves import COST_UNITS, Cost, trailing_median
 
 
 def compared(*curves, baseline="base"):
@@ -19,11 +19,11 @@ def cost(updates, pace=0.5):
 
 
 def test_smoothing_is_the_trailing_median_of_three():
-    assert smoothed([9, 5, 7, 1, 6, 2]) == (math.inf, 9, 7, 5, 6, 2)
+    assert trailing_median([9, 5, 7, 1, 6, 2]) == (math.inf, 9, 7, 5, 6, 2)
     for values in ([3, 1, 2], decay(0.1, 9)):
         for threshold in values:  # at or below it exactly where two of the last three values are
             counts = [sum(v <= threshold for v in values[max(0, i - 2) : i + 1]) for i in range(len(values))]
-            assert [v <= threshold for v in smoothed(values)] == [count >= 2 for count in counts]
+            assert [v <= threshold for v in trailing_median(values)] == [count >= 2 for count in counts]
 
 
 def test_one_lucky_measurement_does_not_count():
@@ -43,7 +43,7 @@ def test_thresholds_are_the_median_over_seeds_of_the_baselines_best():
 @pytest.mark.parametrize("factor", [1.0, 1.05, 1.2])
 def test_the_same_values_at_updates_13_09_times_as_far_apart(factor):
     comparison = compared(curve("base", decay(0.3), every=1309), curve("fast", decay(0.3), every=100))
-    for currency in CURRENCIES:
+    for currency in COST_UNITS:
         assert comparison.speed_up("fast", factor, currency).median == pytest.approx(13.09, rel=1e-12)
 
 
@@ -64,7 +64,7 @@ def test_exponential_decays_cross_where_the_logarithm_says():
 
 def test_seconds_have_their_own_speed_up():
     comparison = compared(curve("base", decay(0.3), every=400), curve("fast", decay(0.3), every=100, pace=2.0))
-    assert [comparison.speed_up("fast", 1.0, c).median for c in CURRENCIES] == [4.0, 4.0, 1.0]
+    assert [comparison.speed_up("fast", 1.0, c).median for c in COST_UNITS] == [4.0, 4.0, 1.0]
 
 
 def test_the_cost_of_the_preparation_can_turn_the_comparison():
@@ -75,8 +75,8 @@ def test_the_cost_of_the_preparation_can_turn_the_comparison():
     assert comparison.prepared
     assert not compared(base, replace(fast, preparation=Cost())).prepared
     assert fast.crossing(1.0, prepared=True) == cost(200) + Cost(600, 100, 900.0)
-    assert [comparison.speed_up("fast", 1.0, c).median for c in CURRENCIES] == [2.0, 2.0, 2.0]
-    prepared = [comparison.speed_up("fast", 1.0, c, prepared=True).median for c in CURRENCIES]
+    assert [comparison.speed_up("fast", 1.0, c).median for c in COST_UNITS] == [2.0, 2.0, 2.0]
+    prepared = [comparison.speed_up("fast", 1.0, c, prepared=True).median for c in COST_UNITS]
     assert prepared == [0.5, 400 * BATCH / (200 * BATCH + 100), 0.2]
 
 

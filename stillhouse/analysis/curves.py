@@ -1,0 +1,192 @@
+"""One run's curve: smoothed, its best, and what it cost to reach a threshold; read from a run's folder.
+
+A lower value is a better one.
+"""
+
+import csv
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+
+from stillhouse.checkpoints.bounds import parse_json
+from stillhouse.files import resolve_inside
+
+WINDOW = 3
+COST_UNITS = ("updates", "images", "seconds")
+_FRECHET = ("fid", "fd_")  # how the metrics begin that curves are of
+UPDATES_COLUMN, SECONDS_COLUMN = "progress/student_updates", "speed/training_seconds"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What it took: updates of the generator (of a preparation: its optimiser steps), images seen, seconds of training."""
+
+    updates: int = 0
+    images: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.updates + other.updates, self.images + other.images, self.seconds + other.seconds)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run's measurements in order, at least two: `values`, each with the training's cost so far.
+
+    group: label of the runs that differ from it by their seed alone. metric: with its number of samples, fid_digits_2k.
+    weights: the measured copy, an average's name or raw. preparation: spent before the first update.
+    provenance: of the run's final evaluation, see `Record.provenance`.
+    """
+
+    name: str
+    group: str
+    seed: int
+    metric: str
+    weights: str
+    values: tuple[float, ...]
+    costs: tuple[Cost, ...]
+    preparation: Cost = Cost()
+    provenance: dict[str, str | None] | None = None
+
+    def __post_init__(self):
+        if len(self.values) != len(self.costs) or len(self.values) < 2 or not all(map(math.isfinite, self.values)):
+            raise ValueError(
+                f"{self.name}: a curve takes two or more finite values of {self.metric}, each with its cost"
+            )
+
+    @cached_property
+    def smoothed(self) -> tuple[float, ...]:
+        return trailing_median(self.values)
+
+    @property
+    def best(self) -> tuple[float, Cost]:
+        """The least smoothed value and the cost at which it was first there."""
+        index = min(range(len(self.values)), key=self.smoothed.__getitem__)
+        return self.smoothed[index], self.costs[index]
+
+    @property
+    def spread(self) -> float:
+        """Greatest minus least measurement of the last third (of two at least): how much the run still wanders."""
+        last = self.values[-max(2, round(len(self.values) / 3)) :]
+        return max(last) - min(last)
+
+    def crossing(self, threshold: float, prepared: bool = False) -> Cost | None:
+        """The cost at the first measurement whose smoothed value is at or below `threshold`; None if there is none.
+
+        Nothing is interpolated, and smoothing lags: on a falling curve it is one to two intervals between measurements
+        too high, for every group alike, so that a speed-up above two is too small rather than too great.
+        prepared: with the preparation's cost.
+        """
+        for cost, value in zip(self.costs, self.smoothed, strict=True):
+            if value <= threshold:
+                return cost + self.preparation if prepared else cost
+        return None
+
+
+def trailing_median(values: Sequence[float]) -> tuple[float, ...]:
+    """Trailing median of three; what precedes the first value counts as infinite, and so the first result is infinite.
+
+    It is at or below a threshold exactly where two of the last three values are: one lucky measurement does not count.
+    (A running minimum of three would cross wherever the raw curve first does, that is, smooth nothing.)
+    """
+    padded = [math.inf] * (WINDOW - 1) + list(values)
+    return tuple(median(padded[i : i + WINDOW]) for i in range(len(values)))
+
+
+def read_curve(
+    folder: str | Path, group: str, seed: int, *, metric: str | None = None, weights: str | None = None
+) -> Curve:
+    """The curve in a run's metrics.csv, and the cost of its preparation from preparation.json where there is one.
+
+    metric: such as fid_digits_2k (None: the first Frechet distance). weights: an average's name or raw (None: the
+    first average, else raw).
+
+    Errors: FileNotFoundError without metrics.csv; ValueError, naming the file, for what can't be compared.
+    """
+    folder = Path(folder)
+    path = resolve_inside(folder, "metrics.csv")
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}; only runs with logger.csv have curves")
+    rows = read_metrics_csv(path)
+    column = _column(path, list(rows[0]) if rows else [], metric, weights)
+    measured = [row for row in rows if row[column]]
+    try:
+        values = tuple(float(row[column]) for row in measured)
+        costs = tuple(Cost(int(float(r[UPDATES_COLUMN])), int(r["nimg"]), float(r[SECONDS_COLUMN])) for r in measured)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"{path} lacks nimg, {UPDATES_COLUMN} or {SECONDS_COLUMN} beside {column}; train that run again"
+        ) from error
+    if len(values) < 2:
+        raise ValueError(
+            f"{path} has {len(values)} measurements of {column}, but a curve takes at least 2; "
+            "lower evaluation.training.every_kimg"
+        )
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"{path} has a {column} that is not finite; look at the run's samples")
+    name, copy = column.split("/", 1)
+    return Curve(folder.resolve().name, group, seed, name, copy, values, costs, read_preparation_cost(folder))
+
+
+def read_metrics_csv(path: Path) -> list[dict[str, str]]:
+    """Of a metrics.csv; ValueError, naming it, for one that is no table, has no `nimg`, or holds what a broken disk leaves."""
+    try:
+        text = path.read_text()
+        if "\0" in text:
+            raise ValueError("it holds zero bytes")
+        rows = list(csv.DictReader(text.splitlines()))
+        if rows and "nimg" not in rows[0]:
+            raise ValueError("it has no column nimg")
+    except (ValueError, csv.Error) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); restore it, or remove it, which costs the run its curves"
+        ) from error
+    return rows
+
+
+def _column(path: Path, columns: list[str], metric: str | None, weights: str | None) -> str:
+    if metric is not None and not metric.startswith(_FRECHET):
+        raise ValueError(
+            f"metric={metric}: convergence is compared by a metric fid... or fd_..., of which less is better"
+        )
+    curves = curve_column_names(columns)
+    for column in curves:
+        name, copy = column.split("/", 1)
+        if metric in (None, name) and weights in (None, copy):
+            return column
+    asked = f"{metric or 'fid...'}/{weights or 'ema_...'}"
+    raise ValueError(f"{path} has no column {asked}; it has {', '.join(curves) or 'no curve of a fid'}")
+
+
+def curve_column_names(columns: Iterable[str]) -> list[str]:
+    """Those that hold a curve, averages before the weights as trained, else in order; a run's own curve is the first."""
+    curves = [c for c in columns if c.startswith(_FRECHET) and c.partition("/")[2].startswith(("ema_", "raw"))]
+    return sorted(curves, key=lambda c: c.endswith("/raw"))
+
+
+def read_preparation_cost(folder: Path) -> Cost:
+    """What a run's preparation.json says; nothing where there was none. ValueError for a damaged one."""
+    path = resolve_inside(folder, "preparation.json")
+    if not path.is_file():
+        return Cost()
+    stored = read_json_numbers(path, "steps", "images", "seconds")
+    if None in stored.values():
+        raise ValueError(f"{path} is damaged or lacks steps, images or seconds; train that run again")
+    return Cost(int(stored["steps"]), int(stored["images"]), float(stored["seconds"]))
+
+
+def read_json_numbers(path: Path, *keys: str) -> dict[str, float | None]:
+    """Those entries of a JSON file, None where one is missing. ValueError, naming the file, for what is damaged or no number."""
+    try:
+        content = parse_json(path.read_bytes())
+        found = {key: content.get(key) for key in keys} if isinstance(content, dict) else {"it": "no dict"}
+        for key, value in found.items():
+            number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+            if value is not None and not number:
+                raise ValueError(f"{key} is {value!r:.50}")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); restore or remove it") from error
+    return found
