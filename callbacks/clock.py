@@ -24,14 +24,6 @@ class Clock(pl.Callback):
     def find(trainer: pl.Trainer) -> "Clock | None":
         return next((callback for callback in trainer.callbacks if isinstance(callback, Clock)), None)
 
-    @staticmethod
-    def of(trainer: pl.Trainer) -> "Clock":
-        """The trainer's clock; ValueError where it has none."""
-        clock = Clock.find(trainer)
-        if clock is None:
-            raise ValueError("this method counts its seconds: put callbacks.clock back")
-        return clock
-
     def seconds(self) -> float:
         if self._since is None:
             return self._total

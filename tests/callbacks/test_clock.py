@@ -3,7 +3,6 @@
 import csv
 from types import SimpleNamespace
 
-import pytest
 import pytorch_lightning as pl
 from test_generative_metrics import Pixels, Real
 from tiny_module import TinyMethod, trainer
@@ -57,8 +56,3 @@ def test_measurements_note_it_with_the_students_updates(tmp_path, monkeypatch):
     with (tmp_path / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["speed/training_seconds"]]
     assert [(r["progress/student_updates"], float(r["speed/training_seconds"])) for r in rows] == [("2", 2), ("4", 4)]
-
-
-def test_a_trainer_without_a_clock(tmp_path):
-    with pytest.raises(ValueError, match=r"counts its seconds: put callbacks.clock back"):
-        Clock.of(trainer(tmp_path, 1))
