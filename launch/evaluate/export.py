@@ -12,11 +12,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from launch.evaluate.model_card import readme
-from launch.evaluate.portable_student import NETWORKS, PRECONDITIONINGS, Student
+from launch.evaluate.portable_student import NETWORKS, Student
 from launch.run.folder import RunFolder
 from launch.run.teachers import students_teacher
 from lightning_modules import Method
 from stillhouse.checkpoints.weights import PROJECT_ROOT, save_weights
+from stillhouse.diffusion.preconditioning import PRECONDITIONINGS, described
 from stillhouse.diffusion.random_numbers import sample_noise
 from stillhouse.files import atomic_write, check_writable
 from stillhouse.metrics.records import Record
@@ -46,8 +47,7 @@ def portable(method: Method, stored: DictConfig, num_classes: int) -> Student:
     network = dict(students_teacher(stored)["network"])
     network = {"name": str(network.pop("_target_")).rpartition(".")[2], **network}
     # The student's own, which may be another one than its teacher's.
-    reading = method.student.preconditioning
-    preconditioning = {"name": type(reading).__name__, **reading.options()}
+    preconditioning = described(method.student.preconditioning)
     for part, known in ((network, NETWORKS), (preconditioning, PRECONDITIONINGS)):
         if part["name"] not in known:
             raise ValueError(

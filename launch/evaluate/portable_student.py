@@ -12,7 +12,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from stillhouse.diffusion.denoiser import Denoiser
-from stillhouse.diffusion.preconditioning import EDM, VE, VP, X0, Epsilon, ResidualEpsilon, V, Velocity
+from stillhouse.diffusion.preconditioning import made
 from stillhouse.diffusion.random_numbers import sample_labels, sample_noise
 from stillhouse.diffusion.sampling import Sampling
 from stillhouse.networks.dhariwal_unet import DhariwalUNet
@@ -21,13 +21,12 @@ from stillhouse.networks.mlp import MLP
 from stillhouse.networks.song_unet import SongUNet
 
 NETWORKS = {cls.__name__: cls for cls in (SongUNet, DhariwalUNet, DiffusersUNet, MLP)}
-PRECONDITIONINGS = {cls.__name__: cls for cls in (EDM, VP, VE, Epsilon, ResidualEpsilon, V, X0, Velocity)}
 
 
 class Student(ModelMixin, ConfigMixin):
     """A denoiser and the way in which it makes images of noise; the network sees float32.
 
-    network, preconditioning: {"name": of a class in NETWORKS or PRECONDITIONINGS, and its options}. sampling: the fields of
+    network, preconditioning: {"name": of a class in NETWORKS, or of a preconditioning, and its options}. sampling: the fields of
     `Sampling`. num_classes: 0 without labels.
     """
 
@@ -40,7 +39,7 @@ class Student(ModelMixin, ConfigMixin):
         num_classes: int,
     ):
         super().__init__()
-        self.denoiser = Denoiser(_made(NETWORKS, network), _made(PRECONDITIONINGS, preconditioning))
+        self.denoiser = Denoiser(_made_network(network), made(preconditioning))
         self.path = Sampling(**sampling)
         self.num_classes = num_classes
 
@@ -64,6 +63,6 @@ class Student(ModelMixin, ConfigMixin):
         return self.path(self.denoiser.eval(), noise, labels)
 
 
-def _made(classes: dict[str, type], config: dict[str, Any]) -> torch.nn.Module:
+def _made_network(config: dict[str, Any]) -> torch.nn.Module:
     options = dict(config)
-    return classes[options.pop("name")](**options)
+    return NETWORKS[options.pop("name")](**options)

@@ -229,3 +229,57 @@ class Velocity(Preconditioning):
     def forward(self, sigma: Tensor) -> Coefficients:
         t = self.scale(sigma)
         return Coefficients(t, sigma * t, t, 999 * t)
+
+
+class Consistency(Preconditioning):
+    """Another one's network read as a consistency function: D(x, sigma_min) = x (arXiv 2303.01469, appendix C).
+
+    c_skip is the other's at sigma - sigma_min, and c_out is multiplied by (sigma - sigma_min) / sigma. For `EDM` that is the
+    published form; above sigma_min, where there is hardly a difference, a teacher's network keeps its meaning.
+
+    Args:
+        of: The other one, or its name and options, as {"name": "EDM", "sigma_data": 0.5}.
+        sigma_min: The noise level of clean images.
+
+    Raises:
+        ValueError: For one that passes nothing of x on to its estimate at small noise.
+    """
+
+    def __init__(self, of: Preconditioning | dict[str, Any], sigma_min: float = 0.002):
+        super().__init__()
+        self.of = made(of) if isinstance(of, dict) else of
+        if not sigma_min > 0:
+            raise ValueError(f"sigma_min must be positive, got {sigma_min}")
+        if self.of(torch.tensor([1e-4])).skip.item() < 0.99:
+            raise ValueError(
+                f"{type(self.of).__name__} can't be read as a consistency function: at small noise D(x) is not x"
+            )
+        self.sigma_min = sigma_min
+
+    def forward(self, sigma: Tensor) -> Coefficients:
+        level = (sigma - self.sigma_min).clamp_min(0)
+        coefficients = self.of(sigma)
+        return coefficients._replace(skip=self.of(level).skip, out=coefficients.out * (level / sigma))
+
+    def scale(self, sigma: Tensor) -> Tensor:
+        return self.of.scale(sigma)
+
+    def prior_std(self, sigma: Tensor) -> Tensor:
+        return self.of.prior_std(sigma)
+
+    def options(self) -> dict[str, Any]:
+        return {"of": described(self.of), "sigma_min": self.sigma_min}
+
+
+PRECONDITIONINGS = {cls.__name__: cls for cls in (EDM, VP, VE, Epsilon, ResidualEpsilon, V, X0, Velocity, Consistency)}
+
+
+def described(preconditioning: Preconditioning) -> dict[str, Any]:
+    """{"name": of its class, and its options}, which can be written as JSON and `made` again."""
+    return {"name": type(preconditioning).__name__, **preconditioning.options()}
+
+
+def made(description: dict[str, Any]) -> Preconditioning:
+    """The preconditioning that was `described`."""
+    options = dict(description)
+    return PRECONDITIONINGS[options.pop("name")](**options)

@@ -28,22 +28,17 @@ def method(teacher=None, kimg=1.0, lr=1e-3, batch_size=128, seed=0, **options):
     return DiffInstruct(teacher, **common, **(OPTIONS | options))
 
 
-def alone(module):
-    """The module outside of a trainer: its losses are kept instead of descended."""
-    module.losses = []
-    module.descend = lambda which, loss: module.losses.append((which, loss))
-    return module
-
-
 def batch(count, first=0):
     return {"position": torch.arange(first, first + count)}
 
 
-def turn(module, kind, data):
-    """One turn as `training_step` takes it, outside of a trainer."""
-    random = TrainingNoise(module.seed, data["position"], module.image_shape)
-    labels = random.labels(module.teacher.num_classes) if module.labels == "uniform" else data.get("label")
-    return getattr(module, kind)(random, labels, data)
+def loss_of(module, names, data):
+    """The loss of an update of the networks `names`, outside of a trainer."""
+    module.update_cycle = [names]
+    return module.loss(data)
+
+
+STUDENT, FAKE, BOTH = ("student",), ("fake_score",), ("student", "fake_score")
 
 
 # -- the gradient -----------------------------------------------------------------------------------------------------
@@ -80,13 +75,9 @@ def test_the_generators_gradient_is_that_of_the_integral_kl():
     """
     mu, t, m, s = [0.4, -0.3], 0.5, [-0.2, 0.1], 0.2
     teacher = exact_teacher(Mixture(torch.tensor([m], dtype=torch.float64), s))
-    module = alone(method(teacher))
-    module.student, module.fake = Affine(mu, t, 2.5), Exact(mu, t)
-    count = 400_000
-    turn(module, "generator_turn", batch(count))
-    ((which, loss),) = module.losses
-    loss.backward()
-    assert which == 0
+    module = method(teacher)
+    module.student, module.fake_score = Affine(mu, t, 2.5), Exact(mu, t)
+    loss_of(module, STUDENT, batch(400_000)).backward()
     levels = DISTRIBUTION((torch.arange(20000, dtype=torch.float64) + 0.5) / 20000).double()
     by_mean = ((levels**2 / (s**2 + levels**2)).mean() * (torch.tensor(mu) - torch.tensor(m))).float()
     by_scale = (2 * t * levels**2 * (1 / (s**2 + levels**2) - 1 / (t**2 + levels**2))).mean().item()
@@ -104,14 +95,12 @@ def test_dmd_weighting_divides_by_the_distance_to_the_targets_estimate():
 
 
 def test_the_fake_scores_loss_is_denoising_score_matching_of_generated_images():
-    module = alone(method())
-    turn(module, "fake_turn", batch(8))
-    ((which, loss),) = module.losses
+    module = method()
+    loss = loss_of(module, FAKE, batch(8))
     random = TrainingNoise(0, torch.arange(8), (2, 1, 1))
     images = module.student(2.5 * random.latents, torch.tensor(2.5)).detach()
     sigma, noise = random.sigma(DISTRIBUTION), random.noise
-    expected = denoising_score_matching(module.fake, images, sigma, noise).mean()
-    assert which == 1
+    expected = denoising_score_matching(module.fake_score, images, sigma, noise).mean()
     torch.testing.assert_close(loss, expected)
 
 
@@ -139,7 +128,7 @@ def test_it_learns_the_mixture(options, precision):
     assert after < 0.1 * before
 
 
-# -- turns ------------------------------------------------------------------------------------------------------------
+# -- updates ----------------------------------------------------------------------------------------------------------
 
 
 def snapshots(module):
@@ -149,9 +138,7 @@ def snapshots(module):
 
     def step(batch, batch_idx):
         loss = original(batch, batch_idx)
-        copies = {
-            name: [p.detach().clone() for p in getattr(module, name).parameters()] for name in ("student", "fake")
-        }
+        copies = {name: [p.detach().clone() for p in getattr(module, name).parameters()] for name in BOTH}
         kept.append((copies, module.trainer.global_step, module.student_updates, module.student_updated))
         return loss
 
@@ -164,8 +151,8 @@ def differs(a, b, name):
 
 
 @pytest.mark.parametrize("fake_updates", [1, 3])
-def test_each_turn_moves_its_own_network_alone(fake_updates):
-    """One step is one turn; the fake score's come first; the teacher never moves."""
+def test_each_update_moves_its_own_network_alone(fake_updates):
+    """One step is one update; the fake score's come first; the teacher never moves."""
     module = method(fake_updates=fake_updates, kimg=1.024)  # 8 steps
     teacher = module.teacher.hash
     kept = snapshots(module)
@@ -175,7 +162,7 @@ def test_each_turn_moves_its_own_network_alone(fake_updates):
     for before, after in itertools.pairwise(kept):
         generators = after[1] % cycle == 0
         assert differs(before, after, "student") is after[3] is generators
-        assert differs(before, after, "fake") is not generators
+        assert differs(before, after, "fake_score") is not generators
         assert after[2] == after[1] // cycle
     module.teacher._hash = None
     assert module.teacher.hash == teacher
@@ -185,21 +172,16 @@ def test_two_sided_is_both_gradients_at_once():
     """The single backward pass gives the generator and the fake score what two separate ones give at the same weights."""
     shared = method(two_sided=True)
     with torch.no_grad():
-        for network in (shared.student.network, shared.fake.network):
+        for network in (shared.student.network, shared.fake_score.network):
             for p in network.last.parameters():
                 p.normal_(std=0.1)
     images = {"position": torch.arange(16)}
-    turn(alone(shared), "both_turns", images)
-    ((_, loss),) = shared.losses
-    loss.backward()
-    both = [[p.grad for p in part.parameters() if p.grad is not None] for part in (shared.student, shared.fake)]
-    for part in (shared.student, shared.fake):
-        part.zero_grad()
-    shared.losses.clear()
-    turn(shared, "generator_turn", images)
-    turn(shared, "fake_turn", images)
-    for (_, separate), part, expected in zip(shared.losses, (shared.student, shared.fake), both, strict=True):
-        separate.backward()
+    networks = shared.student, shared.fake_score
+    loss_of(shared, BOTH, images).backward()
+    both = [[p.grad for p in network.parameters() if p.grad is not None] for network in networks]
+    shared.zero_grad()
+    for names, part, expected in zip((STUDENT, FAKE), networks, both, strict=True):
+        loss_of(shared, names, images).backward()
         assert len(expected) > 0
         for p, gradient in zip((p for p in part.parameters() if p.grad is not None), expected, strict=True):
             torch.testing.assert_close(p.grad, gradient)
@@ -212,7 +194,7 @@ def test_two_sided_steps_both_and_counts_one():
     assert [(step, updates) for _, step, updates, _ in kept] == [(n, n) for n in range(1, 5)]
     for before, after in itertools.pairwise(kept):
         assert differs(before, after, "student")
-        assert differs(before, after, "fake")
+        assert differs(before, after, "fake_score")
 
 
 def test_learning_rates_and_clipping():
@@ -246,11 +228,11 @@ def unet(num_classes=3, resolution=8):
 
 
 def test_uniform_labels_reach_all_three_networks():
-    module = alone(method(unet()))
+    module = method(unet())
     seen = []
-    for denoiser in (module.student, module.fake, module.teacher.denoiser):
+    for denoiser in (module.student, module.fake_score, module.teacher.denoiser):
         denoiser.network.register_forward_hook(lambda net, args, out: seen.append((args[2], net.training)))
-    turn(module, "generator_turn", batch(3000))
+    loss_of(module, STUDENT, batch(3000))
     assert len(seen) == 3
     assert all(torch.equal(labels, seen[0][0]) for labels, _ in seen)
     assert not any(training for _, training in seen)  # dropout would make the two scores differ
@@ -258,11 +240,11 @@ def test_uniform_labels_reach_all_three_networks():
 
 
 def test_data_labels():
-    module = alone(method(unet(), labels="data"))
+    module = method(unet(), labels="data")
     labels = torch.tensor([2, 0, 1, 1])
     seen = []
-    module.fake.network.register_forward_hook(lambda net, args, out: seen.append(args[2]))
-    turn(module, "fake_turn", batch(4) | {"label": labels})
+    module.fake_score.network.register_forward_hook(lambda net, args, out: seen.append(args[2]))
+    loss_of(module, FAKE, batch(4) | {"label": labels})
     assert torch.equal(seen[0], labels)
 
 
@@ -272,17 +254,15 @@ GAN = {"generator": 3.0, "fake": 10.0, "sigmas": KarrasGrid(first=0, last=999)}
 
 
 def test_the_classifiers_gradient_reaches_the_generator_alone_and_points_to_real_images():
-    module = alone(method(unet(), gan=GAN))
+    module = method(unet(), gan=GAN)
     data = batch(16) | {"image": torch.randn(16, 1, 8, 8), "label": torch.zeros(16, dtype=torch.int64)}
-    turn(module, "generator_turn", data)
-    ((_, loss),) = module.losses
-    loss.backward()
+    loss_of(module, STUDENT, data).backward()
     assert any(p.grad is not None for p in module.student.parameters())
-    assert all(p.grad is None for part in (module.fake, module.gan) for p in part.parameters())
+    assert all(p.grad is None for part in (module.fake_score, module.gan) for p in part.parameters())
     images, random = torch.randn(16, 1, 8, 8), TrainingNoise(0, data["position"], (1, 8, 8))
     noise = (random.gan_sigma(GAN["sigmas"]), random.gan_noise)
-    logits = lambda x: module.gan.realism(module.fake, x, *noise, data["label"])  # noqa: E731
-    gradient, loss = module.gan.image_gradient(module.fake, images, random, data["label"])
+    logits = lambda x: module.gan.realism(module.fake_score, x, *noise, data["label"])  # noqa: E731
+    gradient, loss = module.gan.image_gradient(module.fake_score, images, random, data["label"])
     with torch.no_grad():
         assert logits(images - 1e-1 * gradient).mean() > logits(images).mean()
         torch.testing.assert_close(loss, torch.nn.functional.softplus(-logits(images)).mean())
@@ -290,19 +270,16 @@ def test_the_classifiers_gradient_reaches_the_generator_alone_and_points_to_real
 
 def test_the_classifier_learns_to_tell_real_from_generated_images():
     module = method(unet(), gan=GAN)
-    optimizer = torch.optim.Adam([*module.fake.parameters(), *module.gan.parameters()], 1e-3)
+    optimizer = torch.optim.Adam([*module.fake_score.parameters(), *module.gan.parameters()], 1e-3)
     losses = []
 
-    def step(which, loss):
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(module.diagnostics["loss/gan_fake"].item())
-
-    module.descend = step
     for i in range(40):
         real = 0.5 + 0.1 * sample_noise(torch.arange(16) + 16 * i, (1, 8, 8))
-        turn(module, "fake_turn", batch(16, 16 * i) | {"image": real, "label": torch.zeros(16, dtype=torch.int64)})
+        data = batch(16, 16 * i) | {"image": real, "label": torch.zeros(16, dtype=torch.int64)}
+        optimizer.zero_grad()
+        loss_of(module, FAKE, data).backward()
+        optimizer.step()
+        losses.append(module.means["loss/gan_fake"].item())
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
 
 
@@ -323,16 +300,15 @@ def test_only_a_classifier_or_data_labels_need_images():
 
 def test_under_autocast_only_the_networks_are_in_low_precision():
     """The difference of two close scores would drown in bfloat16's rounding."""
-    module = alone(method(unet()))
+    module = method(unet())
     inside, seen = [], {}
-    module.fake.network.stem.register_forward_hook(lambda net, args, out: inside.append(out.dtype))
-    module.watch = lambda images, gradient, fake, target, sigma: seen.update(locals())
+    module.fake_score.network.stem.register_forward_hook(lambda net, args, out: inside.append(out.dtype))
+    module.log_generator = lambda images, gradient, fake, target, sigma: seen.update(locals())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        module.diagnostics["loss/mismatch"] = torch.zeros(())
-        turn(module, "generator_turn", batch(4))
+        loss = loss_of(module, STUDENT, batch(4))
     assert inside == [torch.bfloat16]
     assert {seen[name].dtype for name in ("images", "gradient", "fake", "target", "sigma")} == {torch.float32}
-    assert module.losses[0][1].dtype == torch.float32
+    assert loss.dtype == torch.float32
     assert torch.equal(seen["gradient"], seen["fake"] - seen["target"])
 
 
@@ -341,21 +317,22 @@ def test_under_autocast_only_the_networks_are_in_low_precision():
 
 def test_diagnostics_mean_what_they_say():
     """With the target's exact score as fake score there is no mismatch and no lead; images of one value have no spread."""
-    module = alone(method())
-    turn(module, "generator_turn", batch(64))
-    assert module.diagnostics["loss/mismatch"] == 0
-    assert module.diagnostics["score/lead"] == 0
-    assert module.diagnostics["score/image_gradient"] == 0
+    module = method(batch_size=2)
+    loss_of(module, STUDENT, batch(64))
+    logged = lambda: module.metrics(module.means)  # noqa: E731
+    assert logged()["loss/mismatch"] == 0
+    assert logged()["score/lead"] == 0
+    assert logged()["score/image_gradient"] == 0
     images = torch.tensor([-1.5, 0.5]).view(2, 1, 1, 1).expand(2, 2, 1, 1)
     zero, sigma = torch.zeros_like(images), torch.ones(2)
-    module.watch(images, torch.full_like(images, 3.0), images, zero, sigma)
+    module.log_generator(images, torch.full_like(images, 3.0), images, zero, sigma)
     weight = (1 + 0.25) / 0.25  # EDM's lambda at sigma = 1
-    assert module.diagnostics["loss/mismatch"].item() == pytest.approx(weight * (2 * 1.5**2 + 2 * 0.5**2) / 2)
-    assert module.diagnostics["score/lead"] == 1  # the fake score fits exactly
-    assert module.diagnostics["score/image_gradient"].item() == pytest.approx(3 * 2**0.5)
-    assert module.diagnostics["generator/mean"].item() == pytest.approx(-0.5)
-    assert module.diagnostics["generator/std"].item() == pytest.approx(2**0.5)
-    assert module.diagnostics["generator/saturation"].item() == 0.5
+    assert logged()["loss/mismatch"].item() == pytest.approx(weight * (2 * 1.5**2 + 2 * 0.5**2) / 2)
+    assert logged()["score/lead"] == 1  # the fake score fits exactly
+    assert logged()["score/image_gradient"].item() == pytest.approx(3 * 2**0.5)
+    assert logged()["generator/mean"].item() == pytest.approx(-0.5)
+    assert logged()["generator/std"].item() == pytest.approx(2**0.5)
+    assert logged()["generator/saturation"].item() == 0.5
 
 
 def test_sampling_is_one_evaluation_at_sigma_init():

@@ -14,7 +14,6 @@ from closed_forms import CorrectedByLevel, Mixture, energy_distance, exact_teach
 from lightning_modules import DiffInstruct, DisBack
 from lightning_modules.components.degradation_path import node_steps
 from lightning_modules.components.degradation_recording import DegradationRecording
-from lightning_modules.disback import Backtracking
 from stillhouse.diffusion.losses import denoising_score_matching
 from stillhouse.diffusion.random_numbers import sample_noise
 from stillhouse.diffusion.training_noise import one_step
@@ -143,7 +142,7 @@ def test_targets_come_in_reverse_order_and_end_with_the_teacher(recorded):
 
     module.aim = aim
     first = []
-    module.on_train_start = lambda: first.append(weights(module.fake))
+    module.on_train_start = lambda: first.append(weights(module.fake_score))
     fit(module, None)
     path = module.path
     states = {}
@@ -164,7 +163,7 @@ def test_switching_leaves_fake_score_optimisers_and_learning_rate_alone(recorded
     module = method(recorded, interval=1, kimg=0.768)
     kept = snapshots(module)
     fit(module, None)
-    fakes = [copies["fake"] for copies, *_ in kept]
+    fakes = [copies["fake_score"] for copies, *_ in kept]
     moved = [max((a - b).abs().max() for a, b in zip(x, y, strict=True)) for x, y in itertools.pairwise(fakes)]
     assert max(moved) < 3e-3  # steps of Adam at 1e-3, never the distance between nodes
     for optimizer in module.trainer.optimizers:
@@ -180,7 +179,7 @@ def test_no_nodes_is_diff_instruct_bit_for_bit(tmp_path):
     for module in (ours, plain):
         fit(module, None)
     assert torch.equal(weights(ours.student), weights(plain.student))
-    assert torch.equal(weights(ours.fake), weights(plain.fake))
+    assert torch.equal(weights(ours.fake_score), weights(plain.fake_score))
     assert not torch.equal(weights(ours.student), weights(ours.teacher.denoiser))
     for a, b in zip(ours.trainer.optimizers, plain.trainer.optimizers, strict=True):
         for x, y in zip(a.state.values(), b.state.values(), strict=True):
@@ -215,40 +214,6 @@ def test_it_learns_the_mixture(recorded, precision):
     fit(module, None, precision=precision)
     assert module.node == 3
     assert energy_distance(module.sample(noise), real) < 0.1 * before
-
-
-class Squared(DiffInstruct):
-    """Another score distillation: the gradient of |D_fake - D_target|^2 / 2 in the images' own coordinates, normalised."""
-
-    def generator_turn(self, random, labels, batch):
-        images = self.generate(random.latents, labels)
-        with torch.no_grad():
-            sigma = random.sigma(self.generator_sigmas)
-            x = images + sigma.view(-1, 1, 1, 1) * random.noise
-            fake, target = self.fake(x, sigma, labels), self.target.denoiser(x, sigma, labels)
-            pulled = images - (fake - target) / (fake - target).flatten(1).norm(dim=1).clamp_min(1e-3).view(-1, 1, 1, 1)
-        self.watch(images.detach(), pulled - images.detach(), fake, target, sigma)
-        self.descend(0, (images - pulled).square().mean())
-        return self.diagnostics["loss/mismatch"]
-
-
-class BacktrackedSquared(Backtracking, Squared):
-    pass
-
-
-def test_any_score_distillation_can_be_backtracked(recorded):
-    """Another loss, the same mix-in; without nodes it is that method bit for bit."""
-    module = method(recorded, BacktrackedSquared, kimg=1.536)
-    kept = snapshots(module)
-    fit(module, None)
-    assert module.node == 3
-    assert len(kept) == 12
-    ours = method(recorded, BacktrackedSquared, nodes=0)
-    plain = Squared(ours.teacher, name="squared", batch_size=128, seed=0, kimg=1.024, lr=1e-3, **OPTIONS)
-    for each in (ours, plain):
-        fit(each, None)
-    assert torch.equal(weights(ours.student), weights(plain.student))
-    assert not torch.equal(weights(ours.student), weights(ours.teacher.denoiser))
 
 
 # -- misuse -----------------------------------------------------------------------------------------------------------

@@ -189,7 +189,9 @@ def fit(
     resume: str | Path | None = None,
     **options: Any,
 ) -> pl.Trainer:
-    """Train a method for its whole budget with nothing around it but `callbacks`; resume: a checkpoint; options: Trainer's."""
+    """Train a method for its whole budget with nothing around it but `callbacks`; resume: a checkpoint; options: Trainer's, and
+    gradient_clip_val as in conf/trainer."""
+    module.gradient_clip = options.pop("gradient_clip_val", module.gradient_clip)
     bare = {
         "max_steps": module.total_steps,
         "logger": False,
