@@ -157,7 +157,7 @@ def _unknown_key(key: str) -> str:
 def nearest(key: str, names: Iterable[str]) -> list[str]:
     """Names like the dotted `key`: beside it, or of the same last part elsewhere, or alike as a whole; the best first."""
     names = sorted(set(names) - {key})
-    parent, _, leaf = key.rpartition(".")
+    parent, _, leaf = key.rpartition("/")[2].rpartition(".")  # a group may have been inside of another one
     beside = {name.rpartition(".")[2]: name for name in names if name.rpartition(".")[0] == parent}
     found = [beside[near] for near in difflib.get_close_matches(leaf, beside, _SHOWN, _ALIKE)]
     found += sorted((name for name in names if name.rpartition(".")[2] == leaf), key=lambda name: name.count("."))

@@ -1,6 +1,5 @@
 """One file per method."""
 
-from lightning_modules.b_dense import BDenseProgressive, BDenseSFD, BDenseStudent
 from lightning_modules.bezier import BezierDistillation
 from lightning_modules.components.method import Method
 from lightning_modules.denoising_student import DenoisingStudent
@@ -14,9 +13,6 @@ from lightning_modules.sfd import SFD
 
 __all__ = [
     "SFD",
-    "BDenseProgressive",
-    "BDenseSFD",
-    "BDenseStudent",
     "BezierDistillation",
     "DenoisingStudent",
     "DiffInstruct",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from datamodules import TrajectoryDataModule
 from datamodules.trajectories import check_store
-from lightning_modules.components.dense_targets import DenseTargets
+from lightning_modules.components.branches import BranchedMethod
 from lightning_modules.components.method import check_nfe
 from stillhouse.diffusion.losses import REGRESSIONS, regression
 from stillhouse.diffusion.sampling import Sampling
@@ -17,7 +17,7 @@ from stillhouse.diffusion.teacher import Teacher
 from stillhouse.diffusion.training_noise import one_step_sampling
 
 
-class DenoisingStudent(DenseTargets):
+class DenoisingStudent(BranchedMethod):
     """min_S E |S(z) - T(z)|^2 / 2 over z ~ N(0, I), with T the teacher's ODE solution.
 
     That is the KL between unit-variance Gaussians around the two images. The student is the teacher's network, evaluated
@@ -53,7 +53,7 @@ class DenoisingStudent(DenseTargets):
         self.student = teacher.student().eval()  # no dropout in the student, as released
         self.student.preconditioning = self.student.preconditioning.one_step()
         self.sigmas = teacher.sigmas()
-        self.span(len(self.sigmas) - 1)
+        self.widen_student(len(self.sigmas) - 1)
         # Of the states that are targets. Not a slice, whose odd stride DDP can't broadcast.
         taus = torch.tensor(self.sigmas[self.stride :: self.stride].tolist(), dtype=torch.float64)
         self.register_buffer("taus", taus, persistent=False)
@@ -87,7 +87,7 @@ class DenoisingStudent(DenseTargets):
         x, sigma = self.start(batch["noise"].double())
         estimates = self.student.branches(x, sigma, batch.get("label"))
         states = euler_step(x[:, None], estimates, sigma, self.taus[:, None, None, None])
-        loss = self.objective(regression(states, batch["states"], self.distance))
+        loss = self.branch_loss(regression(states, batch["states"], self.distance))
         self.log_mean("loss/student", loss.detach())
         return loss
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from callbacks import EMA
-from lightning_modules.components.dense_targets import DenseTargets
+from lightning_modules.components.branches import BranchedMethod
 from lightning_modules.components.method import check_nfe
 from lightning_modules.components.optimisation import Optimisation
 from stillhouse.checkpoints import load_weights, save_weights
@@ -29,7 +29,7 @@ WEIGHTINGS = {
 }
 
 
-class ProgressiveDistillation(DenseTargets):
+class ProgressiveDistillation(BranchedMethod):
     """Rounds that each teach a student to do in one DDIM step what its teacher does in `factor`; then it is the teacher.
 
     The round of N steps draws images x0, an index i uniform over the N upper levels of its grid, noise, x = x0 + sigma_i e,
@@ -71,7 +71,7 @@ class ProgressiveDistillation(DenseTargets):
         self.teacher = teacher
         self.student = teacher.student().eval()  # no dropout, as released
         self.guide = teacher.student().eval().requires_grad_(False)  # the current round's teacher
-        self.span(factor)
+        self.widen_student(factor)
         self.weighting, self.clip = weighting, clip
         self.grid = teacher.sigmas(start_steps)
         if len(self.grid) != start_steps + 1:
@@ -137,7 +137,7 @@ class ProgressiveDistillation(DenseTargets):
         targets = self.targets(x, sigmas, labels)
         estimates = self.student.branches(x, sigmas[:, 0], labels)
         weight = WEIGHTINGS[self.weighting](sigmas[:, :1] ** -2)
-        loss = self.objective((weight * (estimates - targets).square().flatten(2).mean(2)).float())
+        loss = self.branch_loss((weight * (estimates - targets).square().flatten(2).mean(2)).float())
         self.log_mean("loss/student", loss.detach())
         self.log_mean("progress/steps", float(self.steps))
         return loss

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from datamodules import DataFree
-from lightning_modules.components.dense_targets import DenseTargets
+from lightning_modules.components.branches import BranchedMethod
 from lightning_modules.components.method import check_nfe
 from stillhouse.checks import check_choice, check_counts
 from stillhouse.diffusion.denoiser import Denoiser
@@ -22,7 +22,7 @@ from stillhouse.diffusion.training_noise import TrainingNoise
 from stillhouse.networks.step_condition import condition_on_steps, fixed_steps_state, set_steps
 
 
-class SFD(DenseTargets):
+class SFD(BranchedMethod):
     """A student whose Euler steps end where the teacher's solver does after `substeps` steps.
 
     A trajectory starts from noise at the teacher's highest level. In each interval of the student's grid
@@ -73,7 +73,7 @@ class SFD(DenseTargets):
         self.student = teacher.student(label_dropout=False).train()  # with the network's dropout, as released
         if len(self.choices) > 1:
             condition_on_steps(self.student.network, self.choices[-1])
-        self.span(substeps)
+        self.widen_student(substeps)
         self.distance = loss
         self.afs, self.teacher_afs = bool(afs), bool(teacher_afs)
         high = teacher.sigmas()[0].item()
@@ -131,7 +131,7 @@ class SFD(DenseTargets):
         # From an overflow, whose step a loss scale skips, a trajectory goes on where its teacher is.
         finite = end.flatten(1).isfinite().all(1)[:, None, None, None]
         self.ends.append(torch.where(finite, end, batch["target"][:, -1]))
-        loss = self.objective(regression(states, batch["target"], self.distance))
+        loss = self.branch_loss(regression(states, batch["target"], self.distance))
         self.log_mean("loss/student", loss.detach())
         return loss
 

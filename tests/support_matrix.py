@@ -97,7 +97,7 @@ class Case:
         method, _, host = self.method.partition(" ")
         bezier = self.method == "bezier"
         options = [f"method={method}", f"data={self.data}", *data_options, *COMMON, *METHODS[self.method]]
-        options += [f"method/host={host}"] if host else []
+        options += [f"host={host}"] if host else []
         options += [f"method.teachers=[{self.teacher},{self.teacher}]"] if bezier else [f"teacher={self.teacher}"]
         options += (
             ["method.augment=null"] if self.method == "pretrain" and self.family != "edm" else []

@@ -98,16 +98,16 @@ def override(file: Path) -> list[str]:
         known = (CONF / f"data/{data}.yaml").is_file()
         conditional = [f"data.conditional={'_cond' in option}"] if data == "cifar10" or not known else []
         return [f"data={data if known else 'image_folder'}", f"teacher={option}", *conditional, *small(option)]
-    if group == "method/host":
+    if group == "host":
         return ["method=b_dense", f"{group}={option}"]
     if group == "shrink/method":  # debug_METHOD[_HOST]
         method, _, host = option.removeprefix("debug_").replace("b_dense_", "b_dense ").partition(" ")
-        return ["trainer=debug", f"method={method}", *([f"method/host={host}"] if host else [])]
+        return ["trainer=debug", f"method={method}", *([f"host={host}"] if host else [])]
     if group == "recipe":  # METHOD[_HOST]_DATA[_VARIANT]
         data = next(path.stem for path in (CONF / "data").glob("*.yaml") if f"_{path.stem}" in option)
         method, _, variant = option.partition(f"_{data}")
         host = method.removeprefix("b_dense").removeprefix("_") if method.startswith("b_dense") else ""
-        chosen = ["method=b_dense", f"method/host={host}"] if host else [f"method={method}"]
+        chosen = ["method=b_dense", f"host={host}"] if host else [f"method={method}"]
         return [*chosen, f"data={data}", *small(data), *([f"recipe={option}"] if variant else [])]
     return [f"{group}={option}", *small(option)] if file.parts[0] != "hydra" else []
 
@@ -249,7 +249,7 @@ def test_a_recipe_is_taken_by_itself_for_method_host_and_data():
         return choices(*arguments)["recipe"]
 
     assert recipe("method=b_dense", "data=cifar10") == "b_dense_sfd_cifar10"
-    assert recipe("method=b_dense", "method/host=progressive", "data=cifar10") == "b_dense_progressive_cifar10"
+    assert recipe("method=b_dense", "host=progressive", "data=cifar10") == "b_dense_progressive_cifar10"
     assert recipe("method=sfd", "data=imagenet64") == "sfd_imagenet64"
     assert recipe("method=sfd", "data=cifar10", "recipe=sfd_cifar10_one_step") == "sfd_cifar10_one_step"
 
@@ -301,7 +301,7 @@ def test_sfd_has_the_trajectories_and_times_of_its_code(option, trajectories, le
     grid = method.grids[method.choices[-1]]
     torch.testing.assert_close(grid[:: method.substeps], torch.tensor(levels).double(), rtol=5e-3, atol=0)
     if option.startswith("b_dense"):
-        assert (method.branches, method.auxiliaries.tolist()) == (4, pytest.approx([0.1] * 3))
+        assert (method.branches, method.auxiliary_weights.tolist()) == (4, pytest.approx([0.1] * 3))
 
 
 def test_sfd_for_several_steps_draws_each_as_often():
@@ -386,12 +386,12 @@ def test_a_sweep_of_curves_has_a_folder_for_each():
 
 def test_a_search_of_branch_weights_is_of_b_dense_and_takes_its_recipe():
     found = choices("sweep=b_dense_branch_weights", "data=cifar10")
-    assert (found["method"], found["method/host"], found["recipe"]) == ("b_dense", "sfd", "b_dense_sfd_cifar10")
+    assert (found["method"], found["host"], found["recipe"]) == ("b_dense", "sfd", "b_dense_sfd_cifar10")
     assert found["hydra/sweeper"] == "search"
     assert choices("data=cifar10", "method=b_dense")["hydra/sweeper"] == "grid"
     cfg = compose("config", ["sweep=b_dense_branch_weights", "data=cifar10"])
     assert (cfg.seed, cfg.method.lr, cfg.method.steps) == (100, 5e-5, 2)  # the recipe's; held out from results' seeds
-    cfg = compose("config", ["sweep=b_dense_branch_weights", "method/host=progressive", "seed=101"])
+    cfg = compose("config", ["sweep=b_dense_branch_weights", "host=progressive", "seed=101"])
     assert (cfg.seed, cfg.method.name) == (101, "b_dense_progressive")
 
 

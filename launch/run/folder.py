@@ -34,6 +34,10 @@ EARLIER = {
     "data.class_order": "text",
     "data.depth": "refuse",
     "data.max_aspect": 10,
+    "method.branches": 1,
+    "method.branch_weights": "uniform",
+    "method.branch_auxiliary": None,
+    "method.branch_fade": None,
 }
 
 

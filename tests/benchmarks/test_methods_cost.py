@@ -59,7 +59,7 @@ def measured():
 def test_every_method_and_host_is_measured():
     options = [option for options in methods.METHODS.values() for option in options]
     for path in (ROOT / "conf" / "method").rglob("*.yaml"):
-        group = "method" if path.parent.name == "method" else "method/host"
+        group = "method" if path.parent.name == "method" else "host"
         assert f"{group}={path.stem}" in options
 
 

@@ -25,7 +25,7 @@ from launch.command_line import nearest
         ("method=denoising_studnet", ["method=denoising_studnet is not among conf/method; did you mean denoising_student?"]),
         ("data=digist", ["data=digist is not among conf/data; did you mean digits?"]),
         ("logger=none", ["choose logger=NAME: csv, default, wandb, wandb_offline"]),
-        ("method=b_dense method/host=nonsense", ["method/host=nonsense", "denoising_student, progressive, sfd"]),
+        ("method=b_dense host=nonsense", ["host=nonsense", "denoising_student, progressive, sfd"]),
         ("-m data=digist,digits", ["error: sweep: ", "did you mean digits?"]),
         # of groups that may be empty, which Hydra passes over
         ("recipe=sfd_digitz", ["recipe=sfd_digitz is not among conf/recipe; did you mean sfd_digits"]),

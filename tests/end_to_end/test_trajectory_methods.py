@@ -31,10 +31,10 @@ OPTIONS = tuple(o for o in TINY if not o.startswith(("name=", "teacher.weights="
 METHODS = {
     # In 13 steps: rounds of 4, 2 and 1 steps that end after training steps 2, 7 and 13.
     "progressive": ("method=progressive", "method.start_steps=8", "method.lr=2e-5"),
-    "dense_progressive": ("method=b_dense", "method/host=progressive", "method.start_steps=8", "method.lr=2e-5"),
+    "dense_progressive": ("method=b_dense", "host=progressive", "method.start_steps=8", "method.lr=2e-5"),
     "sfd": ("method=sfd", "method.lr=2e-5"),
     "sfd_v": ("method=sfd", "method.steps=[1,2,3]", "method.lr=2e-5"),
-    "dense_sfd": ("method=b_dense", "method.steps=[3,4]", "method.lr=2e-5", "method.fade=0.7"),
+    "dense_sfd": ("method=b_dense", "method.steps=[3,4]", "method.lr=2e-5", "method.branch_fade=0.7"),
 }
 PROGRESSIVE = "lightning_modules.progressive:ProgressiveDistillation"
 SFD = "lightning_modules.sfd:SFD"
@@ -304,7 +304,7 @@ def test_debugging_in_bfloat16(finished, options, tmp_path, host):
     """Both hosts with their own settings: in ten steps there are four rounds."""
     with_data(finished, tmp_path)
     network = [o for o in options["sfd"] if o.startswith("teacher.")]
-    chosen = ("name=debug", "method=b_dense", f"method/host={host}", "trainer=debug", "trainer.precision=bf16-mixed")
+    chosen = ("name=debug", "method=b_dense", f"host={host}", "trainer=debug", "trainer.precision=bf16-mixed")
     train(tmp_path, *network, *chosen).ok()
     rows = read_csv(tmp_path / "runs/debug/metrics.csv")
     losses = torch.tensor([float(row["loss/student"]) for row in rows])
@@ -327,7 +327,11 @@ def test_debugging_in_bfloat16(finished, options, tmp_path, host):
     [
         ("dense_sfd", "method.branches=3", ["method.branches=3 does not divide the 4 teacher steps"]),
         ("dense_progressive", "method.branches=4", ["method.branches=4 does not divide the 2 teacher steps"]),
-        ("dense_sfd", "method.weights=[1,2]", ["method.weights=[1, 2] must be 4 numbers for method.branches=4"]),
+        (
+            "dense_sfd",
+            "method.branch_weights=[1,2]",
+            ["method.branch_weights=[1, 2] must be 4 numbers for method.branches=4"],
+        ),
         ("progressive", "method.start_steps=12", ["method.start_steps=12", "method.factor=2", "method.end_steps=1"]),
         ("progressive", "method.weighting=edm", ["method.weighting must be one of truncated_snr", "got 'edm'"]),
         ("progressive", "method.kimg=0.03", ["method.kimg gives 2 training steps, too few for 3 rounds"]),

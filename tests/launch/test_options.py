@@ -178,9 +178,9 @@ ROWS = {
     ],
     "method=progressive": [("method.clip=no", f"method.clip=no: {TRUTH}")],
     "method=b_dense": [
-        ("method.weights=5", "method.weights=5: give text or a list of finite numbers"),
-        ("method.weights=[a,1,1,1]", "method.weights=[a,1,1,1]: give text or a list of finite numbers"),
-        ("method.auxiliary=much", f"method.auxiliary=much: {NUMBER} or null"),
+        ("method.branch_weights=5", "method.branch_weights=5: give text or a list of finite numbers"),
+        ("method.branch_weights=[a,1,1,1]", "method.branch_weights=[a,1,1,1]: give text or a list of finite numbers"),
+        ("method.branch_auxiliary=much", f"method.branch_auxiliary=much: {NUMBER} or null"),
     ],
     f"{STUDENT} logger=wandb": [
         ("logger.wandb.offline=no", f"logger.wandb.offline=no: {TRUTH}"),

@@ -7,22 +7,14 @@ import pytorch_lightning as pl
 import torch
 
 from closed_forms import BranchingCorrected, Mixture, MixtureData, energy_distance, exact_teacher, fit
-from lightning_modules import (
-    SFD,
-    BDenseProgressive,
-    BDenseSFD,
-    BDenseStudent,
-    DenoisingStudent,
-    ProgressiveDistillation,
-)
-from lightning_modules.b_dense import branch_weights
+from lightning_modules import SFD, DenoisingStudent, ProgressiveDistillation
+from lightning_modules.components.branches import weights_of_branches
 from stillhouse.diffusion.random_numbers import sample_noise
 from stillhouse.diffusion.solvers import euler
 from stillhouse.diffusion.training_noise import TrainingNoise
 from stillhouse.networks import branches_of
 
-PAIRS = {"sfd": (SFD, BDenseSFD), "progressive": (ProgressiveDistillation, BDenseProgressive)}
-PAIRS |= {"student": (DenoisingStudent, BDenseStudent)}
+METHODS = {"sfd": SFD, "progressive": ProgressiveDistillation, "student": DenoisingStudent}
 HOSTS = {"sfd": {"steps": 2}, "progressive": {"start_steps": 16}}
 HOSTS |= {"student": {"loss": "l2", "pairs": 256, "held_out": 32, "dtype": "float32"}}
 
@@ -34,7 +26,7 @@ def method(host, tmp_path=None, kimg=0.384, lr=1e-3, batch_size=32, teacher=None
     common = {"name": host, "batch_size": batch_size, "seed": 0, "kimg": kimg, "lr": lr} | HOSTS[host]
     if host == "student":
         common["store"] = str(tmp_path / "trajectories")
-    return PAIRS[host]["branches" in options](teacher, **(common | options))
+    return METHODS[host](teacher, **(common | options))
 
 
 def trained(module, tmp_path, *callbacks, **options):
@@ -50,13 +42,13 @@ def at_step(module, step):
 
 def caught(module):
     """The list that the branches' mean losses of every training step go into."""
-    kept, total = [], module.total
+    kept, branch_loss = [], module.branch_loss
 
     def keep(losses):
-        kept.append(losses.detach())
-        return total(losses)
+        kept.append(losses.detach().mean(0))
+        return branch_loss(losses)
 
-    module.total = keep
+    module.branch_loss = keep
     return kept
 
 
@@ -75,7 +67,7 @@ each_host = pytest.mark.parametrize("host", HOSTS)
 
 
 @each_host
-@pytest.mark.parametrize("options", [{}, {"fade": 0.5}, {"auxiliary": 0.3}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"branch_fade": 0.5}, {"branch_auxiliary": 0.3}], ids=str)
 def test_one_branch_is_the_host_bit_for_bit(tmp_path, host, options):
     plain, branched = method(host, tmp_path), method(host, tmp_path, branches=1, **options)
     before = copied(plain.student)
@@ -88,7 +80,7 @@ def test_one_branch_is_the_host_bit_for_bit(tmp_path, host, options):
 @each_host
 def test_end_weights_train_the_end_point_as_the_host_does(tmp_path, host):
     """The other groups, without a gradient, stay as they were."""
-    plain, branched = method(host, tmp_path), method(host, tmp_path, branches=2, weights="end")
+    plain, branched = method(host, tmp_path), method(host, tmp_path, branches=2, branch_weights="end")
     groups = copied(branched.student)["network.last.weight"]
     for module in (plain, branched):
         trained(module, tmp_path)
@@ -105,7 +97,7 @@ def test_end_weights_train_the_end_point_as_the_host_does(tmp_path, host):
 def test_with_auxiliary_weights_the_end_point_is_pulled_as_in_the_host(tmp_path, host):
     """The gradient of its own group of weights is the host's."""
     gradients = []
-    for options in ({}, {"branches": 2, "auxiliary": 0.3}, {"branches": 2}):
+    for options in ({}, {"branches": 2, "branch_auxiliary": 0.3}, {"branches": 2}):
         module = method(host, tmp_path, **options)
         with torch.no_grad():
             for part in (module.student.network.layers, module.student.network.last):
@@ -197,27 +189,27 @@ def test_in_sfd_the_first_branch_learns_what_the_solver_remembers(interval):
     ],
 )
 def test_weights_sum_to_one(weights, expected):
-    found = branch_weights(weights, 4, None)
+    found = weights_of_branches(weights, 4, None)
     assert found == pytest.approx(expected, abs=1e-3)
     assert sum(found) == pytest.approx(1)
-    module = at_step(method("sfd", branches=4, weights=weights), 0)
-    assert module.total(torch.tensor([1.0, 10.0, 100.0, 1000.0])).item() == pytest.approx(
+    module = at_step(method("sfd", branches=4, branch_weights=weights), 0)
+    assert module.branch_loss(torch.tensor([[1.0, 10.0, 100.0, 1000.0]])).item() == pytest.approx(
         sum(w * 10**k for k, w in enumerate(found)), rel=1e-5
     )
 
 
 @pytest.mark.parametrize("branches", [2, 3, 4, 8])
 def test_the_end_points_geometric_weight_is_about_seven_tenths(branches):
-    assert branch_weights("geometric", branches, None)[-1] == pytest.approx(0.7, abs=0.07)
-    assert branch_weights("geometric", 1, None) == [1]
+    assert weights_of_branches("geometric", branches, None)[-1] == pytest.approx(0.7, abs=0.07)
+    assert weights_of_branches("geometric", 1, None) == [1]
 
 
 def test_auxiliary_weights_come_on_top_of_the_end_points():
-    assert branch_weights("uniform", 4, 0.3) == pytest.approx([0.1, 0.1, 0.1, 1])
-    assert branch_weights("linear", 4, 1) == pytest.approx([1 / 6, 2 / 6, 3 / 6, 1])
-    assert branch_weights("uniform", 4, 0) == [0, 0, 0, 1]
-    assert branch_weights("end", 4, 0) == [0, 0, 0, 1]
-    assert branch_weights("end", 1, 0.3) == [1]
+    assert weights_of_branches("uniform", 4, 0.3) == pytest.approx([0.1, 0.1, 0.1, 1])
+    assert weights_of_branches("linear", 4, 1) == pytest.approx([1 / 6, 2 / 6, 3 / 6, 1])
+    assert weights_of_branches("uniform", 4, 0) == [0, 0, 0, 1]
+    assert weights_of_branches("end", 4, 0) == [0, 0, 0, 1]
+    assert weights_of_branches("end", 1, 0.3) == [1]
 
 
 @pytest.mark.parametrize(
@@ -228,21 +220,21 @@ def test_auxiliary_weights_come_on_top_of_the_end_points():
     ],
 )
 def test_auxiliary_weights_fade_over_a_share_of_the_training(auxiliary, expected):
-    module = method("sfd", branches=2, auxiliary=auxiliary, fade=0.5)
+    module = method("sfd", branches=2, branch_auxiliary=auxiliary, branch_fade=0.5)
     assert module.total_steps == 12
     for step, factors in expected.items():
         losses = torch.tensor([3.0, 5.0], requires_grad=True)
-        at_step(module, step).total(losses).backward()
+        at_step(module, step).branch_loss(losses[None]).backward()
         assert losses.grad.tolist() == pytest.approx(factors)
 
 
 def test_in_progressive_distillation_they_fade_in_every_round():
-    module = method("progressive", branches=2, fade=0.5, end_steps=4, kimg=0.512)
+    module = method("progressive", branches=2, branch_fade=0.5, end_steps=4, kimg=0.512)
     assert module.ends == [8, 16]
     for number, step, left in ((0, 0, 1), (0, 2, 0.5), (0, 4, 0), (0, 7, 0), (1, 8, 1), (1, 10, 0.5), (1, 12, 0)):
         module.round = number
         losses = torch.tensor([3.0, 5.0], requires_grad=True)
-        at_step(module, step).total(losses).backward()
+        at_step(module, step).branch_loss(losses[None]).backward()
         assert losses.grad.tolist() == pytest.approx([left / 2, 1 - left / 2])
 
 
@@ -251,13 +243,13 @@ def test_in_progressive_distillation_they_fade_in_every_round():
 
 @pytest.mark.parametrize(("host", "branches"), [("sfd", 4), ("progressive", 2), ("student", 2)])
 def test_every_branchs_loss_is_logged(tmp_path, host, branches):
-    module = method(host, tmp_path, branches=branches, weights="linear")
+    module = method(host, tmp_path, branches=branches, branch_weights="linear")
     metrics = trained(module, tmp_path).callback_metrics
     losses = [metrics[f"loss/branch{k}"] for k in range(1, branches + 1)]
     assert {name for name in metrics if name.startswith("loss/branch")} == {
         f"loss/branch{k + 1}" for k in range(branches)
     }
-    weights = branch_weights("linear", branches, None)
+    weights = weights_of_branches("linear", branches, None)
     total = sum(w * loss for w, loss in zip(weights, losses, strict=True))
     torch.testing.assert_close(metrics["loss/student"], total)
 
@@ -391,20 +383,23 @@ def test_it_beats_the_teacher_at_its_number_of_steps(tmp_path, host, options, nf
         ({"branches": 3}, "method.branches=3 does not divide the 4 teacher steps inside a student step"),
         ({"branches": 8}, "method.branches=8 does not divide the 4 teacher steps"),
         (
-            {"weights": "cubic"},
-            "method.weights='cubic' is unknown; choose end, uniform, linear, geometric or 4 numbers",
+            {"branch_weights": "cubic"},
+            "method.branch_weights='cubic' is unknown; choose end, uniform, linear, geometric or 4 numbers",
         ),
-        ({"weights": [1, 2]}, r"method.weights=\[1, 2\] must be 4 numbers for method.branches=4"),
+        ({"branch_weights": [1, 2]}, r"method.branch_weights=\[1, 2\] must be 4 numbers for method.branches=4"),
         (
-            {"weights": [1, -1, 1, 1]},
+            {"branch_weights": [1, -1, 1, 1]},
             "must be 4 numbers for method.branches=4, none of them negative, the last one positive",
         ),
-        ({"weights": [1, 1, 1, 0]}, "the last one positive"),
-        ({"weights": []}, r"method.weights=\[\] must be 4 numbers"),
-        ({"weights": "end", "auxiliary": 0.3}, "method.auxiliary=0.3 .* needs method.weights=end with others than"),
-        ({"auxiliary": -1}, "method.auxiliary=-1 must be null or not negative"),
-        ({"fade": 0}, r"method.fade must lie in \(0, 1\], or be null, got 0"),
-        ({"fade": 1.5}, r"method.fade must lie in \(0, 1\], or be null, got 1.5"),
+        ({"branch_weights": [1, 1, 1, 0]}, "the last one positive"),
+        ({"branch_weights": []}, r"method.branch_weights=\[\] must be 4 numbers"),
+        (
+            {"branch_weights": "end", "branch_auxiliary": 0.3},
+            "method.branch_auxiliary=0.3 .* needs method.branch_weights=end ",
+        ),
+        ({"branch_auxiliary": -1}, "method.branch_auxiliary=-1 must be null or not negative"),
+        ({"branch_fade": 0}, r"method.branch_fade must lie in \(0, 1\], or be null, got 0"),
+        ({"branch_fade": 1.5}, r"method.branch_fade must lie in \(0, 1\], or be null, got 1.5"),
     ],
 )
 def test_misuse(options, message):

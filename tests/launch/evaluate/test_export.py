@@ -53,7 +53,7 @@ CASES = {
     "two_steps": (("method=progressive", "method.start_steps=8", "method.end_steps=2", *TINY), None),
     "own_reading": (("method=progressive", "method.start_steps=8", "method.end_steps=2", *TINY), None),
     "sfd": (("method=sfd", "method.steps=[2,3]", "method.afs=true", *TINY), 2),
-    "b_dense": (("method=b_dense", "method/host=sfd", "method.steps=1", *TINY), None),
+    "b_dense": (("method=b_dense", "host=sfd", "method.steps=1", *TINY), None),
     "large": (("method=diff_instruct", "data=imagenet64", "teacher.network.channels_per_head=8", *RGB), None),
     "stochastic": (
         ("method=pretrain", "teacher.solver=stochastic_heun", "+teacher.solver_options={s_churn:2.0}", *TINY),

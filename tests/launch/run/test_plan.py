@@ -149,10 +149,7 @@ METHODS = {
         for name in ("pretrain", "denoising_student", "diff_instruct", "disback", "progressive", "sfd")
     },
     **{name: [f"method={name}"] for name in ("rectified_flow", "reflow", "flow_distill", "bezier")},
-    **{
-        f"b_dense {host}": ["method=b_dense", f"method/host={host}"]
-        for host in ("denoising_student", "progressive", "sfd")
-    },
+    **{f"b_dense {host}": ["method=b_dense", f"host={host}"] for host in ("denoising_student", "progressive", "sfd")},
 }
 
 
