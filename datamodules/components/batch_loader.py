@@ -1,4 +1,4 @@
-"""From an order to batches in a Lightning loop: whole batches by index, at the exact place where training stands."""
+"""Batches in the order of training: whole batches by index, from the exact position where training stands."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -13,15 +13,15 @@ from torch.utils.data import DataLoader
 from datamodules.components.sample_order import EpochOrder, RankBatches, fixed_batches
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-"""That this process may use."""
+"""CPU cores that this process may use."""
 
 Batch = dict[str, Tensor]
 Fetch = Callable[[int, np.ndarray], Batch]
-"""(position of the first item, items) -> batch on the CPU; with workers it must survive pickling."""
+"""(position of the first item, items) -> batch on the CPU; with workers the function is pickled."""
 
 
 class _WholeBatches:
-    """Hands the loader a whole batch at a time."""
+    """A data set that gives the loader a whole batch at a time."""
 
     def __init__(self, fetch: Fetch):
         self.fetch = fetch
@@ -35,10 +35,16 @@ def _unchanged(batch: Batch) -> Batch:
 
 
 class BatchLoader:
-    """A loader whose place is asked for anew whenever an iteration begins.
+    """A loader that asks for its position whenever an iteration begins.
 
     Lightning starts a new iteration at every epoch (`limit_train_batches`) and after a resume. This is no DataLoader, so
-    Lightning neither replaces the sampler, which knows its rank, nor advises workers, which are slower here.
+    Lightning neither replaces the sampler, which knows its rank, nor recommends workers, which are slower here.
+
+    Args:
+        fetch: Loads a batch.
+        batches: Called at the start of each iteration; gives (position of the first item, items) of each batch.
+        pin_memory: As of torch's DataLoader.
+        num_workers: Processes that fetch, at most one per core.
     """
 
     def __init__(
@@ -54,7 +60,7 @@ class BatchLoader:
         self.num_workers = num_workers
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty: the place is the trainer's count of batches. Says to Lightning that a resume is exact."""
+        """Empty, as the position is the trainer's count of batches; tells Lightning that a resume is exact."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -65,19 +71,21 @@ class BatchLoader:
             _WholeBatches(self.fetch),
             batch_sampler=self.batches(),
             collate_fn=_unchanged,
-            num_workers=min(self.num_workers, CORES),  # more would only be in each other's way
+            num_workers=min(self.num_workers, CORES),
             pin_memory=self.pin_memory,
-            generator=torch.Generator(),  # else each iteration would draw from the global random state
+            generator=torch.Generator(),  # otherwise each iteration would draw from the global random state
         )
 
 
 class FixedLoader(BatchLoader):
+    """A loader of finitely many batches."""
+
     def __len__(self) -> int:
         return len(list(self.batches()))
 
 
 def batches_seen(trainer: pl.Trainer | None) -> int:
-    """Training batches done, restored before a resumed loop asks for its loader.
+    """The number of training batches done, which is restored before a resumed loop asks for its loader.
 
     `processed`, not `ready`: `ready` also counts the batch that an exception interrupted, which would then be skipped.
     """
@@ -93,7 +101,19 @@ def _placement(trainer: pl.Trainer | None) -> tuple[int, int, bool]:
 def endless_loader(
     trainer: pl.Trainer | None, fetch: Fetch, count: int, batch_size: int, seed: int, num_workers: int = 0
 ) -> BatchLoader:
-    """Shuffled batches for ever, from the first that the trainer has not processed. None: one process, from batch 0."""
+    """Shuffled batches without end, from the first that the trainer has not processed.
+
+    Args:
+        trainer: Says rank, number of processes and batches done. None: one process, from batch 0.
+        fetch: Loads a batch.
+        count: Items of the data set.
+        batch_size: Over all processes.
+        seed: Of the order.
+        num_workers: Processes that fetch.
+
+    Raises:
+        ValueError: For a batch that the processes cannot divide evenly.
+    """
     rank, world_size, pin_memory = _placement(trainer)
     order = EpochOrder(count, seed)
     RankBatches(order, batch_size, rank, world_size)  # an impossible batch size is refused now
@@ -105,7 +125,7 @@ def endless_loader(
 
 
 def fixed_loader(trainer: pl.Trainer | None, fetch: Fetch, count: int, batch_size: int) -> FixedLoader:
-    """Every item once, in order, divided evenly over the ranks."""
+    """Every item once, in order, divided evenly over the processes; arguments and errors as for `endless_loader`."""
     rank, world_size, pin_memory = _placement(trainer)
     batches: Any = fixed_batches(count, batch_size, rank, world_size)
     return FixedLoader(fetch, lambda: batches, pin_memory)

@@ -15,7 +15,7 @@ from stillhouse.files import atomic_write
 
 @contextmanager
 def named_if_full(path: Path) -> Iterator[None]:
-    """Name `path` in the error of a disk that fills up while the block writes it."""
+    """Let the error of a disk that fills up while the block writes name `path`."""
     try:
         yield
     except OSError as error:
@@ -38,24 +38,24 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def readable(size: float) -> str:
-    """Bytes as people read them: 1.3 GB."""
+    """A number of bytes in a unit that suits it: 1.3 GB."""
     power = min(4, int(math.log(max(size, 1), 1000)))
     return f"{size / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def free_space(folder: Path) -> int:
-    """Free bytes on the disk where `folder` is or will be."""
+    """The free bytes on the disk where `folder` is or will be."""
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     return shutil.disk_usage(existing).free
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes of the files that lie directly in `folder`."""
+    """The bytes of the files directly in `folder`."""
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Errors: OSError when `folder` cannot take `needed` more bytes."""
+    """Raise OSError where the disk of `folder` has no room for `needed` more bytes."""
     free = free_space(folder)
     if needed > free:
         raise OSError(

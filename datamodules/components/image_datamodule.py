@@ -17,12 +17,12 @@ from stillhouse.diffusion.random_numbers import derive_seed, philox
 from stillhouse.files import check_folder_name
 from stillhouse.metrics.images import from_uint8
 
-_FLIP = 1  # keeps the flips' random numbers apart from everything else that is derived from the seed
+_FLIP = 1  # separates the flips' random numbers from everything else that is derived from the seed
 _WORD = 0xFFFFFFFF
 
 
 def flips(seed: int, positions: Tensor) -> Tensor:
-    """A fair coin, bool (B,), for each global position (B,), int64: the same on every device and for any rank count."""
+    """Fair coins, bool (B,), a function of the seed and the global positions (B,), int64, on every device."""
     key = derive_seed(seed, _FLIP)
     low, high = torch.full_like(positions, key & _WORD), torch.full_like(positions, key >> 32)
     zero = torch.zeros_like(positions)
@@ -36,19 +36,31 @@ def _fetch(packed: PackedImages, labelled: bool, position: int, indices: np.ndar
 
 
 class ImageDataModule(pl.LightningDataModule, ABC):
-    """Real images of one resolution, in ROOT/NAME after `prepare_data`; the attributes are there without any image.
+    """Real images of one resolution, packed into ROOT/NAME by `prepare_data`; its attributes need no image.
 
     A batch on the device is {"image": float32 (B, C, H, W) in [-1, 1], "label": int64 (B,), "position": int64 (B,)}, the
-    label only where there are classes and `conditional` holds; `num_classes` is 0 otherwise. Positions count the images of
-    all batches and devices. `batch_size` counts all devices together. `flip` mirrors half of the images left to right.
-    `num_workers` helps only where images are decoded or the disk is slow. `verify` compares all that is packed with its hashes
-    before it is used, instead of a few blocks of each file, and so are stored trajectories and degradation nodes.
+    label only where there are classes and `conditional` holds. Positions count the images of all batches and devices.
 
-    Errors: ValueError for sizes other than those of the packed images, or a batch that the devices cannot divide evenly.
+    Args:
+        name: Of the data set, and of its folder.
+        root: The folder of all packed data sets.
+        batch_size: Images per step, on all devices together.
+        seed: Decides the order of the images, and which are mirrored.
+        resolution: Pixels along a side.
+        channels: Of an image.
+        num_classes: Of the data set; 0: none.
+        conditional: Whether batches have labels; without them the attribute `num_classes` is 0.
+        flip: Whether half of the images are mirrored left to right.
+        num_workers: Processes that load batches, which helps only where images are decoded or the disk is slow.
+        verify: Whether everything packed is compared with its hashes before use, instead of a few blocks of each file; the
+            same then holds for stored trajectories and degradation nodes.
+
+    Raises:
+        ValueError: For sizes other than those of the packed images, or a batch that the devices cannot divide evenly.
     """
 
     packed_type: ClassVar[type] = PackedImages
-    """How the folder is read."""
+    """The class that reads the folder."""
 
     def __init__(
         self,
@@ -84,17 +96,23 @@ class ImageDataModule(pl.LightningDataModule, ABC):
 
     @property
     def num_classes(self) -> int:
+        """The classes that a model is conditioned on."""
         return self.classes if self.conditional else 0
 
     @abstractmethod
     def convert(self, folder: Path) -> None:
-        """Pack the source into `folder`, by one call of `packing.pack`."""
+        """Pack the source into `folder`, by one call of `packed_images.pack`."""
 
     def check_source(self) -> None:
-        """Errors: FileNotFoundError where the images are neither packed nor there to be packed."""
+        """Refuse a source that is missing or was changed.
+
+        Raises:
+            FileNotFoundError: The images are neither packed nor there to be packed.
+            ValueError: They were packed by other options or from another source.
+        """
 
     def class_table(self) -> str | None:
-        """One line on which class is which, where the source says so by the names of its folders."""
+        """A line on which class is which, where the source says so by the names of its folders."""
         return None
 
     def prepare_data(self) -> None:
@@ -105,7 +123,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         self.reference()
 
     def reference(self) -> PackedImages:
-        """All real training images, with their labels if the data set has any; packed now if they are not yet."""
+        """All real training images, with their labels if the data set has any; packs them first where that is to do."""
         if self._packed is None:
             self.prepare_data()
             packed = self.packed_type(self.folder)
@@ -115,7 +133,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         return self._packed
 
     def check_sizes(self, meta: dict[str, Any]) -> None:
-        """Errors: ValueError where meta.json's sizes are others than the options'."""
+        """Raise ValueError where the sizes in meta.json are not those of the options."""
         for key, option, expected in (
             ("resolution", "resolution", self.resolution),
             ("channels", "channels", self.channels),

@@ -13,7 +13,7 @@ from stillhouse.checkpoints.block_hashes import BlockHashes
 
 
 def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
-    """What a .npy file of that array begins with."""
+    """The bytes before the data in the .npy file of an array."""
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": tuple(shape)}
     content = BytesIO()
     np.lib.format.write_array_header_1_0(content, header)
@@ -23,9 +23,19 @@ def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
 def write_npy(
     path: Path, shape: tuple[int, ...], dtype: np.dtype, chunks: Iterable[np.ndarray], *, trailer: bool = False
 ) -> BlockHashes:
-    """Stream arrays into one .npy file and return the hashes of its data; `trailer` appends the 32 bytes of the whole.
+    """Write the chunks of one array into a .npy file, which must not exist yet.
 
-    Written, not mapped: on a full disk a write raises OSError, whereas a store to a mapped page kills the process.
+    They are written, not mapped: on a full disk a write raises OSError, whereas a store to a mapped page kills the process.
+
+    Args:
+        path: The file.
+        shape: Of the whole array.
+        dtype: Of the array.
+        chunks: Its parts along the first axis.
+        trailer: Whether the 32 bytes of the data's SHA-256 follow the data.
+
+    Returns:
+        The hashes of the data.
     """
     hashes = BlockHashes()
     with open(path, "xb") as file:
@@ -42,9 +52,17 @@ def write_npy(
 
 
 def check_npy(path: Path, shape: tuple[int, ...], dtype: np.dtype, way_out: str, *, trailer: bool = False) -> int:
-    """The byte at which the data of a .npy file begin.
+    """The offset of the data in a .npy file, once its header and size have been checked.
 
-    Errors: OSError where the file is absent, is no such array, or is shorter or longer than its header says.
+    Args:
+        path: The file.
+        shape: That the array must have.
+        dtype: That the array must have.
+        way_out: What to do about a damaged file, for the error.
+        trailer: Whether 32 bytes of a hash follow the data.
+
+    Raises:
+        OSError: The file is missing, holds another array, or is shorter or longer than its header says.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {way_out}")

@@ -1,4 +1,4 @@
-"""A folder that is filled bit by bit, by one process at a time, and goes on where a killed one stopped."""
+"""Folders that are filled step by step, by one process at a time, and continued where a killed process stopped."""
 
 import os
 import shutil
@@ -14,33 +14,36 @@ from stillhouse.checkpoints.bounds import parse_json
 from stillhouse.file_locks import wait_for_lock
 
 SAVE_SECONDS = 10.0
-"""Work that a killed process loses at most."""
+"""Time between two records of the progress: a killed process loses no more work."""
 
-_NOTE, _LOCK = "progress.json", "lock"
+_PROGRESS, _LOCK = "progress.json", "lock"
 
 Blocks = Callable[[int], Iterable[tuple[int, dict[str, Any]]]]
-"""From item `start` on: (number of items, the bytes that they add to each file)."""
+"""From an item on: (number of items, the bytes that they add to each file, by its name)."""
 
 
 @contextmanager
 def claim_folder(folder: Path) -> Iterator[Path | None]:
-    """The partial folder beside `folder`, for the block to fill and rename; None where `folder` is there already.
+    """Yield the partial folder beside `folder`, for the block to fill and rename, or None where `folder` exists already.
 
-    One process has it at a time; another one waits here until the first is done or dead. An error removes it; a killed or
-    interrupted process leaves it to the next.
+    One process has it at a time; another one waits here until the first has finished or ended. An error removes it; a killed or
+    interrupted process leaves it to the next one.
+
+    Raises:
+        OSError: The disk has no file locks, or fills up.
     """
     partial = folder.with_name(f"{folder.name}.partial")
     lock = None
     while lock is None and not folder.is_dir():
         partial.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):  # the other process is done, and the folder went with its lock
+        with suppress(FileNotFoundError):  # the other process has renamed or removed the folder
             message = f"{folder}: another process makes it, waiting"
             lock = wait_for_lock(partial / _LOCK, message, "set data.root to another")
     if lock is None:
         yield None
         return
     try:
-        if folder.is_dir():  # finished between the look and the lock
+        if folder.is_dir():  # finished before the lock was free
             shutil.rmtree(partial)
             yield None
             return
@@ -54,8 +57,8 @@ def claim_folder(folder: Path) -> Iterator[Path | None]:
         lock.release()
 
 
-class _Growing:
-    """A file to append to; `hashes` are of what follows the header."""
+class _GrowingFile:
+    """A file to append to, and the hashes of what follows its header."""
 
     def __init__(self, path: Path, header: bytes):
         self.path, self.header = path, header
@@ -69,7 +72,7 @@ class _Growing:
         self.hashes = BlockHashes()
 
     def resume(self, size: int, digest: str) -> bool:
-        """Go on after `size` bytes if they are those of `digest`: read again, for a crash may have lost them."""
+        """Go on after `size` bytes if their SHA-256 is `digest`; they are read again, because a crash may have lost them."""
         self._file.seek(0)
         if self._file.read(len(self.header)) != self.header:
             return False
@@ -98,52 +101,61 @@ class _Growing:
 def append_resumably(
     partial: Path, headers: dict[str, bytes], identity: str | None, blocks: Blocks
 ) -> dict[str, BlockHashes]:
-    """PictureFiles of the `partial` folder, header first, then what `blocks` adds; the hashes of what follows each header.
+    """Write files in the `partial` folder, each its header and then what `blocks` adds.
 
-    `identity` names source and options: work that was noted under the same one goes on, after its bytes have been read and
-    compared with the note; any other begins anew, as it always does with None.
+    Work recorded under the same `identity` is continued, once its bytes have been compared with the record; any other begins
+    anew.
+
+    Args:
+        partial: The folder, as `claim_folder` yields it.
+        headers: The first bytes of each file, by its name.
+        identity: Names source and options; None: progress is not recorded.
+        blocks: Gives what is appended.
+
+    Returns:
+        The hashes of what follows the header in each file.
     """
     for path in partial.iterdir():
-        if path.name not in (_NOTE, _LOCK, *headers):
+        if path.name not in (_PROGRESS, _LOCK, *headers):
             path.unlink()
-    files = {name: _Growing(partial / name, header) for name, header in headers.items()}
+    files = {name: _GrowingFile(partial / name, header) for name, header in headers.items()}
     try:
-        done = _resumed(partial / _NOTE, files, identity)
+        done = _resumed(partial / _PROGRESS, files, identity)
         if done:
             print(f"{partial}: going on after {done:,} images", flush=True)
         else:
             for file in files.values():
                 file.begin()
-        noted = time.monotonic()
+        saved = time.monotonic()
         for items, data in blocks(done):
             for name, part in data.items():
                 files[name].append(part)
             done += items
-            if identity is not None and time.monotonic() - noted >= SAVE_SECONDS:
-                _write_note(partial / _NOTE, files, identity, done)
-                noted = time.monotonic()
+            if identity is not None and time.monotonic() - saved >= SAVE_SECONDS:
+                _record_progress(partial / _PROGRESS, files, identity, done)
+                saved = time.monotonic()
         for file in files.values():
             file.sync()
-        (partial / _NOTE).unlink(missing_ok=True)
+        (partial / _PROGRESS).unlink(missing_ok=True)
         return {name: file.hashes for name, file in files.items()}
     finally:
         for file in files.values():
             file.close()
 
 
-def _write_note(path: Path, files: dict[str, _Growing], identity: str, done: int) -> None:
+def _record_progress(path: Path, files: dict[str, _GrowingFile], identity: str, done: int) -> None:
     for file in files.values():
-        file.sync()  # a note must never be ahead of the bytes
+        file.sync()  # the record must never be ahead of the bytes
     written = {name: [file.hashes.size, file.hashes.whole] for name, file in files.items()}
     write_json(path, {"identity": identity, "images": done, "files": written})
 
 
-def _resumed(path: Path, files: dict[str, _Growing], identity: str | None) -> int:
-    """Images that are there already; 0 where nothing can be gone on with."""
+def _resumed(path: Path, files: dict[str, _GrowingFile], identity: str | None) -> int:
+    """The number of images that are there already; 0 where nothing can be continued."""
     try:
-        note = parse_json(path.read_bytes())
-        if note["identity"] != identity or set(note["files"]) != set(files):
+        record = parse_json(path.read_bytes())
+        if record["identity"] != identity or set(record["files"]) != set(files):
             return 0
-        return note["images"] if all(file.resume(*note["files"][name]) for name, file in files.items()) else 0
+        return record["images"] if all(file.resume(*record["files"][name]) for name, file in files.items()) else 0
     except (OSError, ValueError, TypeError, KeyError):  # none, or cut short
         return 0

@@ -1,4 +1,4 @@
-"""Which item comes when: an endless order that is a pure function of (seed, position), and each rank's part of it."""
+"""The order of training samples: endless, a pure function of (seed, position), and divided over the processes."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,11 @@ from stillhouse.diffusion.random_numbers import derive_seed
 
 
 class EpochOrder:
-    """Items 0 .. count-1 for ever, each exactly once per epoch of `count` positions, in a new random order each time."""
+    """Items 0 .. count-1 without end, each exactly once per epoch of `count` positions, in a new random order each epoch.
+
+    Raises:
+        ValueError: For no items.
+    """
 
     def __init__(self, count: int, seed: int):
         if count < 1:
@@ -19,14 +23,15 @@ class EpochOrder:
         self._permutation = np.empty(0, np.int64)
 
     def permutation(self, epoch: int) -> np.ndarray:
+        """The items in the order of one epoch, int64 (count,)."""
         if epoch != self._epoch:
-            # Sorted raw words: numpy promises this stream for ever, that of Generator.permutation may change.
+            # Sorted raw words: numpy promises that this stream stays, whereas that of Generator.permutation may change.
             words = np.random.PCG64(derive_seed(self.seed, epoch)).random_raw(self.count)
             self._epoch, self._permutation = epoch, np.argsort(words, kind="stable")
         return self._permutation
 
     def batch(self, position: int, size: int) -> np.ndarray:
-        """Items at positions position .. position+size-1, int64 (size,); it may reach into the following epochs."""
+        """Items at positions position .. position+size-1, int64 (size,), also across epochs."""
         parts = []
         end = position + size
         while position < end:
@@ -37,8 +42,12 @@ class EpochOrder:
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
-def share(batch_size: int, world_size: int) -> int:
-    """Items per process. Errors: ValueError where the global batch cannot be divided evenly."""
+def items_per_process(batch_size: int, world_size: int) -> int:
+    """A process' share of the global batch.
+
+    Raises:
+        ValueError: The batch cannot be divided evenly.
+    """
     if batch_size < 1 or batch_size % world_size:
         raise ValueError(
             f"batch_size={batch_size} (global) cannot be divided evenly over {world_size} devices; "
@@ -48,15 +57,23 @@ def share(batch_size: int, world_size: int) -> int:
 
 
 class RankBatches:
-    """Endless (position, items) of one rank: global batch k covers positions [k B, (k+1) B), rank r its r-th share.
+    """Batches of one process without end, as (position of the first item, items).
 
-    Side by side the shares of all ranks are the batch that one process would see. `start` is the first k.
+    Global batch k covers positions [k B, (k+1) B), process r its r-th share: side by side, the shares are the batch that a
+    single process would see.
+
+    Args:
+        order: Of all items.
+        batch_size: B, over all processes.
+        rank: r.
+        world_size: Number of processes.
+        start: The first k.
     """
 
     def __init__(self, order: EpochOrder, batch_size: int, rank: int = 0, world_size: int = 1, start: int = 0):
         self.order = order
         self.global_size = batch_size
-        self.share = share(batch_size, world_size)
+        self.share = items_per_process(batch_size, world_size)
         self.rank = rank
         self.start = start
 
@@ -68,11 +85,14 @@ class RankBatches:
 
 
 def fixed_batches(count: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[tuple[int, np.ndarray]]:
-    """Items 0 .. count-1 once, in order, as (position, items) of one rank: the same number of items on each rank.
+    """Batches of one process that cover items 0 .. count-1 once and in order, as (position of the first item, items).
 
-    Errors: ValueError where `count` cannot be divided evenly.
+    Every process has the same number of items.
+
+    Raises:
+        ValueError: `count` or the batch cannot be divided evenly.
     """
-    share(batch_size, world_size)
+    items_per_process(batch_size, world_size)
     if count % world_size:
         raise ValueError(
             f"held_out={count} cannot be divided evenly over {world_size} devices; set it to a multiple of {world_size}"

@@ -1,4 +1,4 @@
-"""One long array in whole files of equal size, each sealed with the hash of its data."""
+"""One long array in files of equal size, each of which ends with the hash of its data."""
 
 import itertools
 import math
@@ -20,9 +20,16 @@ _WAY_OUT = "delete this file and run again, only it will be sampled again"
 class Shards:
     """Entries 0 .. count-1 of one shape and dtype in FOLDER/shard-00000.npy and so on, `size` entries each.
 
-    The last one, where `count` does not fill it, is shard-00000-first-64.npy, with as many as are asked for: a larger `count`
-    finds all shards valid but that one, and makes it anew, whole; a smaller one takes whole shards where they are. A shard is
-    a .npy file followed by the 32 bytes of its SHA-256: in one file, data and hash cannot come apart.
+    The last shard, where `count` does not fill it, is shard-00000-first-64.npy with the entries asked for: a larger `count`
+    finds all shards valid except that one and makes it anew, whole; a smaller one uses whole shards where they exist. A shard
+    is a .npy file followed by the 32 bytes of its SHA-256: in one file, data and hash cannot be separated.
+
+    Args:
+        folder: Of the files.
+        count: Number of entries.
+        size: Entries per shard.
+        entry_shape: Shape of an entry.
+        dtype: numpy's name of the entries' type.
     """
 
     def __init__(self, folder: Path, count: int, size: int, entry_shape: tuple[int, ...], dtype: str):
@@ -38,23 +45,27 @@ class Shards:
         return -(-self.count // self.size)
 
     def entries(self, shard: int) -> range:
-        """Those of `shard` that are asked for."""
+        """The entries of `shard` that are asked for."""
         return range(shard * self.size, min((shard + 1) * self.size, self.count))
 
     def path(self, shard: int) -> Path:
-        """Where it is, or will be written."""
-        return self._place(shard)[0]
+        """The file of `shard`, whether it exists yet or not."""
+        return self._file(shard)[0]
 
-    def _place(self, shard: int) -> tuple[Path, int]:
-        """The file, and how many entries it holds."""
+    def _file(self, shard: int) -> tuple[Path, int]:
+        """The path of a shard's file, and the number of entries that it holds."""
         whole, asked = self.folder / f"shard-{shard:05d}.npy", len(self.entries(shard))
         if asked == self.size or whole.exists():
             return whole, self.size
         return self.folder / f"shard-{shard:05d}-first-{asked}.npy", asked
 
     def missing(self) -> list[int]:
-        """Errors: OSError where a shard is there but not whole."""
-        # A listing rather than single look-ups: network file systems remember for a while that a file was absent.
+        """The shards that do not exist yet.
+
+        Raises:
+            OSError: A shard exists but is not whole.
+        """
+        # A listing instead of single look-ups: network file systems remember for a while that a file was absent.
         present = set(os.listdir(self.folder)) if self.folder.is_dir() else set()
         absent = [shard for shard in range(len(self)) if self.path(shard).name not in present]
         for shard in set(range(len(self))).difference(absent):
@@ -62,29 +73,32 @@ class Shards:
         return absent
 
     def write(self, shard: int, chunks: Iterable[np.ndarray]) -> None:
-        """The shard appears when all chunks are on disk."""
-        path, entries = self._place(shard)
+        """Write a shard, whose file appears when all chunks are on disk."""
+        path, entries = self._file(shard)
         with scratch(path) as temporary:
             write_npy(temporary, (entries, *self.entry_shape), self.dtype, chunks, trailer=True)
 
     def _check(self, shard: int) -> tuple[Path, int, int]:
-        """(file, number of its entries, byte at which they begin)"""
-        path, entries = self._place(shard)
+        """Path, number of entries and offset of the data of a shard that is whole; OSError for another."""
+        path, entries = self._file(shard)
         shape = (entries, *self.entry_shape)
         return path, entries, check_npy(path, shape, self.dtype, _WAY_OUT, trailer=True)
 
     def _map(self, shard: int) -> np.ndarray:
         if shard not in self._mapped:
             path, entries, offset = self._check(shard)
-            # torch's mapping keeps no file descriptor, numpy's does: a thousand shards would exhaust the usual limit.
+            # torch's mapping keeps no file descriptor open; numpy's does, and a thousand shards would exceed the usual limit.
             raw = torch.from_file(str(path), size=offset + entries * self.entry_bytes, dtype=torch.uint8)
             self._mapped[shard] = raw.numpy()[offset:].view(self.dtype).reshape(entries, *self.entry_shape)
         return self._mapped[shard]
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """Entries `indices` (B,) in that order, fresh memory.
+        """A copy of the entries `indices` (B,), in that order.
 
-        Errors: IndexError outside [0, count), FileNotFoundError for an absent shard, OSError for a damaged one.
+        Raises:
+            IndexError: An index is outside [0, count).
+            FileNotFoundError: A shard is missing.
+            OSError: A shard is damaged.
         """
         if len(indices) and not 0 <= indices.min() <= indices.max() < self.count:
             raise IndexError(f"indices {indices.min()} to {indices.max()} exceed {self.count} entries of {self.folder}")
@@ -98,9 +112,13 @@ class Shards:
         return batch
 
     def verify(self, everything: bool = True) -> None:
-        """Errors: OSError where the data of a shard are not those that were written.
+        """Compare shards with their hashes.
 
-        Without `everything` some whole shards are looked at, others each time, of some megabytes but at least one.
+        Args:
+            everything: All shards; otherwise a few, chosen at random each time, of some megabytes but at least one.
+
+        Raises:
+            OSError: The data of a shard are not those that were written.
         """
         few = min(len(self), max(1, AT_START * BLOCK // (self.size * self.entry_bytes)))
         for shard in range(len(self)) if everything else random.SystemRandom().sample(range(len(self)), few):
