@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -42,6 +43,11 @@ def write_file(path: str | Path, data: bytes) -> None:
             temporary.write_bytes(data)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error}; free some space there or choose another folder") from error
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write `content` as JSON with sorted keys, as `write_file` does."""
+    write_file(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
 
 
 @contextmanager

@@ -1,16 +1,12 @@
 """Disk space: how much is needed and free, and errors that name the file for which it was not enough."""
 
 import errno
-import json
 import math
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from stillhouse.files import atomic_write
 
 
 @contextmanager
@@ -23,18 +19,6 @@ def named_if_full(path: Path) -> Iterator[None]:
             raise
         reason = os.strerror(error.errno)
         raise OSError(f"{reason}: {path} was not written, nothing of it is left; free space and run again") from error
-
-
-@contextmanager
-def scratch(path: Path) -> Iterator[Path]:
-    """As `stillhouse.files.atomic_write`, with the error of a full disk naming `path`."""
-    with named_if_full(path), atomic_write(path) as temporary:
-        yield temporary
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    with scratch(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def readable(size: float) -> str:

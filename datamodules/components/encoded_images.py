@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from datamodules.components.disk_space import folder_size, require_space, write_json
+from datamodules.components.disk_space import folder_size, require_space
 from datamodules.components.npy_files import check_npy, write_npy
 from datamodules.components.packed_images import (
     FORMAT,
@@ -28,6 +28,7 @@ from datamodules.components.packed_images import (
 )
 from datamodules.components.partial_folder import append_resumably, claim_folder
 from datamodules.components.picture_decoding import CENTRE_CROP, THREADS, Decoder, DecodingRules, centre_crop, decode
+from stillhouse.files import write_json
 
 
 def pack_encoded(

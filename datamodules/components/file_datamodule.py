@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from datamodules.components.disk_space import write_json
 from datamodules.components.image_datamodule import ImageDataModule
 from datamodules.components.packed_images import PackedImages, pack, read_meta, way_out
 from datamodules.components.picture_decoding import Decoder, DecodingRules, Preprocess
 from datamodules.components.picture_files import PictureFiles, files_below, json_hash
+from stillhouse.files import write_json
 from stillhouse.ranks import progress_bar
 
 ContentHashes = dict[str, Callable[[], str]]

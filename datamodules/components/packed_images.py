@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.components.disk_space import folder_size, require_space, write_json
+from datamodules.components.disk_space import folder_size, require_space
 from datamodules.components.npy_files import check_npy, npy_header, write_npy
 from datamodules.components.partial_folder import append_resumably, claim_folder
 from stillhouse.checkpoints.block_hashes import BlockHashes, unchanged
 from stillhouse.checkpoints.bounds import parse_json
+from stillhouse.files import write_json
 
 FORMAT = 1
 DESCRIPTION = {"name", "classes", "source", "preprocessing"}

@@ -8,10 +8,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from datamodules.components.disk_space import named_if_full, write_json
+from datamodules.components.disk_space import named_if_full
 from stillhouse.checkpoints.block_hashes import BLOCK, BlockHashes
 from stillhouse.checkpoints.bounds import parse_json
 from stillhouse.file_locks import wait_for_lock
+from stillhouse.files import write_json
 
 SAVE_SECONDS = 10.0
 """Time between two records of the progress: a killed process loses no more work."""

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datamodules.components.disk_space import scratch
+from datamodules.components.disk_space import named_if_full
 from datamodules.components.npy_files import check_npy, write_npy
 from stillhouse.checkpoints.block_hashes import AT_START, BLOCK, hash_range
+from stillhouse.files import atomic_write
 
 _WAY_OUT = "delete this file and run again, only it will be sampled again"
 
@@ -75,7 +76,7 @@ class Shards:
     def write(self, shard: int, chunks: Iterable[np.ndarray]) -> None:
         """Write a shard, whose file appears when all chunks are on disk."""
         path, entries = self._file(shard)
-        with scratch(path) as temporary:
+        with named_if_full(path), atomic_write(path) as temporary:
             write_npy(temporary, (entries, *self.entry_shape), self.dtype, chunks, trailer=True)
 
     def _check(self, shard: int) -> tuple[Path, int, int]:

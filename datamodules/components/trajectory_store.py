@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from datamodules.components.disk_space import free_space, readable, require_space, write_json
+from datamodules.components.disk_space import free_space, readable, require_space
 from datamodules.components.shards import Shards
 from stillhouse.checks import check_choice, check_counts
 from stillhouse.diffusion.random_numbers import sample_labels, sample_noise
 from stillhouse.diffusion.teacher import Teacher
-from stillhouse.files import remove_leftovers
+from stillhouse.files import remove_leftovers, write_json
 from stillhouse.metrics.images import from_uint8, to_uint8
 
 FORMAT = 1

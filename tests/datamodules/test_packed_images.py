@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from datamodules.components import partial_folder
-from datamodules.components.disk_space import write_json
 from datamodules.components.npy_files import check_npy, write_npy
 from datamodules.components.packed_images import PackedImages, pack
 from stillhouse.checkpoints.block_hashes import hash_range
+from stillhouse.files import write_json
 
 FORK = multiprocessing.get_context("fork")
 META = {"name": "toy", "classes": 3, "source": "numpy", "preprocessing": "none"}
