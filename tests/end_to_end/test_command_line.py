@@ -160,6 +160,11 @@ def test_a_changed_config_is_refused(finished, tmp_path, complete):
     assert snapshot(tmp_path) == before
 
 
+def test_a_run_below_a_folder_of_runs_says_the_recipe_that_it_takes_by_itself(tmp_path):
+    assert "recipe=sfd_digits, " in train(tmp_path, "method=sfd", "name=tries/a", "plan=true").ok().out
+    assert "recipe=" not in train(tmp_path, "method=sfd", "~recipe", "plan=true").ok().out
+
+
 # -- sweeps -----------------------------------------------------------------------------------------------------------
 
 
