@@ -181,6 +181,7 @@ def sweep(folder, *arguments):
     return train(folder, "--multirun", "--config-dir=conf", *arguments)
 
 
+@pytest.mark.slow
 def test_a_sweep_over_seeds_gives_a_run_each(finished, tmp_path):
     with_data(finished, tmp_path)
     sweep(tmp_path, "seed=0,1", "logger=wandb_offline").ok()

@@ -25,6 +25,7 @@ from launch.run.teachers import expand_teachers
 from stillhouse.checkpoints import save_weights
 from stillhouse.networks import SongUNet
 
+pytestmark = pytest.mark.slow  # five methods, each killed; test_support.py trains all methods for a moment
 COMMON = tuple(o for o in TINY if not o.startswith(("name=", "teacher.")))
 # Hidden labels are drawn by each process for itself.
 NETWORK = ("teacher.network.model_channels=8", "teacher.network.label_dropout=0", "teacher.steps=3", "method.lr=2e-5")

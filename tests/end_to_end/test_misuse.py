@@ -18,6 +18,7 @@ from end_to_end_tools import (
     PRETRAIN,
     RUN,
     STUDENT,
+    TINY,
     assert_same_run,
     copied,
     die,
@@ -73,6 +74,7 @@ COMMANDS = {
     "student": NEW,
     "pretrain": PRETRAIN,
     "pictures": PICTURES,
+    "disback": (*TINY, "method=disback"),
     "teachers": FLOW,
     "curve": (*FLOW, "method.teachers=[runs/plain,runs/plain]"),
 }
@@ -156,6 +158,13 @@ REFUSED = {
         ("evaluation.num_samples=1000000000000", "evaluation.num_samples=1000000000000 in blocks=3", "lower them"),
         ("evaluation.training.num_samples=5", "callbacks.metrics.num_samples must be a whole number of at least 10"),
         ("evaluation=digits", "the digits extractor reads uint8 images (N, 1, 8, 8)", *NO_PICTURES),
+    ],
+    "disback": [
+        ("method.sigma_init=100", "method.sigma_init=100", "0.002 to 80"),
+        ("method.nodes=9 method.degradation.steps=8", "method.nodes=9 do not fit", "method.degradation.steps=8"),
+        ("method.labels=mine", "method.labels must be one of uniform, data"),
+        ("callbacks.clock=null", "put callbacks.clock back"),
+        ("method.gan={generator:1}", "method.gan.fake is missing: method.gan needs it"),
     ],
     "teachers": [
         ("method.teachers=[digits_rf1,digits_rf9]", f"method.teachers: digits_rf9 {NEITHER}"),

@@ -59,6 +59,7 @@ def test_a_teacher_is_trained_and_measured(pretrained):
     assert [int(row["step"]) for row in read_csv(pretrained / RUN / "metrics.csv")] == list(range(1, 6))
 
 
+@pytest.mark.slow
 def test_it_is_a_teacher_for_a_student_and_for_evaluation(pretrained, tmp_path):
     with_zip(tmp_path)
     weights = f"teacher.weights={pretrained / RUN / 'student.safetensors'}"
@@ -90,6 +91,7 @@ def test_what_is_missing_is_said_in_one_line(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_score_distillation_with_a_gan_reads_the_images(pretrained, tmp_path):
     """Labels and real images from the zip, a classifier on the fake score's encoder, and a path of one node."""
     with_zip(tmp_path)
@@ -103,6 +105,7 @@ def test_score_distillation_with_a_gan_reads_the_images(pretrained, tmp_path):
     assert {key.partition(".")[0] for key in state["state_dict"]} == {"student", "fake", "gan"}
 
 
+@pytest.mark.slow
 def test_a_method_that_needs_no_images_is_trained_and_measured_without_any(tmp_path):
     save_statistics(tmp_path / "refs/cheap.npz", torch.zeros(8), torch.eye(8))
     options = ("method=diff_instruct", "evaluation=edm_cifar10", "evaluation.reference.file=refs/cheap.npz")

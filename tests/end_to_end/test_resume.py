@@ -34,6 +34,7 @@ OPTIONS = (
     "method.lr=0.1",  # so fast that the held-out loss is best at step 8 and worse at step 12
     "callbacks.ema.averages=[{decay:0.5},{halflife_kimg:1,rampup_ratio:0.05}]",
 )
+SLOW = pytest.mark.slow
 STEP = "lightning_modules:DenoisingStudent.training_step"
 
 
@@ -107,11 +108,13 @@ def test_killed_twice_at_arbitrary_steps(uninterrupted, tmp_path):
 @pytest.mark.parametrize(
     ("target", "number", "act", "when"),
     [
-        pytest.param(STEP, 1, killed, None, id="first step"),
-        pytest.param("lightning_modules:DenoisingStudent.validation_step", 2, killed, None, id="validation"),
-        pytest.param("torch:save", 3, killed_half_way, None, id="half a checkpoint"),
+        pytest.param(STEP, 1, killed, None, id="first step", marks=SLOW),
+        pytest.param(
+            "lightning_modules:DenoisingStudent.validation_step", 2, killed, None, id="validation", marks=SLOW
+        ),
+        pytest.param("torch:save", 3, killed_half_way, None, id="half a checkpoint", marks=SLOW),
         pytest.param("os:replace", 4, killed_after, of_checkpoint, id="best newer than last"),
-        pytest.param("os:replace", 6, killed, of_checkpoint, id="last newer than best"),
+        pytest.param("os:replace", 6, killed, of_checkpoint, id="last newer than best", marks=SLOW),
     ],
 )
 def test_killed(uninterrupted, tmp_path, target, number, act, when):
@@ -124,6 +127,7 @@ def test_killed(uninterrupted, tmp_path, target, number, act, when):
     assert_same_run(tmp_path / RUN, uninterrupted / RUN)
 
 
+@pytest.mark.slow
 def test_killed_in_the_final_evaluation(uninterrupted, tmp_path):
     """There is last.ckpt and no metrics.json: the run goes on, and trains no step again."""
     with_data(uninterrupted, tmp_path)
@@ -135,6 +139,7 @@ def test_killed_in_the_final_evaluation(uninterrupted, tmp_path):
     assert_same_run(tmp_path / RUN, uninterrupted / RUN)
 
 
+@pytest.mark.slow
 def test_killed_while_pairs_are_made(uninterrupted, tmp_path):
     """The training pairs stay, of the held-out ones nothing is left."""
     solve = "datamodules:TrajectoryStore._solve"  # one batch for each of the two shards
@@ -178,6 +183,7 @@ def test_another_batch_size_would_change_the_images_seen(uninterrupted, tmp_path
     refused.refused("the checkpoint runs/other/checkpoints/last.ckpt is of another configuration", "remove this one")
 
 
+@pytest.mark.slow
 def test_the_comparison_sees_a_difference(uninterrupted, tmp_path):
     """Training noise that is not repeated exactly: the seeding of a single step is left out."""
     with_data(uninterrupted, tmp_path)

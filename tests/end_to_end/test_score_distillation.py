@@ -36,6 +36,7 @@ TINY_DISBACK = (
 STAGE_1 = "lightning_modules.components.degradation_recording:DegradationRecording.training_step"
 STAGE_2 = "lightning_modules.diff_instruct:DiffInstruct.training_step"
 PATH = Path("data/degradation")
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -87,16 +88,22 @@ def test_the_run_leaves_its_path_its_cost_and_its_curves(uninterrupted):
 @pytest.mark.parametrize(
     ("target", "number", "said"),
     [
-        pytest.param(STAGE_1, 5, ["runs/run/degradation goes on from step 3 of 8 (48 of 128 images)"], id="stage 1"),
+        pytest.param(
+            STAGE_1, 5, ["runs/run/degradation goes on from step 3 of 8 (48 of 128 images)"], id="stage 1", marks=SLOW
+        ),
         pytest.param(
             "lightning_modules.components.degradation_path:save_weights",
             2,
             ["runs/run/degradation goes on from step 6 of 8 (96 of 128 images)"],
             id="last node",
         ),
-        pytest.param(STAGE_2, 1, [], id="between the stages"),
+        pytest.param(STAGE_2, 1, [], id="between the stages", marks=SLOW),
         pytest.param(
-            STAGE_2, 8, ["runs/run goes on from step 6 of 13 (96 of 208 images)"], id="stage 2, after a switch"
+            STAGE_2,
+            8,
+            ["runs/run goes on from step 6 of 13 (96 of 208 images)"],
+            id="stage 2, after a switch",
+            marks=SLOW,
         ),
     ],
 )
@@ -109,6 +116,7 @@ def test_killed_in_either_stage(options, uninterrupted, tmp_path, target, number
     assert_same_run(tmp_path / RUN, uninterrupted / RUN)
 
 
+@pytest.mark.slow
 def test_another_seed_shares_the_path_and_other_settings_do_not(options, uninterrupted, tmp_path):
     with_data(uninterrupted, tmp_path)
     before = snapshot(tmp_path / PATH)
@@ -119,12 +127,14 @@ def test_another_seed_shares_the_path_and_other_settings_do_not(options, uninter
     train(tmp_path, *options, "name=other", "method.sigma_init=80", before=refuse).killed()
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_stage_1_keeps_its_config(options, tmp_path, uninterrupted):
     with_data(uninterrupted, tmp_path, "degradation")
     train(tmp_path, *options, before=partial(in_call, STAGE_1, 5, killed)).killed()
     train(tmp_path, *options, "method.degradation.lr=2e-3").refused("method.degradation.lr=0.001", "0.002")
 
 
+@pytest.mark.slow
 def test_no_nodes_is_diff_instruct(options, uninterrupted, tmp_path):
     """Weights, optimisers and averages, to the last bit."""
     with_data(uninterrupted, tmp_path)
@@ -137,6 +147,7 @@ def test_no_nodes_is_diff_instruct(options, uninterrupted, tmp_path):
     assert_identical(ours["callbacks"]["EMA"], theirs["callbacks"]["EMA"])
 
 
+@pytest.mark.slow
 def test_a_sweep_over_methods(options, uninterrupted, tmp_path):
     with_data(uninterrupted, tmp_path)
     shared = [o for o in options if not re.match(r"name=|method=|method\.(nodes|interval|degradation|fake)", o)]
@@ -158,6 +169,7 @@ def test_a_sweep_over_methods(options, uninterrupted, tmp_path):
         ("foreign", ("belongs to another degradation path", "move that folder away")),
     ],
 )
+@pytest.mark.slow
 def test_a_bad_path_is_refused_and_left_as_it_is(options, uninterrupted, tmp_path, damage, parts):
     with_data(uninterrupted, tmp_path)
     (folder,) = (tmp_path / PATH).iterdir()
@@ -173,19 +185,3 @@ def test_a_bad_path_is_refused_and_left_as_it_is(options, uninterrupted, tmp_pat
     assert not (tmp_path / RUN / "checkpoints").exists()
     shutil.rmtree(folder)
     train(tmp_path, *options).ok()
-
-
-@pytest.mark.parametrize(
-    ("option", "parts"),
-    [
-        ("method.sigma_init=100", ("method.sigma_init=100", "0.002 to 80")),
-        ("method.nodes=9", ("method.nodes=9 do not fit", "method.degradation.steps=8")),
-        ("method.labels=mine", ("method.labels must be one of uniform, data",)),
-        ("teacher.conditional=false", ("num_classes in use=0", "choose a teacher that fits the data")),
-        ("callbacks.clock=null", ("put callbacks.clock back",)),
-        ("method.gan={generator:1}", ("method.gan.fake is missing: method.gan needs it",)),
-    ],
-)
-def test_misuse(options, tmp_path, option, parts):
-    train(tmp_path, *options, option).refused(*parts)
-    assert not list(tmp_path.rglob("*.ckpt"))

@@ -88,6 +88,7 @@ def test_a_run_is_requeued_and_goes_on_exactly(alone, tmp_path, scontrol):
     assert_same_run(tmp_path / RUN, alone / RUN)
 
 
+@pytest.mark.slow
 def test_sigterm_and_ctrl_c_save_too_and_say_so(alone, tmp_path, scontrol):
     """Nobody is asked for the job again."""
     with_data(alone, tmp_path)
@@ -129,6 +130,7 @@ def test_a_second_ctrl_c_ends_a_step_at_once(alone, tmp_path):
     assert "runs/run: interrupted, in the middle of a step, whose work is lost; the same command goes on" in ended.out
 
 
+@pytest.mark.slow
 def test_a_validation_is_left_and_made_again(tmp_path):
     """The first is due at step 4, the last that is made before the signal at step 8; no checkpoint but for them."""
     options = (*STUDENT, "callbacks.checkpoints.every_n_steps=100")
@@ -142,6 +144,7 @@ def test_a_validation_is_left_and_made_again(tmp_path):
     assert_same_run(tmp_path / RUN, tmp_path / "alone" / RUN)
 
 
+@pytest.mark.slow
 def test_without_slurm_a_sweep_ends_and_says_how_it_goes_on(alone, tmp_path):
     with_data(alone, tmp_path)
     sweep = ("-m", *(option for option in OPTIONS if option != "name=run"), "seed=0,1")
@@ -216,7 +219,9 @@ def test_srun_starts_a_sweep_job_after_job(alone, tmp_path):
     assert len(list((tmp_path / "runs").glob("*/metrics.json"))) == 2
 
 
-@pytest.mark.parametrize("signalled_ranks", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize(
+    "signalled_ranks", [pytest.param((0,), marks=pytest.mark.slow), (1,), pytest.param((0, 1), marks=pytest.mark.slow)]
+)
 def test_sigterm_to_any_process_of_a_training_ends_all(alone, tmp_path, signalled_ranks):
     with_data(alone, tmp_path)
     stop = partial(in_call, STEP, 5, partial(signalled, number=signal.SIGTERM))
@@ -226,7 +231,7 @@ def test_sigterm_to_any_process_of_a_training_ends_all(alone, tmp_path, signalle
     assert not [line for end in ended for line in end.err.splitlines() if "error" in line.lower()]
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_the_other_process_of_a_killed_one_says_so_in_one_line(alone, tmp_path, killed):
     with_data(alone, tmp_path)
     die = partial(in_call, STEP, 5, partial(signalled, number=signal.SIGKILL))
@@ -235,6 +240,7 @@ def test_the_other_process_of_a_killed_one_says_so_in_one_line(alone, tmp_path, 
     ended[1 - killed].refused("runs/run: another process of this run has ended")
 
 
+@pytest.mark.slow
 def test_the_processes_of_a_signalled_run_end(alone, tmp_path):
     """The signal goes to the one that the user started, before the first step; the other is ended."""
     with_data(alone, tmp_path)

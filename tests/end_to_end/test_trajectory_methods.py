@@ -149,11 +149,17 @@ def resumed(options, finished, folder, name, before, *more):
 @pytest.mark.parametrize(
     ("target", "number", "act", "when", "every", "step"),
     [
-        pytest.param(f"{PROGRESSIVE}.training_step", 6, killed, None, 3, 3, id="inside a round"),
+        pytest.param(
+            f"{PROGRESSIVE}.training_step", 6, killed, None, 3, 3, id="inside a round", marks=pytest.mark.slow
+        ),
         pytest.param("lightning_modules.progressive:save_weights", 2, killed_after, None, 3, 6, id="student kept"),
-        pytest.param("os:replace", 2, killed, of_weights, 3, 6, id="half a student"),
-        pytest.param(f"{PROGRESSIVE}.training_step", 8, killed, None, 7, 7, id="between rounds"),
-        pytest.param("launch.run.final:save_records", 1, killed, None, 3, 13, id="final evaluation"),
+        pytest.param("os:replace", 2, killed, of_weights, 3, 6, id="half a student", marks=pytest.mark.slow),
+        pytest.param(
+            f"{PROGRESSIVE}.training_step", 8, killed, None, 7, 7, id="between rounds", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "launch.run.final:save_records", 1, killed, None, 3, 13, id="final evaluation", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_progressive_distillation_is_killed(options, finished, tmp_path, target, number, act, when, every, step):
@@ -164,6 +170,7 @@ def test_progressive_distillation_is_killed(options, finished, tmp_path, target,
 
 
 @pytest.mark.parametrize(("name", "number", "step"), [("sfd", 11, 9), ("sfd_v", 8, 6), ("dense_sfd", 5, 3)])
+@pytest.mark.slow
 def test_sfd_is_killed_on_a_trajectory(options, finished, tmp_path, name, number, step):
     before = partial(in_call, f"{SFD}.training_step", number, killed)
     checkpoint = resumed(options, finished, tmp_path, name, before)
@@ -177,6 +184,7 @@ def on_the_way(checkpoint):
     assert under_way["x"].shape == (16, 1, 8, 8)
 
 
+@pytest.mark.slow
 def test_b_dense_on_progressive_distillation_is_killed(options, finished, tmp_path):
     """In the second round, after its students' branches were spread again; and what there is can be measured."""
     name = "dense_progressive"
@@ -279,6 +287,7 @@ def test_exported_students_are_plain_networks(finished, teacher):
     assert (card["method"], card["steps"], card["round"], card["teacher"]) == ("progressive", 2, 2, "digits")
 
 
+@pytest.mark.slow
 def test_a_branched_student_is_measured_as_a_teacher(finished, tmp_path):
     with_data(finished, tmp_path)
     weights = f"teacher.weights={finished}/runs/dense_sfd/student.safetensors"
@@ -286,6 +295,7 @@ def test_a_branched_student_is_measured_as_a_teacher(finished, tmp_path):
     assert {r["nfe"] for r in read_json(tmp_path / "runs/teacher-digits/metrics.json")} == {3, 0}
 
 
+@pytest.mark.slow
 def test_the_second_stage_of_sfd(finished, options, tmp_path):
     """One step, learned from the student for several."""
     with_data(finished, tmp_path)
@@ -300,6 +310,7 @@ def test_the_second_stage_of_sfd(finished, options, tmp_path):
 
 
 @pytest.mark.parametrize("host", ["progressive", "sfd"])
+@pytest.mark.slow
 def test_debugging_in_bfloat16(finished, options, tmp_path, host):
     """Both hosts with their own settings: in ten steps there are four rounds."""
     with_data(finished, tmp_path)

@@ -38,6 +38,7 @@ def resumed(finished, tmp_path_factory):
     return folder / RUN
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_its_curve(resumed):
     identity = (resumed / "wandb_id").read_text()
     assert identity == (resumed / "id_before").read_text()
@@ -53,6 +54,7 @@ def test_a_resumed_run_continues_its_curve(resumed):
     assert ended.exit_code == 0
 
 
+@pytest.mark.slow
 def test_every_row_has_the_images_seen_which_is_the_axis_of_all(resumed):
     segment = offline_runs(resumed)[-1]
     assert wandb_tools.axes(segment)["*"] == "nimg"
@@ -64,6 +66,7 @@ def test_every_row_has_the_images_seen_which_is_the_axis_of_all(resumed):
     assert "epoch" not in keys
 
 
+@pytest.mark.slow
 def test_config_group_tags_and_notes_are_the_runs_own(resumed):
     (run,) = wandb_tools.of_kind(offline_runs(resumed)[-1], "run")
     assert (run.project, run.display_name, run.run_group, run.notes) == ("stillhouse", "run", "run", "a trial")
@@ -73,6 +76,7 @@ def test_config_group_tags_and_notes_are_the_runs_own(resumed):
     assert {key: config[key] for key in stored} == stored
 
 
+@pytest.mark.slow
 def test_the_end_is_told_by_names_that_mean_one_thing(resumed):
     segment = offline_runs(resumed)[-1]
     summary = wandb_tools.summary(segment)
@@ -92,6 +96,7 @@ def test_the_end_is_told_by_names_that_mean_one_thing(resumed):
     assert json.loads(table.read_text())["data"][0][0] == "denoising_student"
 
 
+@pytest.mark.slow
 def test_the_artifact_is_the_student_alone(resumed):
     found = wandb_tools.of_kind(offline_runs(resumed)[-1], "artifact")
     (artifact,) = [artifact for artifact in found if artifact.type != "run_table"]
@@ -165,8 +170,3 @@ def test_a_run_of_the_agent_is_the_agents_run(finished, tmp_path):
     config = wandb_tools.config(segment)
     assert (config["method"], config["method_options"]["lr"]) == ("diff_instruct", 3.5e-05)
     assert (folder / "metrics.json").exists()
-
-
-def test_the_sweep_of_wandb_is_no_search_of_hydra(tmp_path):
-    train(tmp_path, *TINY, "sweep=wandb").refused("sweep=wandb is for W&B: say `wandb sweep conf/sweep/wandb.yaml`")
-    assert not (tmp_path / "runs/run/config.yaml").exists()
