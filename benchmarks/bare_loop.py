@@ -23,10 +23,10 @@ class BareLoop:
     """
 
     def __init__(self, method: DenoisingStudent, data: TrajectoryDataModule):
-        self.device, self.loss = method.device, method.loss
+        self.device, self.distance = method.device, method.distance
         self.student = copy.deepcopy(method.student)
         self.parameters = list(self.student.parameters())
-        self.optimizer = method.adam(self.parameters)
+        self.optimizer = method.adam(self.parameters, fused=True)
         self.average = [p.detach().clone() for p in self.parameters]
         self.sigma = torch.tensor(method.sigmas[0].item(), device=self.device)
         self.prior_std = self.student.preconditioning.prior_std(self.sigma)
@@ -39,7 +39,7 @@ class BareLoop:
         for _ in range(steps):
             noise, labels, target = self._batch()
             self.optimizer.zero_grad()
-            loss = regression(self.student(self.prior_std * noise, self.sigma, labels), target, self.loss).mean()
+            loss = regression(self.student(self.prior_std * noise, self.sigma, labels), target, self.distance).mean()
             loss.backward()
             self.optimizer.step()
             with torch.no_grad():

@@ -64,8 +64,8 @@ def measure(case: Case = CIFAR10, branches: int = 4) -> dict[str, Any]:
     if not torch.equal(plain.infer(), branched.infer()):
         raise RuntimeError(f"an evaluation of the network with {branches} branches is not the plain network's")
 
-    step, branched_step = in_turn(case, device, plain.train, branched.train)
-    inference, branched_inference = in_turn(case, device, plain.infer, branched.infer)
+    step, branched_step = alternately(case, device, plain.train, branched.train)
+    inference, branched_inference = alternately(case, device, plain.infer, branched.infer)
     return {
         "title": f"{branches} branches against 1, {case.title}",
         "device": str(device),
@@ -88,7 +88,7 @@ def measure(case: Case = CIFAR10, branches: int = 4) -> dict[str, Any]:
     }
 
 
-def in_turn(
+def alternately(
     case: Case, device: torch.device, first: Callable[[], Any], second: Callable[[], Any]
 ) -> tuple[list[float], list[float]]:
     """Seconds per call, one figure per round; the calls alternate, so that a drift of the machine meets both alike."""

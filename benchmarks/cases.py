@@ -17,12 +17,12 @@ from stillhouse.checkpoints.weights import find_weights
 
 @dataclass(frozen=True)
 class Case:
-    """A network to train and how long to watch it.
+    """A network to train and how long to measure it.
 
     overrides: on the default config. pair_steps: solver steps behind the stored pairs (None: the teacher's own).
     warmup: steps before the first figure. window: steps behind one figure, a multiple of trainer.log_every_n_steps, so
     that each figure has its share of logging. rounds: figures. sampling_rounds: the same for sampling. cycles: of score
-    distillation behind one figure, a turn of each kind; cycle_rounds: figures.
+    distillation behind one figure, an update of each kind; cycle_rounds: figures.
     """
 
     title: str
@@ -86,12 +86,12 @@ def compose_config(case: Case, folder: str, *overrides: str) -> DictConfig:
     return cfg
 
 
-def prepare(cfg: DictConfig, steps: int, watcher: pl.Callback) -> tuple[Method, pl.Trainer]:
-    """A method and a trainer that watches `steps` of its steps through a callback after all others."""
+def prepare(cfg: DictConfig, steps: int, timer: pl.Callback) -> tuple[Method, pl.Trainer]:
+    """A method and a trainer of `steps` steps, with a callback after all others."""
     # Not within a window by chance: checkpoints are timed apart, and a validation is no part of a step.
     cfg.callbacks.checkpoints.every_n_steps = cfg.trainer.validate_every_n_steps = sys.maxsize
     method = build_seeded(cfg.method, cfg.seed)
     method.total_steps = steps + 1  # at its last step a run writes
     trainer = build_trainer(cfg, method, RunFolder(cfg.folder))
-    trainer.callbacks.append(watcher)
+    trainer.callbacks.append(timer)
     return method, trainer

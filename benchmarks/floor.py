@@ -1,4 +1,4 @@
-"""What a turn of score distillation cannot do without: evaluations of its networks, and the optimiser's step."""
+"""What an update of score distillation cannot do without: evaluations of its networks, and the optimiser's step."""
 
 import copy
 from collections import Counter
@@ -12,29 +12,29 @@ from benchmarks.measuring import clock
 from lightning_modules import DiffInstruct
 from stillhouse.diffusion.random_numbers import sample_labels, sample_noise
 
-# Turn -> the networks that it evaluates, once each, and whether with gradient; those with gradient are then trained.
+# Update -> the networks that it evaluates, once each, and whether with gradient; those with gradient are then trained.
 FLOOR = {
-    "fake": {"student": False, "fake": True},
-    "generator": {"student": True, "fake": False, "teacher": False},
-    "both": {"student": True, "fake": True, "teacher": False},
+    "fake": {"student": False, "fake_score": True},
+    "generator": {"student": True, "fake_score": False, "teacher": False},
+    "both": {"student": True, "fake_score": True, "teacher": False},
 }
 
 
-def turn_of(method: DiffInstruct) -> str:
-    """The key in FLOOR of the turn that a method has just made."""
+def latest_update(method: DiffInstruct) -> str:
+    """The key in FLOOR of the update that a method has just made."""
     return "both" if method.two_sided else "generator" if method.student_updated else "fake"
 
 
 def networks_of(method: DiffInstruct) -> dict[str, nn.Module]:
     return {
         "student": method.student.network,
-        "fake": method.fake_score.network,
+        "fake_score": method.fake_score.network,
         "teacher": method.target.denoiser.network,
     }
 
 
 class Floor:
-    """Turns of bare evaluations: no noise, no loss, no preconditioning, no logs, no averages.
+    """Updates of bare evaluations: no noise, no loss, no preconditioning, no logs, no averages.
 
     Student and fake score are copies of the method's, since they are trained here too; nothing changes the teacher. All
     networks get the same noise (B, C, H, W) and labels, and the backward passes start at a fixed gradient.
@@ -44,15 +44,17 @@ class Floor:
     def __init__(self, method: DiffInstruct, autocast: Callable[[], AbstractContextManager]):
         self.device, self.autocast = method.device, autocast
         networks = networks_of(method)
-        self.networks = {**networks, **{name: copy.deepcopy(networks[name]) for name in ("student", "fake")}}
-        self.optimizers = {name: method.adam(self.networks[name].parameters()) for name in ("student", "fake")}
+        self.networks = {**networks, **{name: copy.deepcopy(networks[name]) for name in ("student", "fake_score")}}
+        self.optimizers = {
+            name: method.adam(self.networks[name].parameters(), fused=True) for name in ("student", "fake_score")
+        }
         network, seeds = networks["student"], torch.arange(method.batch_size, device=self.device)
         self.noise = sample_noise(seeds, (network.in_channels, network.resolution, network.resolution))
         self.levels = torch.zeros(method.batch_size, device=self.device)
         self.labels = sample_labels(seeds, method.teacher.num_classes)
         self.gradient = self.noise / method.batch_size
 
-    def turn(self, kind: str) -> tuple[float, float]:
+    def update(self, kind: str) -> tuple[float, float]:
         """Seconds of the evaluations, forward and backward, and of the optimiser's steps after them."""
         begun = clock(self.device)
         trained = [name for name, with_gradient in FLOOR[kind].items() if with_gradient]
@@ -87,11 +89,11 @@ class Evaluations:
         return count
 
     def check(self, kind: str) -> None:
-        """Errors: RuntimeError unless what was counted are the evaluations of this turn's floor."""
+        """Errors: RuntimeError unless what was counted are the evaluations of this update's floor."""
         if self.counted != Counter(FLOOR[kind].items()):
             counted, floor = _listed(self.counted), _listed(Counter(FLOOR[kind].items()))
             raise RuntimeError(
-                f"the turn {kind!r} evaluated {counted}; its floor in benchmarks/floor.py is {floor}: the method does more, or "
+                f"the update {kind!r} evaluated {counted}; its floor in benchmarks/floor.py is {floor}: the method does more, or "
                 "other things, than that floor says"
             )
 

@@ -27,7 +27,7 @@ from lightning_modules import Method
 from stillhouse.diffusion.denoiser import Denoiser
 from stillhouse.diffusion.teacher import Teacher
 
-_CYCLE = 2  # steps after which every method here has done all that it does: both turns, or both of SFD's intervals
+_CYCLE = 2  # steps after which every method here has done all that it does: both updates of score distillation
 # Samples of the teacher, few and coarse.
 _STORED = (
     "method.pairs=4",
@@ -61,10 +61,10 @@ CIFAR10 = Case(
     cycle_rounds=3,
 )
 IMAGENET64 = Case("EDM's ImageNet 64x64 architecture (ADM)", overrides=("data=imagenet64", *_RANDOM), cycle_rounds=2)
-# As measured by us on another day, like the turns themselves: four of the fake score, then one of the generator.
+# As measured by us on another day, like the updates themselves: four of the fake score, then one of the generator.
 FASTGEN = {
     **score.FASTGEN,
-    "turns": {"fake": 4, "generator": 1},
+    "updates": {"fake": 4, "generator": 1},
     "gan_iteration_seconds": [3.4, 3.6],
     "gan_peak_gib": 3.7,
 }
@@ -74,7 +74,7 @@ Evaluations = Counter[tuple[str, bool]]
 """Per image of the batch, by (network, whether a gradient can flow back)."""
 
 
-class Steps(pl.Callback):
+class StepTimer(pl.Callback):
     """Times the trainer's steps, each with the network evaluations that it made, from inside one `fit`."""
 
     def __init__(self):
@@ -141,7 +141,7 @@ def apart(function: Callable[..., Any], *arguments: Any) -> Any:
 def measure_one(case: Case, name: str, options: Sequence[str], precision: str) -> dict[str, Any]:
     """Needs a temporary folder of a few networks' size, and leaves nothing. Errors: whatever the method complains about."""
     quiet()
-    steps, watcher = _CYCLE * (1 + case.cycle_rounds), Steps()
+    steps, timer = _CYCLE * (1 + case.cycle_rounds), StepTimer()
     with TemporaryDirectory(prefix="stillhouse-benchmark-") as folder:
         cfg = config(case, folder, *options, f"trainer.precision={precision}")
         images = synthetic(cfg.data, folder)
@@ -160,9 +160,9 @@ def measure_one(case: Case, name: str, options: Sequence[str], precision: str) -
             fit_stages(stages, method, run)
             method.total_steps = steps
             trainer = build_trainer(cfg, method, run)
-        trainer.callbacks.append(watcher)
+        trainer.callbacks.append(timer)
         trainer.fit(method, data)
-    figures = summarised(watcher.steps[_CYCLE:steps])
+    figures = summarised(timer.steps[_CYCLE:steps])
     counted, declared = (sum(found.values()) for found in (figures["evaluations_per_image"], method.evaluations))
     if not math.isclose(counted, declared):
         raise RuntimeError(
@@ -201,7 +201,7 @@ def synthetic(data: DictConfig, folder: str) -> Synthetic:
 
 
 def summarised(steps: list[tuple[float, Evaluations]]) -> dict[str, Any]:
-    """Seconds of a step, mean of each cycle, and of each kind of turn; network evaluations per image of the training."""
+    """Seconds of a step, mean of each cycle, and of each kind of update; network evaluations per image of the training."""
     cycles = [steps[i : i + _CYCLE] for i in range(0, len(steps), _CYCLE)]
     kinds: dict[frozenset, list[float]] = {}
     for seconds, evaluations in steps:
@@ -210,7 +210,7 @@ def summarised(steps: list[tuple[float, Evaluations]]) -> dict[str, Any]:
     return {
         "seconds_per_step": summary([statistics.mean(seconds for seconds, _ in cycle) for cycle in cycles]),
         "evaluations_per_image": {_said(key): count / len(steps) for key, count in sorted(total.items())},
-        "turns": [
+        "updates": [
             {"seconds": summary(seconds), "evaluations": {_said(key): count for key, count in sorted(kind)}}
             for kind, seconds in kinds.items()
         ],
@@ -223,7 +223,7 @@ def _said(key: tuple[str, bool]) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """For people: one line for each method and precision, and below it one for each of its turns where they differ."""
+    """For people: one line for each method and precision, and below it one for each of its kinds of update where they differ."""
     first = next(entry for entry in result["methods"] if "killed" not in entry)
     batch, size = first["batch_size"], first["parameters"] / 1e6
     lines = [
@@ -236,12 +236,14 @@ def table(result: dict[str, Any]) -> str:
         if "killed" in entry:
             lines.append(f"{head}killed: out of memory?")
             continue
-        turns = entry["turns"] if len(entry["turns"]) > 1 else []
+        updates = entry["updates"] if len(entry["updates"]) > 1 else []
         counted = entry["evaluations_per_image"]
         memory = f"{entry['peak_gib']:>6.1f} GiB"
-        made = "  a mean of" if turns else _counted(counted)
+        made = "  a mean of" if updates else _counted(counted)
         lines.append(head + _line(entry["seconds_per_step"], batch, memory) + made)
-        lines += [f"{'':<42}{_line(turn['seconds'], batch, ' ' * 10)}{_counted(turn['evaluations'])}" for turn in turns]
+        lines += [
+            f"{'':<42}{_line(each['seconds'], batch, ' ' * 10)}{_counted(each['evaluations'])}" for each in updates
+        ]
     if "fastgen_dmd2" in result:
         lines += _beside(result)
     return "\n".join(lines)
@@ -258,23 +260,25 @@ def _counted(evaluations: dict[str, float]) -> str:
 
 
 def _beside(result: dict[str, Any]) -> list[str]:
-    """What another framework takes for its mix of turns, and what diff_instruct takes for the same one."""
+    """What another framework takes for its mix of updates, and what diff_instruct takes for the same one."""
     theirs = result["fastgen_dmd2"]
-    turns = {"fake": theirs["critic_iteration_seconds"], "generator": theirs["student_iteration_seconds"]}
+    seconds = {"fake": theirs["critic_iteration_seconds"], "generator": theirs["student_iteration_seconds"]}
     low, high = theirs["gan_iteration_seconds"]
     lines = [
         f"  Beside it, on another day: {theirs['method']}; batch {theirs['batch_size']}, {theirs['threads']} threads.",
-        f"  {turns['fake']} s in a turn of the fake score and {turns['generator']} s in one of the generator, "
-        f"{_mixed(turns, theirs['turns']):.3g} s at {theirs['turns']['fake']} to {theirs['turns']['generator']};",
+        f"  {seconds['fake']} s in an update of the fake score and {seconds['generator']} s in one of the generator, "
+        f"{_mixed(seconds, theirs['updates']):.3g} s at {theirs['updates']['fake']} to {theirs['updates']['generator']};",
         f"  with its GAN {low} to {high} s and {theirs['gan_peak_gib']} GiB.",
     ]
     for entry in result["methods"]:
-        if entry["method"] == "diff_instruct" and len(entry.get("turns", ())) == 2:
-            # With gradient the fake score is evaluated in its own turn alone.
-            fake, generator = sorted(entry["turns"], key=lambda turn: "fake with gradient" not in turn["evaluations"])
-            turns = {"fake": fake["seconds"]["median"], "generator": generator["seconds"]["median"]}
-            mean = _mixed(turns, theirs["turns"])
-            lines.append(f"  The same mix of diff_instruct's turns here, {entry['precision']}: {mean:.3g} s.")
+        if entry["method"] == "diff_instruct" and len(entry.get("updates", ())) == 2:
+            # With gradient the fake score is evaluated in its own update alone.
+            fake, generator = sorted(
+                entry["updates"], key=lambda update: "fake_score with gradient" not in update["evaluations"]
+            )
+            seconds = {"fake": fake["seconds"]["median"], "generator": generator["seconds"]["median"]}
+            mean = _mixed(seconds, theirs["updates"])
+            lines.append(f"  The same mix of diff_instruct's updates here, {entry['precision']}: {mean:.3g} s.")
     return lines
 
 

@@ -57,18 +57,18 @@ _ROWS = (
     ("float32, as in metrics", "features_images_per_second", ".3g", "images/s"),
     ("under bfloat16", "bf16_features_images_per_second", ".3g", "images/s"),
     ("bfloat16 over float32", "bf16_over_float32", ".3g", "times"),
-    ("fake score's turn", "fake_seconds", ".4g", "s"),
+    ("fake-score update", "fake_seconds", ".4g", "s"),
     ("its evaluations and Adam's step", "fake_floor_seconds", ".4g", "s"),
-    ("turn over that floor", "fake_over_floor", "+.1%", ""),
-    ("generator's turn", "generator_seconds", ".4g", "s"),
+    ("update over that floor", "fake_over_floor", "+.1%", ""),
+    ("generator update", "generator_seconds", ".4g", "s"),
     ("its evaluations and Adam's step", "generator_floor_seconds", ".4g", "s"),
-    ("turn over that floor", "generator_over_floor", "+.1%", ""),
-    ("one turn of each", "cycle_seconds", ".4g", "s"),
-    ("turns over their floor", "cycle_over_floor", "+.1%", ""),
+    ("update over that floor", "generator_over_floor", "+.1%", ""),
+    ("one update of each", "cycle_seconds", ".4g", "s"),
+    ("updates over their floor", "cycle_over_floor", "+.1%", ""),
     ("training images", "training_images_per_second", ",.4g", "images/s"),
     ("both in one (two_sided)", "both_seconds", ".4g", "s"),
     ("its evaluations and Adam's steps", "both_floor_seconds", ".4g", "s"),
-    ("turn over that floor", "both_over_floor", "+.1%", ""),
+    ("update over that floor", "both_over_floor", "+.1%", ""),
     ("training images, two_sided", "both_training_images_per_second", ",.4g", "images/s"),
     ("training step, one branch", "plain_step_seconds", ".4g", "s"),
     ("training step, all branches", "branched_step_seconds", ".4g", "s"),
@@ -85,7 +85,7 @@ _ROWS = (
     ("added to inference", "branched_inference_over_plain", "+.2%", ""),
 )
 
-_TURNS = {"fake": "the fake score's turn", "generator": "the generator's turn", "both": "a two_sided turn"}
+_UPDATES = {"fake": "the fake-score update", "generator": "the generator update", "both": "a two_sided update"}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -113,11 +113,11 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"  Gradients that a process gives to all-reduce in a step, trainer.strategy={each}.")
     if "bf16_difference" in result:
         lines.append(f"  bfloat16 changes features by {result['bf16_difference']:.1%} of their spread.")
-    for turn, networks in result.get("evaluations", {}).items():
+    for update, networks in result.get("evaluations", {}).items():
         counted = ", ".join(f"{name} with gradient" if trained else name for name, trained in networks.items())
-        evaluations, floor = (result[f"{turn}_{key}_seconds"]["median"] for key in ("evaluation", "floor"))
+        evaluations, floor = (result[f"{update}_{key}_seconds"]["median"] for key in ("evaluation", "floor"))
         lines.append(
-            f"  Counted in {_TURNS[turn]}: {counted}. Adam's part of the floor: {1 - evaluations / floor:.1%}."
+            f"  Counted in {_UPDATES[update]}: {counted}. Adam's part of the floor: {1 - evaluations / floor:.1%}."
         )
     return "\n".join(lines)
 

@@ -36,7 +36,7 @@ SETTINGS = {
 }
 
 
-class Watch(pl.Callback):
+class WindowTimer(pl.Callback):
     """Seconds and bytes of `window` steps after `warmup` others."""
 
     def __init__(self, warmup: int, window: int):
@@ -50,7 +50,7 @@ class Watch(pl.Callback):
 
 
 def measure(case: Case = CASE, *overrides: str) -> dict[str, Any]:
-    """Diff-Instruct, whose two networks learn in turns: each setting in turn, in processes of its own.
+    """Diff-Instruct, whose two networks learn alternately: each setting in turn, in processes of its own.
 
     strong: two processes share the single one's batch. weak: each of two has a batch of that size.
     Errors: RuntimeError where a process fails.
@@ -116,11 +116,11 @@ def _work(
     cfg = compose_config(case, folder, *options, f"trainer.devices={setting.processes}", *overrides)
     cfg.batch_size *= setting.batches
     cfg.trainer.strategy = setting.strategy
-    watch = Watch(case.warmup, case.window)
-    method, trainer = prepare(cfg, case.warmup + case.window, watch)
+    timer = WindowTimer(case.warmup, case.window)
+    method, trainer = prepare(cfg, case.warmup + case.window, timer)
     trainer.fit(method, DataFree(cfg.batch_size))
     if rank == 0:
         parameters = sum(p.numel() for p in method.student.parameters())
         weights = method.teacher.weights or "random"
         facts = {"batch_size": cfg.batch_size, "parameters": parameters, "teacher_weights": str(weights)}
-        found.put({"seconds": watch.seconds, "sent": watch.sent, **facts})
+        found.put({"seconds": timer.seconds, "sent": timer.sent, **facts})

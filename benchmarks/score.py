@@ -1,4 +1,4 @@
-"""Seconds of each turn of diff_instruct over the floor of its network evaluations."""
+"""Seconds of each update of diff_instruct over the floor of its network evaluations."""
 
 import gc
 from tempfile import TemporaryDirectory
@@ -8,7 +8,7 @@ import numpy as np
 import pytorch_lightning as pl
 
 from benchmarks.cases import CIFAR10, DIGITS, Case, compose_config, prepare
-from benchmarks.floor import FLOOR, Evaluations, Floor, turn_of
+from benchmarks.floor import FLOOR, Evaluations, Floor, latest_update
 from benchmarks.measuring import clock, summary
 from launch.quiet import quiet
 from launch.run.build import build
@@ -25,12 +25,12 @@ FASTGEN = {
 }
 
 
-class InCycles(pl.Callback):
-    """Times the trainer's turns, and after each cycle of them the floor of such a cycle, from inside one `fit`.
+class UpdateTimer(pl.Callback):
+    """Times the trainer's updates, and after each cycle of them the floor of such a cycle, from inside one `fit`.
 
-    A whole cycle, so that in both a turn follows the same kind of turn and finds memory as that left it. A turn
-    of the trainer ends with the callbacks before this one, and begins with what the trainer does after it: logs, and the
-    next batch. Kind of turn -> one entry per cycle: `framework` has seconds, `floor` those of its evaluations and of its
+    A whole cycle, so that in both an update follows the same kind of update and finds memory as that left it. An update of
+    the trainer ends with the callbacks before this one, and begins with what the trainer does after it: logs, and the next
+    batch. Kind of update -> one entry per cycle: `framework` has seconds, `floor` those of its evaluations and of its
     optimiser steps.
     """
 
@@ -47,12 +47,12 @@ class InCycles(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         seconds = clock(pl_module.device) - self._begun
-        kind = turn_of(pl_module)
+        kind = latest_update(pl_module)
         self._evaluations.check(kind)
         self.framework.setdefault(kind, []).append(seconds)
         if pl_module.student_updated:  # a cycle's end
-            for turn in self.framework:
-                self.floor.setdefault(turn, []).append(self._floor.turn(turn))
+            for update in self.framework:
+                self.floor.setdefault(update, []).append(self._floor.update(update))
         self._evaluations.counted.clear()  # with the teacher's, which the floor shares
         self._begun = clock(pl_module.device)
 
@@ -70,19 +70,19 @@ def measure(
 
 
 def measure_one(case: Case, precision: str) -> dict[str, Any]:
-    """The figures of alternating turns, and of both at once."""
+    """The figures of alternating updates, and of both at once."""
     alternating, facts = timed(case, precision, two_sided=False)
     both, _ = timed(case, precision, two_sided=True)
     rounds = alternating | both
     cycle = rounds["fake"] + rounds["generator"]
-    figures = {f"{kind}_{key}": value for kind, turn in rounds.items() for key, value in compared(turn).items()}
+    figures = {f"{kind}_{key}": value for kind, seconds in rounds.items() for key, value in compared(seconds).items()}
     size = facts["batch_size"]
     return {
         "title": f"Diff-Instruct in {precision}, {case.title}",
         **facts,
         "precision": precision,
         "cycles_per_figure": case.cycles,
-        "evaluations": FLOOR,  # as counted: a turn with others was refused
+        "evaluations": FLOOR,  # as counted: an update with others was refused
         **figures,
         **{f"cycle_{key}": value for key, value in compared(cycle).items()},
         "training_images_per_second": summary(list(2 * size / cycle[:, 0])),
@@ -91,15 +91,15 @@ def measure_one(case: Case, precision: str) -> dict[str, Any]:
 
 
 def timed(case: Case, precision: str, two_sided: bool) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(rounds, 3) seconds for each kind of turn: framework, evaluations, optimiser; and what was trained."""
+    """(rounds, 3) seconds for each kind of update: framework, evaluations, optimiser; and what was trained."""
     gc.collect()  # trainer and method of the fit before hold each other, and gigabytes
-    turns = ("method.fake_updates=1", f"method.two_sided={str(two_sided).lower()}")
-    options = ("method=diff_instruct", *turns, f"trainer.precision={precision}")
+    updates = ("method.fake_updates=1", f"method.two_sided={str(two_sided).lower()}")
+    options = ("method=diff_instruct", *updates, f"trainer.precision={precision}")
     cycles = _WARMUP + case.cycle_rounds * case.cycles
     with TemporaryDirectory(prefix="stillhouse-benchmark-") as folder:
         cfg = compose_config(case, folder, *options)
-        watcher = InCycles()
-        method, trainer = prepare(cfg, cycles * (1 if two_sided else 2), watcher)
+        timer = UpdateTimer()
+        method, trainer = prepare(cfg, cycles * (1 if two_sided else 2), timer)
         trainer.fit(method, method.training_data(build(cfg.data)))
     facts = {
         "device": str(trainer.strategy.root_device),
@@ -109,8 +109,8 @@ def timed(case: Case, precision: str, two_sided: bool) -> tuple[dict[str, np.nda
         "log_every_n_steps": trainer.log_every_n_steps,
     }
     rounds, kept = {}, slice(_WARMUP, cycles)
-    for kind, framework in watcher.framework.items():
-        seconds = np.column_stack([framework[kept], watcher.floor[kind][kept]])
+    for kind, framework in timer.framework.items():
+        seconds = np.column_stack([framework[kept], timer.floor[kind][kept]])
         rounds[kind] = seconds.reshape(case.cycle_rounds, case.cycles, 3).mean(1)
     return rounds, facts
 

@@ -21,7 +21,7 @@ _SAVES = 3
 _STUDENT_CALLS = 5
 
 
-class InTurn(pl.Callback):
+class LoopTimer(pl.Callback):
     """Times windows of the trainer's steps, each followed by one of the bare loop, from inside one `fit`.
 
     The first step after a change of loops is not counted: it finds the other one's data in the caches.
@@ -41,7 +41,7 @@ class InTurn(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         case, device = self.case, pl_module.device
-        self.losses.append(outputs["loss"].detach())
+        self.losses.append(outputs["loss"])
         round_, step = divmod(trainer.global_step - case.warmup, 1 + case.window)
         if round_ == 0 and step == 0:
             self._loop.run(case.warmup)
@@ -81,13 +81,13 @@ def measure(case: Case) -> dict[str, Any]:
     with TemporaryDirectory(prefix="stillhouse-benchmark-") as folder:
         cfg = compose_config(case, folder, f"method.store={folder}/pairs")
         checkpoint_every = cfg.callbacks.checkpoints.every_n_steps
-        in_turn = InTurn(case)
-        method, trainer = prepare(cfg, case.warmup + case.rounds * (1 + case.window), in_turn)
+        timer = LoopTimer(case)
+        method, trainer = prepare(cfg, case.warmup + case.rounds * (1 + case.window), timer)
         trainer.fit(method, _pairs(method, case))
-        loss_difference = in_turn.loss_difference()
+        loss_difference = timer.loss_difference()
         sampling = sampling_rates(method, trainer.strategy.root_device, case.sampling_rounds)
 
-    framework, bare, saves = summary(in_turn.framework), summary(in_turn.bare), summary(in_turn.saves)
+    framework, bare, saves = summary(timer.framework), summary(timer.bare), summary(timer.saves)
     pair_steps = case.pair_steps or method.teacher.steps
     return {
         "title": case.title,
@@ -101,7 +101,7 @@ def measure(case: Case) -> dict[str, Any]:
         "log_every_n_steps": trainer.log_every_n_steps,
         "seconds_per_step": framework,
         "bare_seconds_per_step": bare,
-        "overhead": summary([a / b - 1 for a, b in zip(in_turn.framework, in_turn.bare, strict=True)]),
+        "overhead": summary([a / b - 1 for a, b in zip(timer.framework, timer.bare, strict=True)]),
         "loss_difference": loss_difference,
         "checkpoint_seconds": saves,
         "checkpoint_every_n_steps": checkpoint_every,

@@ -1,84 +1,103 @@
-"""The benchmarks run and report; how fast anything is, is not tested here."""
+"""Every part of the benchmarks runs, checks itself and reports; how fast anything is, is not tested here."""
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-import torch
 
-from benchmarks import bare_loop, loader, run, training
-from benchmarks.cases import DIGITS
+from benchmarks import bare_loop, branching, features, loader, methods, packing, run, scaling, score, training
+from benchmarks.cases import DIGITS, Case
+from benchmarks.measuring import ROOT
+from lightning_modules import DiffInstruct, ProgressiveDistillation
+from results.pages import section
+from stillhouse.networks import BranchedConv2d
 
+pytestmark = pytest.mark.slow
+
+RANDOM = ("batch_size=4", "teacher.weights=null", "teacher.sha256=null")
 TINY = replace(
     DIGITS,
-    overrides=("batch_size=4", "teacher.weights=null", "teacher.sha256=null", "teacher.steps=2"),
-    warmup=4,
-    window=2,
-    rounds=2,
-    sampling_rounds=2,
+    overrides=(*RANDOM, "teacher.network.model_channels=8", "teacher.steps=2"),
+    **{"warmup": 4, "window": 2, "rounds": 2, "sampling_rounds": 2, "cycles": 2, "cycle_rounds": 2},
 )
+ANY_DATA = Case("digits, tiny", ("data=digits", "~recipe", *RANDOM, "teacher.network.model_channels=8"), cycle_rounds=1)
+PARTS = {
+    "digits": lambda: training.measure(TINY),
+    "loader": lambda: loader.measure(count=200, batch_size=8, rounds=2),
+    "packing": lambda: packing.measure(count=20, jpegs=6, side=80, rounds=2),
+    "features": lambda: features.measure(batches=(2,), side=8, rounds=1),
+    "score": lambda: score.measure((TINY,)),
+    "branching": lambda: branching.measure(TINY, branches=3),
+    "scaling": lambda: scaling.measure(replace(TINY, rounds=1)),
+    "methods": lambda: methods.measure(ANY_DATA, precisions=("32-true",)),
+}
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch, tmp_path):
-    monkeypatch.setitem(run.PARTS, "digits", lambda: training.measure(TINY))
-    monkeypatch.setitem(run.PARTS, "loader", lambda: loader.measure(count=200, batch_size=8, rounds=2))
-    monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
+def figures(result) -> Iterator[dict]:
+    """Every summary of repeated measurements in a part's result."""
+    if isinstance(result, dict) and result.keys() == {"median", "min", "max", "repeats"}:
+        yield result
+    elif isinstance(result, dict | list):
+        for part in result.values() if isinstance(result, dict) else result:
+            yield from figures(part)
 
 
-def assert_spread(figure: dict, repeats: int, positive: bool = True) -> None:
-    assert set(figure) == {"median", "min", "max", "repeats"}
-    assert all(map(math.isfinite, figure.values()))
-    assert figure["min"] <= figure["median"] <= figure["max"]
-    assert figure["repeats"] == repeats
-    assert figure["min"] > 0 or not positive
+def in_this_process(function, *arguments):
+    return function(*arguments)
 
 
-def test_digits_are_measured_printed_and_recorded(capsys, tmp_path):
-    run.main(["--only", "digits", "--record"])
-    (path,) = (tmp_path / "results").iterdir()
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_is_measured_printed_and_recorded(name, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(run.PARTS, name, PARTS[name])
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    monkeypatch.setattr(methods, "apart", in_this_process)
+    run.main(["--only", name, "--record"])
+    (path,) = tmp_path.iterdir()
     (stored,) = json.loads(path.read_text()).values()
-    assert stored["command"] == "python -m benchmarks.run --only digits --record"
-    assert {"date", "commit"} <= set(stored)
-    assert stored["machine"]["threads"] == torch.get_num_threads()
-    assert stored["machine"]["cores"] >= 1
-    assert stored["batch_size"] == 4
-    assert stored["checkpoint_every_n_steps"] == 100  # the default, though none is due within a window
-    assert stored["loss_difference"] < 1e-6 or stored["device"] != "cpu"
-    assert stored["checkpoint_share_of_step"] > 0
-    assert (stored["teacher_nfe"], stored["student_nfe"]) == (3, 1)
-    for key in ("seconds_per_step", "bare_seconds_per_step"):
-        assert_spread(stored[key], TINY.rounds)
-    assert_spread(stored["overhead"], TINY.rounds, positive=False)
-    assert_spread(stored["checkpoint_seconds"], 3)
-    for key in ("teacher_samples_per_second", "student_samples_per_second", "speed_up"):
-        assert_spread(stored[key], TINY.sampling_rounds)
-    printed = capsys.readouterr().out
-    for words in ("overhead of the framework", "pairs from 2 heun steps", "samples/s", f"{path} written"):
-        assert words in printed
+    assert stored["command"] == f"python -m benchmarks.run --only {name} --record"
+    assert {"date", "commit", "machine"} <= set(stored)
+    found = list(figures(stored))
+    assert len(found) > 1
+    assert all(math.isfinite(value) for figure in found for value in figure.values())
+    assert all(figure["min"] <= figure["median"] <= figure["max"] for figure in found)
+    table = run.table(stored)
+    assert table in capsys.readouterr().out
+    assert table in section(path)
 
 
-def test_a_recorded_part_leaves_the_others(tmp_path):
-    here = {"machine": {"gpu": None, "cpu": "Some CPU (tm)"}}
-    path = run.record({"digits": here, "loader": here}, tmp_path)
-    assert path.name == "benchmarks-some-cpu-tm.json"
-    run.record({"loader": {**here, "images": 1}}, tmp_path)
-    assert json.loads(path.read_text()) == {"digits": here, "loader": {**here, "images": 1}}
+def test_every_method_and_host_is_measured():
+    options = [option for options in methods.METHODS.values() for option in options]
+    for path in (ROOT / "conf" / "method").rglob("*.yaml"):
+        group = "method" if path.parent.name == "method" else "method/host"
+        assert f"{group}={path.stem}" in options
 
 
-def test_loader_is_measured():
-    result = run.PARTS["loader"]()
-    loaders = ("", "decoded_", "per_item_", "png_0_workers_", "png_2_workers_")
-    for key in [f"{name}images_per_second" for name in loaders]:
-        assert_spread(result[key], 2)
-    for key in ("over_per_item", "over_png_0_workers", "over_png_2_workers"):
-        assert_spread(result[key], 2)
-    text = run.table(result)
-    assert text.count("loader over that") == 2
+# -- what is measured beside each other has to compute the same ----------------------------------------------------------
 
 
 def test_a_bare_loop_that_computes_something_else_is_noticed(monkeypatch):
     monkeypatch.setattr(bare_loop, "regression", lambda output, target, kind: (output - target).abs().flatten(1).sum(1))
     with pytest.raises(RuntimeError, match="no longer computes what denoising_student does"):
         training.measure(TINY)
+
+
+def test_an_inference_that_is_not_the_plain_networks_is_refused(monkeypatch):
+    monkeypatch.setattr(BranchedConv2d, "end_point", lambda conv, rows: 2 * rows[-conv.out_channels :] + 1)
+    with pytest.raises(RuntimeError, match="with 3 branches is not the plain network's"):
+        branching.measure(TINY, branches=3)
+
+
+def test_evaluations_other_than_the_floors_are_refused(monkeypatch):
+    monkeypatch.setattr(
+        DiffInstruct, "generator_loss", lambda self, noise, labels: self.fake_score_loss(noise, labels, {})
+    )
+    with pytest.raises(RuntimeError, match="its floor in benchmarks/floor.py is .*student 1 time with gradient"):
+        score.timed(TINY, "32-true", two_sided=False)
+
+
+def test_wrong_figures_of_a_plan_are_noticed(monkeypatch):
+    monkeypatch.setattr(ProgressiveDistillation, "evaluations", {"student": 1.0})
+    with pytest.raises(RuntimeError, match="network evaluations per image, but .* sum to 1: correct"):
+        methods.measure_one(ANY_DATA, "progressive", methods.METHODS["progressive"], "32-true")

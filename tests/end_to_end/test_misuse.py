@@ -21,9 +21,9 @@ from end_to_end_tools import (
     TINY,
     assert_same_run,
     copied,
-    die,
     evaluate,
     in_call,
+    kill_at,
     leaves,
     read_checkpoint,
     snapshot,
@@ -438,10 +438,6 @@ def test_pairs_that_do_not_fit_are_not_begun(finished, tmp_path):
     assert not (tmp_path / "data" / "trajectories").exists()
 
 
-def killed(original, *args, **kwargs):
-    die()
-
-
 @contextmanager
 def on_a_full_disk(original, path):
     with original(path) as temporary:
@@ -453,7 +449,7 @@ def on_a_full_disk(original, path):
 @pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit_leaves_the_earlier_one(finished, tmp_path):
     with_data(finished, tmp_path)
-    train(tmp_path, *STUDENT, before=partial(in_call, STEP, 8, killed)).killed()
+    train(tmp_path, *STUDENT, before=kill_at(STEP, 8)).killed()
     last = tmp_path / LAST
     before = last.read_bytes()
     message = "cannot write the checkpoint", "No space left", "the previous one is intact", "Make room and run again"

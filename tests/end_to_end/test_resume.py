@@ -5,23 +5,20 @@ import os
 import random
 import shutil
 import signal
-import time
 from functools import partial
 
 import pytest
 from end_to_end_tools import (
-    PRETRAIN,
     RUN,
     STUDENT,
     assert_same_run,
     copied,
     die,
-    find,
     in_call,
+    kill_at,
     read_checkpoint,
     read_csv,
     snapshot,
-    start,
     train,
     with_data,
 )
@@ -47,26 +44,6 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
-def slowed(seconds):
-    owner, name = find(STEP)
-    original = getattr(owner, name)
-
-    def slow(*args, **kwargs):
-        time.sleep(seconds)
-        return original(*args, **kwargs)
-
-    setattr(owner, name, slow)
-
-
-def killed(original, *args, **kwargs):
-    die()
-
-
-def killed_after(original, *args, **kwargs):
-    original(*args, **kwargs)
-    die()
-
-
 def killed_half_way(original, content, file, *args, **kwargs):
     """Half of a checkpoint is on disk."""
     buffer = io.BytesIO()
@@ -90,36 +67,20 @@ def of_checkpoint(source, target):
     return str(target).endswith(".ckpt")
 
 
-@pytest.mark.slow
-def test_killed_twice_at_arbitrary_steps(uninterrupted, tmp_path):
-    with_data(uninterrupted, tmp_path)
-    for step in (5, 10):
-        running = start(tmp_path, "train.py", *OPTIONS, before=partial(slowed, 0.05))
-        path = tmp_path / RUN / "metrics.csv"
-        while running.code is None and not (path.exists() and len(read_csv(path)) >= step):
-            time.sleep(0.01)
-        running.kill().killed()
-    assert not (tmp_path / RUN / "metrics.json").exists()
-    assert "is complete" not in train(tmp_path, *OPTIONS).ok().out
-    assert_same_run(tmp_path / RUN, uninterrupted / RUN)
-
-
 # Checkpoints are renamed in this order: last at step 3, best at 4, last at 6, best at 8, last at 9, 12 and 13.
 @pytest.mark.parametrize(
-    ("target", "number", "act", "when"),
+    "before",
     [
-        pytest.param(STEP, 1, killed, None, id="first step", marks=SLOW),
-        pytest.param(
-            "lightning_modules:DenoisingStudent.validation_step", 2, killed, None, id="validation", marks=SLOW
-        ),
-        pytest.param("torch:save", 3, killed_half_way, None, id="half a checkpoint", marks=SLOW),
-        pytest.param("os:replace", 4, killed_after, of_checkpoint, id="best newer than last"),
-        pytest.param("os:replace", 6, killed, of_checkpoint, id="last newer than best", marks=SLOW),
+        pytest.param(kill_at(STEP, 1), id="first step", marks=SLOW),
+        pytest.param(kill_at("lightning_modules:DenoisingStudent.validation_step", 2), id="validation", marks=SLOW),
+        pytest.param(partial(in_call, "torch:save", 3, killed_half_way), id="half a checkpoint", marks=SLOW),
+        pytest.param(kill_at("os:replace", 4, of_checkpoint, after=True), id="best newer than last"),
+        pytest.param(kill_at("os:replace", 6, of_checkpoint), id="last newer than best", marks=SLOW),
     ],
 )
-def test_killed(uninterrupted, tmp_path, target, number, act, when):
+def test_killed(uninterrupted, tmp_path, before):
     with_data(uninterrupted, tmp_path)
-    train(tmp_path, *OPTIONS, before=partial(in_call, target, number, act, when)).killed()
+    train(tmp_path, *OPTIONS, before=before).killed()
     step = last_step(tmp_path)
     ended = train(tmp_path, *OPTIONS).ok()
     said = f"runs/run goes on from step {step} of 13 ({16 * step} of 208 images)"
@@ -131,10 +92,10 @@ def test_killed(uninterrupted, tmp_path, target, number, act, when):
 def test_killed_in_the_final_evaluation(uninterrupted, tmp_path):
     """There is last.ckpt and no metrics.json: the run goes on, and trains no step again."""
     with_data(uninterrupted, tmp_path)
-    train(tmp_path, *OPTIONS, before=partial(in_call, "launch.run.final:save_records", 1, killed)).killed()
+    train(tmp_path, *OPTIONS, before=kill_at("launch.run.final:save_records", 1)).killed()
     trained = {name: state for name, state in snapshot(tmp_path / RUN).items() if "ckpt" in name or "csv" in name}
     assert len(trained) == 3
-    train(tmp_path, *OPTIONS, before=partial(in_call, STEP, 1, killed)).ok()
+    train(tmp_path, *OPTIONS, before=kill_at(STEP, 1)).ok()
     assert trained.items() <= snapshot(tmp_path / RUN).items()
     assert_same_run(tmp_path / RUN, uninterrupted / RUN)
 
@@ -144,7 +105,7 @@ def test_killed_while_pairs_are_made(uninterrupted, tmp_path):
     """The training pairs stay, of the held-out ones nothing is left."""
     solve = "datamodules:TrajectoryStore._solve"  # one batch for each of the two shards
     for number in (1, 2):
-        train(tmp_path, *OPTIONS, before=partial(in_call, solve, number, killed)).killed()
+        train(tmp_path, *OPTIONS, before=kill_at(solve, number)).killed()
     store = tmp_path / "data" / "trajectories"
     shards = [path.name for path in store.rglob("shard*")]
     assert shards == ["shard-00000-first-64.npy"]
@@ -156,16 +117,6 @@ def test_killed_while_pairs_are_made(uninterrupted, tmp_path):
         assert (store / path.relative_to(uninterrupted / "data" / "trajectories")).read_bytes() == path.read_bytes()
     assert not list(store.rglob("*.tmp*"))
     assert_same_run(tmp_path / RUN, uninterrupted / RUN)
-
-
-@pytest.mark.slow
-def test_training_a_teacher_resumes_too(uninterrupted, tmp_path):
-    alone, killed_once = (with_data(uninterrupted, tmp_path / name) for name in ("alone", "killed"))
-    train(alone, *PRETRAIN).ok()
-    step = "lightning_modules:Pretrain.training_step"
-    train(killed_once, *PRETRAIN, before=partial(in_call, step, 8, killed)).killed()
-    train(killed_once, *PRETRAIN).ok()
-    assert_same_run(killed_once / RUN, alone / RUN)
 
 
 def test_another_batch_size_would_change_the_images_seen(uninterrupted, tmp_path):

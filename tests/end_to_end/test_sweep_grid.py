@@ -4,7 +4,7 @@ import sys
 from functools import partial
 
 import pytest
-from end_to_end_tools import PRETRAIN, assert_same_run, die, in_call, read_json, train
+from end_to_end_tools import PRETRAIN, assert_same_run, kill_at, read_json, train
 from omegaconf import OmegaConf
 
 from stillhouse.analysis.tables import format_mean_std
@@ -19,10 +19,6 @@ def swept(tmp_path_factory):
     ended = train(folder, *SWEEP)
     (folder / "said").write_text(ended.out)
     return folder, ended
-
-
-def dies(*_) -> None:
-    die()
 
 
 def runs(folder):
@@ -79,7 +75,7 @@ def test_seeds_of_equal_options_have_their_mean_and_deviation(swept):
 def test_a_killed_sweep_goes_on_with_what_is_missing(swept, tmp_path):
     """Killed in its second job: the first says that it is complete, the second resumes, the others run."""
     folder, _ = swept
-    train(tmp_path, *SWEEP, before=partial(in_call, "callbacks:GenerativeMetrics.evaluate", 5, dies)).killed()
+    train(tmp_path, *SWEEP, before=kill_at("callbacks:GenerativeMetrics.evaluate", 5)).killed()
     assert list(runs(tmp_path)) == [(1e-3, 0)]
     assert not list((tmp_path / "runs").glob("sweep-*.md"))
     before = (runs(tmp_path)[1e-3, 0] / "metrics.json").stat().st_mtime_ns

@@ -5,11 +5,10 @@ import json
 import math
 import re
 import sys
-from functools import partial
 
 import optuna
 import pytest
-from end_to_end_tools import PRETRAIN, TINY, copied, die, in_call, read_csv, snapshot, train
+from end_to_end_tools import PRETRAIN, TINY, copied, kill_at, read_csv, snapshot, train
 from omegaconf import OmegaConf
 
 from launch.sweep.study import open_study
@@ -49,10 +48,6 @@ def run_of(folder, params):
         if all(float(method[key.removeprefix("method.")]) == float(value) for key, value in params.items()):
             return path
     raise AssertionError(params)
-
-
-def dies(*_) -> None:
-    die()
 
 
 def test_the_best_is_the_least_of_what_the_runs_curves_end_at(searched):
@@ -95,7 +90,7 @@ def test_a_hopeless_run_is_ended(searched):
 
 def test_a_killed_search_goes_on_as_if_nothing_had_happened(searched, tmp_path):
     """In its second run, of which a checkpoint is there."""
-    train(tmp_path, *SEARCH, before=partial(in_call, "callbacks:GenerativeMetrics.evaluate", 4, dies)).killed()
+    train(tmp_path, *SEARCH, before=kill_at("callbacks:GenerativeMetrics.evaluate", 4)).killed()
     assert [state for _, state, *_ in trials(tmp_path)] == ["COMPLETE", "RUNNING"]
     train(tmp_path, *SEARCH).ok()
     assert trials(tmp_path) == trials(searched)

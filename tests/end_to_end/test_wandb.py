@@ -9,17 +9,13 @@ from pathlib import Path
 import pytest
 import wandb_tools
 import yaml
-from end_to_end_tools import ROOT, RUN, STUDENT, TINY, die, in_call, read_csv, read_json, train, with_data
+from end_to_end_tools import ROOT, RUN, STUDENT, TINY, kill_at, read_csv, read_json, train, with_data
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from launch.run.names import register_resolvers
 
 SWEEP = ROOT / "conf/sweep/wandb.yaml"
-
-
-def killed(original, *args, **kwargs):
-    die()
 
 
 def offline_runs(folder):
@@ -32,7 +28,7 @@ def resumed(finished, tmp_path_factory):
     folder = with_data(finished, tmp_path_factory.mktemp("wandb"))
     options = (*STUDENT, "logger=wandb_offline", "logger.wandb.log_model=true", "logger.wandb.notes=a trial")
     step = "lightning_modules:DenoisingStudent.training_step"
-    train(folder, *options, before=partial(in_call, step, 8, killed)).killed()
+    train(folder, *options, before=kill_at(step, 8)).killed()
     (folder / RUN / "id_before").write_text((folder / RUN / "wandb_id").read_text())
     train(folder, *options).ok()
     return folder / RUN

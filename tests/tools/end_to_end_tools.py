@@ -16,12 +16,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra._internal.hydra import Hydra
 from torch import Tensor
+
+from stillhouse.checkpoints import save_weights
+from stillhouse.networks import SongUNet
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (
@@ -213,6 +217,34 @@ def in_call(target: str, number: int, act: Callable[..., Any], when: Callable[..
         return original(*args, **kwargs)
 
     setattr(owner, name, wrapped)
+
+
+def _dies(original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    die()
+
+
+def _dies_after(original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    original(*args, **kwargs)
+    die()
+
+
+def kill_at(
+    target: str, number: int, when: Callable[..., bool] | None = None, *, after: bool = False
+) -> Callable[[], None]:
+    """For `before`: the process is killed in call `number` (from 1) of `target`, before it or after it; see `in_call`."""
+    return partial(in_call, target, number, _dies_after if after else _dies, when)
+
+
+def random_teacher(path: Path, seed: int = 0) -> str:
+    """The option of a teacher whose weights, none of them zero, every process reads from the file at `path`."""
+    generator = torch.Generator().manual_seed(seed)
+    size = {"num_classes": 10, "model_channels": 8, "channel_mult": [1, 1], "num_blocks": 1, "attn_resolutions": [4]}
+    state = {
+        key: value + 0.1 * torch.randn(value.shape, generator=generator)
+        for key, value in SongUNet(8, 1, 1, **size).state_dict().items()
+    }
+    save_weights(path, state, {})
+    return f"teacher.weights={path}"
 
 
 def with_data(source: Path, folder: Path, *without: str) -> Path:
