@@ -153,7 +153,7 @@ def test_they_record_the_same_degradation_path(learned):
 
 @pytest.mark.parametrize(("name", "strategy"), EACH)
 def test_no_more_is_sent_than_what_a_step_trains(learned, name, strategy):
-    """In methods of turns each is one network's; DDP sends the other's zeros too."""
+    """Where updates alternate each is one network's; DDP sends the other's zeros too."""
     zero, one, alone = learned(name, strategy)
     assert zero["bytes"] == one["bytes"] == zero["size"] * (2 if strategy.startswith("ddp") else 1)
     assert alone["bytes"] == 0

@@ -157,7 +157,7 @@ def exact_teacher(mixture: Mixture | None = None, steps: int = 16, network: type
 
 
 def energy_distance(a: Tensor, b: Tensor) -> float:
-    """2 E|a - b| - E|a - a'| - E|b - b'| of two sets of points (n, d); zero for equal laws."""
+    """2 E|a - b| - E|a - a'| - E|b - b'| of two sets of points (n, d); zero for equal distributions."""
     a, b = a.flatten(1).double(), b.flatten(1).double()
     within = [torch.pdist(points).mean() for points in (a, b)]
     return (2 * torch.cdist(a, b).mean() - sum(within)).item()

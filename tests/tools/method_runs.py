@@ -1,4 +1,4 @@
-"""Any method of conf/method trained for two steps on small data with a shrunken network, watched from outside."""
+"""Any method of conf/method trained for two steps on small data with a shrunken network; its gradients and logs are kept."""
 
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ BATCH, STEPS = 5, 2
 
 
 @dataclass
-class Watch(pl.Callback):
+class Recorder(pl.Callback):
     """Gradients at each optimiser step, and what was logged in each training step."""
 
     gradients: list[list[Tensor]] = field(default_factory=list)
@@ -78,7 +78,7 @@ def train(
     stages = build_stages(cfg, method, images, folder)
     trainer = build_trainer(cfg, method, folder)
     fit_stages(stages, method, folder)
-    watch = Watch()
-    trainer.callbacks += [watch, *callbacks]
+    recorder = Recorder()
+    trainer.callbacks += [recorder, *callbacks]
     trainer.fit(method, training, ckpt_path=resume)
-    return Run(method, trainer, watch.gradients, watch.logged)
+    return Run(method, trainer, recorder.gradients, recorder.logged)
