@@ -2,13 +2,13 @@ import copy
 
 import pytest
 import torch
-from network_tools import inputs, randomised
+from network_tools import inputs
+from network_tools import tiny as plain_network
 
 from closed_forms import ExactNetwork, Mixture
 from stillhouse.checkpoints import load_weights, save_weights
 from stillhouse.networks import (
     BranchedConv2d,
-    DhariwalUNet,
     SongUNet,
     branches_of,
     collapse,
@@ -19,32 +19,25 @@ from stillhouse.networks import (
 )
 
 CHANNELS = 2
-TINY = {"resolution": 8, "in_channels": CHANNELS, "out_channels": CHANNELS, "num_classes": 10, "model_channels": 16}
-TINY |= {"channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (4,), "dropout": 0.0}
-NETWORKS = {
-    "ddpmpp": lambda: SongUNet(**TINY),
-    "skip": lambda: SongUNet(**TINY, encoder="skip", decoder="skip", resample_filter=(1, 3, 3, 1)),
-    "adm": lambda: DhariwalUNet(**TINY, channels_per_head=8),
-}
-each_network = pytest.mark.parametrize("kind", NETWORKS)
+KINDS = ("ddpmpp", "skip", "adm", "ddpm", "mlp")
+each_network = pytest.mark.parametrize("kind", KINDS)
 
 
 def tiny(kind: str = "ddpmpp", branches: int = 1, seed: int = 0):
-    torch.manual_seed(seed)
-    network = randomised(NETWORKS[kind]())
+    network = plain_network(kind, seed, in_channels=CHANNELS, out_channels=CHANNELS)
     widen(network, branches)
     return network
 
 
 def evaluated(network):
     with torch.no_grad():
-        return network(*inputs(channels=CHANNELS))
+        return network(*inputs(network))
 
 
 def groups_of(network):
     """(B, K, C, H, W), with gradient."""
     with reading_all(network):
-        return network(*inputs(channels=CHANNELS)).unflatten(1, (-1, CHANNELS))
+        return network(*inputs(network)).unflatten(1, (-1, CHANNELS))
 
 
 def step(network):
@@ -83,7 +76,7 @@ def test_the_end_point_is_the_collapsed_network_bit_for_bit(kind, memory_format)
     expected = evaluated(network)
     with torch.no_grad():
         torch.testing.assert_close(groups_of(network)[:, -1], expected, rtol=1e-5, atol=1e-6)
-    plain, twin = NETWORKS[kind]().eval().to(memory_format=memory_format), copy.deepcopy(network)
+    plain, twin = tiny(kind, seed=1).to(memory_format=memory_format), copy.deepcopy(network)
     plain.load_state_dict(plain_state(network))
     assert torch.equal(evaluated(plain), expected)
     assert torch.equal(evaluated(twin), expected)
@@ -162,7 +155,7 @@ def test_each_groups_gradient_is_that_of_its_own_loss(kind):
             assert touched.tolist() == [k == group for group in range(3)]
         assert all(parameter.grad is not None for parameter in network.parameters())  # as DDP needs it
     network.zero_grad()
-    network(*inputs(channels=CHANNELS)).square().sum().backward()
+    network(*inputs(network)).square().sum().backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
     for conv in convs:
         assert conv.bias.grad.unflatten(0, (3, CHANNELS)).any(1).tolist() == [False, False, True]
@@ -266,10 +259,11 @@ def test_odd_requests_are_refused():
         widen(exact, 2)
 
 
+@pytest.mark.slow
 def test_each_way_of_reading_is_one_graph():
     torch._dynamo.reset()
     network = tiny("skip", 3)
     compiled = torch.compile(network, fullgraph=True, backend="eager")
     with torch.no_grad():
-        torch.testing.assert_close(compiled(*inputs(channels=CHANNELS)), evaluated(network))
+        torch.testing.assert_close(compiled(*inputs(network)), evaluated(network))
         torch.testing.assert_close(groups_of(compiled), groups_of(network))

@@ -1,9 +1,43 @@
-"""Inputs and weights for the tests of the U-Nets."""
+"""Small networks of every kind, with inputs and weights."""
 
 import torch
 from torch import nn
 
 from stillhouse.diffusion.random_numbers import sample_noise
+from stillhouse.networks import MLP, DhariwalUNet, DiffusersUNet, SongUNet
+
+IMAGES = {"resolution": 8, "in_channels": 1, "out_channels": 1, "channel_mult": (1, 2), "num_blocks": 1}
+UNET = IMAGES | {"attn_resolutions": (4,), "model_channels": 16, "num_classes": 10}
+SMOOTH = {"resample_filter": (1, 3, 3, 1)}
+NCSNPP = SMOOTH | {"embedding": "fourier", "channel_mult_noise": 2, "encoder": "residual"}
+SKIP = SMOOTH | {"encoder": "skip", "decoder": "skip"}
+NETWORKS = {
+    "ddpmpp": (SongUNet, UNET),
+    "ncsnpp": (SongUNet, UNET | NCSNPP),
+    "skip": (SongUNet, UNET | SKIP),
+    "adm": (DhariwalUNet, UNET | {"channels_per_head": 8}),
+    "ddpm": (DiffusersUNet, IMAGES | {"attn_resolutions": (4,), "model_channels": 8, "norm_groups": 4}),
+    "mlp": (
+        MLP,
+        {"resolution": 1, "in_channels": 2, "out_channels": 2, "num_classes": 10, "width": 16, "num_blocks": 2},
+    ),
+}
+
+
+def tiny(kind: str, seed: int = 0, **options) -> nn.Module:
+    """A small network without dropout, none of whose layers is near zero, in evaluation mode."""
+    made, defaults = NETWORKS[kind]
+    torch.manual_seed(seed)
+    return randomised(made(**(defaults | {"dropout": 0.0} | options)))
+
+
+def inputs(network: nn.Module, batch: int = 6) -> list[torch.Tensor]:
+    """x, noise labels and, where there are classes, class labels."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, network.in_channels, network.resolution, network.resolution, generator=generator)
+    times = torch.linspace(0, 999, batch).round()
+    c = times if isinstance(network, DiffusersUNet) else torch.randn(batch, generator=generator)
+    return [x, c, torch.arange(batch) % 10][: 3 if network.num_classes else 2]
 
 
 def randomised(network: nn.Module) -> nn.Module:
@@ -14,12 +48,6 @@ def randomised(network: nn.Module) -> nn.Module:
         elif name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.2)
     return network.eval()
-
-
-def inputs(batch: int = 6, channels: int = 1, resolution: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(batch, channels, resolution, resolution, generator=generator)
-    return x, torch.randn(batch, generator=generator), torch.arange(batch) % 10
 
 
 def noise(seed: int, *shape: int) -> torch.Tensor:
