@@ -1,4 +1,4 @@
-"""Trajectories of a teacher as a data set: sampled by all ranks when training starts, served like images."""
+"""Trajectories of teachers as a data set: sampled by all processes when training starts, then served like images."""
 
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -21,7 +21,7 @@ __all__ = ["TrajectoryDataModule", "TrajectoryStore", "decode"]
 # States travel as integers of the same width: Lightning's precision plugins convert floats before they are transferred.
 _BITS = {"uint8": torch.uint8, "float16": torch.int16, "float32": torch.int32}
 _RANGE_SAMPLES = 64
-_ORDER_BYTES = 16  # of each sample: its random word and its place
+_ORDER_BYTES = 16  # per sample: its random word and its position
 
 
 def _fetch(stores: Sequence[TrajectoryStore], position: int, indices: np.ndarray) -> Batch:
@@ -34,17 +34,27 @@ def _fetch(stores: Sequence[TrajectoryStore], position: int, indices: np.ndarray
 
 
 class TrajectoryDataModule(pl.LightningDataModule):
-    """`pairs` trajectories to train on and `held_out` ones to select models by, from disjoint seeds.
+    """Trajectories to train on, and others to select models by, from disjoint seeds.
 
     A batch on the device is {"noise": float32 (B, C, H, W), "label": int64 (B,), "seed", "position": int64 (B,), "states":
     float32 (B, K, C, H, W)}, the label only where the teacher has classes. Positions count the samples of all batches and
-    devices, a sample's seed makes its noise and label. Several teachers start from the same noise and label; of each, K states
-    follow those of the one before: (B, teachers * K, C, H, W).
-    `keep`, `through`, `dtype`, `steps` and `shard_size` as in `TrajectoryStore`; `sampling_batch` is the teachers' batch per
-    device. `images`: the real data, for `reference` alone.
+    devices, a sample's seed decides its noise and label. Several teachers start from the same noise and label, and their
+    states follow each other: (B, teachers * K, C, H, W).
 
-    Errors: as `TrajectoryStore`, and ValueError for batches or held-out pairs that do not divide over the devices, or for
-    teachers whose images differ in size, classes or, once they are sampled, in their range of values.
+    Args:
+        teachers: One or several.
+        root: The folder of all stores.
+        pairs: Trajectories to train on.
+        held_out: Trajectories to select models by.
+        batch_size: Trajectories per step, on all devices together.
+        seed: Decides their order.
+        keep, through, dtype, steps, shard_size: As in `TrajectoryStore`.
+        sampling_batch: Trajectories that a teacher samples at once on each device.
+        images: The real data, for `reference` alone.
+
+    Raises:
+        ValueError: As `TrajectoryStore`; for batches or held-out trajectories that do not divide over the devices; for teachers
+            whose images differ in size, in classes or, once they are sampled, in their range of values.
     """
 
     def __init__(
@@ -132,13 +142,13 @@ class TrajectoryDataModule(pl.LightningDataModule):
 
 
 def check_store(store: object, whose: str) -> None:
-    """Errors: ValueError for a `method.store` that names no folder. whose: samples it is for, as the message says."""
+    """Raise ValueError for a `method.store` that names no folder; `whose` samples it is for, the message says."""
     if not isinstance(store, str | Path) or not str(store):
         raise ValueError(f"method.store must be a folder for {whose} samples, got {store!r}; try data/trajectories")
 
 
 def check_alike(teachers: Sequence[Teacher], option: str = "method.teachers") -> None:
-    """Errors: ValueError, naming the option, for no teacher, or two whose images differ in size or classes."""
+    """Raise ValueError, naming the option, for no teacher, or for two whose images differ in size or classes."""
     if not teachers:
         raise ValueError(f"{option} must name at least one teacher")
     for other in teachers[1:]:
@@ -152,9 +162,9 @@ def check_alike(teachers: Sequence[Teacher], option: str = "method.teachers") ->
 
 
 def check_ranges(stores: Sequence[TrajectoryStore]) -> None:
-    """Errors: ValueError where one teacher's images have values of another range: [0, 1], say, instead of [-1, 1].
+    """Raise ValueError where one teacher's images have another range of values: [0, 1], say, instead of [-1, 1].
 
-    Measured as the width between the 1 % and the 99 % quantile of their first end points, which may differ by a half.
+    The range is measured as the distance from the 1 % to the 99 % quantile of the first end points, which may differ by half.
     """
     first = np.arange(min(len(stores[0]), _RANGE_SAMPLES))
     widths = []

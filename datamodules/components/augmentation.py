@@ -1,9 +1,9 @@
-"""EDM's augmentation of training images, which the network is told (arXiv 2206.00364, appendix F.2; first in 2006.06676).
+"""EDM's augmentation of training images, non-leaking by labels (arXiv 2206.00364, appendix F.2; first in 2006.06676).
 
-Every second image is mirrored left to right. With the probability `augment` each, independently, it is also turned upside
-down (of these again every second one), zoomed, rotated, stretched along one axis, and shifted. The network gets nine labels
-that say so, mirroring among them. They are all zero for an image that is left as it is, and zero in sampling: the network
-learns from changed images without ever drawing one.
+Half of the images are mirrored left to right. With the probability `augment` each, independently, they are also flipped
+upside down (half of these), zoomed, rotated, stretched along one axis, and shifted. The network receives nine labels of these
+changes, mirroring among them. All are zero for an unchanged image, and in sampling: the network learns from changed images
+without generating any.
 """
 
 import inspect
@@ -34,11 +34,17 @@ _MARGIN = 3  # pixels around the result that the filter reads
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to each image of a batch, in this order; all (B,), float32, and zero for nothing.
+    """The changes of each image of a batch, in this order; all are (B,), float32, and zero for no change.
 
-    mirror, flip: 1 where left and right, top and bottom are exchanged. zoom: in units of 0.2 octaves. rotation: in radians,
-    counter-clockwise. stretch: in units of 0.2 octaves along the axis at the angle `axis` from x, and as much shrunk across
-    it. right, down: shifts, in eighths of the image.
+    Attributes:
+        mirror: 1 where left and right are exchanged.
+        flip: 1 where top and bottom are exchanged.
+        zoom: In units of 0.2 octaves.
+        rotation: In radians, counter-clockwise.
+        stretch: In units of 0.2 octaves along `axis`; across it the image shrinks by as much.
+        axis: Angle from x, in radians.
+        right: Shift, in eighths of the image.
+        down: Shift, in eighths of the image.
     """
 
     mirror: Tensor
@@ -52,15 +58,15 @@ class Augmentation:
 
     @property
     def labels(self) -> Tensor:
-        """(B, 9), float32: in EDM's order, which its published networks know."""
-        turned = (self.rotation.cos() - 1, self.rotation.sin())
+        """The labels (B, 9), float32, in the order of EDM's published networks."""
+        rotated = (self.rotation.cos() - 1, self.rotation.sin())
         stretched = (self.stretch * self.axis.cos(), self.stretch * self.axis.sin())
-        return torch.stack([self.mirror, self.flip, self.zoom, *turned, *stretched, self.right, self.down], dim=1)
+        return torch.stack([self.mirror, self.flip, self.zoom, *rotated, *stretched, self.right, self.down], dim=1)
 
     def apply(self, images: Tensor) -> Tensor:
-        """The changed images (B, C, R, R), float32, of such images; those that are only exchanged, bit for bit.
+        """Apply the changes to images (B, C, R, R), float32; mirrored and flipped ones keep their values bit for bit.
 
-        What comes in from outside is the image's reflection, and black beyond that.
+        Outside of its borders an image continues as its reflection, and beyond that as grey (0).
         """
         images = torch.where(_each(self.mirror == 1), images.flip(3), images)
         images = torch.where(_each(self.flip == 1), images.flip(2), images)
@@ -69,7 +75,7 @@ class Augmentation:
             return torch.where(_each(moved), _resampled(images, self._source_map(images.shape[-1])), images)
 
     def _source_map(self, resolution: int) -> Tensor:
-        """(B, 2, 3): where in the image a pixel of the result comes from, (x, y) and y down, in pixels from the middle."""
+        """The affine map (B, 2, 3) from a pixel of the result to its source, (x, y), y down, in pixels from the middle."""
         smaller = torch.exp2(-_ZOOM * self.zoom)
         along = torch.exp2(-_STRETCH * self.stretch)
         square = torch.diag_embed(torch.stack([along, 1 / along], dim=1))
@@ -79,7 +85,7 @@ class Augmentation:
 
 
 def draw(probability: float, seed: int, positions: Tensor) -> Augmentation:
-    """The augmentation of each global position (B,), int64: of (seed, its position) alone, on the positions' device."""
+    """The augmentation at the global positions (B,), int64, a function of seed and position, on the positions' device."""
     uniforms = position_uniforms(seed, positions, TrainingStream.AUGMENTATION_UNIFORMS, count=9)
     mirror, flip, angle, axis, tilted, *chances = (u.float() for u in uniforms)
     zoomed, rotated, stretched, shifted = (u < probability for u in chances)
@@ -97,7 +103,7 @@ def draw(probability: float, seed: int, positions: Tensor) -> Augmentation:
 
 
 def augmented(batch: dict[str, Tensor], probability: float | None, seed: int) -> dict[str, Tensor]:
-    """The batch with its images changed and their labels as "augment", (B, 9); as it is where the probability is None."""
+    """The batch with changed images and their labels "augment", (B, 9); the same batch where the probability is None."""
     if probability is None:
         return batch
     changes = draw(probability, seed, batch["position"])
@@ -105,7 +111,7 @@ def augmented(batch: dict[str, Tensor], probability: float | None, seed: int) ->
 
 
 def check_augment(probability: float | None, network: nn.Module) -> None:
-    """Errors: ValueError for no probability, or for a network that could not be told."""
+    """Raise ValueError for what is no probability, or for a network that takes no augmentation labels."""
     if probability is None:
         return
     if not 0 < probability <= 1:
@@ -121,7 +127,7 @@ def check_augment(probability: float | None, network: nn.Module) -> None:
 
 
 def check_unmirrored(probability: float | None, data: Any) -> None:
-    """Errors: ValueError where the data mirror images as well, of which the network would not be told."""
+    """Raise ValueError where the data mirror images as well, which would be missing in the labels."""
     if probability is not None and getattr(data, "flip", False):
         raise ValueError(f"method.augment={probability} mirrors images, and tells the network: set data.flip=false")
 
@@ -137,7 +143,7 @@ def _turn(angle: Tensor) -> Tensor:
 
 
 def _resampled(images: Tensor, source: Tensor) -> Tensor:
-    """`images` (B, C, R, R) read at `source` (B, 2, 3), by way of twice the resolution, so that nothing is aliased."""
+    """Images (B, C, R, R) resampled at `source` (B, 2, 3), at twice the resolution, against aliasing."""
     up, down, places = _operators(images.shape[-1], images.device)
     fine = up @ images @ up.T
     points = places @ source[:, :, :2].mT[:, None] + source[:, None, None, :, 2]
@@ -147,11 +153,12 @@ def _resampled(images: Tensor, source: Tensor) -> Tensor:
 
 @cache
 def _operators(resolution: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """What every resampling of one resolution R has in common, in float32.
+    """The matrices of resampling at resolution R, float32.
 
-    up (2 (3 R - 2), R): a row of pixels, reflected at its ends as often as that is clear, at twice its resolution.
-    down (R, 2 (R + 6)): back to R pixels, of a row with a margin. places (2 (R + 6), 2 (R + 6), 2): where that lies, (x, y)
-    in pixels from the middle.
+    Returns:
+        up (2 (3 R - 2), R): from a row of pixels to twice its resolution, reflected once at each end.
+        down (R, 2 (R + 6)): from such a row with a margin back to R pixels.
+        places (2 (R + 6), 2 (R + 6), 2): positions of its pixels, (x, y) in pixels from the middle.
     """
     last = resolution - 1
     reached = torch.arange(-last, 2 * last + 1)
@@ -165,9 +172,9 @@ def _operators(resolution: int, device: torch.device) -> tuple[Tensor, Tensor, T
 
 
 def _taps(fine: Tensor, coarse: Tensor) -> Tensor:
-    """(len(fine), len(coarse)), float64: the filter's tap that joins the place `fine`, in half pixels, to the pixel `coarse`.
+    """The filter's taps from pixels `coarse` to positions `fine`, in half pixels: (len(fine), len(coarse)), float64.
 
-    Shifts of the filter by whole pixels are orthonormal: the transpose of a matrix that refines undoes it.
+    Shifts of the filter by whole pixels are orthonormal, so that the transpose of an upsampling matrix inverts it.
     """
     tap = fine[:, None] - 2 * coarse + _MIDDLE
     inside = (tap >= 0) & (tap < len(_TAPS))

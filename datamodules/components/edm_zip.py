@@ -17,7 +17,11 @@ _CHUNK = 256  # images
 
 
 class EDMZip(PixelDataModule):
-    """The RGB images of the zip `path`, in the order of their names; their classes where num_classes is above 0."""
+    """The RGB images of a zip in the order of their names, with their classes where num_classes is above 0.
+
+    Args:
+        path: The zip.
+    """
 
     how_to_get = "make the zip with EDM's `python dataset_tool.py --source=... --dest={path}` or set data.path"
 
@@ -26,7 +30,17 @@ class EDMZip(PixelDataModule):
 
 
 def edm_source(path: Path, resolution: int, classes: int) -> ImageSource:
-    """Errors: OSError for a damaged zip, ValueError for images or classes other than asked for."""
+    """The images of a zip of EDM's dataset_tool.
+
+    Args:
+        path: The zip.
+        resolution: That the images must have.
+        classes: Number of classes in its dataset.json; 0: the file is ignored.
+
+    Raises:
+        OSError: The zip is damaged.
+        ValueError: Images or classes are not as asked for.
+    """
     archive = open_zip(path)
     infos = members(archive, path)
     names = sorted(name for name in infos if name.lower().endswith(".png"))
@@ -78,7 +92,7 @@ def _labels(archive: zipfile.ZipFile, path: Path, names: list[str], classes: int
 
 
 def _image(archive: zipfile.ZipFile, path: Path, side: int, name: str) -> np.ndarray:
-    """One image, uint8 (H, W, 3)."""
+    """An image, uint8 (H, W, 3)."""
     where, way_out = f"{name} in {path}", "copy or make the zip again"
     try:
         picture = decode(read_member(archive, name), where, DecodingRules(), way_out, formats=("PNG",))

@@ -1,4 +1,4 @@
-"""A data set too large as pixels: the encoded pictures one after the other, decoded and cut whenever they are fetched."""
+"""Data sets too large as pixels: the encoded pictures one after the other, decoded and cut whenever they are fetched."""
 
 import json
 import os
@@ -43,12 +43,24 @@ def pack_encoded(
     identity: str,
     provenance: Callable[[], dict[str, Any]] = dict,
 ) -> "EncodedImages":
-    """Write the `count` pictures that `contents` gives from a number on, as (name, content), of about `size` bytes in all.
+    """Write encoded pictures into `folder`, as `packed_images.pack` writes pixels.
 
-    As `packing.pack`; each picture is decoded once, so that a damaged one shows now. `meta` says no preprocessing: what is
-    fetched is always the middle square at `resolution`, decoded by `rules`.
+    Each picture is decoded once, so that a damaged one is found now. What is fetched is always the middle square.
 
-    Errors: OSError for damaged pictures or a disk that is too small, ValueError for another number of them.
+    Args:
+        folder: The packed folder.
+        contents: Gives (name for errors, content) of each picture from a number on.
+        count: N, the number of pictures.
+        size: About the number of bytes of all pictures.
+        resolution: Of the images that are fetched.
+        meta: What meta.json says: name, classes (0) and source.
+        rules: How the pictures are decoded.
+        identity: Names the content of the source.
+        provenance: Gives further entries of meta.json once all pictures have been read.
+
+    Raises:
+        OSError: Pictures are damaged, or the disk is too small.
+        ValueError: There are more or fewer pictures than announced.
     """
     folder = Path(folder)
     meta = {**meta, "preprocessing": CENTRE_CROP}
@@ -66,16 +78,16 @@ def pack_encoded(
         if done != count:
             raise ValueError(f"count={count} images were announced, the source gave {done}")
 
-    with claim_folder(folder) as unfinished:
-        if unfinished is not None:
-            require_space(folder, size + 16 * count + MARGIN - folder_size(unfinished))
+    with claim_folder(folder) as partial_folder:
+        if partial_folder is not None:
+            require_space(folder, size + 16 * count + MARGIN - folder_size(partial_folder))
             announced = json.dumps((identity, resolution, count, meta, rules.options))
-            hashes = append_resumably(unfinished, {"images.bin": b"", "lengths.bin": b""}, announced, blocks)
+            hashes = append_resumably(partial_folder, {"images.bin": b"", "lengths.bin": b""}, announced, blocks)
             del hashes["lengths.bin"]
-            lengths = np.fromfile(unfinished / "lengths.bin", "<i8")
+            lengths = np.fromfile(partial_folder / "lengths.bin", "<i8")
             offsets = np.concatenate([np.zeros(1, "<i8"), np.cumsum(lengths)])
-            hashes["offsets.npy"] = write_npy(unfinished / "offsets.npy", (count + 1,), offsets.dtype, [offsets])
-            (unfinished / "lengths.bin").unlink()
+            hashes["offsets.npy"] = write_npy(partial_folder / "offsets.npy", (count + 1,), offsets.dtype, [offsets])
+            (partial_folder / "lengths.bin").unlink()
             shown = (hashes["images.bin"].whole, hashes["offsets.npy"].whole, meta["preprocessing"], resolution)
             if rules.changes:
                 shown = (*shown, rules.changes)
@@ -95,18 +107,24 @@ def pack_encoded(
                 **digests,
                 **block_hashes(hashes),
             }
-            write_json(unfinished / "meta.json", content)
-            os.rename(unfinished, folder)
+            write_json(partial_folder / "meta.json", content)
+            os.rename(partial_folder, folder)
             decoder.report(meta["name"])
     return EncodedImages(folder)
 
 
 class EncodedImages:
-    """A folder of encoded pictures, read as `packing.PackedImages` is; there are no labels.
+    """A folder of encoded pictures, read as `packed_images.PackedImages` is, without labels.
 
-    `hash` names the encoded bytes and what is made of them. Opening compares the sizes of the files, `verify` the content.
+    Opening compares the sizes of the files with meta.json, `verify` compares the content too.
 
-    Errors: FileNotFoundError where nothing is packed, OSError for files that are damaged or do not belong together.
+    Attributes:
+        hash: SHA-256 (hex) of the encoded bytes and of what is made of them.
+        meta: The content of meta.json.
+
+    Raises:
+        FileNotFoundError: Nothing is packed there.
+        OSError: Files are damaged or do not belong together.
     """
 
     labels = None
@@ -139,33 +157,33 @@ class EncodedImages:
         return self.meta["sha256"]
 
     def verify(self, everything: bool = True) -> None:
-        """Errors: OSError where the bytes are not those that were packed; without `everything` some are looked at."""
+        """Raise OSError where the bytes are not those that were packed; without `everything` compare some of them."""
         files = (("images.bin", 0, int(self.offsets[-1])), ("offsets.npy", self._header, 8 * len(self.offsets)))
         for name, start, size in files:
             digest = self.meta[f"{Path(name).stem}_sha256"]
             check_file(self.folder / name, start, size, digest, self.meta, everything)
 
     def encoded(self, index: int) -> bytes:
-        """One picture as the source had it."""
+        """The content of a picture's file."""
         if self._content is None:
             self._content = np.memmap(self.folder / "images.bin", np.uint8, mode="r").view(np.ndarray)
         return self._content[self.offsets[index] : self.offsets[index + 1]].tobytes()
 
     def fetch(self, indices: np.ndarray) -> tuple[Tensor, None]:
-        """Images uint8 (B, C, H, W) in the order of `indices` (B,), and no labels; by several threads outside of workers."""
+        """Images uint8 (B, C, H, W) in the order of `indices` (B,), and no labels; decoded by threads outside of workers."""
         check_indices(indices, len(self), self.folder)
         side = self.meta["resolution"]
         batch = np.empty((len(indices), 3, side, side), np.uint8)
-        place = partial(self._place, batch, indices)
+        decode_row = partial(self._decode_row, batch, indices)
         if get_worker_info() is None and len(indices) > 1:
             with ThreadPoolExecutor(THREADS) as pool:
-                list(pool.map(place, range(len(indices))))
+                list(pool.map(decode_row, range(len(indices))))
         else:
             for row in range(len(indices)):
-                place(row)
+                decode_row(row)
         return torch.from_numpy(batch), None
 
-    def _place(self, batch: np.ndarray, indices: np.ndarray, row: int) -> None:
+    def _decode_row(self, batch: np.ndarray, indices: np.ndarray, row: int) -> None:
         where = f"image {indices[row]} of {self.folder}"
         image = centre_crop(decode(self.encoded(indices[row]), where, self.rules).image, batch.shape[-1])
         batch[row] = np.asarray(image).transpose(2, 0, 1)

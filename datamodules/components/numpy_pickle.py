@@ -1,4 +1,8 @@
-"""Pickles of arrays and plain values from elsewhere, read without running anything that they name."""
+"""Pickles of numpy arrays and plain values, such as CIFAR-10's batches, read without running anything that they name.
+
+What is read, and that nothing is run, is `stillhouse.checkpoints.inert_pickle`'s; here stand the names that arrays are pickled
+by, and what they become. Pickles of weights have others: those of torch, in `stillhouse.checkpoints`.
+"""
 
 import math
 import os
@@ -13,7 +17,7 @@ _CODES = ("b1", "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f2", "f4", "f8"
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """How Python 3 writes bytes in the pickles of Python 2."""
+    """The bytes that Python 3 pickles as text by protocol 2."""
     if encoding != "latin1":
         raise RefusedPickle("text in another encoding")
     return text.encode("latin1")
@@ -36,9 +40,17 @@ _MAKERS = {
 
 
 def unpickle(file: BinaryIO, where: str) -> dict[str, Any]:
-    """The dictionary in a pickle of arrays, numbers, text and containers; Python 2's text becomes bytes, keys are str.
+    """The dictionary in a pickle of arrays, numbers, text and containers.
 
-    Errors: OSError that names `where` for a pickle of anything else, or a damaged one.
+    Args:
+        file: The pickle.
+        where: What errors call it.
+
+    Returns:
+        The dictionary, with keys as str; Python 2's text becomes bytes.
+
+    Raises:
+        OSError: The pickle is damaged or holds anything else.
     """
     try:
         content = read_pickle(file, _size(file), _MAKERS)
@@ -54,9 +66,9 @@ def unpickle(file: BinaryIO, where: str) -> dict[str, Any]:
 
 
 def numbers(value: Any) -> np.ndarray:
-    """An array as it is, or that of a list of whole numbers; of anything else an empty one of objects.
+    """An array as it is, a list of integers as an array, and anything else as an empty array of objects.
 
-    By numpy alone lists that hold each other would be followed without end.
+    numpy by itself would follow lists that contain each other without end.
     """
     if isinstance(value, list) and all(type(number) is int and abs(number) < 1 << 62 for number in value):
         return np.array(value, np.int64)
@@ -79,7 +91,7 @@ def _value(value: Any) -> Any:
 
 
 def _array(state: Any) -> np.ndarray:
-    """From what numpy keeps of one: (version, shape, dtype, whether in Fortran's order, bytes)."""
+    """The array of numpy's pickled state: (version, shape, dtype, whether in Fortran's order, bytes)."""
     try:
         _, shape, dtype, fortran, data = state
         kind = np.dtype(dtype.name).newbyteorder(_text(dtype.state[1]))

@@ -34,15 +34,24 @@ def pack(
     identity: str | None = None,
     provenance: Callable[[], dict[str, Any]] = dict,
 ) -> "PackedImages":
-    """Write `count` images of `shape` (C, H, W) into `folder`, which appears complete or not at all.
+    """Write images into `folder`, which appears complete or not at all, and stays as it is where it exists.
 
-    `images` is one uint8 array (N, C, H, W), an iterable of such chunks, or a function that gives the chunks from an image
-    number on; `labels` integers (N,). `meta` says name, classes (0 without labels), source and preprocessing; `provenance`
-    gives what is known once all images were read. Where the folder is there, or another process makes it, it stays as it is.
+    Another process that packs the same folder is waited for. With chunks from a function and an `identity`, the work of a
+    killed process is continued.
 
-    With a function and an `identity`, which names the source's content, a killed process' work goes on.
+    Args:
+        folder: The packed folder.
+        images: One uint8 array (N, C, H, W), an iterable of such chunks, or a function that gives the chunks from an image on.
+        count: N.
+        shape: (C, H, W), H = W.
+        labels: Integers (N,).
+        meta: What meta.json says: name, classes (0 without labels), source and preprocessing.
+        identity: Names the content of the source.
+        provenance: Gives further entries of meta.json once all images have been read.
 
-    Errors: ValueError for images or labels other than announced, OSError for a disk that is too small.
+    Raises:
+        ValueError: Images or labels are not as announced.
+        OSError: The disk is too small.
     """
     folder = Path(folder)
     channels, height, width = shape
@@ -76,13 +85,13 @@ def pack(
 
 
 def block_hashes(hashes: Mapping[str, BlockHashes]) -> dict[str, Any]:
-    """What meta.json says of the blocks of long files, by the files' names."""
+    """The entry of meta.json on the blocks of long files, by the files' names."""
     blocks = {name: of.blocks for name, of in hashes.items() if of.blocks}
     return {"blocks": blocks} if blocks else {}
 
 
 def check_file(path: Path, offset: int, size: int, sha256: str, meta: Mapping[str, Any], everything: bool) -> None:
-    """Errors: OSError where a packed file's bytes are not those of its hashes, as far as `unchanged` looks at them."""
+    """Raise OSError where the bytes of a packed file are not those of its hashes, as far as `unchanged` compares them."""
     try:
         right = unchanged(path, offset, size, sha256, meta.get("blocks", {}).get(path.name, ()), everything=everything)
     except (AttributeError, TypeError):
@@ -92,6 +101,7 @@ def check_file(path: Path, offset: int, size: int, sha256: str, meta: Mapping[st
 
 
 def check_meta(meta: dict[str, Any]) -> None:
+    """Raise ValueError where the description of a data set lacks something, or has more than it should."""
     if set(meta) != DESCRIPTION:
         raise ValueError(f"meta must say {', '.join(sorted(DESCRIPTION))}, got {', '.join(sorted(meta)) or 'nothing'}")
 
@@ -121,16 +131,23 @@ def _checked_labels(labels: np.ndarray | None, count: int, classes: int) -> np.n
 
 
 def check_indices(indices: np.ndarray, count: int, folder: Path) -> None:
+    """Raise IndexError for indices (B,) outside of [0, count)."""
     if len(indices) and not 0 <= indices.min() <= indices.max() < count:
         raise IndexError(f"indices {indices.min()} to {indices.max()} exceed the {count} images of {folder}")
 
 
 def way_out(folder: Path) -> str:
+    """What to do about a damaged folder, for errors."""
     return f"delete the folder {folder} and run again"
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """meta.json of a packed folder. Errors: FileNotFoundError where nothing is packed, OSError where it is damaged."""
+    """The content of a packed folder's meta.json.
+
+    Raises:
+        FileNotFoundError: Nothing is packed there.
+        OSError: The file is damaged.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist: nothing is packed there yet")
     path = folder / "meta.json"
@@ -148,11 +165,20 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 class PackedImages:
-    """A packed folder: `images` uint8 (N, C, H, W) mapped on first use, `labels` int64 (N,) or None, `meta` a dict.
+    """The images of a packed folder.
 
-    Opening compares header and size of each file with meta.json, `verify` the content too; a pickle is the folder's path.
+    Opening compares header and size of each file with meta.json, `verify` compares the content too. Pickled, it is the
+    folder's path.
 
-    Errors: FileNotFoundError where nothing is packed, OSError for files that are damaged or do not belong together.
+    Attributes:
+        images: uint8 (N, C, H, W), mapped on first use.
+        labels: int64 (N,), or None.
+        meta: The content of meta.json.
+        hash: SHA-256 of the pixel bytes, hex.
+
+    Raises:
+        FileNotFoundError: Nothing is packed there.
+        OSError: Files are damaged or do not belong together.
     """
 
     def __init__(self, folder: str | Path):
@@ -180,7 +206,6 @@ class PackedImages:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the pixel bytes, hex."""
         return self.meta["sha256"]
 
     @property
@@ -191,19 +216,19 @@ class PackedImages:
         return self._images
 
     def verify(self, everything: bool = True) -> None:
-        """Errors: OSError where pixels or labels are not those that were packed; without `everything` some are looked at."""
+        """Raise OSError where pixels or labels are not those that were packed; without `everything` compare some of them."""
         check_file(self.folder / "images.npy", self._offset, math.prod(self.shape), self.hash, self.meta, everything)
         if self.labels is not None:
             path, digest = self.folder / "labels.npy", self.meta["labels_sha256"]
             check_file(path, self._labels_offset, 8 * len(self), digest, self.meta, everything)
 
     def fetch(self, indices: np.ndarray) -> tuple[Tensor, Tensor | None]:
-        """Images uint8 (B, C, H, W) and labels int64 (B,) or None, in the order of `indices` (B,); fresh memory."""
+        """Copies of images, uint8 (B, C, H, W), and of labels, int64 (B,) or None, in the order of `indices` (B,)."""
         check_indices(indices, len(self), self.folder)
         images = self.images.view(np.ndarray)
-        # A byte per page in rising order first: a cold file is read as a disk likes it, the copy keeps the caller's order.
+        # A byte per page in rising order first, so that a disk reads a cold file from front to back.
         _ = images.reshape(len(self), -1)[np.sort(indices), ::4096]
         batch = np.empty((len(indices), *self.shape[1:]), np.uint8)
-        np.take(images, indices, axis=0, out=batch, mode="clip")  # 'raise' would buffer: a second copy
+        np.take(images, indices, axis=0, out=batch, mode="clip")  # mode='raise' would make a second copy
         labels = None if self.labels is None else torch.from_numpy(self.labels[indices])
         return torch.from_numpy(batch), labels

@@ -1,4 +1,4 @@
-"""Encoded pictures to pixels: decoded into RGB of 8 bits by one set of rules, then cut and shrunk, by several threads."""
+"""From encoded pictures to pixels: decoded into RGB of 8 bits by one set of rules, then cut and shrunk, by several threads."""
 
 import math
 import re
@@ -17,7 +17,7 @@ from datamodules.components.batch_loader import CORES
 from stillhouse.checkpoints.bounds import check_growth
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-FACTOR = 256  # a drawing on a plain ground is some hundred times as large as its file
+FACTOR = 256  # decoded bytes per byte of a file; a drawing on a plain background has some hundred
 FLOOR = (
     1 << 27
 )  # bytes that any picture may have decoded, a blank page of 33 megapixels too; several are decoded at once
@@ -34,10 +34,13 @@ Preprocess = Callable[[Image.Image, str], Image.Image]
 class DecodingRules:
     """What becomes of pictures that are not plain RGB of 8 bits per channel.
 
-    depth: refuse pictures of more bits, or round their values to 8. background: the colour behind transparent parts, a name
-    of CSS or red, green and blue from 0 to 255. max_aspect: the longest side allowed, in shortest sides; None: any.
+    Args:
+        depth: refuse: pictures of more bits are an error; round: their values are rounded to 8 bits.
+        background: The colour behind transparent parts: a name in CSS, or red, green and blue from 0 to 255.
+        max_aspect: The longest side allowed, in shortest sides; None: any.
 
-    Errors: ValueError naming the option.
+    Raises:
+        ValueError: Names the wrong option.
     """
 
     depth: str = "refuse"
@@ -71,23 +74,26 @@ class DecodingRules:
 
     @property
     def changes(self) -> dict[str, Any]:
-        """Those of the options that are not the usual ones and decide pixels."""
-        usual = asdict(DecodingRules())
-        return {key: value for key, value in self.options.items() if key != "max_aspect" and value != usual[key]}
+        """The options that decide pixels and differ from the defaults."""
+        defaults = asdict(DecodingRules())
+        return {key: value for key, value in self.options.items() if key != "max_aspect" and value != defaults[key]}
 
 
 @dataclass(frozen=True)
 class Picture:
-    """`image` is RGB of 8 bits per channel, `mode` Pillow's name of what the file held.
+    """A decoded picture.
 
-    `transparent`: whether anything of it was blended. `notes` says what was changed or ignored: the end of "3 pictures ..."
-    to a detail of this one.
+    Attributes:
+        image: RGB of 8 bits per channel.
+        mode: Pillow's name for what the file held.
+        transparent: Whether anything was blended with the background.
+        changes: What was changed or ignored, as the end of "3 pictures ...", to a detail of this picture.
     """
 
     image: Image.Image
     mode: str
     transparent: bool
-    notes: dict[str, str]
+    changes: dict[str, str]
 
 
 def decode(
@@ -97,21 +103,30 @@ def decode(
     way_out: str | None = None,
     formats: tuple[str, ...] = _FORMATS,
 ) -> Picture:
-    """The first frame or page as RGB of 8 bits per channel; `way_out` is for errors, in place of what the rules offer.
+    """Decode the first frame or page of a picture.
 
-    Errors: OSError that names `where` for what is damaged, or no picture; ValueError for what the rules refuse.
+    Args:
+        content: Of the file.
+        where: What errors call it.
+        rules: What becomes of pictures that are not plain RGB.
+        way_out: What to do about a picture that is refused, for errors; by default what the rules offer.
+        formats: Pillow's names of the formats that are accepted.
+
+    Raises:
+        OSError: The content is damaged, or no picture.
+        ValueError: The rules refuse it.
     """
-    notes, mend = {}, way_out or "replace it or take it out"
+    changes, mend = {}, way_out or "replace it or take it out"
     try:
         image = Image.open(BytesIO(content), formats=formats)
         check_growth(4 * math.prod(image.size), len(content), "it", factor=FACTOR, floor=FLOOR)
         _check_aspect(image, where, rules)
         if (frames := getattr(image, "n_frames", 1)) > 1:
-            notes["hold several frames or pages, of which the first is used"] = f"{frames} of them"
+            changes["hold several frames or pages, of which the first is used"] = f"{frames} of them"
         deep = _bits(image)
         if deep:
             _check_depth(image, deep, where, rules, way_out)
-            notes["have more than 8 bits per channel and were rounded"] = f"{deep} bits"
+            changes["have more than 8 bits per channel and were rounded"] = f"{deep} bits"
             mode, image = image.mode, _rounded(image, content, formats)
         else:
             image.load()
@@ -123,17 +138,17 @@ def decode(
     except Exception as error:  # a damaged file can raise anything in a decoder
         raise OSError(f"{where} is damaged ({error}); {mend}") from error
     if _other_colours(image):
-        notes["have a colour profile other than sRGB, which is ignored"] = image.mode
+        changes["have a colour profile other than sRGB, which is ignored"] = image.mode
     if mode != "RGB":
-        notes["converted to RGB"] = mode
+        changes["converted to RGB"] = mode
     image, transparent = _flattened(image, where, rules)
     if transparent:
-        notes[f"have transparent parts, blended onto {rules.background} (data.background)"] = mode
-    return Picture(image, mode, transparent, notes)
+        changes[f"have transparent parts, blended onto {rules.background} (data.background)"] = mode
+    return Picture(image, mode, transparent, changes)
 
 
 class _Refused(Exception):
-    """What the rules refuse, among all that decoders raise."""
+    """A picture that the rules refuse; an exception of its own, because decoders raise all others."""
 
 
 def _check_aspect(image: Image.Image, where: str, rules: DecodingRules) -> None:
@@ -151,7 +166,7 @@ _OTHER_ORDER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "
 
 
 def _bits(image: Image.Image) -> int:
-    """Bits per channel where they are more than 8, which Pillow would cut off or clip; else 0."""
+    """The bits per channel where they are more than 8, of which Pillow would drop or clip some; else 0."""
     bits = 0
     if image.format == "PNG":
         bits = 16 * any(";16" in str(tile.args) for tile in image.tile)
@@ -182,7 +197,7 @@ def _raw_mode(tile: Any) -> str:
 
 
 def _swapped(tile: Any) -> Any:
-    """The tile of an image whose decoder gives the low byte of each value instead of the high one; None where none can."""
+    """The tile with a decoder that gives the low byte of each value instead of the high one; None where there is none."""
     match = re.fullmatch(r"(RGB|RGBA|RGBX);16([BLN])", str(_raw_mode(tile)))
     if match:
         raw = f"{match[1]};16{_OTHER_ORDER[match[2]]}"
@@ -194,7 +209,7 @@ def _swapped(tile: Any) -> Any:
 
 
 def _rounded(image: Image.Image, content: bytes | memoryview, formats: tuple[str, ...]) -> Image.Image:
-    """Values v of `bits` bits as round(255 v / (2^bits - 1)); a transparent colour is compared in all its bits."""
+    """The image with values v of `bits` bits as round(255 v / (2^bits - 1)); a transparent colour is compared in all bits."""
     if image.format == "PPM":
         image.load()  # Pillow scales by the largest value: colour to 255, rounded, grey to 65535
         if image.mode == "RGB":
@@ -226,7 +241,7 @@ def _rounded(image: Image.Image, content: bytes | memoryview, formats: tuple[str
 
 
 def _flattened(image: Image.Image, where: str, rules: DecodingRules) -> tuple[Image.Image, bool]:
-    """RGB, and whether anything of it was transparent. Errors: ValueError for a mode that Pillow can't convert."""
+    """The image as RGB, and whether anything was transparent; ValueError for a mode that Pillow can't convert."""
     try:
         if not image.has_transparency_data:
             return image if image.mode == "RGB" else image.convert("RGB"), False
@@ -261,7 +276,7 @@ def _other_colours(image: Image.Image) -> bool:
 
 @lru_cache(64)
 def _is_srgb(profile: bytes) -> bool:
-    """Whether colours taken as sRGB, as they are here, are those that the profile means."""
+    """Whether values read as sRGB, as they are here, are the colours that the profile means."""
     try:
         opened = ImageCms.ImageCmsProfile(BytesIO(profile))
         mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}[opened.profile.xcolor_space.strip()]
@@ -272,15 +287,15 @@ def _is_srgb(profile: bytes) -> bool:
         meant = ImageCms.profileToProfile(probe, opened, ImageCms.createProfile("sRGB"), intent, "RGB")
     except (ImageCms.PyCMSError, ImportError, KeyError, OSError, ValueError, TypeError):  # damaged, or of another kind
         return False
-    taken, meant = (np.asarray(one).astype(int) for one in (probe.convert("RGB"), meant))
-    return int(np.abs(taken - meant).max()) <= _TOLERANCE
+    as_srgb, meant = (np.asarray(one).astype(int) for one in (probe.convert("RGB"), meant))
+    return int(np.abs(as_srgb - meant).max()) <= _TOLERANCE
 
 
 # -- many pictures ----------------------------------------------------------------------------------------------------
 
 
 def centre_crop(image: Image.Image, side: int) -> Image.Image:
-    """The largest square in the middle, `side` x `side`; cut first, so that Lanczos sees no pixel outside of it."""
+    """The largest square in the middle, `side` x `side` pixels; cut first, so that Lanczos reads no pixel outside of it."""
     width, height = image.size
     crop = min(width, height)
     box = ((width - crop) // 2, (height - crop) // 2, (width + crop) // 2, (height + crop) // 2)
@@ -288,40 +303,45 @@ def centre_crop(image: Image.Image, side: int) -> Image.Image:
 
 
 class Decoder:
-    """Pictures of one data set to pixels; counts those that were no plain RGB, or smaller than what is made of them."""
+    """From the pictures of one data set to pixels; counts those that were no plain RGB, or smaller than the images.
 
-    def __init__(self, prepare: Preprocess, rules: DecodingRules):
-        self.prepare = prepare
+    Args:
+        preprocess: From a decoded picture to one of the data set's resolution.
+        rules: What becomes of pictures that are not plain RGB.
+    """
+
+    def __init__(self, preprocess: Preprocess, rules: DecodingRules):
+        self.preprocess = preprocess
         self.rules = rules
         self.seen = 0
-        self.noted: dict[str, tuple[int, str]] = {}
-        """What was noted, to the number of pictures and the first of them."""
+        self.changed: dict[str, tuple[int, str]] = {}
+        """What was changed, to the number of pictures and the first of them."""
 
     def chunks(
         self, contents: Iterable[tuple[str, bytes]], size: int = 256
     ) -> Iterator[tuple[list[bytes], np.ndarray]]:
-        """The (name, content) pairs `size` at a time and in their order: their contents, and uint8 (n, 3, H, W)."""
+        """Decode (name, content) pairs in their order, `size` at a time, into contents and pixels, uint8 (n, 3, H, W)."""
         with ThreadPoolExecutor(THREADS) as pool:  # Pillow decodes and resizes without the interpreter's lock
             for batch in _batched(contents, size):
-                pixels, notes = zip(*pool.map(self._pixels, batch), strict=True)
+                pixels, changes = zip(*pool.map(self._pixels, batch), strict=True)
                 self.seen += len(batch)
-                for (where, _), found in zip(batch, notes, strict=True):
+                for (where, _), found in zip(batch, changes, strict=True):
                     for what, detail in found.items():
-                        count, first = self.noted.get(what, (0, f"{where} ({detail})"))
-                        self.noted[what] = (count + 1, first)
+                        count, first = self.changed.get(what, (0, f"{where} ({detail})"))
+                        self.changed[what] = (count + 1, first)
                 yield [content for _, content in batch], np.stack(pixels)
 
     def _pixels(self, named: tuple[str, bytes]) -> tuple[np.ndarray, dict[str, str]]:
         where, content = named
         picture = decode(content, where, self.rules)
-        prepared, notes = self.prepare(picture.image, where), picture.notes
+        prepared, changes = self.preprocess(picture.image, where), picture.changes
         if min(picture.image.size) < min(prepared.size):
-            notes[f"are smaller than {prepared.width} pixels and were enlarged"] = "{}x{}".format(*picture.image.size)
-        return np.asarray(prepared).transpose(2, 0, 1), notes
+            changes[f"are smaller than {prepared.width} pixels and were enlarged"] = "{}x{}".format(*picture.image.size)
+        return np.asarray(prepared).transpose(2, 0, 1), changes
 
     def report(self, name: str) -> None:
-        """One line for each kind of picture that was no plain RGB, if there were any."""
-        for what, (count, first) in self.noted.items():
+        """Print a line for each kind of picture that was no plain RGB, if there were any."""
+        for what, (count, first) in self.changed.items():
             print(f"{name}: {count:,} of {self.seen:,} pictures {what}, the first {first}", flush=True)
 
 

@@ -20,15 +20,17 @@ from stillhouse.ranks import progress_bar
 
 
 def json_hash(*parts: object) -> str:
-    """SHA-256 (hex) of what JSON can hold."""
+    """SHA-256 (hex) of values that JSON can represent."""
     return sha256(json.dumps(parts).encode()).hexdigest()
 
 
 class PictureSequence(ABC):
     """Encoded pictures in a fixed order.
 
-    `sizes`: bytes, of each or an upper bound of all. `identity` is a hash (hex) of what can be known without reading them:
-    work on them that was killed goes on while it is the same.
+    Attributes:
+        path: Of the file or folder that holds them.
+        sizes: Bytes of each picture, or one upper bound of the sum.
+        identity: A hash (hex) of what can be known without reading them; while it is the same, killed work is continued.
     """
 
     path: Path
@@ -54,7 +56,7 @@ class PictureSequence(ABC):
 
     def content_hash(self) -> str:
         """SHA-256 (hex) of the CRC-32 of every picture; those that have not been read yet are read now."""
-        unread = int(np.count_nonzero(~self._checked))  # the first ones: whoever went on in the middle read to the end
+        unread = int(np.count_nonzero(~self._checked))  # the first ones, where work was continued in the middle
         if unread:
             with progress_bar(unread, f"reading {self.path}") as bar:
                 for _ in islice(self.contents(), unread):
@@ -63,18 +65,27 @@ class PictureSequence(ABC):
 
 
 class PictureFiles(PictureSequence):
-    """The pictures below `path`, a folder or a zip; `names` are relative to it, or to a zip's only folder.
+    """The pictures in a folder or a zip, in the order of their paths; hidden files are left out.
 
-    PictureFiles of other kinds are counted in `others`, hidden ones left out. `only` picks among the names.
+    Args:
+        path: The folder or zip.
+        only: Whether a picture is used, by its name.
 
-    Errors: FileNotFoundError where there are no pictures, OSError for a damaged zip or a link to nothing, ValueError for a
-    zip that holds a name twice.
+    Attributes:
+        names: Paths of the pictures, relative to `path` or to a zip's only folder.
+        others: Paths of the files that are no pictures by their names.
+        found: Number of files, pictures or not.
+        passed_over: Links to a folder that contains them.
+
+    Raises:
+        FileNotFoundError: There are no pictures.
+        OSError: A damaged zip, or a link to nothing.
+        ValueError: A zip that holds a name twice.
     """
 
     def __init__(self, path: Path, only: Callable[[str], bool] = lambda name: True):
         self.path = path
         self.passed_over: list[str] = []
-        """Links to a folder that they lie in."""
         self._zip = None if path.is_dir() else open_zip(path)
         known: dict[str, tuple[int, int]] = {}  # by place: size, and a zip's CRC-32 or a folder's time of change
         if self._zip is None:
@@ -101,11 +112,11 @@ class PictureFiles(PictureSequence):
             self._checked[:] = True
 
     def content_hashes(self) -> dict[str, Callable[[], str]]:
-        """Of names and pictures, by these words."""
+        """The hashes of names and pictures."""
         return {"names": lambda: json_hash(self.names), "pictures": self.content_hash}
 
     def report(self, name: str) -> None:
-        """A line on what lies below the path and is not taken, if there is anything."""
+        """Print a line on what lies below the path and is not used, if there is anything."""
         for link in self.passed_over:
             print(f"{name}: passed over {link}, a link to a folder that it lies in", flush=True)
         if self.others:
@@ -127,7 +138,7 @@ class PictureFiles(PictureSequence):
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
-    """Errors: OSError for what is no zip, or is cut short."""
+    """Open a zip; OSError for what is no zip, or is cut short."""
     try:
         return zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
@@ -135,7 +146,11 @@ def open_zip(path: Path) -> zipfile.ZipFile:
 
 
 def read_member(archive: zipfile.ZipFile, name: str, factor: int = FACTOR) -> bytes:
-    """One file of a zip. Errors: zipfile.BadZipFile for any damage, and for more than `factor` times its packed size."""
+    """The content of a file in a zip.
+
+    Raises:
+        zipfile.BadZipFile: The zip is damaged, or the content is more than `factor` times its packed size.
+    """
     try:
         return read_zipped(archive, name, factor=factor)
     except (OSError, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
@@ -143,7 +158,7 @@ def read_member(archive: zipfile.ZipFile, name: str, factor: int = FACTOR) -> by
 
 
 def members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
-    """Errors: ValueError for a name that is there twice: which one is meant?"""
+    """The files in a zip by their names; ValueError for a name that is there twice."""
     infos: dict[str, zipfile.ZipInfo] = {}
     for info in archive.infolist():
         if info.filename in infos:
@@ -164,9 +179,15 @@ CLASS_ORDERS = ("text", "natural")
 
 
 def class_folders(files: PictureFiles, classes: int, order: str = "text") -> list[str]:
-    """The first folders of the pictures by the class that they are: in the order of text, as EDM's, or of their numbers.
+    """The first folders of the pictures, whose places in the list are the classes.
 
-    Errors: ValueError for pictures outside of such folders, or another number of folders.
+    Args:
+        files: The pictures.
+        classes: How many folders there must be.
+        order: text sorts the names as text, as EDM does; natural by the numbers in them.
+
+    Raises:
+        ValueError: A picture lies in no such folder, or there is another number of folders.
     """
     way_out = "or set data.num_classes=0"
     loose = next((name for name in files.names if "/" not in name), None)
@@ -184,13 +205,13 @@ def class_folders(files: PictureFiles, classes: int, order: str = "text") -> lis
 
 
 def folder_classes(files: PictureFiles, folders: list[str]) -> np.ndarray:
-    """The class of each picture, int64 (N,): the place of its first folder in `folders`."""
+    """The class of each picture, int64 (N,), which is the place of its first folder in `folders`."""
     places = {folder: place for place, folder in enumerate(folders)}
     return np.array([places[name.partition("/")[0]] for name in files.names], np.int64)
 
 
 def class_table(folders: list[str], orders: bool = False) -> str:
-    """The first folders with their classes; with `orders` also how data.class_order would change them."""
+    """A line on the first folders and their classes; with `orders` also on how data.class_order would change them."""
     text = "classes by folder: " + shortened([f"{folder} -> {place}" for place, folder in enumerate(folders)], 10)
     for order, key in (("text", None), ("natural", _natural)):
         if orders and (other := sorted(folders, key=key)) != folders:
@@ -199,22 +220,25 @@ def class_table(folders: list[str], orders: bool = False) -> str:
 
 
 def shortened(items: Iterable[str], count: int = 3) -> str:
+    """The first `count` of the items, and "..." where there are more."""
     items = list(items)
     return ", ".join(items[:count]) + (", ..." if len(items) > count else "")
 
 
 def _natural(name: str) -> tuple[Any, ...]:
-    """To sort 10 behind 2: text and numbers in turn."""
+    """A key that sorts 10 behind 2: text and numbers in turn."""
     parts = re.split(r"(\d+)", name)
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
 
 
 def files_below(path: Path) -> tuple[dict[str, os.stat_result], list[str]]:
-    """The stat of each file below the folder by its relative path, and the links that lead to a folder that they lie in.
+    """The stat of each file below a folder, by its relative path, and the links to a folder that contains them.
 
-    Links are followed, but for those; hidden files and folders are left out.
+    Those links are not followed, all others are; hidden files and folders are left out.
 
-    Errors: OSError for a folder that can't be read, FileNotFoundError for a link to nothing.
+    Raises:
+        OSError: A folder can't be read.
+        FileNotFoundError: A link leads to nothing.
     """
     files: dict[str, os.stat_result] = {}
     loops: list[str] = []
@@ -246,5 +270,5 @@ def _is_hidden(place: str) -> bool:
 
 
 def _common_folder(places: list[tuple[str, ...]]) -> int:
-    """1 where all pictures lie in one folder, as in a zip of a folder, else 0."""
+    """1 where all pictures are in one folder, as in a zip of a folder, else 0."""
     return int(bool(places) and len({parts[0] for parts in places}) == 1 and all(len(parts) > 1 for parts in places))

@@ -1,4 +1,4 @@
-"""What a teacher makes of noise, sampled once and kept: (noise, label) -> states of its solver, in shards on disk."""
+"""Trajectories of a teacher, sampled once and stored: (noise, label) -> states of its solver, in shards on disk."""
 
 import hashlib
 import json
@@ -27,24 +27,34 @@ _SPOT_TOLERANCE = 0.01
 
 
 def decode(states: Tensor) -> Tensor:
-    """Stored states as float32, images in [-1, 1]."""
+    """Stored states as float32; images are in [-1, 1]."""
     return from_uint8(states) if states.dtype == torch.uint8 else states.float()
 
 
 class TrajectoryStore:
-    """`count` trajectories of one teacher, entry i from seed `first_seed` + i alone.
+    """Trajectories of one teacher, entry i a function of the seed `first_seed` + i alone.
 
-    Each entry is the states after the solver steps `keep` (among 1 .. steps, default the end point), shape (K, C, H, W).
-    `through`: noise levels to which the schedule is bent (`Teacher.sigmas`), whose states are kept if `keep` is not given,
-    before the end point.
-    Latents and labels are not stored: `diffusion.random_numbers` gives them back exactly, on any device. uint8 is for end points
-    (images clipped to [-1, 1]), float16 and float32 for any state.
+    An entry is the states after the kept solver steps, (K, C, H, W). Noise and labels are not stored:
+    `diffusion.random_numbers` gives them again exactly, on any device.
 
-    The folder's name contains a hash of all that decides the states: teacher weights, solver, noise levels, kept steps,
+    The folder's name contains a hash of everything that decides the states: teacher weights, solver, noise levels, kept steps,
     dtype, seeds, labels, shape, shard size. `count` is not among them: a larger one extends the same store, of which only a
-    last shard that was not full is sampled again. Nor is the sampling `batch_size`, whose effect is rounding alone.
+    last shard that was not full is sampled again. Neither is the sampling `batch_size`, which affects only rounding.
 
-    Errors: ValueError for steps, dtypes and sizes that do not fit.
+    Args:
+        root: The folder of all stores.
+        teacher: The teacher.
+        count: Number of trajectories.
+        first_seed: Of entry 0.
+        keep: Solver steps among 1 .. steps whose states are stored; by default the last, and those at `through`.
+        through: Noise levels that the schedule is made to pass through (`Teacher.sigmas`).
+        dtype: uint8 for end points, as images clipped to [-1, 1]; float16 or float32 for any states.
+        steps: Of the solver; None: the teacher's own.
+        shard_size: Trajectories per file.
+        batch_size: Trajectories sampled at once.
+
+    Raises:
+        ValueError: Steps, dtype and sizes do not fit each other.
     """
 
     def __init__(
@@ -98,8 +108,7 @@ class TrajectoryStore:
         return self.count
 
     def estimate(self) -> int:
-        """Bytes that `fill` has still to write."""
-        # 160: header and hash
+        """The number of bytes that `fill` still has to write, with 160 for header and hash of each shard."""
         return sum(len(self.shards.entries(shard)) * self.shards.entry_bytes + 160 for shard in self.shards.missing())
 
     def fill(
@@ -109,24 +118,32 @@ class TrajectoryStore:
         world_size: int = 1,
         barrier: Callable[[], object] | None = None,
     ) -> None:
-        """Sample the missing shards: shard j on rank j mod `world_size`, with the same bits for any rank count.
+        """Sample the missing shards, shard j in process j mod `world_size`, with the same bits for any number of processes.
 
-        It may be killed at any time and run again. With a `barrier` the ranks go shard by shard in step, so that none
-        waits for another longer than a shard takes (collectives time out); `root` must be a folder that all ranks share.
+        It may be killed at any time and run again.
 
-        Errors: OSError for a disk that is too small or a damaged shard, ValueError for states that are not finite.
+        Args:
+            device: Of the teacher.
+            rank: Of this process.
+            world_size: Number of processes, which must share the folder `root`.
+            barrier: Called after each shard, so that no process waits for another longer than a shard takes: collective
+                operations time out.
+
+        Raises:
+            OSError: The disk is too small, or a shard is damaged.
+            ValueError: States are not finite.
         """
         missing = set(self.shards.missing())
         entries = {shard: len(self.shards.entries(shard)) for shard in missing}
         if missing:
             self._prepare(device, rank, sum(entries.values()))
-        # The rounds depend on the shards' number alone: what a rank finds missing depends on when it looks.
+        # The rounds depend on the number of shards alone: which are missing depends on when a process looks.
         with _progress(sum(entries.values()), rank) as progress:
             for first in range(0, len(self.shards), world_size):
                 active = sum(entries.get(shard, 0) for shard in range(first, first + world_size))
                 mine = first + rank
                 if mine in missing and not self.shards.path(mine).exists():
-                    share = active / entries[mine]  # the other ranks' count as well
+                    share = active / entries[mine]  # progress counts the other processes' entries as well
                     self.shards.write(
                         mine, self._sample(mine, device, lambda n, s=share: progress.update(round(n * s)))
                     )
@@ -153,7 +170,7 @@ class TrajectoryStore:
         self.teacher.to(device)
 
     def _sample(self, shard: int, device: torch.device | str, done: Callable[[int], object]) -> Iterator[np.ndarray]:
-        # The same batches whatever the number of ranks: the result of a kernel may depend on the batch around a sample.
+        # The same batches for any number of processes: a kernel's result may depend on the batch around a sample.
         entries = self.shards.entries(shard)
         for start in range(entries.start, entries.stop, self.batch_size):
             stop = min(start + self.batch_size, entries.stop)
@@ -161,7 +178,7 @@ class TrajectoryStore:
             done(stop - start)
 
     def _solve(self, entries: Tensor) -> Tensor:
-        """Kept states (B, K, C, H, W) of the entries (B,), int64, on their device."""
+        """The kept states (B, K, C, H, W) of the entries (B,), int64, on their device."""
         seeds = entries + self.first_seed
         noise, labels = sample_noise(seeds, self.image_shape), sample_labels(seeds, self.teacher.num_classes)
         states = enumerate(self.teacher.trajectory(noise, labels, self.asked_steps, through=self.through), start=1)
@@ -176,23 +193,31 @@ class TrajectoryStore:
         return to_uint8(rounded) if self.dtype == "uint8" else rounded
 
     def states(self, indices: np.ndarray) -> Tensor:
-        """States (B, K, C, H, W) of the entries `indices` (B,), in the stored dtype; `decode` makes them float32.
+        """The states (B, K, C, H, W) of the entries `indices` (B,), in the stored dtype; `decode` makes them float32.
 
-        Errors: IndexError outside [0, count), FileNotFoundError where `fill` has not run, OSError for a damaged shard.
+        Raises:
+            IndexError: An index is outside [0, count).
+            FileNotFoundError: `fill` has not run.
+            OSError: A shard is damaged.
         """
         return torch.from_numpy(self.shards.read(indices))
 
     def verify(self, everything: bool = True) -> None:
-        """Errors: OSError where the data of a shard are not those that were written; without `everything` some are looked at."""
+        """Raise OSError where data are not those that were written; without `everything` compare some of the shards."""
         self.shards.verify(everything)
 
     def spot_check(self, entries: int = 4, device: torch.device | str = "cpu") -> None:
-        """Solve `entries` evenly spread ones again and compare, as root mean square per state.
+        """Solve some evenly spread entries again and compare them with those stored, as root mean square per state.
 
         The limit is the dtype's rounding plus 1 % of the state, because another device or batch size sums in another
         order and the ODE amplifies that; another teacher, seed, label or solver differs by far more.
 
-        Errors: OSError that names the shard.
+        Args:
+            entries: How many.
+            device: Of the teacher.
+
+        Raises:
+            OSError: Names the shard of an entry that differs.
         """
         indices = np.unique(np.linspace(0, self.count - 1, entries).astype(np.int64))
         self.teacher.to(device)

@@ -50,7 +50,7 @@ def test_more_than_8_bits_are_refused_or_rounded(kind):
         shown(content)
     picture = decode(content, "a picture", DecodingRules(depth="round"))
     assert np.array_equal(np.asarray(picture.image), np.broadcast_to(rounded(values), (6, 7, 3)))
-    assert picture.notes["have more than 8 bits per channel and were rounded"] == "16 bits"
+    assert picture.changes["have more than 8 bits per channel and were rounded"] == "16 bits"
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_nothing_of_a_hidden_colour_is_left(kind, background, colour):
     picture = decode(TRANSPARENT[kind], "a picture", DecodingRules(background=background))
     assert np.array_equal(np.asarray(picture.image), expected)
     assert picture.transparent
-    assert f"have transparent parts, blended onto {background} (data.background)" in picture.notes
+    assert f"have transparent parts, blended onto {background} (data.background)" in picture.changes
 
 
 def test_half_transparent_parts_are_blended_to_the_nearest():
@@ -137,7 +137,7 @@ def test_an_alpha_without_anything_transparent_is_dropped():
     pixels = np.dstack([pattern(20, 20), np.full((20, 20), 255, np.uint8)])
     picture = decode(encoded(pixels, mode="RGBA"), "a picture", DecodingRules())
     assert np.array_equal(np.asarray(picture.image), pixels[..., :3])
-    assert picture.notes == {"converted to RGB": "RGBA"}
+    assert picture.changes == {"converted to RGB": "RGBA"}
 
 
 def profile(**colorants: tuple[float, float, float]) -> bytes:
@@ -166,7 +166,7 @@ ADOBE = {"rXYZ": (0.6097, 0.3111, 0.0195), "gXYZ": (0.2053, 0.6257, 0.0609), "bX
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
 def test_other_colour_spaces_are_said_and_ignored(kind, options, other):
     picture = decode(encoded(pattern(20, 20), kind, **options), "a picture", DecodingRules())
-    assert ("have a colour profile other than sRGB, which is ignored" in picture.notes) == other
+    assert ("have a colour profile other than sRGB, which is ignored" in picture.changes) == other
     assert np.array_equal(np.asarray(picture.image), shown(encoded(pattern(20, 20), kind)))
 
 
@@ -183,7 +183,7 @@ def frames(kind: str, **options) -> bytes:
 def test_of_several_frames_or_pages_the_first_is_taken_and_it_is_said(kind, options):
     content = frames(kind, **options)
     picture = decode(content, "a picture", DecodingRules())
-    assert picture.notes["hold several frames or pages, of which the first is used"] == "3 of them"
+    assert picture.changes["hold several frames or pages, of which the first is used"] == "3 of them"
     first = Image.open(BytesIO(content)).convert("RGB")
     assert np.array_equal(np.asarray(picture.image), np.asarray(first))
 
