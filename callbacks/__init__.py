@@ -1,4 +1,4 @@
-"""What happens around training."""
+"""What happens around training: averages, checkpoints, measurements, samples, progress, logs."""
 
 from callbacks.checkpoint import AtomicCheckpointIO, Checkpoints, check_owner, read_checkpoint
 from callbacks.clock import Clock

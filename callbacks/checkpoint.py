@@ -18,13 +18,20 @@ from callbacks.loggers.csv_logger import CSVLogger
 from stillhouse.checkpoints.bounds import check_archive, check_tensors
 from stillhouse.files import atomic_write
 
-_RESUMED = {"callbacks", "global_step", "loops", "optimizer_states"}  # what Lightning wants of one beside the weights
+_RESUMED = {"callbacks", "global_step", "loops", "optimizer_states"}  # what Lightning needs beside the weights
 
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu", weights_only: bool = True) -> dict[str, Any]:
-    """The checkpoint's contents.
+    """The content of a checkpoint.
 
-    Raises FileNotFoundError, or ValueError for a file that is truncated, changed on disk, holds foreign objects or no weights.
+    Args:
+        path: the file.
+        map_location: the device of the tensors, as torch.load takes it.
+        weights_only: whether objects other than tensors and plain values are refused.
+
+    Raises:
+        FileNotFoundError: without the file.
+        ValueError: for a file that is truncated, changed on disk, holds foreign objects or no weights.
     """
     path = Path(path)
     if not path.exists():
@@ -54,7 +61,11 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", weights_only: b
 
 
 def check_owner(path: str | Path, content: Mapping[str, Any], owner: Mapping[str, str]) -> None:
-    """Raises ValueError for another run's checkpoint; one from before checkpoints said whose they are is accepted."""
+    """Refuse another run's checkpoint; one from before checkpoints named their run is accepted.
+
+    Raises:
+        ValueError: for a checkpoint of another method or configuration than `owner` says.
+    """
     stored = content.get("run", owner)
     stored = stored if isinstance(stored, dict) else {}
     for key, what in (("method", "method"), ("config", "configuration")):
@@ -66,15 +77,18 @@ def check_owner(path: str | Path, content: Mapping[str, Any], owner: Mapping[str
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """A checkpoint is either the old one or the new one, complete and on disk, whenever the process or machine stops.
+    """Writes checkpoints so that the old one or the new one is complete on disk, whenever the process or machine stops.
 
-    Lightning's own writes a copy to the system's temporary folder and moves it: on another file system that is a plain
+    Lightning's own class writes a copy to the system's temporary folder and moves it: on another file system that is a plain
     copy over the old checkpoint.
-
-    owner: what `launch.run.folder.identity` says of the run. Checkpoints tell it, and another run's is refused.
     """
 
     def __init__(self, owner: Mapping[str, str] | None = None) -> None:
+        """Say whose checkpoints these are.
+
+        Args:
+            owner: what `launch.run.folder.identity` says of the run. It is kept in checkpoints, and another run's is refused.
+        """
         super().__init__()
         self.owner = None if owner is None else dict(owner)
 
@@ -112,11 +126,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class Checkpoints(pl.callbacks.Checkpoint):
     """Writes <run folder>/checkpoints/last.ckpt and, after validations that improve `pl_module.monitor`, best.ckpt.
 
-    `monitor` names a logged metric of which smaller is better; None: no best.ckpt. last.ckpt is written every
-    `every_n_steps` optimiser steps, before each validation and at the end of training. What is saved before a validation says
-    so, and a resumed run begins with that validation: however long it takes, no step is lost in it. Lightning's
-    ModelCheckpoint does neither: it writes nothing at the end when it has saved before, and a validation that was
-    interrupted is left out.
+    `monitor` names a logged metric, smaller is better; None: no best.ckpt. last.ckpt is written every `every_n_steps`
+    optimiser steps, before each validation and at the end of training. A checkpoint written before a validation says so, and
+    a run resumed from it begins with that validation: no step is lost, however long it takes. Lightning's ModelCheckpoint
+    writes nothing at the end if it has saved before, and omits an interrupted validation.
     """
 
     def __init__(self, every_n_steps: int) -> None:
@@ -125,8 +138,8 @@ class Checkpoints(pl.callbacks.Checkpoint):
         self.every_n_steps = every_n_steps
         self.best: float | None = None
         self._saved_step = -1
-        self._wanted = False
-        self._due = False  # whether the validation of this step is still to be made
+        self._save_requested = False
+        self._validation_due = False  # whether the validation of this step is still to be made
         self._max_steps: int | None = None  # the trainer's, where it had to be put up
 
     def on_load_checkpoint(
@@ -143,7 +156,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved_step = trainer.global_step
-        if self._due:
+        if self._validation_due:
             # Where Lightning finishes the batch after which it was interrupted, and counts it in the end; the whole validation.
             loop = trainer.fit_loop.epoch_loop
             loop._batches_that_stepped -= 1
@@ -153,9 +166,14 @@ class Checkpoints(pl.callbacks.Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._due = _validation_follows(trainer)
-        if self._due or is_last_step(trainer) or self._wanted or trainer.global_step % self.every_n_steps == 0:
-            self._wanted = False
+        self._validation_due = _validation_follows(trainer)
+        if (
+            self._validation_due
+            or is_last_step(trainer)
+            or self._save_requested
+            or trainer.global_step % self.every_n_steps == 0
+        ):
+            self._save_requested = False
             _log_in_file(trainer)
             self._save_last(trainer)
 
@@ -166,7 +184,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
-        self._due = False
+        self._validation_due = False
         if pl_module.monitor is not None:
             self._save_best(trainer, pl_module.monitor)
         if is_last_step(trainer):
@@ -174,8 +192,8 @@ class Checkpoints(pl.callbacks.Checkpoint):
             self._save_last(trainer)
 
     def save_this_step(self) -> None:
-        """The step whose end other callbacks are being told of: these come before this one."""
-        self._wanted = True
+        """Save the step that is just ending; for callbacks that come before this one."""
+        self._save_requested = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._save_last(trainer)
@@ -201,15 +219,15 @@ class Checkpoints(pl.callbacks.Checkpoint):
         return Path(trainer.default_root_dir) / "checkpoints"
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "due": self._due}
+        return {"best": self.best, "due": self._validation_due}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
-        self._due = state_dict.get("due", False)  # of runs from before it was saved, after the validation
+        self._validation_due = state_dict.get("due", False)  # of runs from before it was saved, after the validation
 
 
 def _log_in_file(trainer: pl.Trainer) -> None:
-    """Have the step's row in metrics.csv before the checkpoint that no run logs it after; Lightning logs it later, again."""
+    """Write the step's row to metrics.csv before its checkpoint: a run resumed from that does not log the step again."""
     loggers = trainer.loggers
     trainer.loggers = [logger for logger in loggers if isinstance(logger, CSVLogger)]
     try:

@@ -1,4 +1,4 @@
-"""How long a run has trained: the currency in which methods of unlike cost per step are compared."""
+"""Seconds of training: by them methods are compared whose steps cost different amounts."""
 
 import time
 from collections.abc import Iterator
@@ -10,9 +10,9 @@ import torch
 
 
 class Clock(pl.Callback):
-    """Seconds of training, over all starts of the run, without validation and what callbacks do `aside`.
+    """Counts the seconds of training over all starts of a run, without validation and without what callbacks measure.
 
-    On a GPU the device is waited for where the clock is read or stopped, not at each step.
+    A GPU is waited for only where the clock is read or stopped, not at each step.
     """
 
     def __init__(self) -> None:
@@ -22,9 +22,11 @@ class Clock(pl.Callback):
 
     @staticmethod
     def find(trainer: pl.Trainer) -> "Clock | None":
+        """The trainer's clock, or None where it has none."""
         return next((callback for callback in trainer.callbacks if isinstance(callback, Clock)), None)
 
     def seconds(self) -> float:
+        """Seconds so far."""
         if self._since is None:
             return self._total
         if self._device.type == "cuda":
@@ -39,6 +41,7 @@ class Clock(pl.Callback):
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
+        """Do not count the time of the block."""
         self._stop()
         try:
             yield

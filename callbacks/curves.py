@@ -1,4 +1,4 @@
-"""curves.png: how the losses and the generative metrics went, drawn from metrics.csv."""
+"""curves.png: losses and generative metrics against kimg, plotted from metrics.csv."""
 
 import io
 import math
@@ -20,7 +20,7 @@ from stillhouse.metrics.records import load_records
 
 
 class Curves(pl.Callback):
-    """Draws <run folder>/curves.png after each evaluation of GenerativeMetrics and at the end of training.
+    """Plots <run folder>/curves.png after each evaluation of GenerativeMetrics and at the end of training.
 
     Reference lines come from <run folder>/monitoring.json if it is there.
     """
@@ -30,22 +30,25 @@ class Curves(pl.Callback):
     ) -> None:
         times = [callback.every_kimg for callback in trainer.callbacks if isinstance(callback, GenerativeMetrics)]
         if not is_last_step(trainer) and any(interval_reached(trainer, pl_module, every_kimg) for every_kimg in times):
-            self._draw(trainer)
+            self._plot(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._draw(trainer)
+        self._plot(trainer)
 
     @rank_zero_only
-    def _draw(self, trainer: pl.Trainer) -> None:
+    def _plot(self, trainer: pl.Trainer) -> None:
         folder = Path(trainer.default_root_dir)
         if (folder / "metrics.csv").exists():
             plot_curves(folder / "metrics.csv", folder / "curves.png", reference_lines(folder / "monitoring.json"))
 
 
 def reference_lines(path: str | Path) -> dict[str, dict[str, float]]:
-    """From a run's monitoring.json: the teacher and real images, {metric and number of samples: {label: value}}.
+    """The values of the teacher and of real images in a run's monitoring.json.
 
-    Like the curve they are of the monitoring seeds, one block of them: of other seeds they would not say what it comes near.
+    They are of the monitoring seeds, as the curve is: values of other seeds would not be what it approaches.
+
+    Returns:
+        {metric with its number of samples: {label: value}}, empty without the file.
     """
     lines: dict[str, dict[str, float]] = {}
     for record in load_records(path) if Path(path).exists() else []:
@@ -60,10 +63,18 @@ def reference_lines(path: str | Path) -> dict[str, dict[str, float]]:
 def plot_curves(
     csv_path: str | Path, png_path: str | Path, reference_lines: Mapping[str, Mapping[str, float]] | None = None
 ) -> Figure:
-    """Draws a metrics.csv against kimg, one panel for the losses and one per generative metric, and returns the figure.
+    """Plot a metrics.csv against kimg, one panel for the losses and one per generative metric.
 
-    Losses are the columns loss, loss/... and heldout/...; a generative metric has one column per averaged copy, such as
-    fid_digits_1k/ema_0.999 and fid_digits_1k/raw. `reference_lines`: {metric: {label: value}}, drawn in the metric's panel.
+    Losses are the columns loss, loss/... and heldout/...; a generative metric has one column for each kind of weights, such as
+    fid_digits_1k/ema_0.999 and fid_digits_1k/raw.
+
+    Args:
+        csv_path: the table.
+        png_path: the file to write.
+        reference_lines: {metric: {label: value}}, drawn in the metric's panel.
+
+    Returns:
+        The figure.
     """
     rows = read_metrics_csv(Path(csv_path))
     curves = {

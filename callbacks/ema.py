@@ -1,4 +1,4 @@
-"""Exponential moving averages of the student's weights, kept for evaluation beside the weights that are trained."""
+"""Exponential moving averages (EMA) of the student's weights, which are evaluated in place of the trained weights."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,8 +20,11 @@ _PREFIX = "student."
 class Average:
     """One averaging rule: a constant `decay` per update, or a half-life in thousands of images with a ramp-up.
 
-    The half-life is cut to `rampup_ratio` times the images seen so far (None: never), as in EDM's training loop, so that
-    the initial weights are forgotten early.
+    The half-life is at most `rampup_ratio` times the images seen so far (None: no such limit), as in EDM's training loop, so
+    that the initial weights are forgotten early.
+
+    Raises:
+        ValueError: for both or neither, or values out of range.
     """
 
     decay: float | None = None
@@ -40,10 +43,16 @@ class Average:
 
     @property
     def name(self) -> str:
+        """Such as ema_0.999 or ema_500kimg."""
         return f"ema_{self.decay}" if self.decay is not None else f"ema_{self.halflife_kimg:g}kimg"
 
     def beta(self, nimg: int, batch_size: int) -> float:
-        """The old average's weight in an update after a batch of `batch_size`, with `nimg` images seen before it."""
+        """The weight of the old average in an update, in [0, 1).
+
+        Args:
+            nimg: images seen before the batch.
+            batch_size: images of the batch.
+        """
         if self.decay is not None:
             return self.decay
         halflife_nimg = 1000 * self.halflife_kimg
@@ -53,14 +62,22 @@ class Average:
 
 
 class EMA(pl.Callback):
-    """Averages of `pl_module.student` and of nothing else, in float32, updated once per optimiser step.
+    """Keeps averages of a method's student, in float32, each updated once per update of the student.
 
-    `averages`: one rule or several, each a mapping with the fields of `Average`, such as {"decay": 0.999}; validation,
-    test and predict see the first. A batch with `pl_module.student_updated` False is not counted, so that decays and
-    half-lives mean updates and images of the student. Buffers are not averaged: an average uses the student's own.
+    Training steps that update other networks alone (`Method.student_updated` is false) do not count, so that decays and
+    half-lives mean updates and images of the student. An average is taken after the method's `after_update`. Buffers are not
+    averaged: with an average the student uses its own. Validation, test and predict see the first average.
     """
 
     def __init__(self, averages: Mapping[str, float] | Sequence[Mapping[str, float]] = ({"decay": 0.999},)) -> None:
+        """Choose the rules of averaging.
+
+        Args:
+            averages: one rule or several, each a mapping with the fields of `Average`, such as {"decay": 0.999}.
+
+        Raises:
+            ValueError: for no rule, the same rule twice, or what is no rule.
+        """
         specs = [averages] if isinstance(averages, Mapping) else list(averages)
         fields = set(Average.__dataclass_fields__)
         for spec in specs:
@@ -83,9 +100,16 @@ class EMA(pl.Callback):
 
     @contextmanager
     def applied(self, pl_module: pl.LightningModule, name: str | None = None) -> Iterator[None]:
-        """Puts an average (None: the first; "raw": the trained weights) into the student, and back even on an exception.
+        """Give the student other weights inside the block, and its own back afterwards, even on an exception.
 
         Before training has begun the averages are the weights themselves.
+
+        Args:
+            pl_module: the method whose student it is.
+            name: of an average, or "raw" for the trained weights; None: the first average.
+
+        Raises:
+            ValueError: for a name that there is not.
         """
         before = self._active
         self._put(pl_module, name or self.names[0])
@@ -117,7 +141,7 @@ class EMA(pl.Callback):
             torch.clear_autocast_cache()
 
     def _align(self, student: nn.Module) -> None:
-        """Lays restored averages out as the student's parameters are, on their device and in their memory format."""
+        """Bring restored averages to the device and into the memory format of the student's parameters."""
         parameters = dict(student.named_parameters())
         for name, values in self._values.items():
             if list(values) != list(parameters):
@@ -146,7 +170,7 @@ class EMA(pl.Callback):
     ) -> None:
         stepped = trainer.global_step != self._step
         self._step = trainer.global_step
-        if not stepped or not getattr(pl_module, "student_updated", True):
+        if not stepped or not pl_module.student_updated:
             return
         live = [p.float() for p in self._live]
         nimg, batch_size = self.updates * pl_module.batch_size, pl_module.batch_size
@@ -192,10 +216,15 @@ class EMA(pl.Callback):
 def student_weights(
     trainer: pl.Trainer, user: pl.Callback, names: Sequence[str] | None
 ) -> dict[str, Callable[[pl.LightningModule], AbstractContextManager[None]]]:
-    """Name -> context manager that puts this copy of the weights into the student while `user` looks at it.
+    """For each name of weights, a context manager that gives them to the student while the callback `user` evaluates it.
 
-    `names` None: the first average, or the trained weights where the trainer has no EMA. ValueError for unknown names,
-    and where EMA comes after `user`: its averages would lack the step that has just been made.
+    Args:
+        trainer: whose EMA callback has the averages.
+        user: the callback that asks.
+        names: of averages, or "raw" for the trained weights; None: the first average, or the trained weights without EMA.
+
+    Raises:
+        ValueError: for unknown names, and where EMA comes after `user`: its averages would lack the step just made.
     """
     ema = next((callback for callback in trainer.callbacks if isinstance(callback, EMA)), None)
     if ema is not None and trainer.callbacks.index(ema) > trainer.callbacks.index(user):
@@ -210,10 +239,17 @@ def student_weights(
 
 
 def student_state(checkpoint: dict[str, Any], name: str | None = None) -> tuple[str, dict[str, Tensor]]:
-    """Name and state dict of a student in a loaded checkpoint: an average by name, "raw" for the trained weights.
+    """The student's weights in a loaded checkpoint.
 
-    None means the first average, or the trained weights of a run without EMA. Floats of an average are float32.
-    Errors: ValueError for a name that the checkpoint lacks.
+    Args:
+        checkpoint: as `read_checkpoint` returns it.
+        name: of an average, or "raw" for the trained weights; None: the first average, or the trained weights without EMA.
+
+    Returns:
+        The name of the weights, and their state dict; floats of an average are float32.
+
+    Raises:
+        ValueError: for a name that the checkpoint lacks.
     """
     raw = {k.removeprefix(_PREFIX): v for k, v in checkpoint["state_dict"].items() if k.startswith(_PREFIX)}
     averages = checkpoint.get("callbacks", {}).get(EMA.__qualname__, {}).get("averages", {})

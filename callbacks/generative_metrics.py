@@ -1,4 +1,4 @@
-"""The quality of samples during training, always of the same seeds."""
+"""The quality of the student's samples during training, always of the same seeds."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,18 +25,15 @@ from stillhouse.metrics.reference import Reference, published_reference, referen
 
 
 class GenerativeMetrics(pl.Callback):
-    """Measures samples of the seeds from MONITOR_SEEDS on every `every_kimg` thousand images and at the end.
+    """Measures samples of the seeds from MONITOR_SEEDS on, every `every_kimg` thousand images and at the end.
 
-    They are not the seeds of the final evaluation, so choosing a run by its curves does not tune on those.
+    The final evaluation has other seeds, so that a run chosen by its curves is not tuned on those.
 
-    Logs fid_digits_1k/ema_0.999 and the like: metric and extractor, number of samples (values of different numbers cannot
-    be compared), averaged copy; beside them progress/student_updates and speed/training_seconds (by Clock), for comparing
-    how fast methods converge. `ema_names`: averages by name, "raw" for the trained weights; None: the first average.
-    Sampling is in float32, shared by all processes, and leaves random state and modes as they were. The real images are
-    those of `pl_module.data`; their statistics are kept in `cache_folder` (None: computed in every run). `reference`: published
-    statistics in their place, as evaluation.reference; `labels`: the distribution of classes, as evaluation.labels.
+    Logs fid_digits_1k/ema_0.999 and the like: metric and extractor, number of samples (values of different numbers can't be
+    compared), weights; beside them progress/student_updates and speed/training_seconds (by Clock), to compare how fast methods
+    converge. Sampling is in float32, shared by all processes, and leaves random state and modes as they were.
 
-    Must come after EMA among the trainer's callbacks.
+    It must come after EMA among the trainer's callbacks.
     """
 
     def __init__(
@@ -51,6 +48,22 @@ class GenerativeMetrics(pl.Callback):
         reference: Mapping[str, Any] | None = None,
         labels: str = "uniform",
     ) -> None:
+        """Choose what is measured.
+
+        Args:
+            every_kimg: interval in thousands of images.
+            num_samples: of each measurement.
+            extractor: of features.
+            metrics: some of stillhouse.metrics.evaluation.METRICS.
+            ema_names: averages by name, "raw" for the trained weights; None: the first average.
+            batch_size: images that are sampled at once.
+            cache_folder: where statistics of the data set's images are kept; None: they are computed in every run.
+            reference: published statistics in place of the data set's images, as evaluation.reference.
+            labels: the distribution of classes, as evaluation.labels.
+
+        Raises:
+            ValueError: for options that can't be measured.
+        """
         check_evaluation(metrics, num_samples, 1, batch_size, owner="callbacks.metrics")
         if reference is not None:
             check_real_features(metrics)
@@ -63,7 +76,7 @@ class GenerativeMetrics(pl.Callback):
         self._reference: Reference | None = None
 
     def settings(self) -> dict[str, Any]:
-        """Those of an evaluation (conf/evaluation) by which others are measured as the student is here."""
+        """Settings of an evaluation (conf/evaluation) that measures others as the student is measured here."""
         return {
             "extractor": self.extractor,
             "metrics": self.metrics,
@@ -104,7 +117,7 @@ class GenerativeMetrics(pl.Callback):
                 logger.log_metrics(values, step=trainer.global_step - 1)  # Lightning's own number of this batch
 
     def evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
-        """The values by the names under which they are logged; every rank must call it."""
+        """Measure now, on every rank; returns the values by the names under which they are logged."""
         data = pl_module.data
         values = {}
         with evaluation_mode(pl_module):
@@ -136,5 +149,5 @@ class GenerativeMetrics(pl.Callback):
 
 
 def metric_with_count(metric: str, num_samples: int) -> str:
-    """fid_digits of 1000 samples is fid_digits_1k."""
+    """A metric's name with its number of samples: fid_digits of 1000 is fid_digits_1k."""
     return f"{metric}_{num_samples // 1000}k" if num_samples % 1000 == 0 else f"{metric}_{num_samples}"

@@ -1,4 +1,4 @@
-"""How networks lie in memory and are run while they train: without influence on what they compute but for rounding."""
+"""torch.compile and the channels-last memory format for training: faster, and the same results but for rounding."""
 
 from collections.abc import Iterator
 
@@ -6,21 +6,28 @@ import pytorch_lightning as pl
 import torch
 
 from stillhouse.diffusion.denoiser import Denoiser
+from stillhouse.diffusion.teacher import Teacher
 from stillhouse.networks.compiling import compile_network, undo_compilation
 
 
 class NetworkLayout(pl.Callback):
-    """Puts a method's networks, the frozen ones too, into a form for training, and back when it ends.
+    """Compiles a method's networks and lays them out channels-last for training, and undoes both when it ends.
 
-    compile: true, or a torch.compile backend. channels_last: whether images and convolutions have their channels innermost.
-    Stored teacher samples are made before, final measurements after; those in training run uncompiled.
+    Frozen networks too. Stored teacher samples are made before and final measurements after; measurements in training run
+    uncompiled.
     """
 
     def __init__(self, compile: bool | str = False, channels_last: bool = False):
+        """Choose the form of the networks.
+
+        Args:
+            compile: true, or the name of a torch.compile backend.
+            channels_last: whether images and convolutions have their channels innermost in memory.
+        """
         self.compile, self.channels_last = compile, channels_last
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Before the processes agree on how gradients lie in memory."""
+        """Here, since the processes agree next on how gradients lie in memory."""
         if stage == "fit" and self.channels_last:
             set_memory_format(pl_module, torch.channels_last)
 
@@ -39,22 +46,23 @@ class NetworkLayout(pl.Callback):
             set_memory_format(pl_module, torch.contiguous_format)
 
 
-def all_denoisers(module: pl.LightningModule) -> Iterator[Denoiser]:
-    """All that a method evaluates, each once: its own, and those of its teachers, which are not registered."""
-    held = [getattr(module, "target", None), getattr(module, "teacher", None), *getattr(module, "teachers", [])]
-    own = [part for part in module.modules() if isinstance(part, Denoiser)]
-    yield from {id(d): d for d in (*own, *(teacher.denoiser for teacher in held if teacher is not None))}.values()
+def all_denoisers(method: pl.LightningModule) -> Iterator[Denoiser]:
+    """The denoisers that a method evaluates in training, each once: its own, and those of its frozen networks."""
+    registered = [module for module in method.modules() if isinstance(module, Denoiser)]
+    frozen = [network.denoiser for network in method.frozen_networks() if isinstance(network, Teacher)]
+    yield from {id(denoiser): denoiser for denoiser in (*registered, *frozen)}.values()
 
 
-def set_memory_format(module: pl.LightningModule, form: torch.memory_format) -> None:
-    module.to(memory_format=form)
-    for denoiser in all_denoisers(module):
-        denoiser.to(memory_format=form)
+def set_memory_format(method: pl.LightningModule, memory_format: torch.memory_format) -> None:
+    """Lay out all weights of a method in `memory_format`, those of its frozen networks too."""
+    method.to(memory_format=memory_format)
+    for denoiser in all_denoisers(method):
+        denoiser.to(memory_format=memory_format)
 
 
 @torch.no_grad()
 def align_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Lay restored moments out as their weights are: a fused step reads both in the order in which they lie in memory."""
+    """Lay out restored moments as their weights are: a fused step reads both in the order in which they lie in memory."""
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             if torch.is_tensor(value) and value.shape == parameter.shape and value.stride() != parameter.stride():

@@ -1,4 +1,4 @@
-"""Stops a run whose loss or weights are no longer numbers, before they reach a checkpoint."""
+"""Stops a run whose loss or weights have become NaN or infinite, before they reach a checkpoint."""
 
 import math
 from pathlib import Path
@@ -18,14 +18,14 @@ class NonFiniteError(FloatingPointError):
 
 
 class NonFiniteGuard(pl.Callback):
-    """Raises NonFiniteError when the loss was NaN or infinite, looking every `every_n_steps` steps and at each checkpoint.
+    """Raises NonFiniteError where the loss was NaN or infinite; it looks every `every_n_steps` steps and at each checkpoint.
 
-    The losses are only added up on the device in between: a sum keeps NaN and infinity, and costs no synchronisation. A
-    checkpoint also has all its weights looked at: an overflowing gradient ruins them one step before the loss shows it.
+    In between the losses are only added up on the device: a sum keeps NaN and infinity, and costs no synchronisation. Of a
+    checkpoint all weights are checked too: an overflowing gradient ruins them one step before the loss shows it.
 
-    Under a loss scale (16-mixed) steps whose gradients overflow are skipped, on all processes alike, and halve the scale. Their
-    losses do not count; loss_scale/skipped_steps is logged with loss_scale/scale, and the error comes where the scale has
-    fallen below 1e-4, since then every step is skipped.
+    Under a loss scale (16-mixed) a step whose gradients overflow is skipped, on all processes alike, and halves the scale. Its
+    loss does not count; loss_scale/skipped_steps is logged with loss_scale/scale, and the error comes where the scale has
+    fallen below 1e-4, since from there on every step is skipped.
     """
 
     def __init__(self, every_n_steps: int = 50) -> None:
@@ -74,7 +74,7 @@ class NonFiniteGuard(pl.Callback):
             finite = torch.isfinite(largest).tolist()
             if not all(finite):
                 bad = names[finite.index(False)]
-                raise NonFiniteError(f"{bad} is not finite after step {trainer.global_step}. {_way_out(trainer)}")
+                raise NonFiniteError(f"{bad} is not finite after step {trainer.global_step}. {_advice(trainer)}")
 
     def state_dict(self) -> dict[str, Any]:
         return {"skipped": int(self._skipped)} if self._scaler is not None else {}
@@ -91,17 +91,17 @@ class NonFiniteGuard(pl.Callback):
         if not math.isfinite(total):
             raise NonFiniteError(
                 f"the loss became {'NaN' if math.isnan(total) else total} within steps {first} to {trainer.global_step}. "
-                + _way_out(trainer)
+                + _advice(trainer)
             )
         self._sum.zero_()
         if self._scaler is not None and self._scale < _LEAST_SCALE:
             raise NonFiniteError(
                 f"gradients overflow in every step: by step {trainer.global_step} the loss scale of 16-mixed has fallen to "
-                f"{self._scale:.2g}, and {self._skipped} steps were skipped. {_way_out(trainer)}"
+                f"{self._scale:.2g}, and {self._skipped} steps were skipped. {_advice(trainer)}"
             )
 
 
-def _way_out(trainer: pl.Trainer) -> str:
+def _advice(trainer: pl.Trainer) -> str:
     last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
     kept = f"The last good checkpoint is {last}" if last.exists() else "No checkpoint had been written yet"
     return f"{kept}. Try a lower method.lr or trainer.precision=32-true or bf16-mixed, under a new run name"

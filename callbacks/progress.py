@@ -1,4 +1,4 @@
-"""How far the run is: a bar on a terminal, one line per interval in a log file."""
+"""Progress of the training: a bar on a terminal, one line per interval in a log file."""
 
 import sys
 import time
@@ -11,12 +11,12 @@ from callbacks.components.intervals import check_every_kimg, interval_reached
 
 
 class Progress(pl.Callback):
-    """Progress in images, on standard error of rank zero; takes the place of Lightning's bar.
+    """Shows progress in images on standard error of rank zero, in place of Lightning's bar.
 
     On a terminal: a bar with images/s and the time left. Elsewhere one line every `every_kimg` thousand images or, if that
-    is None, every `every_seconds`: step, kimg done and to do, images/s since the line before, loss, time left.
-    Also logs speed/images_per_second, since the row before, with the trainer's other metrics; of several processes
-    speed/bytes_reduced too, which each gave to all-reduce per step (`launch/run/gradient_averaging.py`), and says it once.
+    is None, every `every_seconds`: step, kimg done and in total, images/s since the line before, losses, time left.
+    Also logs speed/images_per_second, since the row before, and with several processes speed/bytes_reduced: what each
+    process gave to all-reduce per step (`launch/run/gradient_averaging.py`), and says it once.
     """
 
     def __init__(self, every_kimg: float | None = None, every_seconds: float = 10.0) -> None:

@@ -1,4 +1,4 @@
-"""A training that was given notice by a signal (launch/signals.py) saves at the end of the step and ends."""
+"""On a signal, such as a cluster sends before it takes the machine away, training saves at the end of the step and ends."""
 
 import signal
 from typing import Any
@@ -10,17 +10,17 @@ from launch.signals import NOTICE, SIGNALS, Stopped
 
 
 class Requeue(pl.Callback):
-    """Ends a training that was given notice, on any rank, after a checkpoint of the step that was under way.
+    """Ends training after a signal on any rank, once a checkpoint of the step under way is written.
 
-    A single process looks after each step. Several ask each other every `every_n_steps` steps, host to host. A validation,
-    before which the step was saved, is left at once.
+    The signals are those of launch/signals.py. A single process looks for one after each step; several processes tell each
+    other every `every_n_steps` steps, over the CPU. Validation is left at once, since the step before it is saved.
     """
 
     def __init__(self, every_n_steps: int = 10) -> None:
         if every_n_steps < 1:
             raise ValueError(f"Requeue: every_n_steps must be at least 1, got {every_n_steps!r}")
         self.every_n_steps = every_n_steps
-        self._ends = False
+        self._ending = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         NOTICE.training = True
@@ -29,10 +29,10 @@ class Requeue(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.world_size > 1 and trainer.global_step % self.every_n_steps == 0:
-            _ask(trainer)
+            _share_signal(trainer)
         if trainer.world_size == 1 or trainer.global_step % self.every_n_steps == 0:
-            self._ends = NOTICE.given is not None
-        if self._ends:
+            self._ending = NOTICE.given is not None
+        if self._ending:
             for checkpoints in _checkpoints(trainer):
                 checkpoints.save_this_step()
 
@@ -47,14 +47,14 @@ class Requeue(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._ends:
+        if self._ending:
             signal.alarm(0)
             kept = "saved" if _checkpoints(trainer) else "without callbacks.checkpoints nothing is saved,"
             raise Stopped(f"{kept} after step {trainer.global_step}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.world_size > 1:
-            _ask(trainer)
+            _share_signal(trainer)
         NOTICE.training = False
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -64,8 +64,8 @@ class Requeue(pl.Callback):
         NOTICE.end_if_given()
 
 
-def _ask(trainer: pl.Trainer) -> None:
-    """Give each rank the notice of any."""
+def _share_signal(trainer: pl.Trainer) -> None:
+    """Let every rank know of the signal that any rank received."""
     given = trainer.strategy.on_any_rank([NOTICE.given == number for number in SIGNALS])
     NOTICE.given = next((number for number, on_any in zip(SIGNALS, given, strict=True) if on_any), None)
 

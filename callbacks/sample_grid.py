@@ -1,4 +1,4 @@
-"""Pictures of the same samples as training goes on."""
+"""Image grids of the same samples as training goes on."""
 
 import math
 from pathlib import Path
@@ -16,10 +16,10 @@ from stillhouse.pictures.samples import image_shape, save_progress_picture
 
 
 class SampleGrid(pl.Callback):
-    """Samples of evaluation seeds 0 .. rows * columns - 1, by the first average, every `every_kimg` thousand images.
+    """Writes samples of the evaluation seeds 0 .. rows * columns - 1 by the first average, every `every_kimg` thousand images.
 
-    Written to <run folder>/samples/KIMG.png (six digits), and shown in TensorBoard and W&B where those loggers are. Small
-    images are enlarged to about 32 pixels; of points of the plane there are 2,000, over real ones. Must come after EMA among the
+    They go to <run folder>/samples/KIMG.png (six digits), and to TensorBoard and W&B where those loggers are. Small images are
+    enlarged to about 32 pixels; points of the plane are 2,000 over as many real ones. It must come after EMA among the
     trainer's callbacks.
     """
 
@@ -43,8 +43,8 @@ class SampleGrid(pl.Callback):
     @rank_zero_only
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         path = Path(trainer.default_root_dir) / "samples" / f"{pl_module.nimg // 1000:06d}.png"
-        (applied,) = student_weights(trainer, self, None).values()
-        with evaluation_mode(pl_module), applied(pl_module):
+        (weights,) = student_weights(trainer, self, None).values()
+        with evaluation_mode(pl_module), weights(pl_module):
             picture = save_progress_picture(
                 path, pl_module.sample, pl_module.data, pl_module.device, self.rows, self.columns
             )

@@ -1,4 +1,4 @@
-"""Evaluation in the middle of training that leaves no trace in it."""
+"""Evaluation in the middle of training that changes nothing in it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,7 +11,11 @@ from callbacks.clock import Clock
 
 @contextmanager
 def evaluation_mode(pl_module: pl.LightningModule) -> Iterator[None]:
-    """Eval mode, no gradients, float32 outside autocast, the clock stopped; random state and modes return afterwards."""
+    """Evaluate inside the block as if there were no training.
+
+    Modules are in eval mode, gradients and autocast are off (so that all is float32), and the clock of training stands
+    still. Afterwards the modules' modes and the random state are as before.
+    """
     modes = [(module, module.training) for module in pl_module.modules()]
     device = pl_module.device
     devices = [device] if device.type == "cuda" else []

@@ -1,10 +1,14 @@
-"""When a callback acts: at multiples of a number of images, so that an interrupted run acts where an uninterrupted one does."""
+"""When a callback acts: at multiples of a number of images, so that a resumed run acts where an uninterrupted one does."""
 
 import pytorch_lightning as pl
 
 
 def check_every_kimg(owner: str, every_kimg: float) -> float:
-    """`every_kimg` (thousands of images); a ValueError in the name of `owner` unless it is positive."""
+    """Return `every_kimg`, in thousands of images.
+
+    Raises:
+        ValueError: in the name of `owner`, unless it is positive.
+    """
     if not every_kimg > 0:
         raise ValueError(f"{owner}: every_kimg must be positive, got {every_kimg}")
     return every_kimg
@@ -18,7 +22,7 @@ def is_last_step(trainer: pl.Trainer) -> bool:
 def interval_reached(trainer: pl.Trainer, pl_module: pl.LightningModule, every_kimg: float | None) -> bool:
     """Whether the batch that just ended reached a multiple of `every_kimg` thousand images (None: never), or is the last.
 
-    For on_train_batch_end, which comes before the checkpoint of that batch: an interrupted action is done again.
+    Ask in on_train_batch_end: it comes before the checkpoint of that batch, so that an interrupted action is repeated.
     """
     if is_last_step(trainer):
         return True

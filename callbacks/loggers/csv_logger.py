@@ -18,7 +18,7 @@ class CSVLogger(Logger):
 
     Lightning numbers a batch from 0; here its row is that of the steps taken with it, so that nimg = step * batch_size.
     `batch_size` is the global one. Values of one step share a row. In a new process the first logged step drops the later
-    rows of the file: they belong to a future that is being run again. (Lightning's own CSVLogger deletes the file.)
+    rows of the file: those steps are trained again. (Lightning's own CSVLogger deletes the file.)
     """
 
     def __init__(self, folder: str | Path, batch_size: int) -> None:
@@ -64,7 +64,7 @@ class CSVLogger(Logger):
             self._write_last(row, replace=last is not None and int(last["step"]) == taken)
 
     def _rewind(self, step: int) -> None:
-        """Takes over an existing file, without the rows after `step` and without a row that a kill cut short."""
+        """Continue an existing file, without the rows after `step` and without a row that a kill cut short."""
         rows = self._read() if self.path.exists() else []
         self._columns = list(rows[0]) if rows else self._columns
         self._write_all([row for row in rows if int(row["step"]) <= step])

@@ -1,4 +1,4 @@
-"""TensorBoard's files written at once, by whoever logs, where torch's writer has a thread whose errors are nobody's."""
+"""TensorBoard's files, written at once and without a thread: torch's writer has one whose errors reach nobody."""
 
 import io
 import os
@@ -12,9 +12,9 @@ from torch.utils.tensorboard import FileWriter, SummaryWriter
 
 
 class EventFile:
-    """A new file of events in `folder`, which begins by dropping what the files before it have from its first step on.
+    """A new file of events in `folder`; its first event drops what earlier files have from its step on.
 
-    So a resumed run shows each step once. Nothing is buffered: a kill loses nothing, and a full disk is met here.
+    So a resumed run shows each step once. Nothing is buffered: a kill loses nothing, and a full disk is noticed here.
     """
 
     def __init__(self, folder: str | Path):
@@ -29,7 +29,11 @@ class EventFile:
         return str(self._folder)
 
     def add_event(self, event: Event) -> None:
-        """Errors: OSError, naming the folder."""
+        """Write an event.
+
+        Raises:
+            OSError: naming the folder, where the disk refuses.
+        """
         if not self._begun:
             self._begun = True
             start = SessionLog(status=SessionLog.START)

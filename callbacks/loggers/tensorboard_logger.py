@@ -1,4 +1,4 @@
-"""TensorBoard: its files are written without a thread, and a disk that refuses them is named."""
+"""TensorBoard, whose files are written without a thread, so that a full disk is an error that names them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from stillhouse.analysis.curves import read_metrics_csv
 
 
 class TensorBoard(TensorBoardLogger):
-    """Lightning's logger on `callbacks.loggers.event_files`; it logs scalars, and `experiment` pictures."""
+    """Lightning's logger, writing by `callbacks.loggers.event_files`: scalars, and images through `experiment`."""
 
     @property
     @rank_zero_experiment
@@ -25,7 +25,7 @@ class TensorBoard(TensorBoardLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Lightning would say of a full disk that such values can't be logged."""
+        """Write scalars; Lightning would report a full disk as values that can't be logged."""
         if (
             self._experiment is None
         ):  # the new file drops this step, of which a run resumed in a validation logs no more
@@ -34,7 +34,7 @@ class TensorBoard(TensorBoardLogger):
             self.experiment.add_scalar(key, float(value), step)
 
     def _row(self, step: int | None) -> dict[str, float]:
-        """What metrics.csv has of a step, as Lightning numbers it."""
+        """The values of a step in metrics.csv; `step` as Lightning numbers it."""
         table = Path(self.save_dir).parent / "metrics.csv"
         rows = read_metrics_csv(table) if table.is_file() else []
         found = next((row for row in rows if int(row["step"]) - 1 == step), {})

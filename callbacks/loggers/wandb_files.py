@@ -1,4 +1,4 @@
-"""What W&B's own file of an offline run holds, also of one that was killed."""
+"""The content of W&B's file of an offline run, also of one that was killed."""
 
 import json
 import struct
@@ -11,7 +11,7 @@ _BLOCK = 32768
 
 
 def read_wandb_records(path: Path) -> Iterator[Any]:
-    """The records of a run-*.wandb, up to where a kill cut it off.
+    """Yield the records of a run-*.wandb, up to where a kill cut it off.
 
     LevelDB's log format: blocks of 32 KiB hold chunks, each behind checksum, length and kind: 1 a whole record, 2, 3, 4 its
     beginning, middle, end. (wandb itself reads such files in its own program alone.)
@@ -41,7 +41,7 @@ def read_wandb_records(path: Path) -> Iterator[Any]:
 
 
 def wandb_values(items: Any) -> dict[str, Any]:
-    """Of a record's items, by their names."""
+    """The values of a record's items, by their names."""
     return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
 
 

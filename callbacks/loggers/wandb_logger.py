@@ -37,10 +37,10 @@ class WandbRun(WandbLogger):
         self._wandb_init.pop("anonymous")  # of which wandb warns, whatever its value
         self.batch_size, self.with_weights = batch_size, log_model
         self._sent: dict[int, set[str]] | None = (
-            None  # the keys of each step that W&B had at this start; None: not known yet
+            None  # by step, the keys that W&B had at this start; None: not known yet
         )
-        self._sent_before = 0  # and the step before which it had all,
-        self._latest: dict[str, Any] = {}  # with the values that are its newest
+        self._sent_before = 0  # the step before which W&B had everything
+        self._latest: dict[str, Any] = {}  # its newest values
 
     @property
     @rank_zero_experiment
@@ -73,7 +73,7 @@ class WandbRun(WandbLogger):
         self._send(metrics, step)
 
     def _send(self, metrics: Mapping[str, Any], step: int) -> None:
-        """But for what W&B has."""
+        """Log what W&B does not have yet."""
         there = {"epoch", *self._sent.get(step, ())}  # our loaders have a single, endless epoch
         if step == self._sent_before:  # of which a part may have come
             there.update(key for key, value in metrics.items() if self._latest.get(key) == value)
@@ -85,9 +85,9 @@ class WandbRun(WandbLogger):
         super().log_metrics(row | {"nimg": (step + 1) * self.batch_size}, step)
 
     def _catch_up(self, end: int) -> None:
-        """At the first row of this start: find what W&B has, and send what it lacks of the steps until `end`.
+        """At the first row of this start, find what W&B has, and send what it lacks of the steps up to and with `end`.
 
-        Also of that one: a run that is resumed in a validation logs the rest of its step no more.
+        With `end`, since a run that is resumed in a validation does not log the rest of its step again.
         """
         if self._sent is not None:
             return
@@ -110,7 +110,14 @@ class WandbRun(WandbLogger):
     def log_final(
         self, records: Sequence[Record], folder: Path, step: int, convergence: list[list[str]] | None
     ) -> None:
-        """Values, tables (convergence: header and body) and the pictures of a complete run's folder, with its student."""
+        """Log what a complete run's folder holds: values, tables, images, and with `log_model` the student.
+
+        Args:
+            records: of the final evaluation.
+            folder: the run's.
+            step: the last one, as Lightning numbers it.
+            convergence: header and body of a table, or None.
+        """
         import wandb
 
         self._catch_up(step)
@@ -143,20 +150,20 @@ class WandbRun(WandbLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Training ended: by success, then the final evaluation follows, or not."""
+        """Close the run where training failed; after success the final evaluation follows."""
         if status != "success":
             self.close(failed=True)
 
     @rank_zero_only
     def close(self, failed: bool = False) -> None:
-        """wandb knows one run per process, which the next job of a sweep would otherwise go on with."""
+        """End the run: wandb knows one per process, and the next job of a sweep would otherwise continue it."""
         if self._experiment is not None:
             self._experiment.finish(exit_code=int(failed))
             self._experiment = None
 
 
 def final_metric_name(record: Record) -> str:
-    """fid_digits_2k/student@1: metric with its number of samples, subject, and NFE (none of real images)."""
+    """Such as fid_digits_2k/student@1: metric with its number of samples, subject, and NFE (none for real images)."""
     metric = metric_with_count(record.metric, record.fingerprint["num_samples"])
     return f"{metric}/{record.subject}" + (f"@{record.nfe}" if record.nfe else "")
 
@@ -178,12 +185,24 @@ def wandb_logger(
     log_model: bool = False,
     offline: bool = False,
 ) -> WandbRun:
-    """The logger of the run in `folder`, named like it; group None: its name without the seed, so that seeds are one group.
+    """The logger of the run in `folder`, named like it.
 
     Its id is kept in folder/wandb_id, but that of W&B's own agent (WANDB_RUN_ID) wins. Offline runs lie in folder/wandb and
-    can be sent later by `wandb sync`, all of them: a resumed run begins a new one with what those before it lack.
+    can be sent later by `wandb sync`, all of them: a resumed run begins a new one with what the earlier ones lack.
 
-    Errors: ValueError for options of another kind.
+    Args:
+        folder: of the run.
+        project: of W&B.
+        batch_size: the global one.
+        entity: user or team; None: W&B's default.
+        group: None: the run's name without the seed, so that its seeds are one group.
+        tags: words.
+        notes: a sentence on the run.
+        log_model: whether the evaluated student is kept as an artifact.
+        offline: whether nothing is sent.
+
+    Raises:
+        ValueError: for empty names or tags.
     """
     for option, value in (("project", project), ("entity", entity), ("group", group), ("notes", notes)):
         if value is not None and not value.strip():

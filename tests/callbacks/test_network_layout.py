@@ -19,7 +19,7 @@ def assert_alike(ours, theirs):
             torch.testing.assert_close(x, y, rtol=2e-3, atol=2e-4 * size)
 
 
-@pytest.mark.parametrize("name", ["pretrain", "sfd", "disback", "b_dense progressive", "bezier"])
+@pytest.mark.parametrize("name", ["disback", pytest.param("bezier", marks=pytest.mark.slow)])
 def test_channels_last_is_the_same_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     plain, other = train(name), train(name, {"trainer.channels_last": True})
@@ -31,7 +31,8 @@ def test_channels_last_is_the_same_run(name, tmp_path, monkeypatch):
     )  # as it was
 
 
-@pytest.mark.parametrize("name", ["denoising_student", "disback", "b_dense progressive"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["denoising_student", "disback"])
 def test_compiled_is_the_same_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     changes = {"trainer.compile": "aot_eager", "trainer.micro_batch": 3}
@@ -41,6 +42,7 @@ def test_compiled_is_the_same_run(name, tmp_path, monkeypatch):
         assert denoiser.network._compiled_call_impl is None  # what follows training measures as it always does
 
 
+@pytest.mark.slow
 def test_inductor_compiles_a_training_step(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert_alike(train("flow_distill", {"trainer.compile": True}, data=POINTS), train("flow_distill", data=POINTS))
@@ -86,5 +88,6 @@ def _two(rank, folder):
     assert_alike(train("diff_instruct", two | changed, data=POINTS), train("diff_instruct", two, data=POINTS))
 
 
+@pytest.mark.slow
 def test_two_processes_compile_too(tmp_path):
     in_two_processes(_two, tmp_path)

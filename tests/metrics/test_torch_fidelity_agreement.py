@@ -64,6 +64,7 @@ class Images(Dataset):
         return self.images[index]
 
 
+@pytest.mark.slow
 def test_through_inception(tmp_path):
     weights = write_inception(tmp_path / "inception.pth")
     fake, real = torch.randint(0, 256, (2, COUNT, 3, 32, 32), dtype=torch.uint8, generator=GENERATOR)

@@ -44,6 +44,7 @@ class TinyMethod(pl.LightningModule):
     """Regresses noise on itself through one convolution; `bad_step` makes the loss NaN there, `skip` skips the student."""
 
     monitor = None
+    student_updated = True
 
     def __init__(
         self, batch_size: int = 4, channels: int = 1, resolution: int = 4, bad_step: int = -1, skip=()
