@@ -51,8 +51,8 @@ PRETRAIN = (*TINY, "method=pretrain")
 RUN = Path("runs/run")
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests/tools"))),
-    "STILLHOUSE_PACKAGES": "cheap_extractor,end_to_end_spy,few_step_method",  # of tests' own
+    "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests/tools", ROOT / "docs/examples/add_a_method"))),
+    "STILLHOUSE_PACKAGES": "consistency_distillation,cheap_extractor,end_to_end_spy,few_step_method",  # of tests' own
     "WANDB_SILENT": "true",
 }
 LIMIT = 300  # seconds; for machines that are busy with other things
