@@ -53,7 +53,7 @@ def portable(method: Method, stored: DictConfig, num_classes: int) -> Student:
             raise ValueError(
                 f"export: {part['name']} is not among the parts that a folder can carry ({', '.join(known)})"
             )
-    sampling = method.sampling()
+    sampling = method.sampling(method.chosen_nfe)
     student = Student(
         network=network,
         preconditioning=preconditioning,
