@@ -124,9 +124,10 @@ class DisBack(DiffInstruct):
             network.load_state_dict(self.teacher.denoiser.network.state_dict())
         else:
             self.path.load(self.path.steps[self.nodes - self.node - 1], network)
-        self.log_mean("score/node", float(self.node))
 
     def after_update(self) -> None:
+        if self.path:
+            self.means["score/node"] = float(self.node)  # that of this update
         if self.student_updated and self.node < self.nodes and self.due(self.means["loss/mismatch"]):
             self.node, self.since, self.mismatch, self.first_mismatch = self.node + 1, self.student_updates, None, None
             self.aim()

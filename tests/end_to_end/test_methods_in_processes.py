@@ -88,8 +88,8 @@ def learned(tmp_path_factory):
     together, alone = (tmp_path_factory.mktemp(name) for name in ("together", "alone"))
     single = multiprocessing.get_context("fork").Process(target=_work, args=(0, 1, alone))
     single.start()
-    in_two_processes(_work, 2, together, limit=200)
-    single.join(200)
+    in_two_processes(_work, 2, together, limit=280)
+    single.join(280)
     assert single.exitcode == 0
 
     def read(name: str, strategy: str) -> list[dict]:
