@@ -1,10 +1,12 @@
 """How Sphinx builds these pages: `make docs`."""
 
+import shutil
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE / "extensions")]
+shutil.rmtree(HERE / "reference/generated", ignore_errors=True)  # pages of modules that may be gone
 
 project = "Stillhouse"
 author = "The Stillhouse authors"

@@ -5,10 +5,10 @@ import subprocess
 import sys
 
 import pytest
+from commands import PAGES
 
 from benchmarks.measuring import ROOT
 
-PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)]
 # What a run makes, or a reader; no file of the repository.
 _MADE = re.compile(r"^(runs|data|weights|exports|my_photos)/|NAME|conf/local/default.yaml")
 

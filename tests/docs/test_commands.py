@@ -1,0 +1,90 @@
+"""Every command of README and docs/ composes; a slow test runs it, unless it says what it needs that is not here."""
+
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+from commands import PAGES, commands
+from end_to_end_tools import run
+from hydra import compose, initialize_config_dir
+from picture_files import encoded, folder_of, pattern
+
+from benchmarks.measuring import ROOT
+from launch.run.names import register_resolvers
+
+ALL = [command for page in PAGES for command in commands(page)]
+
+
+def test_a_command_is_run_or_says_what_it_needs():
+    assert len(ALL) > 60
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for command in ALL:
+        if command.words[0] == "make":
+            assert command.words[1] in targets, command
+        elif command.words[0] == "export":
+            assert all("=" in word for word in command.words[1:])
+        elif command.program is None:
+            assert command.needs, (
+                f"{command.page.name}: a test does not run {' '.join(command.words)}; say `# needs ...`"
+            )
+    assert sum(bool(command.needs) for command in ALL) < len(ALL) / 3
+
+
+def test_commands_compose():
+    """Groups, choices and options of every command are there, also of those that need a GPU."""
+    register_resolvers()
+    programs = [command for command in ALL if command.program and "teacher=runs/" not in " ".join(command.words)]
+    unique = {(c.program, tuple(o for o in c.options if not re.match("name=|seed=|download=", o))): c for c in programs}
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        for (program, options), command in unique.items():
+            try:
+                compose("config" if program == "train.py" else "evaluate", list(options))
+            except Exception as error:
+                raise AssertionError(f"{command.page.name}: {' '.join(command.words)}") from error
+
+
+def test_what_commands_leave_is_ignored_by_git():
+    """Also by `ruff check .`, which passes over what git ignores."""
+    words = [word for command in ALL for word in command.words]
+    named = {word.partition("=")[2] for word in words if re.match(r"(report|export|hydra\.sweep\.dir)=", word)}
+    left = [
+        *named,
+        "runs/NAME",
+        "runs/sweep-seed.md",
+        "data/digits",
+        "weights/vgg16.pth",
+        "wandb/run",
+        "docs/_build/html",
+    ]
+    assert len(named) > 3
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs the git clone")
+    ignored = subprocess.run(["git", "check-ignore", *left], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert set(ignored.stdout.split()) == set(left)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if any(not c.needs for c in commands(page))], ids=lambda p: p.stem
+)
+def test_commands_run(page, tmp_path):
+    """In the order of the page, in one folder, each at a size of seconds."""
+    for name in ("pretrained", "docs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    folder_of(tmp_path / "my_photos", {f"{i}.png": encoded(pattern(80, 72, shift=i)) for i in range(24)})
+    exported: dict[str, str] = {}
+    for command in commands(page):
+        if command.words[0] == "export":
+            exported |= dict(word.split("=", 1) for word in command.words[1:])
+        elif command.program and not command.needs:
+            run(tmp_path, command.program, *command.shrunk(), before=partial(set_environment, exported)).ok()
+
+
+def set_environment(exported):
+    """In a process that was forked from one that has started: PYTHONPATH takes effect by hand."""
+    os.environ.update(exported)
+    sys.path[:0] = [os.path.abspath(folder) for folder in exported.get("PYTHONPATH", "").split(":") if folder]
