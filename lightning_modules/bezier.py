@@ -38,9 +38,24 @@ class BezierDistillation(PairedFlow):
     sampled as its last teacher is. Where both are trained the network has two outputs, v and u, or with `shared` one, which is
     right for straight curves alone.
 
-    order, slot, end_row, shuffled: as of `diffusion.control_points`; slot is one name, or one for each inner control point.
-    weights: rows of A, null for `default_weights`; final_weights: where they have moved to at the end of training, linearly.
-    drift_times, prediction_times: the distributions of t. loss, lpips_weights, lpips_resize: d (`diffusion.distance`).
+    Args:
+        teachers: They see the same noise; the student begins as the last one.
+        order: Of the curves; 1 is straight.
+        slot: What the inner control points are taken from, one name or one for each of them (`diffusion.control_points`).
+        weights: Rows of A, the teachers' weights in each control point; None: `default_weights`.
+        final_weights: Where the weights have moved to at the end of training, linearly; None: they stay.
+        end_row: How several teachers share the end of a curve, one of END_ROWS.
+        shuffled: Whether inner control points are those of other samples, as a control experiment.
+        prediction: Weight of the predicted end.
+        prediction_times: Distribution of its t.
+        drift: Weight of the drift fit.
+        drift_times: Distribution of its t.
+        shared: With both, one output for both.
+        loss: d, with `lpips_weights` and `lpips_resize` as of `diffusion.distance.Distance`.
+        options: Of `PairedFlow`.
+
+    Raises:
+        ValueError: For options out of range or that exclude each other.
     """
 
     def __init__(
@@ -117,10 +132,8 @@ class BezierDistillation(PairedFlow):
         return self.distance(self.predict(bezier.point(control, t), t, batch.get("label")), control[:, -1])
 
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            **batch,
-            "control": self.control_points_of(batch),
-        }  # of the whole batch, in which inner points may be shuffled
+        # Of the whole batch, in which inner control points may be shuffled.
+        return {**batch, "control": self.control_points_of(batch)}
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         control = batch["control"]

@@ -20,7 +20,7 @@ SWITCHES = ("interval", "converged")
 
 
 class DegradationOptions(TypedDict):
-    """method.degradation, of stage 1; lr null: the fake score's."""
+    """The options `method.degradation`, of stage 1; lr None: the fake score's."""
 
     steps: int
     lr: float | None
@@ -29,8 +29,8 @@ class DegradationOptions(TypedDict):
     spacing: str
 
 
-_CHECK_EVERY = 10  # generator updates between looks at the mismatch, each of which waits for the device
-_FRESH = 0.2  # the share of the newest value in the mismatch's running mean
+_COMPARE_EVERY = 10  # generator updates; each comparison of the mismatch waits for the device
+_NEWEST = 0.2  # the share of the newest value in the mismatch's running mean
 
 
 class DisBack(DiffInstruct):
@@ -39,13 +39,22 @@ class DisBack(DiffInstruct):
     Stage 1 records the path s'_0 (the teacher) .. s'_N (`DegradationRecording`). In stage 2 the fake score starts as s'_N,
     and the targets are T_i = s'_{N-i} for i = 1 .. N, the last one the teacher itself. The next one comes
 
-    switch "interval": after every `interval` generator updates;
-    switch "converged": when the mismatch of fake score and target (a running mean, looked at every 10 generator updates) is
-    at most `tolerance` times what it was at the first look since the last switch; after `interval` updates at the latest.
+    - with switch "interval" after every `interval` generator updates;
+    - with switch "converged" when the mismatch of fake score and target (a running mean, compared every 10 generator updates)
+      is at most `tolerance` times what it was when first compared since the last switch; after `interval` updates at the latest.
 
-    nodes: N; 0 is the method itself, bit for bit. degradation: `steps`, `lr` (None: `fake_lr`), `batch_size`, `seed` and
-    `spacing` of stage 1.
-    store: the folder of all recorded paths.
+    Args:
+        teacher: As of `DiffInstruct`.
+        nodes: N; with 0 it is Diff-Instruct, bit for bit.
+        interval: In generator updates.
+        degradation: `steps`, `lr`, `batch_size`, `seed` and `spacing` of stage 1.
+        switch: "interval" or "converged".
+        tolerance: In (0, 1).
+        store: The folder of all recorded paths.
+        options: Of `DiffInstruct`.
+
+    Raises:
+        ValueError: For options out of range.
     """
 
     def __init__(
@@ -68,7 +77,7 @@ class DisBack(DiffInstruct):
             raise ValueError(f"method.tolerance must lie in (0, 1), got {tolerance!r}")
         self.nodes, self.interval, self.switch, self.tolerance = nodes, interval, switch, tolerance
         self.node = min(1, nodes)
-        self.since = 0  # the update of the last switch
+        self.last_switch = 0  # in generator updates
         self.mismatch: Tensor | None = None  # its running mean since then
         self.first_mismatch: float | None = None
         self.path: DegradationPath | None = None
@@ -85,6 +94,7 @@ class DisBack(DiffInstruct):
             self.target.denoiser = copy.deepcopy(teacher.denoiser)
 
     def degradation_path(self, store: str) -> DegradationPath:
+        """The path of this teacher, generator and settings in the folder `store`."""
         settings = dict(self.recording)
         steps = node_steps(self.nodes, settings.pop("steps"), settings.pop("spacing"))
         generator = hashlib.sha256(f"{self.teacher.hash} at {settings.pop('sigma_init')!r}".encode()).hexdigest()
@@ -115,9 +125,9 @@ class DisBack(DiffInstruct):
         if self.mismatch is not None:
             self.mismatch = self.mismatch.to(self.device)
         if self.path:
-            self.aim()
+            self.load_target()
 
-    def aim(self) -> None:
+    def load_target(self) -> None:
         """Put T_node into the one network that all targets share: the teacher itself stays off the device until the end."""
         network = self.target.denoiser.network
         if self.node == self.nodes:
@@ -128,27 +138,28 @@ class DisBack(DiffInstruct):
     def after_update(self) -> None:
         if self.path:
             self.means["score/node"] = float(self.node)  # that of this update
-        if self.student_updated and self.node < self.nodes and self.due(self.means["loss/mismatch"]):
-            self.node, self.since, self.mismatch, self.first_mismatch = self.node + 1, self.student_updates, None, None
-            self.aim()
+        if self.student_updated and self.node < self.nodes and self.switch_due(self.means["loss/mismatch"]):
+            self.node, self.last_switch = self.node + 1, self.student_updates
+            self.mismatch = self.first_mismatch = None
+            self.load_target()
 
-    def due(self, mismatch: Tensor) -> bool:
+    def switch_due(self, mismatch: Tensor) -> bool:
         """Whether the next target is due, after a generator update with this mismatch, a scalar on the device."""
-        updates = self.student_updates - self.since
+        updates = self.student_updates - self.last_switch
         if self.switch == "converged":
             before = mismatch if self.mismatch is None else self.mismatch
             # Of a step that a loss scale skips the mismatch may be infinite: it does not enter.
             known = torch.where(before.isfinite(), before, mismatch)
-            mean = before.lerp(mismatch, _FRESH)
+            mean = before.lerp(mismatch, _NEWEST)
             self.mismatch = torch.where(mean.isfinite(), mean, known)
-            if updates % _CHECK_EVERY == 0:
+            if updates % _COMPARE_EVERY == 0:
                 total = self.mismatch.clone()
                 if dist.is_available() and dist.is_initialized():
                     dist.all_reduce(total)  # all ranks must switch together; a sum serves a ratio as well as a mean
-                found = total.item()
+                mismatch_now = total.item()
                 if self.first_mismatch is None:
-                    self.first_mismatch = found if math.isfinite(found) else None
-                elif found <= self.tolerance * self.first_mismatch:
+                    self.first_mismatch = mismatch_now if math.isfinite(mismatch_now) else None
+                elif mismatch_now <= self.tolerance * self.first_mismatch:
                     return True
         return updates >= self.interval
 
@@ -157,7 +168,12 @@ class DisBack(DiffInstruct):
         mismatch = None
         if self.mismatch is not None:  # each rank goes on with the mean, whose sum over them is the same
             mismatch = average_over_ranks({"mismatch": self.mismatch}, self.device)["mismatch"].cpu()
-        state = {"node": self.node, "since": self.since, "mismatch": mismatch, "first_mismatch": self.first_mismatch}
+        state = {
+            "node": self.node,
+            "last_switch": self.last_switch,
+            "mismatch": mismatch,
+            "first_mismatch": self.first_mismatch,
+        }
         checkpoint["backtracking"] = state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

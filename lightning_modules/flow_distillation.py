@@ -17,8 +17,16 @@ class FlowDistillation(PairedFlow):
 
     In `steps` = k > 1 steps: min_v E d(v(X_t, t), X_1 - X_0), with X_t = (1 - t) X_0 + t X_1 and t in {0, 1/k, .. 1 - 1/k}; a
     sample is k Euler steps.
-    loss: d, "l2", "l1" or "huber", a sum over pixels, or for one step "lpips" or "lpips+l2" (`stillhouse/diffusion/distance.py`).
-    lpips_weights, lpips_resize: as there. `pairs` and others as in `PairedFlow`.
+
+    Args:
+        teacher: The flow, which the student begins as.
+        steps: k, the network evaluations of a sample.
+        loss: d, "l2", "l1" or "huber" (sums over pixels), or for one step "lpips" or "lpips+l2"
+            (`stillhouse.diffusion.distance`), with `lpips_weights` and `lpips_resize` as there.
+        options: Of `PairedFlow`.
+
+    Raises:
+        ValueError: For a loss that does not fit the steps.
     """
 
     def __init__(

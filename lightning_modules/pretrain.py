@@ -13,8 +13,17 @@ from stillhouse.diffusion.teacher import Teacher
 class Pretrain(Method):
     """Trains the network of a teacher config from scratch, or on from its weights.
 
-    p_mean, p_std: ln(sigma) ~ N(p_mean, p_std^2). augment: the probability of each of EDM's augmentations, whose labels the
-    network is told (datamodules/components/augmentation.py). One step is one batch of images, each at one noise level.
+    One step is one batch of images, each at one noise level.
+
+    Args:
+        teacher: Names the network, and the schedule and solver that sample it.
+        p_mean: Of ln(sigma) ~ N(p_mean, p_std^2).
+        p_std: Likewise.
+        augment: The probability of each of EDM's augmentations, whose labels the network gets; None: no augmentation.
+        common: Of `Method`.
+
+    Raises:
+        ValueError: For options out of range, or a network that takes no augmentation labels.
     """
 
     def __init__(

@@ -21,7 +21,8 @@ def node_steps(nodes: int, steps: int, spacing: str) -> list[int]:
 
     "geometric": steps^(n / nodes), since degradation is fastest at the beginning; "linear": steps n / nodes.
 
-    Errors: ValueError where two nodes would fall on one step.
+    Raises:
+        ValueError: Where two nodes would fall on one step.
     """
     check_counts(**{"method.nodes": nodes, "method.degradation.steps": steps})
     check_choice("method.degradation.spacing", spacing, SPACINGS)
@@ -46,7 +47,12 @@ class DegradationPath:
     generator and of `settings`, which is all else that decides the weights; the number of nodes does not, so a longer or
     finer path extends the same folder, and every run of that teacher, generator and settings shares it.
 
-    steps: after which training steps nodes are kept. generator_hash: of the untrained generator.
+    Args:
+        root: The folder of all paths.
+        teacher: s'_0.
+        generator_hash: Of the untrained generator.
+        steps: After which training steps nodes are kept.
+        settings: All else that decides the weights, as values that JSON can hold.
     """
 
     def __init__(
@@ -66,9 +72,17 @@ class DegradationPath:
         return all(self.file(step).exists() for step in self.steps)
 
     def save(self, step: int, network: nn.Module, images: int, seconds: float) -> None:
-        """Keep the network as node `step`, unless it is there already; `images` and `seconds`: what it took until here.
+        """Keep the network as node `step`, unless it is there already.
 
-        Errors: OSError where the disk refuses, FloatingPointError for weights that are no numbers.
+        Args:
+            step: In training steps.
+            network: With the node's weights.
+            images: Trained on until here.
+            seconds: Of training until here.
+
+        Raises:
+            OSError: Where the disk refuses.
+            FloatingPointError: For weights that are not numbers.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         # Jobs at once may record one path: the weights of one must not meet the card of another.
@@ -88,9 +102,17 @@ class DegradationPath:
             lock.release()
 
     def load(self, step: int, network: nn.Module, verify: bool = False) -> None:
-        """Put node `step` into `network`. verify: compare the whole file with its hash instead of some blocks.
+        """Put node `step` into `network`.
 
-        Errors: FileNotFoundError for a missing node, ValueError for one of another path, OSError for a damaged one.
+        Args:
+            step: In training steps.
+            network: Of the teacher's form.
+            verify: Compare the whole file with its hash instead of some blocks.
+
+        Raises:
+            FileNotFoundError: For a missing node.
+            ValueError: For one of another path.
+            OSError: For a damaged one.
         """
         card = self._card(step)
         form = {"form": self.form} if "form" in card else {}  # earlier versions did not note it

@@ -17,6 +17,12 @@ class DegradationRecording(Method):
 
     The generator is the teacher itself, evaluated once at sigma_init, and stays as it is. `student` is the copy. One step
     is one batch of generated images. Where the path is on disk already nothing is trained.
+
+    Args:
+        path: Where its nodes are kept, and of which teacher.
+        sigma_init: The noise level at which the generator is evaluated.
+        sigmas: Distribution of the noise level in the loss.
+        common: Of `Method`.
     """
 
     def __init__(self, path: DegradationPath, *, sigma_init: float, sigmas: NoiseLevelDistribution, **common):

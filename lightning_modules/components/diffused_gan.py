@@ -14,7 +14,7 @@ from stillhouse.networks import Discriminator
 
 
 class GANOptions(TypedDict):
-    """method.gan; see `DiffusedGAN`."""
+    """The options `method.gan`; see `DiffusedGAN`."""
 
     generator: float
     fake: float
@@ -24,8 +24,14 @@ class GANOptions(TypedDict):
 class DiffusedGAN(nn.Module):
     """A classifier of noised real and generated images, on the encoder of the fake score, which it trains along.
 
-    unet: the fake score's network. generator, fake: weights of the two losses, on the scale of those they are added to.
-    sigmas: the distribution of the noise level.
+    Args:
+        unet: The fake score's network.
+        generator: Weight of the generator's loss, on the scale of the loss that it is added to.
+        fake: Weight of the classifier's loss, likewise.
+        sigmas: Distribution of the noise level.
+
+    Raises:
+        ValueError: For weights that are not positive.
     """
 
     def __init__(self, unet: nn.Module, *, generator: float, fake: float, sigmas: NoiseLevelDistribution):
@@ -38,7 +44,7 @@ class DiffusedGAN(nn.Module):
         self.generator, self.fake, self.sigmas = generator, fake, sigmas
         self.discriminator = Discriminator(unet)
 
-    def realism(self, score: Denoiser, images: Tensor, sigma: Tensor, noise: Tensor, labels: Tensor | None) -> Tensor:
+    def logits(self, score: Denoiser, images: Tensor, sigma: Tensor, noise: Tensor, labels: Tensor | None) -> Tensor:
         """Logits (B, 1) of images (B, C, H, W) with noise of the levels sigma (B,)."""
         return self.discriminator(score.encode(noised(images, sigma, noise), sigma, labels))
 
@@ -48,7 +54,7 @@ class DiffusedGAN(nn.Module):
         """Weighted d softplus(-logit) / d images, (B, C, H, W), and the loss: none of it reaches score or classifier."""
         with torch.enable_grad():
             leaf = images.detach().requires_grad_()
-            logits = self.realism(score, leaf, random.gan_sigma(self.sigmas), random.gan_noise, labels)
+            logits = self.logits(score, leaf, random.gan_sigma(self.sigmas), random.gan_noise, labels)
             loss = F.softplus(-logits).sum()
             gradient = torch.autograd.grad(loss, leaf)[0]
         return self.generator * gradient, loss.detach() / len(images)
@@ -64,6 +70,6 @@ class DiffusedGAN(nn.Module):
     ) -> Tensor:
         """softplus(logit of generated) + softplus(-logit of real images), a mean over the batch; not weighted."""
         sigma = random.gan_sigma(self.sigmas)
-        generated = self.realism(score, images, sigma, random.gan_noise, labels)
-        found_real = self.realism(score, real, sigma, random.real_noise, real_labels)
+        generated = self.logits(score, images, sigma, random.gan_noise, labels)
+        found_real = self.logits(score, real, sigma, random.real_noise, real_labels)
         return (F.softplus(generated) + F.softplus(-found_real)).mean()

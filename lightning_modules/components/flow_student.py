@@ -23,7 +23,10 @@ class FlowStudent(Method):
     Its network is read from the time `start` on, where the noise level is its teacher's highest. A sample is the ODE's solution
     by the teacher's solver and schedule or, for another number of evaluations, by so many Euler steps that are uniform in t.
 
-    euler_steps: The number of steps that the student is distilled for, which takes no other; None: it is a flow to be solved.
+    Attributes:
+        sampler: The teacher whose schedule and solver sample the flow.
+        start: The time of the highest noise level, in (0, 1).
+        euler_steps: The number of steps that the student is distilled for, which takes no other; None: a flow to be solved.
     """
 
     euler_steps: int | None = None
@@ -60,7 +63,7 @@ class FlowStudent(Method):
         return self.drift(between(noise, images, t), t, *labels), images - noise
 
     def time(self, distribution: TimeDistribution, batch: dict[str, Tensor], draw: int = 0) -> Tensor:
-        """t (B,), float64, of each sample of the batch: of (seed, its position, draw) alone. draw: 0 .. 3."""
+        """t (B,), float64, of each sample of the batch: a function of (seed, its position, draw) alone; draw is 0, 1, 2 or 3."""
         return distribution(
             position_uniforms(self.seed, batch["position"], TrainingStream.FLOW_TIMES)[draw], self.start
         )
@@ -69,8 +72,16 @@ class FlowStudent(Method):
 class PairedFlow(FlowStudent):
     """A student of flows that trains on what its teachers make of stored noise.
 
-    teachers: the last one is the student's beginning, and the teacher that it is measured beside. pairs, held_out: numbers of
-    stored samples of each; the held-out ones choose the checkpoint. dtype: their storage.
+    Args:
+        teachers: The last one is the student's beginning, and the teacher that it is measured beside.
+        pairs: Stored samples of each teacher to train on.
+        held_out: Stored samples that choose the checkpoint.
+        dtype: Of the stored images: "float16", "float32" or "uint8".
+        store: The folder of all stored samples.
+        common: Of `Method`.
+
+    Raises:
+        ValueError: For teachers with unlike images, or a folder that can't be the store.
     """
 
     monitor = "heldout/loss"

@@ -261,7 +261,7 @@ def test_the_classifiers_gradient_reaches_the_generator_alone_and_points_to_real
     assert all(p.grad is None for part in (module.fake_score, module.gan) for p in part.parameters())
     images, random = torch.randn(16, 1, 8, 8), TrainingNoise(0, data["position"], (1, 8, 8))
     noise = (random.gan_sigma(GAN["sigmas"]), random.gan_noise)
-    logits = lambda x: module.gan.realism(module.fake_score, x, *noise, data["label"])  # noqa: E731
+    logits = lambda x: module.gan.logits(module.fake_score, x, *noise, data["label"])  # noqa: E731
     gradient, loss = module.gan.image_gradient(module.fake_score, images, random, data["label"])
     with torch.no_grad():
         assert logits(images - 1e-1 * gradient).mean() > logits(images).mean()

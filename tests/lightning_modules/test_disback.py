@@ -134,13 +134,13 @@ def test_targets_come_in_reverse_order_and_end_with_the_teacher(recorded):
     """T_1 from the start, the next after every 2 generator updates; the fake score starts as T_0 = s'_N."""
     module = method(recorded, kimg=1.536)  # 12 steps, 6 generator updates
     kept = snapshots(module)
-    targets, original = [], module.aim
+    targets, original = [], module.load_target
 
     def aim():
         original()
         targets.append((module.node, module.student_updates, weights(module.target.denoiser)))
 
-    module.aim = aim
+    module.load_target = aim
     first = []
     module.on_train_start = lambda: first.append(weights(module.fake_score))
     fit(module, None)
@@ -198,8 +198,13 @@ def test_switching_by_convergence(recorded, monkeypatch, bad):
     switched = []
     for updates in range(1, 100):
         falling = bad if updates in (1, 21) else 1.0 if updates < 15 or updates > 50 else 0.4
-        if module.node < module.nodes and module.due(torch.tensor(falling)):
-            module.node, module.since, module.mismatch, module.first_mismatch = module.node + 1, updates, None, None
+        if module.node < module.nodes and module.switch_due(torch.tensor(falling)):
+            module.node, module.last_switch, module.mismatch, module.first_mismatch = (
+                module.node + 1,
+                updates,
+                None,
+                None,
+            )
             switched.append(updates)
     assert switched == [30, 70]  # 1 - 0.6 (1 - 0.8^6) = 0.56 at 20; afterwards the mismatch rises again
 
