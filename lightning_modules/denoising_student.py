@@ -11,10 +11,9 @@ from datamodules.trajectories import check_store
 from lightning_modules.components.branches import BranchedMethod
 from lightning_modules.components.method import check_nfe
 from stillhouse.diffusion.losses import REGRESSIONS, regression
-from stillhouse.diffusion.sampling import Sampling
+from stillhouse.diffusion.sampling import Sampling, one_step_sampling
 from stillhouse.diffusion.solvers import euler_step
 from stillhouse.diffusion.teacher import Teacher
-from stillhouse.diffusion.training_noise import one_step_sampling
 
 
 class DenoisingStudent(BranchedMethod):

@@ -13,9 +13,9 @@ from lightning_modules.components.method import Method, check_nfe
 from stillhouse.checks import check_choice, check_counts
 from stillhouse.diffusion.losses import SCORE_WEIGHTINGS, noised, score_gradient, weighted_square
 from stillhouse.diffusion.noise_levels import NoiseLevelDistribution
-from stillhouse.diffusion.sampling import Sampling
+from stillhouse.diffusion.sampling import Sampling, one_step, one_step_sampling
 from stillhouse.diffusion.teacher import Teacher
-from stillhouse.diffusion.training_noise import TrainingNoise, one_step, one_step_sampling
+from stillhouse.diffusion.training_noise import TrainingNoise
 
 
 class DiffInstruct(Method):

@@ -13,17 +13,16 @@ from torch import Tensor
 from datamodules.components.batch_loader import Batch, BatchLoader, endless_loader
 from datamodules.components.packed_images import PackedImages
 from stillhouse.checks import check_counts
-from stillhouse.diffusion.random_numbers import derive_seed, philox
+from stillhouse.diffusion.random_numbers import RunKey, derive_seed, philox
 from stillhouse.files import check_folder_name
 from stillhouse.metrics.images import from_uint8
 
-_FLIP = 1  # separates the flips' random numbers from everything else that is derived from the seed
 _WORD = 0xFFFFFFFF
 
 
 def flips(seed: int, positions: Tensor) -> Tensor:
     """Fair coins, bool (B,), a function of the seed and the global positions (B,), int64, on every device."""
-    key = derive_seed(seed, _FLIP)
+    key = derive_seed(seed, RunKey.FLIPS)
     low, high = torch.full_like(positions, key & _WORD), torch.full_like(positions, key >> 32)
     zero = torch.zeros_like(positions)
     return philox((positions & _WORD, positions >> 32 & _WORD, zero, zero), (low, high))[0] >> 31 == 1

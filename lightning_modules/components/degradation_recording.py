@@ -9,7 +9,8 @@ from lightning_modules.components.degradation_path import DegradationPath
 from lightning_modules.components.method import Method
 from stillhouse.diffusion.losses import denoising_score_matching
 from stillhouse.diffusion.noise_levels import NoiseLevelDistribution
-from stillhouse.diffusion.training_noise import TrainingNoise, one_step
+from stillhouse.diffusion.sampling import one_step
+from stillhouse.diffusion.training_noise import TrainingNoise
 
 
 class DegradationRecording(Method):

@@ -22,8 +22,14 @@ from torch import Tensor
 MONITOR_SEEDS = 1 << 31
 TRAIN_SEEDS = 1 << 32
 HELD_OUT_SEEDS = 2 << 32
-_POSITIONS = 2  # keeps the key of training positions apart from everything else that is derived from a run's seed
 _MASK = 0xFFFFFFFF
+
+
+class RunKey(IntEnum):
+    """Keys that are derived from a run's seed (`derive_seed`), each for random numbers apart from all others."""
+
+    FLIPS = 1  # of a data set's images
+    POSITIONS = 2  # of training samples: `TrainingStream`
 
 
 class TrainingStream(IntEnum):
@@ -43,7 +49,7 @@ class TrainingStream(IntEnum):
 
 
 class SampleStream(IntEnum):
-    """The independent random numbers of one generated sample, beside its latent (0) and the noise of solver steps (from 1 on)."""
+    """The independent random numbers of one generated sample, beside its latent noise, which is stream 0."""
 
     UNIFORM = 0xFFFFFFFE  # a choice that belongs to the sample
     LABEL = 0xFFFFFFFF
@@ -128,7 +134,7 @@ def position_uniforms(seed: int, positions: Tensor, stream: int, count: int = 4)
 
 
 def _position_words(seed: int, positions: Tensor, blocks: int, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    key = derive_seed(seed, _POSITIONS)
+    key = derive_seed(seed, RunKey.POSITIONS)
     position = positions[:, None]
     block = torch.arange(blocks, device=positions.device).expand(len(positions), blocks)
     constant = torch.zeros_like(block)

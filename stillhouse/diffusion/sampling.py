@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stillhouse.diffusion.denoiser import DenoiserFunction
+from stillhouse.diffusion.denoiser import Denoiser, DenoiserFunction
 from stillhouse.diffusion.solvers import SOLVERS, analytic_step, evaluations
 
 
@@ -64,3 +64,25 @@ class Sampling:
         for x in SOLVERS[self.solver].solve(estimate, x, levels, labels, **self.options):  # noqa: B007, B020
             pass
         return x.float()
+
+
+def one_step(denoiser: Denoiser, noise: Tensor, sigma_init: float, labels: Tensor | None) -> Tensor:
+    """Generate images G(z) = D(sigma_init z, sigma_init).
+
+    Args:
+        denoiser: D.
+        noise: unit normal z (B, C, H, W).
+        sigma_init: the noise level at which D is evaluated.
+        labels: classes (B,), int64, or None.
+
+    Returns:
+        Images (B, C, H, W).
+    """
+    sigma = noise.new_full((), sigma_init)
+    return denoiser(noise * denoiser.preconditioning.prior_std(sigma), sigma, labels)
+
+
+def one_step_sampling(denoiser: Denoiser, sigma_init: float) -> Sampling:
+    """Describe `one_step` as plain data."""
+    scale = denoiser.preconditioning.prior_std(torch.tensor(sigma_init)).item()
+    return Sampling((sigma_init, 0.0), scale, double=False)

@@ -1,15 +1,12 @@
-"""The random numbers of training samples, and the one-step generator that makes images of them."""
+"""The random numbers of training samples."""
 
 from collections.abc import Sequence
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
-from stillhouse.diffusion.denoiser import Denoiser
 from stillhouse.diffusion.noise_levels import NoiseLevelDistribution
 from stillhouse.diffusion.random_numbers import TrainingStream, position_noise, position_uniforms
-from stillhouse.diffusion.sampling import Sampling
 
 
 class TrainingNoise:
@@ -69,25 +66,3 @@ class TrainingNoise:
     def gan_sigma(self, distribution: NoiseLevelDistribution) -> Tensor:
         """Choose noise levels (B,), float32, of images in front of a discriminator."""
         return distribution(self._uniforms[2])
-
-
-def one_step(denoiser: Denoiser, noise: Tensor, sigma_init: float, labels: Tensor | None) -> Tensor:
-    """Generate images G(z) = D(sigma_init z, sigma_init).
-
-    Args:
-        denoiser: D.
-        noise: unit normal z (B, C, H, W).
-        sigma_init: the noise level at which D is evaluated.
-        labels: classes (B,), int64, or None.
-
-    Returns:
-        Images (B, C, H, W).
-    """
-    sigma = noise.new_full((), sigma_init)
-    return denoiser(noise * denoiser.preconditioning.prior_std(sigma), sigma, labels)
-
-
-def one_step_sampling(denoiser: Denoiser, sigma_init: float) -> Sampling:
-    """Describe `one_step` as plain data."""
-    scale = denoiser.preconditioning.prior_std(torch.tensor(sigma_init)).item()
-    return Sampling((sigma_init, 0.0), scale, double=False)

@@ -16,7 +16,7 @@ from lightning_modules.components.degradation_path import node_steps
 from lightning_modules.components.degradation_recording import DegradationRecording
 from stillhouse.diffusion.losses import denoising_score_matching
 from stillhouse.diffusion.random_numbers import sample_noise
-from stillhouse.diffusion.training_noise import one_step
+from stillhouse.diffusion.sampling import one_step
 
 DEGRADATION = {"steps": 64, "lr": 3e-3, "batch_size": 128, "seed": 0, "spacing": "geometric"}
 
