@@ -51,6 +51,11 @@ def train(cfg: DictConfig, hydra_config: DictConfig) -> float | None:
     folder.check(config)
     if (recipe := chosen_by_itself("recipe")) and is_rank_zero():
         print(f"recipe={recipe}, the published settings of this method and data (conf/recipe)", flush=True)
+    if (teacher := chosen_by_itself("teacher")) not in (None, "none") and is_rank_zero():
+        print(
+            f"teacher={teacher}, by the data; teacher=NAME (conf/teacher) or teacher=runs/NAME chooses another",
+            flush=True,
+        )
     if cfg.plan:
         print(plan(cfg))
         return None

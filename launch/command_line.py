@@ -104,7 +104,7 @@ def follow_teacher() -> None:
     given = {override.key_or_group: override for override in _given() if not override.is_sweep_override()}
     if "teacher" in given and "data" not in given and isinstance(given["teacher"].value(), str):
         data = data_of(given["teacher"].value())
-        if any((folder / "data" / f"{data}.yaml").is_file() for folder in _config_folders(given)):
+        if "/" in data or any((folder / "data" / f"{data}.yaml").is_file() for folder in _config_folders(given)):
             sys.argv.append(f"data={data}")
 
 
@@ -125,10 +125,11 @@ def chosen_by_itself(group: str) -> str | None:
 
 
 def _found(group: str, name: str) -> bool:
-    """Whether a composed config has found this choice, also in folders that hydra.searchpath adds."""
+    """Whether a composed config has found this choice, also in folders that hydra.searchpath adds, or as a run's folder."""
     sources = HydraConfig.get().runtime.config_sources
     folders = [Path(source.path) for source in sources if source.schema == "file"]
-    return any((folder / group / f"{name}.yaml").is_file() for folder in folders)
+    known = GlobalHydra.instance().config_loader().repository.config_exists(f"{group}/{name}")
+    return known or any((folder / group / f"{name}.yaml").is_file() for folder in folders)
 
 
 def _missing_choice(group: str, name: str, options: Sequence[str], given: Iterable[Override]) -> str:

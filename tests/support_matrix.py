@@ -76,10 +76,12 @@ class Case:
 
     @property
     def teacher(self) -> str:
-        """One of conf/teacher that stands for the family; its sizes follow the data."""
-        own = self.data in (*PLANAR, "digits")
-        base = self.data if own else "imagenet64" if self.data.startswith("imagenet64") else "ffhq64"
-        return {"edm": base, "ddpm": "cifar10_ddpm", "flow": f"{base}_rf1"}[self.family]
+        """What stands for the family: of conf/teacher, with sizes that follow the data."""
+        return {
+            "edm": self.data if self.data in ("digits", "cifar10", "ffhq64", "imagenet64") else "scratch",
+            "ddpm": "cifar10_ddpm",
+            "flow": f"{self.data}_rf1" if self.data in ("digits", "cifar10") else "scratch_flow",
+        }[self.family]
 
     @property
     def network(self) -> dict[str, Any]:
@@ -98,7 +100,7 @@ class Case:
         bezier = self.method == "bezier"
         options = [f"method={method}", f"data={self.data}", *data_options, *COMMON, *METHODS[self.method]]
         options += [f"host={host}"] if host else []
-        options += [f"method.teachers=[{self.teacher},{self.teacher}]"] if bezier else [f"teacher={self.teacher}"]
+        options += [] if bezier else [f"teacher={self.teacher}"]
         options += (
             ["method.augment=null"] if self.method == "pretrain" and self.family != "edm" else []
         )  # no labels for it
@@ -109,6 +111,10 @@ class Case:
                 ["method.sigma_init=2.5"] if self.method in ("diff_instruct", "disback") else []
             )  # below their highest
         cfg = compose("config", [*options, f"name={'-'.join((method, host, self.family))}"])
+        with open_dict(cfg):
+            if bezier:  # the same one twice, which as a new network has no name in conf/teacher that a list could hold
+                same = compose("config", [f"data={self.data}", *data_options, f"teacher={self.teacher}"])
+                cfg.method.teachers = [OmegaConf.to_container(same.teacher, resolve=True)] * 2
         expand_teachers(cfg)
         with open_dict(cfg):
             for teacher in cfg.method.teachers if bezier else [cfg.teacher]:

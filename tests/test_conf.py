@@ -18,7 +18,7 @@ from vgg_file import write_vgg16
 from launch.evaluate.measure import SETTINGS, leave_out_measurement
 from launch.run.build import build, build_trainer, check_fit
 from launch.run.folder import RunFolder
-from launch.run.names import data_of, register_resolvers
+from launch.run.names import register_resolvers
 from launch.run.teachers import expand_teachers
 from stillhouse.checkpoints import save_weights
 from stillhouse.diffusion.losses import regression
@@ -28,13 +28,13 @@ from stillhouse.metrics import fidelity
 CONF = Path(__file__).parent.parent / "conf"
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml") if "local" not in path.parts)
 FILES.remove(Path("sweep/wandb.yaml"))  # W&B's, not Hydra's
-PRIMARY = ("config", "evaluate")
-# Data sets whose teachers' weights are downloads: (parameters, network evaluations of a sample).
-PUBLISHED = {"cifar10": (55_733_891, 35), "ffhq64": (61_805_571, 79), "imagenet64": (295_899_267, 511)}
-DDPM = ("celeba64", "lsun_bedroom", "lsun_church")  # data sets whose teachers are of DDPM's kind
-PLANAR = ("checkerboard", "eight_gaussians")  # whose teachers are trained in a minute
-FLOWS = ("rectified_flow", "reflow", "flow_distill", "bezier")
-SMALL = ("teacher.weights=null", "teacher.network.model_channels=8", "teacher.network.num_blocks=1")
+# Those of a published teacher have a test of their own.
+COMPOSED = [
+    f for f in FILES if len(f.parts) > 1 and f.parts[0] not in ("hydra", "task") and f.parts[:-1] != ("teacher",)
+]
+# Data sets with a published or embedded teacher; a run of the others is given a new network here.
+PUBLISHED = ("digits", "cifar10", "ffhq64", "imagenet64", "lsun_bedroom", "lsun_church")
+FLOWS = ("reflow", "flow_distill", "bezier")
 
 
 @pytest.fixture(autouse=True)
@@ -64,65 +64,73 @@ def torch_home(tmp_path_factory):
         yield home
 
 
-def small(name: str) -> list[str]:
-    """Options for an untrained network, of few parameters if it is large, of a teacher or data set whose weights are not here."""
-    data = data_of(name)
-    if data in ("digits", "none") or not (CONF / f"teacher/{name}.yaml").is_file():
-        return []
-    if data in PLANAR:
-        return ["teacher.weights=null"]
-    own = {"image_folder": ["data.path=my_photos"], "celebahq256": ["data.path=my_photos", "data.resolution=256"]}
-    heads = ["teacher.network.channels_per_head=8"] if data.startswith("imagenet64") else []
-    # Of 32 channels where a normalisation has 32 groups.
-    width = ["teacher.network.model_channels=32"] if name.endswith("_ddpm") or data in DDPM else []
-    return [*own.get(data, []), *SMALL, *heads, *width]
+def composed(arguments: list[str], data: str = "digits"):
+    """A run's config as train.py has it, of an untrained network of few parameters.
 
-
-def composed(arguments: list[str]):
-    """A run's config as train.py has it; what would change `teacher` changes each of several teachers."""
-    several = "method=bezier" in arguments
-    options = [option for option in arguments if several and option.startswith("teacher.")]
-    cfg = compose("config", [argument for argument in arguments if argument not in options])
+    Of data without a published teacher a distillation is given a new network.
+    """
+    method = next((a.removeprefix("method=") for a in arguments if a.startswith("method=")), "denoising_student")
+    named = any(a.startswith("teacher=") for a in arguments) or method in ("pretrain", "rectified_flow", "bezier")
+    flow = method in FLOWS
+    if not named and data not in (("digits", "cifar10") if flow else PUBLISHED):
+        arguments = [*arguments, f"teacher={'scratch_flow' if flow else 'scratch'}"]
+    cfg = compose("config", arguments)
+    if method == "bezier" and data not in ("digits", "cifar10"):
+        new = compose("config", [f"data={data}", "teacher=scratch_flow"]).teacher
+        OmegaConf.update(cfg, "method.teachers", [OmegaConf.to_container(new, resolve=True)] * 2)
     expand_teachers(cfg)
-    for teacher in cfg.method.teachers if several else ():
-        for option in options:
-            key, value = option.removeprefix("teacher.").split("=")
-            OmegaConf.update(teacher, key, None if value == "null" else int(value))
+    if data != "digits":
+        for teacher in cfg.method.get("teachers") or [cfg.teacher]:
+            shrink(teacher)
     return cfg
 
 
-def override(file: Path) -> list[str]:
+def shrink(teacher) -> None:
+    teacher.weights, network = None, teacher.network
+    for key, value in {
+        "num_blocks": 1,
+        "model_channels": network.get("norm_groups", 8),
+        "channels_per_head": 8,
+    }.items():
+        if key in network:
+            network[key] = value
+
+
+def override(file: Path) -> tuple[list[str], str]:
+    """The command line that takes a file of conf/, and the data that it is of."""
     group, option = "/".join(file.parts[:-1]), file.stem
-    if group == "teacher":  # a teacher comes with its data
-        data = data_of(option)
-        known = (CONF / f"data/{data}.yaml").is_file()
-        conditional = [f"data.conditional={'_cond' in option}"] if data == "cifar10" or not known else []
-        return [f"data={data if known else 'image_folder'}", f"teacher={option}", *conditional, *small(option)]
+    if group == "data":
+        path = ["data.path=my_photos"] if option == "image_folder" else []
+        return [f"data={option}", *path], option
+    if group.startswith("teacher/"):
+        data = {"mlp": "checkerboard", "ddpmpp_small": "digits"}.get(option, "ffhq64")
+        return [f"data={data}", "method=pretrain", "teacher=scratch", f"{group}={option}"], data
     if group == "host":
-        return ["method=b_dense", f"{group}={option}"]
+        return ["method=b_dense", f"{group}={option}"], "digits"
     if group == "shrink/method":  # debug_METHOD[_HOST]
         method, _, host = option.removeprefix("debug_").replace("b_dense_", "b_dense ").partition(" ")
-        return ["trainer=debug", f"method={method}", *([f"host={host}"] if host else [])]
+        return ["trainer=debug", f"method={method}", *([f"host={host}"] if host else [])], "digits"
     if group == "recipe":  # METHOD[_HOST]_DATA[_VARIANT]
         data = next(path.stem for path in (CONF / "data").glob("*.yaml") if f"_{path.stem}" in option)
         method, _, variant = option.partition(f"_{data}")
         host = method.removeprefix("b_dense").removeprefix("_") if method.startswith("b_dense") else ""
         chosen = ["method=b_dense", f"host={host}"] if host else [f"method={method}"]
-        return [*chosen, f"data={data}", *small(data), *([f"recipe={option}"] if variant else [])]
-    return [f"{group}={option}", *small(option)] if file.parts[0] != "hydra" else []
+        return [*chosen, f"data={data}", *([f"recipe={option}"] if variant else [])], data
+    return [f"{group}={option}"], "digits"
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if f.stem not in PRIMARY], ids=str)
+@pytest.mark.parametrize("file", COMPOSED, ids=str)
 def test_every_file_composes_and_builds(file, tmp_path, monkeypatch, torch_home):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(torch_home))
-    if file == Path("teacher/none.yaml"):
-        assert "name" not in (compose("evaluate").teacher or {})
-        return
-    cfg = composed(override(file))
+    cfg = composed(*override(file))
     leave_out_measurement(cfg)
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    data, method = build(cfg.data), build(cfg.method)
+    data = build(cfg.data)
+    if file.parts[0] == "teacher":
+        build(cfg.teacher)
+        return
+    method = build(cfg.method)
     check_fit(method, data)
     assert method.batch_size == data.batch_size == cfg.batch_size
     nothing = file == Path("evaluation/none.yaml")
@@ -130,83 +138,114 @@ def test_every_file_composes_and_builds(file, tmp_path, monkeypatch, torch_home)
     if file == Path("trainer/ddp.yaml"):
         assert cfg.trainer.accelerator == "gpu"  # only a GPU machine can build it
         return
-    trainer = build_trainer(cfg, method, RunFolder(cfg.folder))
-    assert trainer.max_steps == method.total_steps
+    if file.parts[0] not in ("data", "evaluation"):
+        trainer = build_trainer(cfg, method, RunFolder(cfg.folder))
+        assert trainer.max_steps == method.total_steps
 
 
-@pytest.mark.parametrize("method", sorted(path.stem for path in (CONF / "method").glob("*.yaml")))
-@pytest.mark.parametrize("data", PUBLISHED)
-def test_every_method_fits_the_published_teachers(data, method, monkeypatch, torch_home):
-    monkeypatch.setenv("TORCH_HOME", str(torch_home))
-    cfg = composed([f"data={data}", f"method={method}", *small(data)])
-    assert cfg.evaluation.extractor._target_ == "stillhouse.metrics.extractors.Inception"
-    images, built = build(cfg.data), build(cfg.method)
-    check_fit(built, images)
-    if method in FLOWS:
-        assert built.sampler.nfe() == 127
-        return
-    deterministic = (method, data) == ("denoising_student", "imagenet64")  # regresses what one noise becomes
-    assert built.teacher is None or built.teacher.nfe() == (79 if deterministic else PUBLISHED[data][1])
-
-
-@pytest.mark.parametrize("data", PLANAR)
-def test_reflow_of_points_goes_on_from_the_flow_before(data, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    chain = ["rectified_flow", "reflow", "flow_distill"]
-    for before, method in pairwise(chain):
-        cfg = compose("config", [f"data={data}", f"method={method}", "seed=3"])  # all seeds learn from one flow
-        assert (
-            cfg.teacher.weights
-            == f"{compose('config', [f'data={data}', f'method={before}']).folder}/student.safetensors"
-        )
-        with pytest.raises(Exception, match=f"no weights at .*{before}-{data}-seed0/student.safetensors"):
-            build(cfg.method)
-
-
-@pytest.mark.parametrize("data", PUBLISHED)
-def test_the_published_networks_have_their_size_and_ask_for_their_weights(data, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    cfg = compose("config", [f"data={data}"])
-    with torch.device("meta"):
-        network = build(cfg.teacher.network)
-    assert sum(p.numel() for p in network.parameters()) == PUBLISHED[data][0]
-    cfg.teacher = compose("config", [f"data={data}", *small(data), f"teacher.weights={cfg.teacher.weights}"]).teacher
-    with pytest.raises(Exception, match=r"no weights at .*weights/edm-.*safetensors .*or set teacher.weights"):
-        build(cfg.teacher)
-
-
-PARAMETERS = {
-    "cifar10_cond": 55_735_299,
-    "cifar10_ve": 56_397_827,
-    "cifar10_cond_ve": 56_400_643,
-    "ffhq64_ve": 62_761_091,
-    "cifar10_baseline_vp": 61_804_419,
-    "cifar10_baseline_ve": 62_758_787,
-    "cifar10_rf1": 61_804_419,
-    "cifar10_rf2": 61_804_419,
-    "cifar10_ddpm": 35_746_307,
-    "celeba64": 78_700_803,
-    "lsun_church": 113_673_219,
-    "celebahq256_ddpm": 113_673_219,
+# Of each published or embedded network: parameters, and network evaluations of a sample.
+SIZES = {
+    "digits": (None, 19),
+    "digits_rf1": (None, 19),
+    "digits_rf2": (None, 19),
+    "cifar10": (55_733_891, 35),
+    "cifar10_cond": (55_735_299, 35),
+    "cifar10_ve": (56_397_827, 35),
+    "cifar10_cond_ve": (56_400_643, 35),
+    "cifar10_baseline_vp": (61_804_419, 35),
+    "cifar10_baseline_ve": (62_758_787, 35),
+    "cifar10_rf1": (61_804_419, 127),
+    "cifar10_rf2": (61_804_419, 127),
+    "cifar10_ddpm": (35_746_307, 96),
+    "ffhq64": (61_805_571, 79),
+    "ffhq64_ve": (62_761_091, 79),
+    "imagenet64": (295_899_267, 511),
+    "lsun_bedroom": (113_673_219, 50),
+    "lsun_church": (113_673_219, 50),
+    "celebahq256_ddpm": (113_673_219, 50),
 }
 
 
-@pytest.mark.parametrize("teacher", PARAMETERS)
-def test_the_other_published_networks_have_their_size(teacher):
-    cfg = compose("evaluate", [f"teacher={teacher}"])
-    with torch.device("meta"):
-        network = build(cfg.teacher.network)
-    assert sum(p.numel() for p in network.parameters()) == PARAMETERS[teacher]
-    if "source" in cfg.teacher:
-        assert build(cfg.teacher.source).name == Path(cfg.teacher.weights).stem
+def test_the_published_teachers_are_all_here():
+    names = {path.stem for path in (CONF / "teacher").glob("*.yaml")} - {"none", "scratch", "scratch_flow"}
+    assert names == set(SIZES)
 
 
-@pytest.mark.parametrize("teacher", sorted(p.stem for p in (CONF / "teacher").glob("*.yaml") if p.stem != "none"))
-def test_evaluate_composes_with_every_teacher(teacher):
-    path = ["data.path=my_photos"] if data_of(teacher) == "image_folder" else []
-    cfg = compose("evaluate", [f"teacher={teacher}", *path])
-    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+@pytest.mark.parametrize("teacher", SIZES)
+def test_the_published_networks_have_their_size_and_ask_for_their_weights(teacher, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photos = (
+        ["data=image_folder", "data.path=my_photos", "data.resolution=256"] if teacher == "celebahq256_ddpm" else []
+    )
+    cfg = compose("evaluate", [f"teacher={teacher}", *photos])
+    parameters, evaluations = SIZES[teacher]
     assert cfg.teacher.name == teacher
+    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    weights = cfg.teacher.weights
+    if parameters is not None:
+        with torch.device("meta"):
+            network = build(cfg.teacher.network)
+        assert sum(p.numel() for p in network.parameters()) == parameters
+        assert build(cfg.teacher.source).name == Path(weights).stem
+        shrink(cfg.teacher)
+    built = build(cfg.teacher)
+    assert built.nfe() == evaluations
+    if parameters is not None and cfg.teacher.source.url:
+        cfg.teacher.weights = weights
+        with pytest.raises(Exception, match=r"no weights at .*safetensors .*or set teacher.weights"):
+            build(cfg.teacher)
+
+
+def chosen_teacher(method: str, data: str, *more: str) -> str:
+    return choices(f"method={method}", f"data={data}", *more)["teacher"]
+
+
+def test_the_teacher_follows_the_data_where_one_is_published():
+    for method, data, teacher in (
+        ("denoising_student", "digits", "digits"),
+        ("denoising_student", "celeba64", "none"),
+        ("pretrain", "cifar10", "cifar10"),
+        ("pretrain", "celeba64", "scratch"),
+        ("rectified_flow", "cifar10", "cifar10_rf1"),
+        ("rectified_flow", "ffhq64", "scratch_flow"),
+        ("reflow", "digits", "digits_rf1"),
+        ("flow_distill", "digits", "digits_rf2"),
+        ("flow_distill", "checkerboard", "none"),
+        ("bezier", "digits", "none"),
+    ):
+        assert chosen_teacher(method, data) == teacher
+    assert chosen_teacher("reflow", "cifar10", "teacher=cifar10") == "cifar10"
+    with pytest.raises(
+        ValueError, match=r"sfd needs a teacher.* say teacher=NAME .*method=pretrain .*teacher=runs/NAME"
+    ):
+        expand_teachers(compose("config", ["method=sfd", "data=celeba64"]))
+
+
+@pytest.mark.parametrize(
+    ("data", "network", "sizes"),
+    [
+        ("checkerboard", "MLP", None),
+        ("cifar10", "SongUNet", [2, 2, 2]),
+        ("celeba64", "SongUNet", [1, 2, 2, 2]),
+        ("lsun_church", "SongUNet", [1, 1, 1, 2, 2, 2]),
+        ("imagenet64_downsampled", "DhariwalUNet", [1, 2, 3, 4]),
+        ("image_folder data.path=p data.resolution=28", "SongUNet", [2, 2]),
+        ("image_folder data.path=p data.resolution=8", "SongUNet", [2]),
+    ],
+)
+def test_a_new_network_suits_the_data(data, network, sizes):
+    cfg = compose("config", ["method=pretrain", "teacher=scratch", *f"data={data}".split()])
+    assert cfg.teacher.network._target_.rpartition(".")[2] == network
+    assert cfg.teacher.network.get("channel_mult") == sizes
+    with torch.device("meta"):
+        build(cfg.teacher.network)
+
+
+def test_a_part_of_a_teacher_is_exchanged_whole():
+    cfg = compose("config", ["method=pretrain", "data=celeba64", "teacher/network=mlp", "teacher/preconditioning=vp"])
+    parts = (cfg.teacher.network, cfg.teacher.preconditioning, cfg.teacher.schedule)
+    assert [part._target_.rpartition(".")[2] for part in parts] == ["MLP", "VP", "karras"]
+    assert "model_channels" not in cfg.teacher.network
 
 
 @pytest.mark.parametrize("program", ["config", "evaluate"])
@@ -256,7 +295,9 @@ def test_a_recipe_is_taken_by_itself_for_method_host_and_data():
 
 def recipe_of(option: str, *arguments: str):
     """The config and the method of a recipe, with a network of few parameters."""
-    cfg = compose("config", [*override(Path(f"recipe/{option}.yaml")), *arguments])
+    options, data = override(Path(f"recipe/{option}.yaml"))
+    cfg = composed([*options, *(a for a in arguments if "weights" not in a)], data)
+    cfg.teacher.weights = next((a.partition("=")[2] for a in arguments if "weights" in a), None)
     return cfg, build(cfg.method)
 
 
@@ -344,7 +385,7 @@ def test_flows_have_the_numbers_of_their_code(
     option, updates, images, decay, clip, dropout, loss, monkeypatch, torch_home
 ):
     monkeypatch.setenv("TORCH_HOME", str(torch_home))
-    cfg = composed(override(Path(f"recipe/{option}.yaml")))
+    cfg = composed(*override(Path(f"recipe/{option}.yaml")))
     method = build(cfg.method)
     assert (method.total_steps, cfg.batch_size, method.warmup_nimg / images) == (updates, images, 5000)
     assert (method.lr, method.betas) == (2e-4, (0.9, 0.999))
@@ -359,8 +400,8 @@ def test_flows_have_the_numbers_of_their_code(
 
 
 def test_the_improved_reflow_begins_as_edms_teacher(monkeypatch):
-    chosen = ["method=reflow", "data=cifar10", "recipe=reflow_cifar10_improved", "teacher=cifar10", *small("cifar10")]
-    method = build(compose("config", chosen).method)
+    chosen = ["method=reflow", "data=cifar10", "recipe=reflow_cifar10_improved", "teacher=cifar10"]
+    method = build(composed(chosen, "cifar10").method)
     assert (method.teacher.name, method.teacher.nfe()) == ("cifar10", 35)
     assert method.times == UShaped(4.0)
     assert method.start == pytest.approx(1 / 81)

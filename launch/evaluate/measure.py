@@ -313,7 +313,7 @@ def _chosen(method: Method, folder: RunFolder, checkpoint: str | None) -> tuple[
         if rank_and_world()[0] == 0:
             print(f"{error}. Until then last.ckpt is taken, not the best one by held-out loss", flush=True)
         return _chosen(method, folder, "last")
-    check_owner(path, content, identity(folder.plain_config(), method.name))
+    check_owner(path, content, identity(folder.stored_config(), method.name))
     return checkpoint, content
 
 

@@ -97,6 +97,7 @@ def export(method: Method, training: Any, records: list[Record], folder: RunFold
         "steps": method.total_steps,
         "kimg": images / 1000,
         "network_evaluations": evaluations_before(method, training) + images * sum(method.evaluations.values()),
+        "nfe": method.nfe,
         "parameters": sum(
             weights[name].numel() for name, _ in method.student.network.named_parameters() if name in weights
         ),

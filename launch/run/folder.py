@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from launch.run.earlier import REVISION, modernised
 from launch.run.names import names_in
 from stillhouse.analysis.tables import records_text
 from stillhouse.checkpoints.bounds import check_aliases
@@ -96,8 +97,8 @@ class RunFolder:
         """The table of the final evaluation."""
         return records_text(self.final_records())
 
-    def read_config(self) -> DictConfig:
-        """Its plain values, as train.py wrote them.
+    def stored_config(self) -> dict[str, Any]:
+        """Its plain values, to the letter as train.py wrote them.
 
         Errors: FileNotFoundError where the folder holds no run; ValueError for a config that can't be read or is none of a
         run, and for one with interpolations: those of a stranger could show this machine's environment.
@@ -107,8 +108,7 @@ class RunFolder:
         resolve_inside(self.path, self.config.name)
         try:
             check_aliases(self.config.read_text())
-            config = OmegaConf.load(self.config)
-            plain = OmegaConf.to_container(config)
+            plain = OmegaConf.to_container(OmegaConf.load(self.config))
             found = re.search(r"\$\{[^}]*\}?", json.dumps(plain))
         except Exception as error:
             reason = str(error) if type(error) is ValueError else type(error).__name__
@@ -119,11 +119,15 @@ class RunFolder:
             )
         if odd := _odd(plain):
             raise ValueError(f"{self.config} is not the config of a run ({odd}); restore or remove it")
-        return config
+        return plain
 
     def plain_config(self) -> dict[str, Any]:
-        """The same in plain containers."""
-        return OmegaConf.to_container(self.read_config())
+        """The stored values, with the classes of earlier revisions by their names of today; errors as `stored_config`."""
+        return modernised(self.stored_config())
+
+    def read_config(self) -> DictConfig:
+        """The same as a config."""
+        return OmegaConf.create(self.plain_config())
 
     def check(self, config: dict[str, Any]) -> None:
         """Errors: ValueError where a run with another config is here, showing the first difference with both values, and where
@@ -141,7 +145,13 @@ class RunFolder:
             if self.config.exists():
                 self.read_config()
             return
-        changes = differences(self.plain_config(), config)
+        stored = self.plain_config()
+        if not self.complete() and stored != self.stored_config():
+            raise ValueError(
+                f"{self.path} was begun by an earlier version, whose checkpoints differ: `git checkout {REVISION}` can "
+                "finish it, or choose another name=..."
+            )
+        changes = differences(stored, config)
         changes = [
             (key, was, now)
             for key, was, now in changes

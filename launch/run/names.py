@@ -1,5 +1,4 @@
-"""Names: of the folders that a sweep's jobs live in, of the recipe that a run takes by itself, of configs in a list,
-of a folder of pictures."""
+"""Names that conf/ computes: of run folders, of choices that options left open, of a folder of pictures."""
 
 import hashlib
 import os
@@ -7,11 +6,14 @@ import re
 from pathlib import PurePath
 from typing import Any
 
-from omegaconf import OmegaConf
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import ListConfig, OmegaConf
 
 from stillhouse.files import check_folder_name
 
-LONGEST = 120  # file systems take names of up to 255 bytes
+LONGEST = 120  # characters of options in a name: file systems take names of up to 255 bytes
+MANY_CLASSES = 1000
+SMALLEST, ATTENTION, DOUBLED = 8, 16, 32  # pixels
 
 
 def run_folder(name: Any) -> str:
@@ -36,9 +38,46 @@ def joined(*parts: str) -> str:
     return "_".join(part for part in parts if part)
 
 
+def published(teacher: str, otherwise: str) -> str:
+    """The teacher of this name where conf/teacher has one, else another: the default of config.yaml and of some methods."""
+    return teacher if _configs().config_exists(f"teacher/{teacher}") else otherwise
+
+
+def network_for(data: str) -> str:
+    """The network in conf/teacher/network that suits a data set of conf/data: by its size and its number of classes."""
+    found = _configs().load_config(f"data/{data}")
+    config = found.config if found else {}
+    config = config.get("data", config)  # of a run
+    if config.get("resolution") == 1:
+        return "mlp"
+    return "adm" if config.get("num_classes", 0) >= MANY_CLASSES else "ddpmpp"
+
+
+def channel_factors(resolution: int) -> ListConfig:
+    """`channel_mult` of a U-Net for images of so many pixels: the channels are doubled from 32 pixels on, as EDM has it."""
+    return OmegaConf.create([1 if level > DOUBLED else 2 for level in _levels(resolution)])
+
+
+def attention_at(resolution: int) -> ListConfig:
+    """`attn_resolutions` of the same U-Net: its first level of at most 16 pixels, as EDM has it."""
+    return OmegaConf.create([level for level in _levels(resolution) if level <= ATTENTION][:1])
+
+
+def _levels(resolution: int) -> list[int]:
+    """Resolutions halved down to 8 pixels, or as far as they are even."""
+    levels = [resolution]
+    while levels[-1] % 2 == 0 and levels[-1] // 2 >= SMALLEST:
+        levels.append(levels[-1] // 2)
+    return levels
+
+
+def _configs() -> Any:
+    return GlobalHydra.instance().config_loader().repository
+
+
 def data_of(teacher: str) -> str:
-    """The data set that a teacher of conf/teacher is named after: digits of digits_rf1, cifar10 of cifar10_cond_ve."""
-    return re.sub(r"(_(rf\d+|cond|baseline|vp|ve|ddpm))+$", "", teacher)
+    """The data set of a teacher: digits of digits_rf1, cifar10 of cifar10_cond_ve, and of a run folder the run's own."""
+    return teacher if "/" in teacher else re.sub(r"(_(rf\d+|cond|baseline|vp|ve|ddpm))+$", "", teacher)
 
 
 def names_in(value: Any) -> str | None:
@@ -57,6 +96,16 @@ def picture_set(path: str, resolution: int) -> str:
 
 
 def register_resolvers() -> None:
-    """Make these functions known to conf/ (sweeps' folders, recipes, evaluate.yaml's data, image_folder)."""
-    for resolver in (run_folder, run_name, joined, data_of, picture_set):
+    """Make these functions known to conf/."""
+    for resolver in (
+        run_folder,
+        run_name,
+        joined,
+        published,
+        network_for,
+        channel_factors,
+        attention_at,
+        data_of,
+        picture_set,
+    ):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)

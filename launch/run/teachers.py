@@ -1,4 +1,4 @@
-"""Teachers by name: what stands in `method.teachers` becomes the configs that are built and kept in config.yaml."""
+"""Teachers of a run: those of conf/teacher, students of other runs, and lists of both in `method.teachers`."""
 
 from typing import Any
 
@@ -10,19 +10,21 @@ from omegaconf.errors import InterpolationKeyError
 from launch.run.folder import RunFolder
 from stillhouse.checkpoints.weights import read_card
 
+PRETRAIN = "train one by `python train.py method=pretrain data=...` (a flow: method=rectified_flow), then say teacher=runs/NAME"
+
 
 def expand_teachers(cfg: DictConfig) -> None:
-    """In place: each name in `method.teachers`, of a file in conf/teacher or of a run folder, becomes that teacher's config.
+    """Replace, in place, each name in `method.teachers`, of a file in conf/teacher or of a run folder, by that teacher's config.
 
-    A run's student is a teacher with the network that the run trained, and is called as the run.
-
-    Errors: ValueError for a method without the teacher that it needs, a `teacher` that it would not see, a list of something
-    else, a name that is neither, or a student of fewer evaluations than its teacher takes steps; FileNotFoundError for a run
-    without a finished student.
+    Raises:
+        ValueError: for a method without the teacher that it needs, a `teacher` that it would not see, a list of something else,
+            a name that is neither, or a student that is no teacher.
+        FileNotFoundError: for a run without a finished student.
     """
     if "teacher" in cfg.method and not _is_teacher(cfg):
         raise ValueError(
-            f"method={cfg.method.name} needs a teacher, or the network of one: say teacher=NAME (conf/teacher)"
+            f"method={cfg.method.name} needs a teacher, or the network of one, and conf/teacher has none that is named as the "
+            f"data: say teacher=NAME (conf/teacher), or {PRETRAIN}"
         )
     names = cfg.method.get("teachers")
     if names is None:
@@ -53,36 +55,59 @@ def _is_teacher(cfg: DictConfig) -> bool:
 
 def teacher_config(name: Any, option: str) -> DictConfig:
     """The config of one teacher by its name, which stands in `option`; errors as in `expand_teachers`."""
-    if isinstance(name, str) and RunFolder(name).config.is_file():
-        return _student(RunFolder(name), option)
     try:
-        config = compose(config_name=f"teacher/{name}").get("teacher") if isinstance(name, str) else None
+        config = compose(config_name=f"teacher/{name}").get("teacher") if isinstance(name, str) and name else None
     except (MissingConfigException, ConfigCompositionException):
         config = None
     if not config:  # also conf/teacher/none.yaml
-        raise ValueError(f"{option}: {name} is neither a file in conf/teacher nor a run folder")
+        raise ValueError(f"{option}: {name} is neither a file in conf/teacher nor a run folder; {PRETRAIN}")
     return config
 
 
-def _student(folder: RunFolder, option: str) -> DictConfig:
+def from_run(group: str, name: str) -> dict[str, Any]:
+    """The config that group=name adds where `name` is a run's folder: its student as `teacher`, or its `data` and `evaluation`.
+
+    Raises:
+        ValueError: for what is no run folder, a damaged config, and a student that can't be sampled by its teacher's solver.
+        FileNotFoundError: for a run without a finished student.
+    """
+    folder = RunFolder(name)
+    if not folder.config.is_file():
+        raise ValueError(
+            f"{group}={name}: there is no run (no {folder.config}); give a folder that train.py made, or a file in conf/{group}"
+        )
+    if group == "teacher":
+        return {"teacher": _student(folder)}
+    return {key: value for key, value in folder.plain_config().items() if key in ("data", "evaluation")}
+
+
+def _student(folder: RunFolder) -> dict[str, Any]:
     weights = folder.path / "student.safetensors"
     if not weights.is_file():
-        raise FileNotFoundError(f"{option}: {folder.path} has no student.safetensors; finish that run first")
-    config = students_teacher(folder.read_config())
-    card = read_card(weights)
-    taken = [value["nfe"] for key, value in card.get("metrics", {}).items() if key.endswith("/student")]
-    if taken and max(taken) < config["steps"]:
+        way_out = "restore it" if folder.complete() else "finish that run first: the command that started it resumes it"
+        raise FileNotFoundError(f"{folder.path} is no teacher yet, for it has no student.safetensors; {way_out}")
+    config, card = students_teacher(folder.read_config()), read_card(weights)
+    evaluations = [value["nfe"] for key, value in card.get("metrics", {}).items() if key.endswith("/student")]
+    evaluations += [card["nfe"]] if "nfe" in card else []
+    if evaluations and max(evaluations) < config.get("steps", 1):
         raise ValueError(
-            f"{option}: the student of {folder.path} was distilled into {max(taken)} network evaluations and is no teacher to be "
+            f"the student of {folder.path} was distilled into {max(evaluations)} network evaluations and is no teacher to be "
             f"sampled in {config['steps']} steps; take a run of pretrain, rectified_flow or reflow"
         )
+    config.pop("source", None)  # what the first teacher's weights were made of
     # The hash: a run trained anew under this name is another teacher, which a resumed run must not go on with.
-    return OmegaConf.create(config | {"name": folder.name, "weights": str(weights), "sha256": card["sha256"]})
+    return config | {
+        "name": folder.name,
+        "weights": str(weights),
+        "sha256": card["sha256"],
+        "licence": card.get("licence", config.get("licence", "unknown")),
+    }
 
 
 def students_teacher(stored: DictConfig) -> dict[str, Any]:
     """The config of the teacher that a run's student began as, hence that of the student's network, from the run's config."""
-    teacher = (
-        stored.method.teacher if "teacher" in stored.method else stored.method.teachers[-1]
-    )  # of several the last one
+    several = stored.method.get("teachers") or [None]
+    teacher = stored.method.get("teacher", several[-1])  # of several the last one
+    if not OmegaConf.is_dict(teacher) or "network" not in teacher:
+        raise ValueError("the config of this run has no method.teacher with a network; restore its config.yaml")
     return OmegaConf.to_container(teacher, resolve=True)

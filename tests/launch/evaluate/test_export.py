@@ -62,7 +62,7 @@ CASES = {
     "flow": (("method=rectified_flow", "teacher=digits_rf1", "teacher.steps=3", *TINY), None),
     "flow_distill": (("method=flow_distill", "teacher=digits_rf1", "method.steps=2", *TINY), None),
     "points": (
-        ("method=rectified_flow", "data=eight_gaussians", "teacher=eight_gaussians_rf1", "teacher.weights=null"),
+        ("method=rectified_flow", "data=eight_gaussians", "teacher=scratch_flow"),
         2,
     ),
 }

@@ -11,7 +11,7 @@ from launch.run.names import data_of
         ("cifar10_cond_ve", "cifar10"),
         ("cifar10_baseline_vp", "cifar10"),
         ("celebahq256_ddpm", "celebahq256"),
-        ("imagenet64_downsampled_rf1", "imagenet64_downsampled"),
+        ("runs/NAME_rf1", "runs/NAME_rf1"),
         ("lsun_church", "lsun_church"),
         ("five_veils", "five_veils"),
     ],

@@ -8,7 +8,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from hydra_plugins.run_folders import RunFolders
 from launch.run.build import build
+from launch.run.folder import RunFolder
 from launch.run.names import register_resolvers
 from launch.run.teachers import expand_teachers
 from stillhouse.checkpoints import read_card, save_weights
@@ -37,11 +39,11 @@ def write_run(name, method, *, finished=True):
     cfg = compose("config", ["method=pretrain", "teacher.network.model_channels=8"])
     teacher = OmegaConf.to_container(cfg.teacher, resolve=True)
     path = Path("runs") / name
-    path.mkdir(parents=True)
+    path.mkdir(parents=True, exist_ok=True)
     OmegaConf.save({"method": method(teacher)}, path / "config.yaml")
     network = build(cfg.teacher.network)
     if finished:
-        save_weights(path / "student.safetensors", network.state_dict(), {})
+        save_weights(path / "student.safetensors", network.state_dict(), {"licence": "own"})
     return network.state_dict()
 
 
@@ -64,6 +66,47 @@ def test_a_run_is_a_teacher_of_its_students_weights(method):
     assert all(torch.equal(value, state[key]) for key, value in teacher.denoiser.network.state_dict().items())
 
 
+def test_teacher_and_data_of_a_run_are_choices_of_their_groups(monkeypatch):
+    write_run("deep/tiny", lambda teacher: {"teacher": teacher})
+    stored = RunFolder("runs/deep/tiny").stored_config()
+    OmegaConf.save({**stored, "data": {"name": "own"}, "evaluation": {"blocks": 7}}, "runs/deep/tiny/config.yaml")
+    cfg = compose("config", ["teacher=runs/deep/tiny", "teacher.steps=12"])
+    assert (cfg.teacher.name, cfg.teacher.steps, cfg.teacher.network.model_channels) == ("tiny", 12, 8)
+    assert cfg.teacher.sha256 == read_card("runs/deep/tiny/student.safetensors")["sha256"]
+    cfg = compose("evaluate", [f"teacher={Path('runs/deep/tiny').absolute()}", "data=runs/deep/tiny"])
+    assert (cfg.teacher.name, cfg.data, cfg.evaluation) == ("tiny", {"name": "own"}, {"blocks": 7})
+    assert "teacher=runs/tiny" not in RunFolders("", "runs://").list("teacher", None)
+    monkeypatch.setenv("COMP_LINE", "python train.py teacher=")
+    assert RunFolders("", "runs://").list("teacher", None) == ["runs/deep/tiny"]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("teacher=runs/nothing", r"there is no run \(no runs/nothing/config.yaml\); give a folder that train.py made"),
+        ("data=runs/nothing", r"data=runs/nothing: there is no run"),
+        ("teacher=runs/odd", r"has no method.teacher with a network"),
+        ("teacher=runs/torn", r"runs/torn/config.yaml can't be read"),
+    ],
+)
+def test_what_is_no_run_is_refused(option, message):
+    for name, text in (("odd", "method: {name: own}"), ("torn", "method: [")):
+        Path(f"runs/{name}").mkdir(parents=True)
+        Path(f"runs/{name}/config.yaml").write_text(text)
+        save_weights(f"runs/{name}/student.safetensors", {}, {})
+    with pytest.raises(ValueError, match=message):
+        compose("config", [option])
+
+
+def test_a_run_of_an_earlier_revision_is_a_teacher_by_todays_names():
+    write_run("old", lambda teacher: {"teacher": teacher})
+    file = Path("runs/old/config.yaml")
+    file.write_text(file.read_text().replace("stillhouse.", ""))
+    cfg = compose("config", ["teacher=runs/old"])
+    assert cfg.teacher._target_ == "stillhouse.diffusion.teacher.Teacher"
+    build(cfg.teacher)
+
+
 def test_configs_stay_and_methods_without_a_list_are_left_alone():
     (config,) = expanded({"name": "own", "steps": 3})
     assert config == {"name": "own", "steps": 3}
@@ -72,7 +115,7 @@ def test_configs_stay_and_methods_without_a_list_are_left_alone():
     assert "teachers" not in cfg.method
 
 
-@pytest.mark.parametrize("name", ["digits_rf9", "none", "runs/nothing", "", 3, None, ["digits"]])
+@pytest.mark.parametrize("name", ["digits_rf9", "none", "", 3, None, ["digits"]])
 def test_what_names_no_teacher_is_refused(name):
     with pytest.raises(ValueError, match="is neither a file in conf/teacher nor a run folder"):
         expanded("digits_rf1", name)
@@ -87,7 +130,9 @@ def test_what_is_no_list_is_refused(teachers):
 
 def test_a_run_without_a_student_is_refused():
     write_run("half", lambda teacher: {"teacher": teacher}, finished=False)
-    with pytest.raises(FileNotFoundError, match=r"runs/half has no student.safetensors; finish that run first"):
+    with pytest.raises(
+        FileNotFoundError, match=r"runs/half is no teacher yet, .*no student.safetensors; finish that run"
+    ):
         expanded("runs/half")
 
 
