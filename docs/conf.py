@@ -56,6 +56,9 @@ autodoc_typehints_description_target = "documented_params"
 autodoc_default_options = {"members": True, "show-inheritance": True}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+python_use_unqualified_type_names = True
+add_module_names = False
 napoleon_custom_sections = [("Errors", "Raises")]
 # Names of types from elsewhere, whose documentation would have to be fetched: shown, not linked.
 nitpick_ignore_regex = [(r"py:.*", r".*")]
