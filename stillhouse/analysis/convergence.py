@@ -1,6 +1,6 @@
 """How fast groups of runs converge, and how many times faster one does than another (DisBack, arXiv 2408.15991, sec. 5.2).
 
-Arithmetic on measured curves, its JSON file, and its tables.
+Arithmetic on measured curves, the JSON file and the tables of a comparison.
 """
 
 import math
@@ -11,6 +11,7 @@ from typing import Any
 
 from stillhouse.analysis.curves import COST_UNITS, Cost, Curve
 from stillhouse.analysis.tables import markdown_table, text_table
+from stillhouse.metrics.records import rename_old_keys
 
 FACTORS = (1.0, 1.05, 1.2)
 TitledTable = tuple[str, list[list[str]]]
@@ -18,11 +19,17 @@ TitledTable = tuple[str, list[list[str]]]
 
 @dataclass(frozen=True)
 class SpeedUp:
-    """Baseline's cost over the group's at a threshold, for every seed that both have.
+    """The baseline's cost over the group's at a threshold, for every seed that both have.
 
-    pairs: (seed, baseline's cost, group's cost), None where the threshold was not reached. A pair's ratio is 0 if the
-    group did not reach it, whatever the baseline did, and infinite if the baseline alone did not: then the median needs
-    no pair left out, and is itself 0 or infinite where it can't be known.
+    A pair's ratio is 0 if the group did not reach the threshold, whatever the baseline did, and infinite if the baseline alone
+    did not. So the median leaves out no pair, and is itself 0 or infinite where it can't be known.
+
+    Attributes:
+        group: compared with the baseline.
+        factor: of the threshold, see `Comparison.thresholds`.
+        currency: updates, images or seconds.
+        prepared: whether the preparations' costs are counted.
+        pairs: (seed, baseline's cost, group's cost), None where the threshold was not reached.
     """
 
     group: str
@@ -33,11 +40,12 @@ class SpeedUp:
 
     @property
     def ratios(self) -> list[float]:
-        return [_ratio(baseline, own) for _, baseline, own in self.pairs]
+        """One for each pair."""
+        return [_ratio(baseline, cost) for _, baseline, cost in self.pairs]
 
     @property
     def median(self) -> float | None:
-        """None without pairs."""
+        """Of the ratios; None without pairs."""
         if not self.pairs:
             return None
         low = median_low(self.ratios)
@@ -45,28 +53,35 @@ class SpeedUp:
 
     @property
     def not_reached(self) -> int:
-        """By the group, in how many pairs."""
-        return sum(own is None for _, _, own in self.pairs)
+        """Number of pairs in which the group did not reach the threshold."""
+        return sum(cost is None for _, _, cost in self.pairs)
 
     @property
     def baseline_not_reached(self) -> int:
-        """By the baseline alone, in how many pairs."""
-        return sum(baseline is None and own is not None for _, baseline, own in self.pairs)
+        """Number of pairs in which the baseline alone did not reach it."""
+        return sum(baseline is None and cost is not None for _, baseline, cost in self.pairs)
 
 
-def _ratio(baseline: float | None, own: float | None) -> float:
-    if own is None:
+def _ratio(baseline: float | None, cost: float | None) -> float:
+    if cost is None:
         return 0.0
     if baseline is None:
         return math.inf
-    return 1.0 if baseline == own else baseline / own if own else math.inf
+    return 1.0 if baseline == cost else baseline / cost if cost else math.inf
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A group in numbers, each the median over its seeds: see Curve. every: images between two measurements.
+    """A group in numbers, each the median over its seeds.
 
-    best, final: both of the smoothed curve. spread: of measurements as they are.
+    Attributes:
+        group: its label.
+        seeds: of its runs.
+        every: images between two measurements.
+        best: least value of the smoothed curve.
+        best_updates: updates at the best value.
+        final: last value of the smoothed curve.
+        spread: of the unsmoothed values, see `Curve.spread`.
     """
 
     group: str
@@ -80,9 +95,15 @@ class Summary:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Curves of one metric against those of the group `baseline`; notes: what a reader has to know beside the numbers.
+    """Curves of one metric against those of one group.
 
-    Errors: ValueError for curves that can't be compared.
+    Attributes:
+        curves: of all groups.
+        baseline: label of the group that others are compared with.
+        notes: what a reader has to know beside the numbers.
+
+    Raises:
+        ValueError: for curves that can't be compared.
     """
 
     curves: tuple[Curve, ...]
@@ -99,6 +120,7 @@ class Comparison:
 
     @property
     def metric(self) -> str:
+        """With its number of samples."""
         return self.curves[0].metric
 
     @cached_property
@@ -115,11 +137,12 @@ class Comparison:
 
     @cached_property
     def thresholds(self) -> dict[float, float]:
-        """By factor: the factor times the baseline's best, which is the median over its seeds of the best smoothed value."""
+        """{factor: factor times the baseline's best}; the best is the median over seeds of the best smoothed value."""
         best = median(curve.best[0] for curve in self.groups[self.baseline])
         return {factor: factor * best for factor in FACTORS}
 
     def summary(self, group: str) -> Summary:
+        """The numbers of a group."""
         curves = self.groups[group]
         gaps = [b.images - a.images for c in curves for a, b in zip(c.costs[:-1], c.costs[1:], strict=True)]
         return Summary(
@@ -130,17 +153,17 @@ class Comparison:
         )
 
     def crossings(self, group: str, factor: float, prepared: bool = False) -> list[Cost | None]:
-        """Of the group's seeds in order."""
+        """What each of the group's seeds, in order, needed to reach a threshold; None where it did not."""
         return [curve.crossing(self.thresholds[factor], prepared) for curve in self.groups[group]]
 
     def median_cost(self, group: str, factor: float, prepared: bool = False) -> tuple[float, ...]:
-        """(updates, images, seconds), each the median over seeds, infinite where that is not reached."""
+        """(updates, images, seconds) to reach a threshold, each the median over seeds; infinite where that is not reached."""
         never = (math.inf,) * len(COST_UNITS)
         costs = [astuple(cost) if cost else never for cost in self.crossings(group, factor, prepared)]
         return tuple(median(column) for column in zip(*costs, strict=True))
 
     def speed_up(self, group: str, factor: float, currency: str, prepared: bool = False) -> SpeedUp:
-        """Over the seeds that the group shares with the baseline."""
+        """How many times less than the baseline a group needs, over the seeds that they share."""
         costs = {
             label: {
                 curve.seed: getattr(cost, currency) if cost else None
@@ -159,7 +182,7 @@ def _numbers(curve: Curve) -> tuple[float, ...]:
 
 
 def convergence_to_json(comparison: Comparison) -> dict[str, Any]:
-    """Plain values: under "runs" all that the rest is computed from, then every number of the tables.
+    """The comparison as plain values: under "runs" all that the rest is computed from, and every number of the tables.
 
     null stands for a threshold not reached, and for a speed-up that is therefore not a number.
     """
@@ -198,7 +221,11 @@ def convergence_to_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def convergence_from_json(content: dict[str, Any]) -> Comparison:
-    """The comparison that `convergence_to_json` described, from its runs; ValueError for anything else."""
+    """The comparison that `convergence_to_json` wrote, made from its runs.
+
+    Raises:
+        ValueError: for anything else.
+    """
     try:
         curves = [
             Curve(
@@ -206,7 +233,7 @@ def convergence_from_json(content: dict[str, Any]) -> Comparison:
                 values=tuple(run["values"]),
                 costs=tuple(Cost(*point) for point in zip(*(run[c] for c in COST_UNITS), strict=True)),
                 preparation=Cost(**run["preparation"]),
-                provenance=run.get("provenance"),
+                provenance=rename_old_keys(run).get("provenance"),
             )
             for run in content["runs"]
         ]
@@ -235,13 +262,13 @@ def _number(ratio: float | None) -> float | None:
 
 
 def convergence_text(comparison: Comparison) -> str:
-    """Aligned plain text: tables under one line each, then notes."""
+    """A comparison as aligned plain text: tables under one line each, then notes."""
     parts = ["\n".join([heading, *text_table(rows)]) for heading, rows in convergence_tables(comparison)]
     return "\n\n".join([*parts, *(f"note: {note}" for note in convergence_notes(comparison))])
 
 
 def convergence_markdown(comparison: Comparison) -> str:
-    """The same for a README, the costs behind the speed-ups folded away."""
+    """The same in Markdown, the costs behind the speed-ups folded away."""
     curves, *more = [
         "\n".join([heading, "", *markdown_table(rows)]) for heading, rows in convergence_tables(comparison)
     ]
@@ -251,7 +278,7 @@ def convergence_markdown(comparison: Comparison) -> str:
 
 
 def convergence_tables(comparison: Comparison) -> list[TitledTable]:
-    """(heading, header and body) of each table: who got how good; at what cost; how many times faster than the baseline."""
+    """(heading, header and body) of each table: how good each group got; its cost; how many times faster than the baseline."""
     copies = ", ".join(dict.fromkeys(curve.weights for curve in comparison.curves))
     smooth = (
         "medians over seeds; best and final of curves smoothed by a trailing median of 3, spread of their measurements"
@@ -313,7 +340,7 @@ def _level(comparison: Comparison, factor: float) -> str:
 
 
 def format_speed_up(speed_up: SpeedUp) -> str:
-    """13.1x (9.8 .. 15), or which side did not reach the threshold where that leaves no number."""
+    """A speed-up such as 13.1x (9.8 .. 15), or which side did not reach the threshold where that leaves no number."""
     ratios, seeds = speed_up.ratios, len(speed_up.pairs)
     if speed_up.median is None:
         return "no seed in common"
@@ -326,11 +353,11 @@ def format_speed_up(speed_up: SpeedUp) -> str:
 
 
 def convergence_notes(comparison: Comparison) -> list[str]:
-    """The comparison's own, and where its measurements were too far apart or its seeds too few to pair."""
+    """The comparison's notes, and where measurements were too far apart or seeds have no partner."""
     found = list(comparison.notes)
     shared = {curve.seed for curve in comparison.groups[comparison.baseline]}
     for label, curves in comparison.groups.items():
-        # Crossed at the second measurement, the first that can tell.
+        # The second measurement is the first that the trailing median can put below a threshold.
         early = [
             f"{factor:g}x"
             for factor in comparison.thresholds

@@ -17,17 +17,25 @@ _LEGEND_LETTERS = 170  # in a line as wide as the figure
 
 
 def plot_convergence(path: str | Path, comparison: Comparison, references: Mapping[str, float] | None = None) -> Figure:
-    """Draw one panel per currency, and return the figure.
+    """Plot a comparison, one panel each against updates, images and seconds.
 
     Lines are medians over seeds of the smoothed curves, bands reach from the least to the greatest, dots are single
-    measurements. A thin dashed line repeats a group's, shifted by its preparation. references: {label: value}.
+    measurements. A thin dashed line repeats a group's line, shifted by the cost of its preparation.
+
+    Args:
+        path: of the PNG file.
+        comparison: what is plotted.
+        references: {label: value} of horizontal lines.
+
+    Returns:
+        The figure.
     """
     figure = Figure(figsize=(15, 5.2), layout="constrained")
     panels = figure.subplots(1, len(_AXES), sharey=True)
     for currency, (axes, (label, unit)) in enumerate(zip(panels, _AXES, strict=True)):
         for number, (group, curves) in enumerate(comparison.groups.items()):
-            _draw_group(axes, curves, currency, unit, group, f"C{number}")
-        _draw_levels(axes, comparison, references or {})
+            _plot_group(axes, curves, currency, unit, group, f"C{number}")
+        _plot_levels(axes, comparison, references or {})
         axes.set(xlabel=label, xlim=(0, None))
         axes.grid(alpha=0.25)
     log_scale(panels[0], [value for curve in comparison.curves for value in curve.values])
@@ -38,7 +46,7 @@ def plot_convergence(path: str | Path, comparison: Comparison, references: Mappi
     return figure
 
 
-def _draw_group(axes: Axes, curves: Sequence[Curve], currency: int, unit: int, label: str, colour: str) -> None:
+def _plot_group(axes: Axes, curves: Sequence[Curve], currency: int, unit: int, label: str, colour: str) -> None:
     x, values = curves_on_common_axis(curves, currency)
     x = x / unit
     middle = np.median(values, axis=0)
@@ -53,7 +61,7 @@ def _draw_group(axes: Axes, curves: Sequence[Curve], currency: int, unit: int, l
         axes.plot(x + shift, middle, color=colour, linewidth=1, linestyle="--", label=f"{label}, with its preparation")
 
 
-def _draw_levels(axes: Axes, comparison: Comparison, references: Mapping[str, float]) -> None:
+def _plot_levels(axes: Axes, comparison: Comparison, references: Mapping[str, float]) -> None:
     if len(comparison.groups) > 1:
         factors = ", ".join(f"{factor:g}" for factor in comparison.thresholds)
         for number, value in enumerate(comparison.thresholds.values()):
@@ -64,10 +72,18 @@ def _draw_levels(axes: Axes, comparison: Comparison, references: Mapping[str, fl
 
 
 def curves_on_common_axis(curves: Sequence[Curve], currency: int) -> tuple[np.ndarray, np.ndarray]:
-    """Places (P,) on the axis of a currency (0 updates, 1 images, 2 seconds), and smoothed values there (seeds, P).
+    """Bring the curves of several seeds to common places on an axis.
 
-    Updates and images: every place where a seed was measured and all have values, the others interpolated linearly.
-    Seconds differ from run to run for no reason of the method: measurement by measurement, at the median of its seconds.
+    By updates and images these are all places where a seed was measured and every seed has values, which are interpolated
+    linearly. Seconds differ from run to run for reasons that are not the method's: there measurement n of all seeds stands at
+    the median of its seconds.
+
+    Args:
+        curves: of one group.
+        currency: 0 updates, 1 images, 2 seconds.
+
+    Returns:
+        Places (P,) and smoothed values (seeds, P).
     """
     # The first smoothed value is infinite.
     places = [_costs(curve.costs[1:], currency) for curve in curves]

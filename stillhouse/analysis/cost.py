@@ -27,9 +27,10 @@ class RunCost:
 
 
 def read_costs(folder: Path) -> dict[str, float | None]:
-    """Thousands of images and seconds of training, with those of a preparation, and all network evaluations.
+    """Read what a run's training cost, its preparation included: thousands of images, seconds, network evaluations.
 
-    Errors: ValueError, naming the file, for a damaged one.
+    Raises:
+        ValueError: naming the file, for a damaged one.
     """
     path = resolve_inside(folder, "student.json")
     card = read_json_numbers(path, "kimg", "network_evaluations") if path.is_file() else {}
@@ -43,7 +44,7 @@ def read_costs(folder: Path) -> dict[str, float | None]:
 
 
 def cost_rows(runs: Sequence[RunCost], metric: str) -> list[list[str]]:
-    """Header and body: means over the seeds of each label."""
+    """A table's header and body: means over the seeds of each label."""
     body = []
     for label, group in group_by_label(runs).items():
         cells = [_mean([run.costs[cost] for run in group]) for cost in COST_NAMES]
@@ -53,6 +54,7 @@ def cost_rows(runs: Sequence[RunCost], metric: str) -> list[list[str]]:
 
 
 def group_by_label(runs: Sequence[RunCost]) -> dict[str, list[RunCost]]:
+    """The runs of each label, in order."""
     found: dict[str, list[RunCost]] = {}
     for run in runs:
         found.setdefault(run.label, []).append(run)
@@ -68,7 +70,7 @@ def _mean(costs: Sequence[float | None]) -> str:
 
 
 def _seconds(path: Path) -> float | None:
-    """Of a metrics.csv."""
+    """Seconds of training in the last row of a metrics.csv that has them."""
     found = [row[SECONDS_COLUMN] for row in read_metrics_csv(path) if row.get(SECONDS_COLUMN)] if path.is_file() else []
     try:
         return float(found[-1]) if found else None
@@ -77,7 +79,7 @@ def _seconds(path: Path) -> float | None:
 
 
 def plot_cost(path: str | Path, metric: str, runs: Sequence[RunCost]) -> Figure:
-    """Draw one panel per cost that any run has, and return the figure.
+    """Plot a metric against what training cost, one panel for each cost that any run has; returns the figure.
 
     Faint dots are runs; a large one is the mean over a label's seeds, with a bar of one standard deviation to either side.
     """

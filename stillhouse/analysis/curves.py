@@ -16,13 +16,13 @@ from stillhouse.files import resolve_inside
 
 WINDOW = 3
 COST_UNITS = ("updates", "images", "seconds")
-_FRECHET = ("fid", "fd_")  # how the metrics begin that curves are of
+_FRECHET = ("fid", "fd_")  # prefixes of the metrics that have curves
 UPDATES_COLUMN, SECONDS_COLUMN = "progress/student_updates", "speed/training_seconds"
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What it took: updates of the generator (of a preparation: its optimiser steps), images seen, seconds of training."""
+    """A cost of training: updates of the student (of a preparation: its optimiser steps), images seen, seconds."""
 
     updates: int = 0
     images: int = 0
@@ -34,11 +34,21 @@ class Cost:
 
 @dataclass(frozen=True)
 class Curve:
-    """One run's measurements in order, at least two: `values`, each with the training's cost so far.
+    """One run's measurements in order, at least two.
 
-    group: label of the runs that differ from it by their seed alone. metric: with its number of samples, fid_digits_2k.
-    weights: the measured copy, an average's name or raw. preparation: spent before the first update.
-    provenance: of the run's final evaluation, see `Record.provenance`.
+    Attributes:
+        name: of the run.
+        group: label of the runs that differ from it by their seed alone.
+        seed: of the run.
+        metric: with its number of samples, such as fid_digits_2k.
+        weights: which were measured: an average's name, or raw.
+        values: of the metric, finite.
+        costs: of training up to each value.
+        preparation: cost of the stages before the first update.
+        provenance: of the run's final evaluation, see `Record.provenance`.
+
+    Raises:
+        ValueError: for fewer than two values, or values that are not finite.
     """
 
     name: str
@@ -59,6 +69,7 @@ class Curve:
 
     @cached_property
     def smoothed(self) -> tuple[float, ...]:
+        """The values' trailing median of three."""
         return trailing_median(self.values)
 
     @property
@@ -69,16 +80,19 @@ class Curve:
 
     @property
     def spread(self) -> float:
-        """Greatest minus least measurement of the last third (of two at least): how much the run still wanders."""
+        """Greatest minus least of the last third of the values (of two at least): how much the run still fluctuates."""
         last = self.values[-max(2, round(len(self.values) / 3)) :]
         return max(last) - min(last)
 
     def crossing(self, threshold: float, prepared: bool = False) -> Cost | None:
-        """The cost at the first measurement whose smoothed value is at or below `threshold`; None if there is none.
+        """The cost at the first measurement whose smoothed value is at or below a threshold; None if there is none.
 
-        Nothing is interpolated, and smoothing lags: on a falling curve it is one to two intervals between measurements
+        Nothing is interpolated, and smoothing lags: on a falling curve the cost is one to two intervals between measurements
         too high, for every group alike, so that a speed-up above two is too small rather than too great.
-        prepared: with the preparation's cost.
+
+        Args:
+            threshold: of the metric.
+            prepared: whether the preparation's cost is added.
         """
         for cost, value in zip(self.costs, self.smoothed, strict=True):
             if value <= threshold:
@@ -87,10 +101,10 @@ class Curve:
 
 
 def trailing_median(values: Sequence[float]) -> tuple[float, ...]:
-    """Trailing median of three; what precedes the first value counts as infinite, and so the first result is infinite.
+    """The trailing median of three; before the first value all count as infinite, and so the first result is infinite.
 
     It is at or below a threshold exactly where two of the last three values are: one lucky measurement does not count.
-    (A running minimum of three would cross wherever the raw curve first does, that is, smooth nothing.)
+    (A running minimum of three would cross the threshold where the curve first does, that is, smooth nothing.)
     """
     padded = [math.inf] * (WINDOW - 1) + list(values)
     return tuple(median(padded[i : i + WINDOW]) for i in range(len(values)))
@@ -99,12 +113,18 @@ def trailing_median(values: Sequence[float]) -> tuple[float, ...]:
 def read_curve(
     folder: str | Path, group: str, seed: int, *, metric: str | None = None, weights: str | None = None
 ) -> Curve:
-    """The curve in a run's metrics.csv, and the cost of its preparation from preparation.json where there is one.
+    """Read a run's curve from its metrics.csv, and the cost of its preparation from preparation.json where there is one.
 
-    metric: such as fid_digits_2k (None: the first Frechet distance). weights: an average's name or raw (None: the
-    first average, else raw).
+    Args:
+        folder: of the run.
+        group: label of its group.
+        seed: of the run.
+        metric: such as fid_digits_2k; None: the first Frechet distance.
+        weights: an average's name or raw; None: the first average, else raw.
 
-    Errors: FileNotFoundError without metrics.csv; ValueError, naming the file, for what can't be compared.
+    Raises:
+        FileNotFoundError: without metrics.csv.
+        ValueError: naming the file, for what can't be compared.
     """
     folder = Path(folder)
     path = resolve_inside(folder, "metrics.csv")
@@ -132,7 +152,12 @@ def read_curve(
 
 
 def read_metrics_csv(path: Path) -> list[dict[str, str]]:
-    """Of a metrics.csv; ValueError, naming it, for one that is no table, has no `nimg`, or holds what a broken disk leaves."""
+    """The rows of a metrics.csv, by column.
+
+    Raises:
+        ValueError: naming the file, for one that is no table, has no column `nimg`, or holds zero bytes as a broken disk
+            leaves them.
+    """
     try:
         text = path.read_text()
         if "\0" in text:
@@ -162,13 +187,17 @@ def _column(path: Path, columns: list[str], metric: str | None, weights: str | N
 
 
 def curve_column_names(columns: Iterable[str]) -> list[str]:
-    """Those that hold a curve, averages before the weights as trained, else in order; a run's own curve is the first."""
+    """The columns that hold a curve, averages before the trained weights, else in order; the first is a run's default."""
     curves = [c for c in columns if c.startswith(_FRECHET) and c.partition("/")[2].startswith(("ema_", "raw"))]
     return sorted(curves, key=lambda c: c.endswith("/raw"))
 
 
 def read_preparation_cost(folder: Path) -> Cost:
-    """What a run's preparation.json says; nothing where there was none. ValueError for a damaged one."""
+    """The cost in a run's preparation.json; zero without the file.
+
+    Raises:
+        ValueError: naming the file, for a damaged one.
+    """
     path = resolve_inside(folder, "preparation.json")
     if not path.is_file():
         return Cost()
@@ -179,7 +208,11 @@ def read_preparation_cost(folder: Path) -> Cost:
 
 
 def read_json_numbers(path: Path, *keys: str) -> dict[str, float | None]:
-    """Those entries of a JSON file, None where one is missing. ValueError, naming the file, for what is damaged or no number."""
+    """The entries `keys` of a JSON file, None for a missing one.
+
+    Raises:
+        ValueError: naming the file, for what is damaged or no number from 0 on.
+    """
     try:
         content = parse_json(path.read_bytes())
         found = {key: content.get(key) for key in keys} if isinstance(content, dict) else {"it": "no dict"}

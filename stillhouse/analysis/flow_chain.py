@@ -1,10 +1,10 @@
 """A chain of flows, each made from the one before, and what their errors add up to.
 
-The law of a student f distilled from flow k lies within
+With p_1 the distribution of the data, p_f that of a student f distilled from flow k and q_1 that of flow 1,
 
-    W2(pi_1, law f) <= W2(pi_1, law Phi_1) + sum_{j < k} sqrt(E |Phi_{j+1} - Phi_j|^2) + sqrt(E |f - Phi_k|^2)
+    W2(p_1, p_f) <= W2(p_1, q_1) + sum_{j < k} sqrt(E |Phi_{j+1} - Phi_j|^2) + sqrt(E |f - Phi_k|^2),
 
-of the data's law pi_1, since images of one noise are a coupling. Between finite sets of the same noise it holds as exactly.
+since images of one noise are a coupling. It also holds exactly between finite sets of samples of the same noise.
 """
 
 import statistics
@@ -14,7 +14,7 @@ from typing import Any
 
 from stillhouse.analysis.flow_errors import Estimate
 from stillhouse.analysis.tables import describe_fingerprint, format_mean_std, markdown_table, text_table
-from stillhouse.metrics.records import Record
+from stillhouse.metrics.records import Record, rename_old_keys
 
 Scores = dict[str, tuple[float, float | None]]  # metric: (mean, std over blocks of seeds)
 TitledTable = tuple[str, list[list[str]]]
@@ -24,9 +24,17 @@ TitledTable = tuple[str, list[list[str]]]
 class ChainedFlow:
     """Flow k of a chain.
 
-    step_drift: E |Phi_k - Phi_{k-1}|^2, end_drift: E |Phi_k - Phi_1|^2, None for the first; straightness S. w2: between its
-    samples and real images. simulated, euler: scores of its own solver, and of so many Euler steps, by their number.
-    provenance: see `Record.provenance`.
+    Attributes:
+        name: of its teacher.
+        solver: its own.
+        nfe: network evaluations of its own solver.
+        step_drift: E |Phi_k - Phi_{k-1}|^2; None for the first flow.
+        end_drift: E |Phi_k - Phi_1|^2; None for the first flow.
+        straightness: S, see `stillhouse.analysis.flow_errors.path_bending`.
+        w2: 2-Wasserstein distance between its samples and real images.
+        simulated: scores of its own solver.
+        euler: scores of Euler steps, by their number.
+        provenance: see `Record.provenance`.
     """
 
     name: str
@@ -43,11 +51,20 @@ class ChainedFlow:
 
 @dataclass(frozen=True)
 class DistilledRun:
-    """A run whose (last) teacher is flow `flow`, from 1 on.
+    """A run whose (last) teacher is a flow of the chain.
 
-    regression: r = E |f(x0) - Phi_k(x0)|^2 on noise of evaluation seeds, which no run was trained or chosen on; None where the
-    run learns the ends of others or of several. group: label of the runs that differ from it in seed and in their place in the
-    chain alone. weights: the measured copy. provenance: see `Record.provenance`.
+    Attributes:
+        flow: number of its flow, from 1 on.
+        name: of the run.
+        group: label of the runs that differ from it in seed and in their place in the chain alone.
+        seed: of the run.
+        nfe: network evaluations per sample.
+        weights: which were measured: an average's name, or raw.
+        regression: r = E |f(x0) - Phi_k(x0)|^2 on noise of evaluation seeds, by which no run was trained or chosen; None where
+            the run learns the end points of other flows or of several.
+        w2: 2-Wasserstein distance between its samples and real images.
+        scores: of its samples.
+        provenance: see `Record.provenance`.
     """
 
     flow: int
@@ -64,8 +81,18 @@ class DistilledRun:
 
 @dataclass(frozen=True)
 class FlowChain:
-    """samples: from which drifts, straightness and r are; path_steps: Euler steps of the straightness; matched: samples and real
-    images that w2 is between. fingerprint, floor (scores of real images): of the scores. notes: what a reader has to know."""
+    """A measured chain of flows.
+
+    Attributes:
+        flows: in order.
+        distilled: runs whose last teachers they are.
+        samples: number of samples of drifts, straightness and r.
+        path_steps: Euler steps of the straightness.
+        matched: number of samples, and of real images, that w2 is between.
+        fingerprint: of the scores, see `Record.comparable`.
+        floor: scores of real images.
+        notes: what a reader has to know beside the numbers.
+    """
 
     flows: tuple[ChainedFlow, ...]
     distilled: tuple[DistilledRun, ...]
@@ -78,6 +105,7 @@ class FlowChain:
 
     @property
     def metrics(self) -> list[str]:
+        """Names of the scores."""
         return list(self.floor)
 
     def drifted(self, k: int) -> float:
@@ -85,7 +113,7 @@ class FlowChain:
         return sum(flow.step_drift.root for flow in self.flows[1:k])
 
     def bound(self, k: int, regression: Estimate | None = None) -> float:
-        """That of W2 between real images and flow k, or a student whose r is `regression`."""
+        """The bound of W2 between real images and flow k, or a student whose r is `regression`."""
         return self.flows[0].w2 + self.drifted(k) + (regression.root if regression else 0.0)
 
     def groups(self) -> dict[str, dict[int, list[DistilledRun]]]:
@@ -97,11 +125,12 @@ class FlowChain:
 
 
 def scores_by_metric(records: Sequence[Record]) -> Scores:
+    """The scores that records hold."""
     return {record.metric: (record.mean, record.std) for record in records}
 
 
 def flow_chain_to_json(chain: FlowChain) -> dict[str, Any]:
-    """Plain values: all that the rest is computed from, then the bounds."""
+    """The chain as plain values: all that the rest is computed from, and the bounds."""
     terms = [
         {"flow": k, "first": chain.flows[0].w2, "drifted": chain.drifted(k), "bound": chain.bound(k), "w2": flow.w2}
         for k, flow in enumerate(chain.flows, 1)
@@ -113,10 +142,14 @@ def flow_chain_to_json(chain: FlowChain) -> dict[str, Any]:
 
 
 def flow_chain_from_json(content: dict[str, Any]) -> FlowChain:
-    """What `flow_chain_to_json` described; ValueError for anything else."""
+    """The chain that `flow_chain_to_json` wrote.
+
+    Raises:
+        ValueError: for anything else.
+    """
     try:
-        flows = tuple(_flow(**flow) for flow in content["flows"])
-        distilled = tuple(_distilled(**run) for run in content["distilled"])
+        flows = tuple(_flow(**rename_old_keys(flow)) for flow in content["flows"])
+        distilled = tuple(_distilled(**rename_old_keys(run)) for run in content["distilled"])
         plain = {key: content[key] for key in ("samples", "path_steps", "matched", "fingerprint")}
         return FlowChain(flows, distilled, floor=_scores(content["floor"]), notes=tuple(content["notes"]), **plain)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -148,19 +181,19 @@ def _distilled(*, regression: dict | None, scores: dict, **rest: Any) -> Distill
 
 
 def flow_chain_text(chain: FlowChain) -> str:
-    """Aligned plain text: tables under one line each, then the fingerprint and notes."""
-    parts = ["\n".join([heading, *text_table(rows)]) for heading, rows in _sections(chain)]
+    """A chain as aligned plain text: tables under one line each, then the fingerprint and notes."""
+    parts = ["\n".join([heading, *text_table(rows)]) for heading, rows in _tables(chain)]
     return "\n\n".join([*parts, describe_fingerprint(chain.fingerprint), *(f"note: {note}" for note in chain.notes)])
 
 
 def flow_chain_markdown(chain: FlowChain) -> str:
-    """The same for a README."""
-    parts = ["\n".join([heading, "", *markdown_table(rows)]) for heading, rows in _sections(chain)]
+    """The same in Markdown."""
+    parts = ["\n".join([heading, "", *markdown_table(rows)]) for heading, rows in _tables(chain)]
     notes = "\n".join(f"- {note}" for note in chain.notes)
     return "\n\n".join([*parts, describe_fingerprint(chain.fingerprint), *([notes] if notes else [])])
 
 
-def _sections(chain: FlowChain) -> list[TitledTable]:
+def _tables(chain: FlowChain) -> list[TitledTable]:
     floor = ", ".join(f"{metric} {mean:.4g}" for metric, (mean, _) in chain.floor.items())
     flows = (
         f"Flows: E|Φ_k - Φ_k-1|², E|Φ_k - Φ_1|² and straightness S ({chain.path_steps} Euler steps) ± standard error over "
@@ -171,8 +204,8 @@ def _sections(chain: FlowChain) -> list[TitledTable]:
         "over training seeds"
     )
     bounds = (
-        "W2(data, law) <= W2(data, law Φ_1) + sum of steps' roots + root of r, over all pixels; W2 between "
-        f"{chain.matched:,} samples and as many real images, which is not zero for equal laws"
+        "W2(data, distribution) <= W2(data, that of Φ_1) + sum of steps' roots + root of r, over all pixels; W2 between "
+        f"{chain.matched:,} samples and as many real images, which is not zero for equal distributions"
     )
     distilled = [(students, _student_rows(chain))] if chain.distilled else []
     return [(flows, _flow_rows(chain)), *distilled, (bounds, _bound_rows(chain))]
@@ -218,7 +251,7 @@ def _bound_rows(chain: FlowChain) -> list[list[str]]:
             body.append(
                 [str(k), group, first, f"{chain.drifted(k):.4g}", root, bound, _over_seeds([r.w2 for r in runs])]
             )
-    return [["k", "law", "W2 of Φ_1", "steps", "root of r", "bound", "W2"], *body]
+    return [["k", "distribution", "W2 of Φ_1", "steps", "root of r", "bound", "W2"], *body]
 
 
 def _shown(value: Estimate | None) -> str:

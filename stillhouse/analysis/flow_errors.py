@@ -1,4 +1,4 @@
-"""How far flows from one noise lie apart, and how bent each one is: what repeated rectification adds up to.
+"""How far flows from one noise lie apart, and how curved their paths are: the errors that repeated rectification adds up.
 
 A flow is a teacher, and Phi(x0) is what its solver makes of the noise x0. Distances are sums over pixels.
 """
@@ -18,25 +18,30 @@ from stillhouse.ranks import progress_bar
 
 @dataclass(frozen=True)
 class Estimate:
-    """The mean of a quantity over samples and its standard error, None where there is one sample."""
+    """The mean of a quantity over samples, and its standard error (None for one sample)."""
 
     mean: float
     error: float | None
 
     @property
     def root(self) -> float:
+        """Square root of the mean."""
         return math.sqrt(self.mean)
 
 
 def mean_with_error(values: Tensor) -> Estimate:
-    """Of values (N,)."""
+    """The mean of values (N,) and its standard error."""
     values = values.double()
     error = (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else None
     return Estimate(values.mean().item(), error)
 
 
 def squared_distances(ours: Tensor, theirs: Tensor) -> Tensor:
-    """|a - b|^2 of each pair of images (N, C, H, W): (N,), float64. Errors: ValueError for other shapes than each other's."""
+    """|a - b|^2 of each pair of images (N, C, H, W), a sum over pixels: (N,), float64.
+
+    Raises:
+        ValueError: for unequal shapes.
+    """
     if ours.shape != theirs.shape:
         raise ValueError(f"samples {tuple(ours.shape)} and {tuple(theirs.shape)} have no pairs to compare")
     return (ours.double() - theirs.double()).square().flatten(1).sum(1)
@@ -52,9 +57,22 @@ def sample_images(
     device: torch.device | str,
     class_counts: Sequence[int] | None = None,
 ) -> Tensor:
-    """What `sample(noise, labels)` makes of the seeds (N,), int64: (N, C, H, W), float32, on the CPU.
+    """Sample the images of given seeds.
 
-    Errors: ValueError where images contain NaN or infinity.
+    Args:
+        sample: a function of (noise, labels).
+        seeds: (N,), int64.
+        shape: (C, H, W) of the noise.
+        num_classes: of the labels; 0: there are none.
+        batch_size: images that are sampled at once.
+        device: where they are sampled.
+        class_counts: as in `sample_labels`.
+
+    Returns:
+        Images (N, C, H, W), float32, on the CPU.
+
+    Raises:
+        ValueError: where images contain NaN or infinity.
     """
     batches = sampler_inputs(seeds.to(device), shape, num_classes, batch_size, class_counts)
     images = torch.cat([sample(*batch).float().cpu() for batch in batches])
@@ -72,9 +90,9 @@ def path_bending(teacher: Teacher, noise: Tensor, labels: Tensor | None, steps: 
     """
     mean, total = torch.zeros_like(noise, dtype=torch.float64), torch.zeros(len(noise), dtype=torch.float64)
     for count, (_, v) in zip(range(1, steps + 1), euler_path(teacher, noise, labels, steps), strict=False):
-        away = v - mean  # Welford's recurrence, which does not subtract large numbers
-        mean = mean + away / count
-        total = total + (away * (v - mean)).flatten(1).sum(1).cpu()
+        deviation = v - mean  # Welford's recurrence, which does not subtract large numbers
+        mean = mean + deviation / count
+        total = total + (deviation * (v - mean)).flatten(1).sum(1).cpu()
     return total / steps
 
 
@@ -88,7 +106,7 @@ def straightness(
     class_counts: Sequence[int] | None = None,
     label: str | None = None,
 ) -> Estimate:
-    """S over the noise and labels of the seeds (N,), int64. label: names a progress bar."""
+    """The straightness S, a mean over the noise and labels of the seeds (N,), int64; `label` names a progress bar."""
     shape = (teacher.channels, teacher.resolution, teacher.resolution)
     values = []
     with progress_bar(len(seeds), label) as bar:

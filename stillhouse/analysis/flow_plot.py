@@ -19,7 +19,7 @@ _DASHES = ("--", "-.", ":")
 
 
 def plot_flow_chain(path: str | Path, chain: FlowChain) -> Figure:
-    """One panel for the drifts, one for the straightness and one per metric, over the number k of the flow; returns the figure.
+    """Plot drifts, straightness and each metric over the number k of the flow, one panel each; returns the figure.
 
     Bars reach one standard error (drift, straightness), or one standard deviation over blocks of evaluation seeds (a flow's
     distance) or training seeds (students), to either side.
@@ -27,12 +27,12 @@ def plot_flow_chain(path: str | Path, chain: FlowChain) -> Figure:
     count = 2 + len(chain.metrics)
     figure = Figure(figsize=(_SIDE * count, _SIDE + 1), layout="constrained")
     drift, bend, *others = figure.subplots(1, count)
-    _draw_drift(drift, chain)
-    _draw_straightness(bend, chain)
+    _plot_drift(drift, chain)
+    _plot_straightness(bend, chain)
     for axes, metric in zip(others, chain.metrics, strict=True):
-        _draw_metric(axes, chain, metric)
+        _plot_metric(axes, chain, metric)
     places = range(1, len(chain.flows) + 1)
-    titles = [f"{k}\n{_broken(flow.name)}" for k, flow in zip(places, chain.flows, strict=True)]
+    titles = [f"{k}\n{_wrap(flow.name)}" for k, flow in zip(places, chain.flows, strict=True)]
     for axes in figure.axes:
         axes.set_xticks(places, titles)
         axes.set(xlim=(0.6, len(chain.flows) + 0.4))
@@ -46,7 +46,7 @@ def plot_flow_chain(path: str | Path, chain: FlowChain) -> Figure:
     return figure
 
 
-def _draw_drift(axes: Axes, chain: FlowChain) -> None:
+def _plot_drift(axes: Axes, chain: FlowChain) -> None:
     places = range(1, len(chain.flows) + 1)
     _line(axes, places, [chain.drifted(k) for k in places], None, "roots of step drifts, added up", "C3", "s")
     ends = [flow.end_drift.root if flow.end_drift else 0.0 for flow in chain.flows]
@@ -61,7 +61,7 @@ def _root_error(value: Estimate | None) -> float:
     return value.error / (2 * value.root) if value and value.error and value.mean else 0.0
 
 
-def _draw_straightness(axes: Axes, chain: FlowChain) -> None:
+def _plot_straightness(axes: Axes, chain: FlowChain) -> None:
     places = range(1, len(chain.flows) + 1)
     values = [flow.straightness for flow in chain.flows]
     _line(axes, places, [v.mean for v in values], [v.error or 0.0 for v in values], "straightness S", "C2", "o")
@@ -75,7 +75,7 @@ def _from_zero(axes: Axes, values: Iterable[float]) -> None:
         axes.set_ylim(0, 1.08 * top)
 
 
-def _draw_metric(axes: Axes, chain: FlowChain, metric: str) -> None:
+def _plot_metric(axes: Axes, chain: FlowChain, metric: str) -> None:
     places = range(1, len(chain.flows) + 1)
     own = [flow.simulated[metric] for flow in chain.flows]
     _line(axes, places, [m for m, _ in own], [s or 0.0 for _, s in own], "whole simulation", "black", "o")
@@ -114,6 +114,6 @@ def _line(
     axes.errorbar(list(places), list(values), bars, label=label, **look)
 
 
-def _broken(name: str) -> str:
-    """In lines, after underscores where it can be."""
+def _wrap(name: str) -> str:
+    """A flow's name in short lines, broken after underscores where possible."""
     return textwrap.fill(name.replace("_", "_ "), _NAME).replace("_ ", "_")

@@ -7,12 +7,12 @@ from functools import cached_property
 from typing import Any
 
 from stillhouse.analysis.tables import describe_fingerprint, format_mean_std, markdown_table, text_table
-from stillhouse.metrics.records import Record
+from stillhouse.metrics.records import Record, rename_old_keys
 
 
 @dataclass(frozen=True)
 class QualityPoint:
-    """Where a line passes at `nfe`; std: of a sample (n - 1), None for one value; seeds: the training seeds behind it."""
+    """A line's point: the mean at `nfe`, the standard deviation of the sample (None for one value), its training seeds."""
 
     nfe: int
     mean: float
@@ -22,7 +22,7 @@ class QualityPoint:
 
 @dataclass(frozen=True)
 class QualityLine:
-    """Points in order of NFE."""
+    """The points of a group of runs or of a teacher, in order of NFE."""
 
     label: str
     points: tuple[QualityPoint, ...]
@@ -33,8 +33,14 @@ class QualityLine:
 class QualityValue:
     """The metric of one run, or of one teacher, at one number of evaluations.
 
-    name: the run or the teacher. group: label of the runs that differ from it by their seed (and NFE) alone, or the
-    teacher with its solver. seed, weights (the measured copy): None for a teacher. provenance: see `Record.provenance`.
+    Attributes:
+        name: of the run or the teacher.
+        group: label of the runs that differ from it by their seed (and NFE) alone, or the teacher with its solver.
+        seed: of the run; None for a teacher.
+        nfe: network evaluations per sample.
+        mean: of the metric, over blocks of evaluation seeds.
+        weights: which were measured: an average's name, or raw; None for a teacher.
+        provenance: see `Record.provenance`.
     """
 
     name: str
@@ -48,11 +54,17 @@ class QualityValue:
 
 @dataclass(frozen=True)
 class Quality:
-    """Values of one metric with one fingerprint; floor: that of real images, where it was measured.
+    """Values of one metric that may be compared.
 
-    fingerprint: without the weights, see `Record.comparable`. notes: what a reader has to know beside the numbers.
+    Attributes:
+        metric: its name.
+        fingerprint: that all share, without the weights, see `Record.comparable`.
+        values: of runs and teachers.
+        floor: the value of real images, where it was measured.
+        notes: what a reader has to know beside the numbers.
 
-    Errors: ValueError for two values at one place.
+    Raises:
+        ValueError: for two values of one group with the same seed and NFE.
     """
 
     metric: str
@@ -93,13 +105,14 @@ def _line(label: str, values: list[QualityValue]) -> QualityLine:
 
 
 def label_teacher(record: Record) -> str:
+    """A teacher's label, with its solver where that is recorded."""
     return f"teacher {record.name} ({record.solver})" if record.solver else f"teacher {record.name}"
 
 
 def quality_lines(records: Iterable[Record], like: Record) -> tuple[QualityLine, ...]:
-    """Lines of the students and teachers among one measurement's records, as far as they compare with `like`.
+    """Lines of the students and teachers among one measurement's records that may be compared with `like`.
 
-    std is the spread over blocks of evaluation seeds.
+    Standard deviations are over blocks of evaluation seeds.
     """
     lines: dict[str, dict[int, Record]] = {}
     for record in records:
@@ -115,7 +128,7 @@ def quality_lines(records: Iterable[Record], like: Record) -> tuple[QualityLine,
 
 
 def quality_to_json(quality: Quality) -> dict[str, Any]:
-    """Plain values: under "values" all that the rest is computed from, then every number of the table."""
+    """The comparison as plain values: under "values" all that the rest is computed from, and every number of the table."""
     return {
         "metric": quality.metric,
         "fingerprint": quality.fingerprint,
@@ -130,22 +143,26 @@ def quality_to_json(quality: Quality) -> dict[str, Any]:
 
 
 def quality_from_json(content: dict[str, Any]) -> Quality:
-    """What `quality_to_json` described, from its values; ValueError for anything else."""
+    """The comparison that `quality_to_json` wrote, made from its values.
+
+    Raises:
+        ValueError: for anything else.
+    """
     try:
-        values = tuple(QualityValue(**value) for value in content["values"])
+        values = tuple(QualityValue(**rename_old_keys(value)) for value in content["values"])
         return Quality(content["metric"], content["fingerprint"], values, content["floor"], tuple(content["notes"]))
     except (KeyError, TypeError) as error:
         raise ValueError(f"this is no comparison of quality against NFE: {error!r}") from error
 
 
 def quality_text(quality: Quality) -> str:
-    """Aligned plain text under one line, then the fingerprint and notes."""
+    """The table as aligned plain text under one line, then the fingerprint and notes."""
     lines = [quality_heading(quality), *text_table(quality_rows(quality)), describe_fingerprint(quality.fingerprint)]
     return "\n\n".join(["\n".join(lines), *(f"note: {note}" for note in quality.notes)])
 
 
 def quality_markdown(quality: Quality) -> str:
-    """The same for a README."""
+    """The same in Markdown."""
     parts = [
         quality_heading(quality),
         "\n".join(markdown_table(quality_rows(quality))),
@@ -156,6 +173,7 @@ def quality_markdown(quality: Quality) -> str:
 
 
 def quality_heading(quality: Quality) -> str:
+    """The line above the table: metric, weights, what the numbers are, and the value of real images."""
     copies = ", ".join(dict.fromkeys(value.weights for value in quality.values if value.weights))
     spread = any(point.std is not None for line in quality.lines for point in line.points)
     mean = "mean ± standard deviation over training seeds" if spread else "one training seed each"
@@ -164,7 +182,10 @@ def quality_heading(quality: Quality) -> str:
 
 
 def quality_rows(quality: Quality) -> list[list[str]]:
-    """Nothing is marked as best: with a few seeds that would say more than the numbers do."""
+    """The table's header and body: a row for each group and teacher, a column for each NFE.
+
+    Nothing is marked as best: with a few seeds that would say more than the numbers do.
+    """
     body = []
     for line in quality.lines:
         seeds = sorted({seed for point in line.points for seed in point.seeds})

@@ -24,20 +24,30 @@ def plot_quality(
     floor: float | None = None,
     spread: str = "training seeds",
 ) -> Figure:
-    """Draw `lines` over a logarithmic axis of NFE with a tick at every number that occurs, and return the figure.
+    """Plot lines over a logarithmic axis of NFE with a tick at every number that occurs.
 
-    Bars reach one standard deviation to either side; spread: over what. Teachers are grey, a dashed line is real images.
-    Students that all take one number of evaluations are one below the other instead, in the order of `lines`.
+    Bars reach one standard deviation to either side. Teachers are grey, a dashed line is real images. Students that all take
+    one number of evaluations stand one below the other instead, in the order of `lines`.
+
+    Args:
+        path: of the PNG file.
+        metric: its name.
+        lines: of students and teachers.
+        floor: the value of real images, or None.
+        spread: what the standard deviations are over, in words.
+
+    Returns:
+        The figure.
     """
     if len({point.nfe for line in lines if not line.teacher for point in line.points}) == 1:
-        return _draw_one_below_the_other(path, metric, lines, floor, spread)
+        return _plot_at_one_nfe(path, metric, lines, floor, spread)
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     students = [line for line in lines if not line.teacher]
     for number, line in enumerate(students):
-        _draw_line(axes, line, f"C{number}", marker="o", linewidth=2)
+        _plot_line(axes, line, f"C{number}", marker="o", linewidth=2)
     for number, line in enumerate(line for line in lines if line.teacher):
-        _draw_line(axes, line, _GREYS[number % len(_GREYS)], marker="s^Dv"[number % 4], linewidth=1)
+        _plot_line(axes, line, _GREYS[number % len(_GREYS)], marker="s^Dv"[number % 4], linewidth=1)
     if floor is not None:
         axes.axhline(floor, color="black", linewidth=1, linestyle="--", label=_FLOOR)
     _scale(axes, lines, floor)
@@ -52,7 +62,7 @@ def plot_quality(
     return figure
 
 
-def _draw_one_below_the_other(
+def _plot_at_one_nfe(
     path: str | Path, metric: str, lines: Sequence[QualityLine], floor: float | None, spread: str
 ) -> Figure:
     students = [line for line in lines if not line.teacher]
@@ -83,7 +93,7 @@ def _draw_one_below_the_other(
     return figure
 
 
-def _draw_line(axes: Axes, line: QualityLine, colour: str, marker: str, linewidth: float) -> None:
+def _plot_line(axes: Axes, line: QualityLine, colour: str, marker: str, linewidth: float) -> None:
     # A missing spread draws no bar; zero would draw one of no length, which says that there is none.
     spreads = [float("nan") if point.std is None else point.std for point in line.points]
     seeds = len({seed for point in line.points for seed in point.seeds})

@@ -1,4 +1,4 @@
-"""One HTML page of tables and pictures that needs no other file, no script and no network."""
+"""A report as one HTML page of tables and images that needs no other file, no script and no network."""
 
 import base64
 from collections.abc import Sequence
@@ -54,19 +54,28 @@ summary { cursor: pointer; color: #0b5cad; }
 
 @dataclass(frozen=True)
 class Text:
+    """A paragraph."""
+
     text: str
 
 
 @dataclass(frozen=True)
 class Notes:
-    """A list of remarks, nothing where there are none."""
+    """A list of remarks; nothing where there are none."""
 
     lines: Sequence[str]
 
 
 @dataclass(frozen=True)
 class Table:
-    """rows: header, then body; the first two columns are words. words: whether all are, and wrap. folded: opens by a click."""
+    """A table whose first two columns are words and whose others are numbers.
+
+    Attributes:
+        rows: the header, then the body.
+        caption: a line above it.
+        words: whether all columns are words, which wrap.
+        folded: if not empty, a line that opens the table by a click.
+    """
 
     rows: Sequence[Sequence[str]]
     caption: str = ""
@@ -76,7 +85,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG file's bytes. alt: what it shows, in words."""
+    """An image: the bytes of a PNG file, and in `alt` what it shows, in words."""
 
     png: bytes
     alt: str
@@ -85,13 +94,15 @@ class Picture:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Small pictures side by side."""
+    """Small images side by side."""
 
     pictures: Sequence[Picture]
 
 
 @dataclass(frozen=True)
 class Heading:
+    """A heading inside a section."""
+
     text: str
 
 
@@ -100,12 +111,20 @@ Block = Text | Notes | Table | Picture | Gallery | Heading
 
 @dataclass(frozen=True)
 class Section:
+    """A part of the page with a title, which the navigation links to."""
+
     title: str
     blocks: Sequence[Block]
 
 
 def html_page(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section]) -> str:
-    """The whole page; everything that is not a picture is escaped."""
+    """The whole page as HTML; all text is escaped.
+
+    Args:
+        title: of the page.
+        facts: (name, value) of what stands at the top.
+        sections: in order.
+    """
     links = "".join(f'<a href="#part{n}">{escape(s.title)}</a>' for n, s in enumerate(sections, 1))
     body = "\n".join(
         f'<section>\n<h2 id="part{n}">{escape(s.title)}</h2>\n{chr(10).join(map(_block, s.blocks))}\n</section>'

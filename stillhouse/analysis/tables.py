@@ -1,4 +1,4 @@
-"""Records as text: values with unlike fingerprints never share a table."""
+"""Records as tables in plain text and Markdown; values with different fingerprints never share a table."""
 
 import math
 import statistics
@@ -12,7 +12,7 @@ Labelled = tuple[str, int | None, Record]  # a group of runs that differ by thei
 
 
 def records_text(records: Iterable[Record]) -> str:
-    """Aligned plain text: one table per fingerprint, each under a line that names it and what sets it apart."""
+    """Records as aligned plain text: one table per fingerprint, each under a line that names it and what sets it apart."""
     groups = group_by_fingerprint(records)
     if not groups:
         return "nothing was measured, by evaluation=none"
@@ -20,14 +20,14 @@ def records_text(records: Iterable[Record]) -> str:
 
 
 def records_markdown(records: Iterable[Record]) -> str:
-    """The same tables for a README."""
+    """The same tables in Markdown."""
     return "\n\n".join(
         "\n".join([*markdown_table(_rows(group)), "", heading]) for heading, group in group_by_fingerprint(records)
     )
 
 
 def text_table(rows: list[list[str]]) -> list[str]:
-    """Lines of plain text for a header and a body; the first two columns are words, the others numbers."""
+    """Lines of plain text for a header and a body; the first two columns are words and aligned left, the others numbers."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -37,14 +37,14 @@ def text_table(rows: list[list[str]]) -> list[str]:
 
 
 def markdown_table(rows: list[list[str]]) -> list[str]:
-    """The same in markdown, where a | or the end of a line inside a cell would begin another one."""
+    """The same lines in Markdown; a | inside a cell is escaped, and a line break becomes a space."""
     header, *body = ([" ".join(cell.replace("|", r"\|").splitlines()) for cell in row] for row in rows)
     rule = ["---", "---", *["---:"] * (len(header) - 2)]
     return [f"| {' | '.join(cells)} |" for cells in (header, rule, *body)]
 
 
 def group_by_fingerprint(records: Iterable[Record]) -> list[tuple[str, list[Record]]]:
-    """Records that may share a table, under a line that names their fingerprint and what sets it apart."""
+    """Groups of records that may share a table, each with a line that names its fingerprint and what sets it apart."""
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(record.comparable_id, []).append(record)
@@ -55,7 +55,12 @@ def group_by_fingerprint(records: Iterable[Record]) -> list[tuple[str, list[Reco
 
 
 def describe_fingerprint(comparable: dict[str, Any], differing: Sequence[str] = ()) -> str:
-    """The name of a fingerprint (see `Record.comparable`) and what it says; `differing`: keys that set it apart."""
+    """One line on a fingerprint.
+
+    Args:
+        comparable: see `Record.comparable`.
+        differing: keys by which it differs from others.
+    """
 
     def show(keys: Iterable[str]) -> str:
         return ", ".join(f"{key} {shorten_hash(comparable.get(key))}" for key in keys)
@@ -68,7 +73,7 @@ def describe_fingerprint(comparable: dict[str, Any], differing: Sequence[str] = 
 
 
 def shorten_hash(value: Any) -> str:
-    """Hashes by their first 8 digits."""
+    """A value as text, hashes by their first 8 digits."""
     text = str(value)
     return text[:8] if len(text) == 64 else text
 
@@ -94,7 +99,7 @@ def _rank(record: Record) -> tuple:
 
 
 def describe_subject(record: Record) -> str:
-    """student (ema_0.999), student (raw, after 6 of 13 training steps), teacher (heun, 10 steps), real."""
+    """Such as student (ema_0.999), student (raw, after 6 of 13 training steps), teacher (heun, 10 steps), real."""
     notes = [record.fingerprint.get("weights") if record.subject == "student" else None, record.solver]
     notes.append(f"{record.steps} steps" if record.steps and record.steps > 1 else None)
     if record.unfinished:
@@ -104,14 +109,15 @@ def describe_subject(record: Record) -> str:
 
 
 def format_mean_std(mean: float, std: float | None) -> str:
+    """Such as 0.209 ± 0.012, with two digits of the standard deviation; four digits of the mean without one."""
     if not std:
         return f"{mean:.4g}"
-    decimals = min(max(1 - math.floor(math.log10(std)), 0), 6)  # two digits of the spread
+    decimals = min(max(1 - math.floor(math.log10(std)), 0), 6)
     return f"{mean:.{decimals}f} ± {std:.{decimals}f}"
 
 
 def format_rate(record: Record) -> str:
-    """Images per second."""
+    """A record's images per second."""
     rate = record.images_per_second
     return "–" if rate is None else f"{rate:,.{0 if rate >= 100 else 1}f}"
 
@@ -128,10 +134,16 @@ def _speed_up(record: Record, records: list[Record]) -> str:
 
 
 def seed_rows(labelled: Iterable[Labelled]) -> list[list[str]]:
-    """Header and body: a row for each label, subject and number of evaluations, a column for each metric.
+    """Records of several training seeds in one row: a row for each label, subject and NFE, a column for each metric.
 
     A cell is mean ± standard deviation over the training seeds where there are several, else over blocks of evaluation seeds;
-    of two values of one seed the first counts. The records share one fingerprint.
+    of two values of one seed the first counts.
+
+    Args:
+        labelled: (label of the group, training seed, record); the records share one fingerprint.
+
+    Returns:
+        The table's header and body.
     """
     found: dict[tuple, dict[str, dict[int | None, Record]]] = {}
     metrics: dict[str, None] = {}

@@ -120,11 +120,16 @@ def load_records(path: str | Path) -> list[Record]:
         ) from error
 
 
+def rename_old_keys(entry: dict[str, Any]) -> dict[str, Any]:
+    """A measured value's entries in a file, under today's names: `provenance` is called `trace` in older files."""
+    return {"provenance" if key == "trace" else key: value for key, value in entry.items()}
+
+
 def _record(entry: Any) -> Record:
     """Errors: ValueError for what is none, naming the first entry that is missing, unknown or of another type."""
     if not isinstance(entry, dict):
         raise ValueError(f"a record is a dict, not {entry!r:.50}")
-    entry = {"provenance" if key == "trace" else key: value for key, value in entry.items()}  # its name in older files
+    entry = rename_old_keys(entry)
     kinds = get_type_hints(Record)
     if unknown := sorted(set(entry) - set(kinds)):
         raise ValueError(f"unknown entries {', '.join(unknown)}")

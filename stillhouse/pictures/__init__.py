@@ -1,1 +1,1 @@
-"""Pictures of samples: image grids, plots of points, paths."""
+"""Images for people: image grids of samples, plots of points and paths, and what all plots share."""

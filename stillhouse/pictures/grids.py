@@ -1,4 +1,4 @@
-"""Pictures of samples: grids, comparisons side by side, interpolations. Files are PNG and appear whole or not at all."""
+"""Image grids of samples: plain, side by side, interpolations. Files are PNG and appear whole or not at all."""
 
 import io
 from collections.abc import Callable, Mapping
@@ -21,9 +21,19 @@ _FONT_SIZE = 14
 
 
 def image_grid(images: Tensor, columns: int, scale: int = 1, gap: int = 0) -> np.ndarray:
-    """Images uint8 (N, C, H, W), C = 1 or 3, row by row in one uint8 RGB array (H', W', 3).
+    """Arrange images row by row in one image.
 
-    Every pixel becomes a square of `scale` pixels; `gap` white pixels lie between images, and empty places are white.
+    Args:
+        images: uint8 (N, C, H, W), C = 1 or 3.
+        columns: images in a row; empty places are white.
+        scale: side of the square that each pixel becomes, in pixels.
+        gap: white pixels between images.
+
+    Returns:
+        uint8 RGB array (H', W', 3).
+
+    Raises:
+        ValueError: for other images.
     """
     count, channels, height, width = images.shape
     if images.dtype != torch.uint8 or channels not in (1, 3):
@@ -38,14 +48,21 @@ def image_grid(images: Tensor, columns: int, scale: int = 1, gap: int = 0) -> np
 
 
 def save_grid(path: str | Path, images: Tensor, columns: int, scale: int = 1) -> None:
-    """`image_grid` with narrow gaps as a PNG file."""
+    """Write `image_grid` with narrow gaps as a PNG file."""
     _save(path, Image.fromarray(image_grid(images, columns, scale, _GAP)))
 
 
 def save_side_by_side(path: str | Path, columns: Mapping[str, Tensor], scale: int = 1, rows: int = 8) -> None:
-    """Titled columns, such as teacher, student and nearest real image, with one row per noise.
+    """Write titled columns of images, such as teacher, student and nearest real image, one row for each noise.
 
-    columns: title -> uint8 (N, C, H, W), all of the same length. After `rows` rows the columns begin again to the right.
+    Args:
+        path: of the PNG file.
+        columns: title -> uint8 (N, C, H, W), all of the same length.
+        scale: side of the square that each pixel becomes, in pixels.
+        rows: after so many the columns begin again to the right.
+
+    Raises:
+        ValueError: for columns of different lengths.
     """
     if len({len(images) for images in columns.values()}) != 1:
         counts = ", ".join(f"{title} {len(images)}" for title, images in columns.items())
@@ -63,9 +80,15 @@ def save_side_by_side(path: str | Path, columns: Mapping[str, Tensor], scale: in
 
 
 def nearest_images(images: Tensor, candidates: Tensor, chunk: int = 1 << 28) -> Tensor:
-    """For each of `images` (N, C, H, W) the index (N,) of the candidate (M, C, H, W) nearest in pixel L2; both uint8.
+    """For each image the nearest candidate by the L2 distance of pixels, the first of equals.
 
-    The first of equals. `chunk` bounds the bytes that converted candidates and distances take at once.
+    Args:
+        images: uint8 (N, C, H, W).
+        candidates: uint8 (M, C, H, W).
+        chunk: largest number of bytes that converted candidates and distances take at once.
+
+    Returns:
+        Indices (N,), int64.
     """
     queries = images.flatten(1).double()  # in which sums of products of bytes are exact
     step = max(1, chunk // (8 * (queries.shape[1] + len(queries))))
@@ -91,10 +114,18 @@ def save_interpolations(
     steps: int = 11,
     scale: int = 1,
 ) -> None:
-    """Spherical interpolation between the latents of seed pairs: `steps` images from u = 0 to 1 in a row.
+    """Write spherical interpolations between the noise of two seeds, a row for each pair of seeds and sampler.
 
-    samplers: row title -> sample(noise, labels), such as teacher and student, one row each per pair. seeds: int64 (P, 2)
-    on the device to sample on. Where there are classes, a pair keeps the label of its first seed throughout.
+    Where there are classes, a pair keeps the label of its first seed throughout.
+
+    Args:
+        path: of the PNG file.
+        samplers: row title -> sample(noise, labels), such as teacher and student.
+        seeds: (P, 2), int64, on the device to sample on.
+        shape: (C, H, W) of the noise.
+        num_classes: of the labels; 0: there are none.
+        steps: images from u = 0 to 1 in a row.
+        scale: side of the square that each pixel becomes, in pixels.
     """
     z0, z1 = sample_noise(seeds[:, 0], shape), sample_noise(seeds[:, 1], shape)
     path_noise = slerp(z0, z1, torch.linspace(0, 1, steps, device=seeds.device)).transpose(0, 1).flatten(0, 1)

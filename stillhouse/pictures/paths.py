@@ -1,4 +1,4 @@
-"""paths.png for planar data, images of shape (2, 1, 1): how noise is carried to data, and what that is trained on."""
+"""paths.png for planar data, images of shape (2, 1, 1): how noise moves to data, and what a flow is trained on."""
 
 import math
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ _MARGIN = 0.06
 
 
 class PathPanel(NamedTuple):
-    """Curves (N, T, 2) from starts to ends (N, 2), over points (M, 2) of the data and marks (L, 2), such as control points."""
+    """Curves (N, T, 2) from starts (N, 2) to ends (N, 2), over points (M, 2) of the data, and marks (L, 2) as control points."""
 
     title: str
     starts: Tensor
@@ -35,7 +35,11 @@ class PathPanel(NamedTuple):
 
 
 def plot_paths(path: str | Path, panels: Sequence[PathPanel]) -> Figure:
-    """Small multiples with equal axes and common limits; returns the figure. Errors: ValueError for no panel."""
+    """Plot panels with equal axes and common limits as a PNG file; returns the figure.
+
+    Raises:
+        ValueError: for no panel.
+    """
     if not panels:
         raise ValueError("a picture of paths needs at least one panel")
     rows = math.ceil(len(panels) / _COLUMNS)
@@ -44,7 +48,7 @@ def plot_paths(path: str | Path, panels: Sequence[PathPanel]) -> Figure:
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     low, high = _limits(panels)
     for axes, panel in zip(grid, panels, strict=False):
-        _draw(axes, panel)
+        _plot_panel(axes, panel)
         axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
@@ -58,7 +62,7 @@ def plot_paths(path: str | Path, panels: Sequence[PathPanel]) -> Figure:
 
 
 def coupling_panel(title: str, noise: Tensor, images: Tensor, background: Tensor | None = None) -> PathPanel:
-    """Straight lines from noise to images (N, 2, 1, 1): what a flow is trained on. Independent ones cross."""
+    """Straight lines from noise to images (N, 2, 1, 1): what a flow is trained on. Those of independent pairs cross."""
     starts, ends = planar_points(noise), planar_points(images)
     return PathPanel(title, starts, torch.stack([starts, ends], 1), ends, background)
 
@@ -66,13 +70,13 @@ def coupling_panel(title: str, noise: Tensor, images: Tensor, background: Tensor
 def flow_panel(
     title: str, teacher: Teacher, noise: Tensor, labels: Tensor | None, steps: int, background: Tensor | None = None
 ) -> PathPanel:
-    """The paths of a flow's ODE from noise (N, 2, 1, 1), by so many Euler steps of equal length in its time."""
+    """The paths of a flow's ODE from noise (N, 2, 1, 1), by `steps` Euler steps of equal length in its time."""
     states = [planar_points(z) for z, _ in euler_path(teacher, noise, labels, steps)]
     return PathPanel(title, states[0], torch.stack(states, 1), states[-1], background)
 
 
 def bezier_panel(title: str, control: Tensor, background: Tensor | None = None, steps: int = 64) -> PathPanel:
-    """Bezier curves of control points (N, n + 1, 2, 1, 1), with the inner ones marked."""
+    """Bezier curves of control points (N, n + 1, 2, 1, 1), the inner ones marked."""
     times = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=control.device)
     states = [planar_points(bezier.point(control, t.expand(len(control)))) for t in times]
     inner = control[:, 1:-1].flatten(0, 1)
@@ -86,7 +90,7 @@ def planar_points(images: Tensor) -> Tensor:
 
 
 def _limits(panels: Sequence[PathPanel]) -> tuple[list[float], list[float]]:
-    """Of everything but the marks, of which some lie far away."""
+    """Limits of both axes for everything but the marks, of which some lie far away."""
     everything = [p.curves.flatten(0, 1) for p in panels] + [p.background for p in panels if p.background is not None]
     cloud = torch.cat(everything)
     low, high = cloud.amin(0), cloud.amax(0)
@@ -94,7 +98,7 @@ def _limits(panels: Sequence[PathPanel]) -> tuple[list[float], list[float]]:
     return (low - room).tolist(), (high + room).tolist()
 
 
-def _draw(axes: Axes, panel: PathPanel) -> None:
+def _plot_panel(axes: Axes, panel: PathPanel) -> None:
     if panel.background is not None:
         axes.scatter(*panel.background.T, s=4, color="0.7", linewidths=0, zorder=0, label="data")
     axes.add_collection(LineCollection(panel.curves.numpy(), colors="0.35", linewidths=0.7, alpha=0.7, zorder=1))

@@ -1,4 +1,4 @@
-"""What the pictures of comparisons have in common: a logarithmic axis where it helps, the legend below, the file."""
+"""What plots have in common: a logarithmic axis where it helps, a legend below, a file written whole or not at all."""
 
 import io
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ _LOG_SPAN = 5
 
 
 def log_scale(axes: Axes, values: Sequence[float]) -> None:
-    """A logarithmic y axis with plain numbers, if the values are positive and span more than a factor of 5."""
+    """Make the y axis logarithmic, with plain numbers, if the values are positive and span more than a factor of 5."""
     if min(values) > 0 and max(values) > _LOG_SPAN * min(values):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
@@ -22,7 +22,7 @@ def log_scale(axes: Axes, values: Sequence[float]) -> None:
 
 
 def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str], letters: int) -> None:
-    """letters: in a line as wide as the figure."""
+    """Put a legend below the panels, in as many columns as fit; `letters`: in a line as wide as the figure."""
     columns = min(len(labels), max(1, letters // (8 + max(map(len, labels)))))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 

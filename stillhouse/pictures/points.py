@@ -1,4 +1,4 @@
-"""Pictures of points of the plane, which are images of shape (2, 1, 1): scatter plots over the real points."""
+"""Scatter plots of points of the plane, which are images of shape (2, 1, 1), over the real points."""
 
 from collections.abc import Callable, Mapping
 
@@ -20,9 +20,12 @@ _REAL, _SAMPLE = "0.75", "C0"
 
 
 def plot_points(panels: Mapping[str, Tensor], real: Tensor) -> Figure:
-    """A panel for each title -> samples (N, 2, 1, 1), in colour over the real points (M, 2, 1, 1) in grey.
+    """Plot samples in colour over the real points in grey.
 
-    Both in [-1, 1], float. Samples outside of the panel stand at its edge and are counted in its title.
+    Args:
+        panels: title -> samples (N, 2, 1, 1) in about [-1, 1]; those outside of the panel stand at its edge and are counted in
+            its title.
+        real: (M, 2, 1, 1) in [-1, 1].
     """
     figure, grid = _panels(len(panels))
     for axes, (title, samples) in zip(grid, panels.items(), strict=True):
@@ -41,10 +44,17 @@ def plot_interpolations(
     num_classes: int,
     steps: int = 200,
 ) -> Figure:
-    """What each sampler makes of the great circles between the latents of seed pairs (P, 2), int64: curves, one colour each.
+    """Plot what each sampler makes of the great circles between the noise of pairs of seeds, one curve for each pair.
 
-    A curve of `steps` + 1 points is as continuous as the sampler: dots at its ends, thin dots on the way, joined by a line
-    that shows jumps. real: as in `plot_points`. A pair keeps the label of its first seed.
+    A curve is as continuous as the sampler: dots at its ends, thin dots between, joined by a line that shows jumps. A pair
+    keeps the label of its first seed.
+
+    Args:
+        samplers: title -> sample(noise, labels).
+        real: as in `plot_points`.
+        seeds: (P, 2), int64.
+        num_classes: of the labels; 0: there are none.
+        steps: a curve has one point more.
     """
     z0, z1 = sample_noise(seeds[:, 0], PLANE), sample_noise(seeds[:, 1], PLANE)
     noise = slerp(z0, z1, torch.linspace(0, 1, steps + 1, device=seeds.device)).transpose(0, 1).flatten(0, 1)
@@ -61,7 +71,7 @@ def plot_interpolations(
 
 
 def figure_pixels(figure: Figure) -> np.ndarray:
-    """The figure as uint8 RGB (H, W, 3), for loggers."""
+    """A figure as uint8 RGB (H, W, 3), for loggers."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()

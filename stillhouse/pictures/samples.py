@@ -1,4 +1,4 @@
-"""What a run shows of its samples, by their shape: images in grids, points of the plane in scatter plots."""
+"""How a run shows its samples: images in grids, points of the plane in scatter plots."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +33,7 @@ class Data(Protocol):
 
 
 def image_shape(data: Data) -> tuple[int, int, int]:
+    """(C, H, W) of the data's images."""
     return data.channels, data.resolution, data.resolution
 
 
@@ -40,11 +41,17 @@ def image_shape(data: Data) -> tuple[int, int, int]:
 def save_final_pictures(
     folder: Path, samplers: Mapping[str, Sampler], data: Data, device: torch.device, with_real: bool = True
 ) -> None:
-    """samples.png and interpolation.png in `folder`, of samplers {title: function of (noise, labels)}.
+    """Write samples.png and interpolation.png.
 
-    Images: rows of samples.png share noise and label; its last column is the real image nearest to the last sampler's,
-    unless `with_real` is false.
-    Points: one panel for each sampler, all of the same noise, over real points.
+    Rows of images in samples.png share noise and label; the last column is the real image nearest to the last sampler's.
+    Points are shown in one panel for each sampler, all of the same noise, over real points.
+
+    Args:
+        folder: for the files.
+        samplers: title -> sample(noise, labels).
+        data: whose images or points they resemble.
+        device: to sample on.
+        with_real: whether the data set's images are there to be shown.
     """
     if image_shape(data) == PLANE:
         real = _real_points(data)
@@ -57,7 +64,7 @@ def save_final_pictures(
     scale = max(1, _PIXELS // data.resolution)
     seeds = torch.arange(_ROWS, device=device)
     noise = sample_noise(seeds, image_shape(data))
-    # Every class once shows more than drawn labels do.
+    # Each class in turn shows more than random labels do.
     labels = seeds % data.num_classes if data.num_classes else None
     columns = {title: to_uint8(sample(noise, labels)).cpu() for title, sample in samplers.items()}
     if with_real:
@@ -79,9 +86,10 @@ def save_final_pictures(
 def save_progress_picture(
     path: Path, sample: Sampler, data: Data, device: torch.device, rows: int, columns: int
 ) -> np.ndarray:
-    """Samples of the seeds from 0 on as a PNG at `path`; returns the picture, uint8 RGB (H, W, 3), for loggers.
+    """Write samples of the seeds from 0 on as a PNG file: `rows` of `columns` images, or 2,000 points over as many real ones.
 
-    Images: `rows` of `columns`. Points: 2,000 over as many real ones.
+    Returns:
+        What the file shows, uint8 RGB (H, W, 3), for loggers.
     """
     if image_shape(data) == PLANE:
         figure = plot_points({"samples": _samples(sample, data, _POINTS, device)}, _real_points(data))

@@ -1,4 +1,4 @@
-"""check.png: how well a teacher denoises at each noise level, the images that it was tried on, and 64 samples."""
+"""check.png: how well a teacher denoises at each noise level, the images that it was tested on, and samples of it."""
 
 from pathlib import Path
 
@@ -15,6 +15,7 @@ _COLUMNS = 8
 
 
 def plot_self_test(path: Path, result: SelfTest, name: str) -> Figure:
+    """Plot the self-test of the teacher `name` as a PNG file; returns the figure."""
     figure = Figure(figsize=(13, 4.6), layout="constrained")
     curve, known, drawn = figure.subplots(1, 3)
     sigmas = [level.sigma for level in result.levels]

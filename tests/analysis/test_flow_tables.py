@@ -27,7 +27,7 @@ def test_numbers_by_hand():
     ]
     heading, header, _, *rows = bounds.splitlines()
     assert "W2 between 1,797 samples and as many real images" in heading
-    assert cells(header) == ["k", "law", "W2 of Φ_1", "steps", "root of r", "bound", "W2"]
+    assert cells(header) == ["k", "distribution", "W2 of Φ_1", "steps", "root of r", "bound", "W2"]
     assert [cells(row) for row in rows] == [
         ["1", "rf1", "2.5", "0", "–", "2.5", "2.5"],
         ["2", "rf2", "2.5", "2", "–", "4.5", "2.6"],
