@@ -48,10 +48,12 @@ class Student:
 
 
 def measure(case: Case = CIFAR10, branches: int = 4) -> dict[str, Any]:
-    """Two students, one of them widened, trained in turn and then evaluated in turn; in float32, without a teacher.
+    """Two students, one of them widened, trained alternately and then evaluated alternately; in float32, without a teacher.
 
     A method's step has the teacher's evaluations too, so the shares of its step are smaller than these.
-    Errors: RuntimeError where an evaluation of the widened network is not the plain one's, bit for bit.
+
+    Raises:
+        RuntimeError: Where an evaluation of the widened network is not the plain one's, bit for bit.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with TemporaryDirectory(prefix="stillhouse-benchmark-") as folder:

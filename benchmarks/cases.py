@@ -73,11 +73,11 @@ def compose_config(case: Case, folder: str, *overrides: str) -> DictConfig:
     """
     left_out = [f"callbacks.{name}=null" for name in ("grid", "metrics", "curves")]
     places = [f"folder={folder}/run", f"data.root={folder}"]
-    own = ["~local"] if (ROOT / "conf" / "local").exists() else []
+    left_out += ["~local"] if (ROOT / "conf" / "local").exists() else []
     # Without a ramp of the learning rate the bare loop's losses can be compared with the framework's.
     register_resolvers()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", [*own, *left_out, *places, "method.warmup_kimg=0", *case.overrides, *overrides])
+        cfg = compose("config", [*left_out, *places, "method.warmup_kimg=0", *case.overrides, *overrides])
     if cfg.teacher and cfg.teacher.weights is not None:
         try:
             find_weights(cfg.teacher.weights)

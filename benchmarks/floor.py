@@ -75,7 +75,7 @@ class Floor:
 
 
 class Evaluations:
-    """Counts the forward passes of a method's networks, apart by whether a gradient could flow back."""
+    """Counts the forward passes of a method's networks, separately by whether a gradient could flow back."""
 
     def __init__(self, method: DiffInstruct):
         self.counted: Counter[tuple[str, bool]] = Counter()
@@ -89,7 +89,11 @@ class Evaluations:
         return count
 
     def check(self, kind: str) -> None:
-        """Errors: RuntimeError unless what was counted are the evaluations of this update's floor."""
+        """Compare what was counted with this update's floor.
+
+        Raises:
+            RuntimeError: Where it is not the same evaluations.
+        """
         if self.counted != Counter(FLOOR[kind].items()):
             counted, floor = _listed(self.counted), _listed(Counter(FLOOR[kind].items()))
             raise RuntimeError(

@@ -66,7 +66,7 @@ def png_folder(folder: Path, packed: PackedImages) -> Path:
 def measure(
     count: int = 20_000, batch_size: int = 64, rounds: int = 7, workers: tuple[int, ...] = (0, 2)
 ) -> dict[str, Any]:
-    """Images/s over about an epoch at a time, the loaders in turn; the first epochs, which map the pages, don't count.
+    """Images/s over about an epoch at a time, one loader after the other; the first epochs, which map the pages, don't count.
 
     workers: of the DataLoaders on PNGs, which all give uint8 batches as ours.
     """

@@ -25,7 +25,6 @@ from launch.run.folder import RunFolder
 from launch.run.stages import build_stages, fit_stages
 from lightning_modules import Method
 from stillhouse.diffusion.denoiser import Denoiser
-from stillhouse.diffusion.teacher import Teacher
 
 _CYCLE = 2  # steps after which every method here has done all that it does: both updates of score distillation
 # Samples of the teacher, few and coarse.
@@ -104,14 +103,17 @@ class StepTimer(pl.Callback):
 
 def networks(method: Method) -> Iterator[tuple[str, nn.Module]]:
     """The networks that a method evaluates in training, once each."""
-    found: set[nn.Module] = set()
-    attributes = [("student", method.student), *method.named_children(), *vars(method).items()]
-    for name, value in attributes:
-        for part in value if isinstance(value, list) else [value]:
-            denoiser = part.denoiser if isinstance(part, Teacher) else part
-            if isinstance(denoiser, Denoiser) and denoiser.network not in found:
-                found.add(denoiser.network)
-                yield "teacher" if isinstance(part, Teacher) or name == "guide" else name, denoiser.network
+    seen: set[nn.Module] = set()
+    for name, trained in method.trained_networks().items():
+        denoiser = next(module for module in trained.modules() if isinstance(module, Denoiser))
+        seen.add(denoiser.network)
+        yield name, denoiser.network
+    for value in (*vars(method).values(), *method.children()):
+        for network in value if isinstance(value, list) else [value]:
+            denoiser = getattr(network, "denoiser", network)
+            if isinstance(denoiser, Denoiser) and denoiser.network not in seen:
+                seen.add(denoiser.network)
+                yield "teacher", denoiser.network
 
 
 def measure(
@@ -119,17 +121,17 @@ def measure(
     methods: dict[str, tuple[str, ...]] = METHODS,
     precisions: tuple[str, ...] = ("32-true", "bf16-mixed"),
 ) -> dict[str, Any]:
-    """An entry for each method and precision, each taken in a process of its own; one that was killed says so."""
+    """An entry for each method and precision, each measured in a new process; one that was killed says so."""
     entries = []
     for name, options in methods.items():
         for precision in precisions:
-            figures = apart(measure_one, case, name, options, precision)
+            figures = in_new_process(measure_one, case, name, options, precision)
             entries.append({"method": name, "precision": precision, **(figures or {"killed": True})})
     beside = {"fastgen_dmd2": FASTGEN} if case.title == CIFAR10.title else {}
     return {"title": f"a training step of each method, {case.title}, random weights", "methods": entries, **beside}
 
 
-def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """What a module's function gives in a fresh process, whose peak memory is its own; None where that was killed."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as child:
         try:
@@ -139,7 +141,11 @@ def apart(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def measure_one(case: Case, name: str, options: Sequence[str], precision: str) -> dict[str, Any]:
-    """Needs a temporary folder of a few networks' size, and leaves nothing. Errors: whatever the method complains about."""
+    """Train one method for a few steps, in a temporary folder of a few networks' size.
+
+    Raises:
+        RuntimeError: Where the method's `evaluations` are not what was counted.
+    """
     quiet()
     steps, timer = _CYCLE * (1 + case.cycle_rounds), StepTimer()
     with TemporaryDirectory(prefix="stillhouse-benchmark-") as folder:
@@ -163,7 +169,7 @@ def measure_one(case: Case, name: str, options: Sequence[str], precision: str) -
         trainer.callbacks.append(timer)
         trainer.fit(method, data)
     figures = summarised(timer.steps[_CYCLE:steps])
-    counted, declared = (sum(found.values()) for found in (figures["evaluations_per_image"], method.evaluations))
+    counted, declared = (sum(counts.values()) for counts in (figures["evaluations_per_image"], method.evaluations))
     if not math.isclose(counted, declared):
         raise RuntimeError(
             f"{name} makes {counted:g} network evaluations per image, but its `evaluations`, which plan=true shows, sum to "
@@ -209,15 +215,15 @@ def summarised(steps: list[tuple[float, Evaluations]]) -> dict[str, Any]:
     total = sum((evaluations for _, evaluations in steps), Counter())
     return {
         "seconds_per_step": summary([statistics.mean(seconds for seconds, _ in cycle) for cycle in cycles]),
-        "evaluations_per_image": {_said(key): count / len(steps) for key, count in sorted(total.items())},
+        "evaluations_per_image": {_label(key): count / len(steps) for key, count in sorted(total.items())},
         "updates": [
-            {"seconds": summary(seconds), "evaluations": {_said(key): count for key, count in sorted(kind)}}
+            {"seconds": summary(seconds), "evaluations": {_label(key): count for key, count in sorted(kind)}}
             for kind, seconds in kinds.items()
         ],
     }
 
 
-def _said(key: tuple[str, bool]) -> str:
+def _label(key: tuple[str, bool]) -> str:
     name, with_gradient = key
     return f"{name} with gradient" if with_gradient else name
 
@@ -245,7 +251,7 @@ def table(result: dict[str, Any]) -> str:
             f"{'':<42}{_line(each['seconds'], batch, ' ' * 10)}{_counted(each['evaluations'])}" for each in updates
         ]
     if "fastgen_dmd2" in result:
-        lines += _beside(result)
+        lines += _fastgen_lines(result)
     return "\n".join(lines)
 
 
@@ -259,7 +265,7 @@ def _counted(evaluations: dict[str, float]) -> str:
     return "  " + ", ".join(parts)
 
 
-def _beside(result: dict[str, Any]) -> list[str]:
+def _fastgen_lines(result: dict[str, Any]) -> list[str]:
     """What another framework takes for its mix of updates, and what diff_instruct takes for the same one."""
     theirs = result["fastgen_dmd2"]
     seconds = {"fake": theirs["critic_iteration_seconds"], "generator": theirs["student_iteration_seconds"]}

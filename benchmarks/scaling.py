@@ -50,18 +50,20 @@ class WindowTimer(pl.Callback):
 
 
 def measure(case: Case = CASE, *overrides: str) -> dict[str, Any]:
-    """Diff-Instruct, whose two networks learn alternately: each setting in turn, in processes of its own.
+    """Diff-Instruct, whose two networks learn alternately: one setting after the other, in new processes each.
 
     strong: two processes share the single one's batch. weak: each of two has a batch of that size.
-    Errors: RuntimeError where a process fails.
+
+    Raises:
+        RuntimeError: Where a process fails.
     """
     seconds: dict[str, list[float]] = {name: [] for name in SETTINGS}
     sent: dict[str, float] = {}
     for _ in range(case.rounds):
         for name, setting in SETTINGS.items():
-            found = run(case, setting, overrides)
-            seconds[name].append(found["seconds"] / case.window)
-            sent[setting.strategy] = found["sent"] / case.window
+            figures = run(case, setting, overrides)
+            seconds[name].append(figures["seconds"] / case.window)
+            sent[setting.strategy] = figures["sent"] / case.window
 
     def over(other: str, images: int = 1) -> dict[str, float]:
         pairs = zip(seconds["single"], seconds[other], strict=True)
@@ -70,9 +72,9 @@ def measure(case: Case = CASE, *overrides: str) -> dict[str, Any]:
     return {
         "title": f"two processes with a thread each: diff_instruct, {case.title}",
         "device": "cpu",
-        "batch_size": found["batch_size"] // SETTINGS["weak"].batches,
-        "parameters": found["parameters"],
-        "teacher_weights": found["teacher_weights"],
+        "batch_size": figures["batch_size"] // SETTINGS["weak"].batches,
+        "parameters": figures["parameters"],
+        "teacher_weights": figures["teacher_weights"],
         "window_steps": case.window,
         **{f"{name}_step_seconds": summary(values) for name, values in seconds.items()},
         "strong_over_single": over("strong"),
@@ -83,15 +85,15 @@ def measure(case: Case = CASE, *overrides: str) -> dict[str, Any]:
 
 
 def run(case: Case, setting: Setting, overrides: tuple[str, ...]) -> dict[str, Any]:
-    """What rank 0 found."""
+    """Train once in a setting; rank 0's figures."""
     context = multiprocessing.get_context("forkserver")  # a fresh interpreter for each would spend its time on imports
     context.set_forkserver_preload(["benchmarks.scaling"])
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    found = context.SimpleQueue()
+    figures = context.SimpleQueue()
     with TemporaryDirectory(prefix="stillhouse-benchmark-") as folder:
-        common = (case, setting, overrides, folder, port, found)
+        common = (case, setting, overrides, folder, port, figures)
         ranks = [context.Process(target=_work, args=(rank, *common)) for rank in range(setting.processes)]
         for process in ranks:
             process.start()
@@ -100,11 +102,11 @@ def run(case: Case, setting: Setting, overrides: tuple[str, ...]) -> dict[str, A
             process.kill()
     if any(process.exitcode for process in ranks):
         raise RuntimeError(f"a process of the benchmark failed, see above: {setting}")
-    return found.get()
+    return figures.get()
 
 
 def _work(
-    rank: int, case: Case, setting: Setting, overrides: tuple[str, ...], folder: str, port: int, found: Any
+    rank: int, case: Case, setting: Setting, overrides: tuple[str, ...], folder: str, port: int, figures: Any
 ) -> None:
     if setting.processes > 1:  # as torchrun starts them
         place = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
@@ -123,4 +125,4 @@ def _work(
         parameters = sum(p.numel() for p in method.student.parameters())
         weights = method.teacher.weights or "random"
         facts = {"batch_size": cfg.batch_size, "parameters": parameters, "teacher_weights": str(weights)}
-        found.put({"seconds": timer.seconds, "sent": timer.sent, **facts})
+        figures.put({"seconds": timer.seconds, "sent": timer.sent, **facts})

@@ -63,7 +63,8 @@ class LoopTimer(pl.Callback):
     def loss_difference(self) -> float:
         """Largest relative difference between the two loops' losses while warming up.
 
-        Errors: RuntimeError where it shows that they do not compute the same.
+        Raises:
+            RuntimeError: Where it shows that they do not compute the same.
         """
         ours, bare = (torch.stack(losses[: self.case.warmup]) for losses in (self.losses, self._loop.losses))
         largest = ((ours - bare).abs() / bare).max().item()
@@ -120,7 +121,7 @@ def _pairs(method: DenoisingStudent, case: Case) -> TrajectoryDataModule:
 
 
 def sampling_rates(method: DenoisingStudent, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Samples/s of teacher and student, taken in turn, in batches of the training batch size."""
+    """Samples/s of teacher and student, measured alternately, in batches of the training batch size."""
     teacher, size = method.teacher.to(device), method.batch_size
     method.to(device)
     seeds = torch.arange(size, device=device)

@@ -52,7 +52,7 @@ def in_this_process(function, *arguments):
 def test_a_part_is_measured_printed_and_recorded(name, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(run.PARTS, name, PARTS[name])
     monkeypatch.setattr(run, "RESULTS", tmp_path)
-    monkeypatch.setattr(methods, "apart", in_this_process)
+    monkeypatch.setattr(methods, "in_new_process", in_this_process)
     run.main(["--only", name, "--record"])
     (path,) = tmp_path.iterdir()
     (stored,) = json.loads(path.read_text()).values()
