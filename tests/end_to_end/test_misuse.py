@@ -398,13 +398,15 @@ def test_damaged_files(unfinished, path, damage, command, message):
     """The file is named, and it and everything else stay as they were."""
     (path,) = unfinished.glob(path)
     intact = path.read_bytes()
-    damage(path)
-    before = snapshot(unfinished)
-    train(unfinished, *command).refused(str(path.relative_to(unfinished)), *message)
-    assert before.items() <= snapshot(unfinished).items()
-    assert not list((unfinished / "runs").rglob("metrics.json"))
-    path.write_bytes(intact)
-    shutil.rmtree(unfinished / "runs/new", ignore_errors=True)
+    try:
+        damage(path)
+        before = snapshot(unfinished)
+        train(unfinished, *command).refused(str(path.relative_to(unfinished)), *message)
+        assert before.items() <= snapshot(unfinished).items()
+        assert not list((unfinished / "runs").rglob("metrics.json"))
+    finally:
+        path.write_bytes(intact)
+        shutil.rmtree(unfinished / "runs/new", ignore_errors=True)
 
 
 @pytest.mark.parametrize("part", ["method", "data", "evaluation.extractor", "method.teacher.network"])
