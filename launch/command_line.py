@@ -1,4 +1,4 @@
-"""What a command says that the configs do not have: one line, with the nearest that they have.
+"""Errors of the command line, each in one line with the nearest name that exists, and what follows from the options given.
 
 Hydra composes a config before the program's own code runs, and reports errors in several lines of its own.
 """
@@ -69,12 +69,14 @@ def explained(error: BaseException) -> str:
         return f"{error.override!r} can't be read: {_joined(error.message.partition('See http')[0])}; say KEY=VALUE"
     for override in given:
         group = override.key_or_group
-        if (override.is_delete() or override.value() is None) and _choices(group):
+        if (override.is_delete() or override.value() is None) and choices(group):
             needed = group in _compose([])  # the others have no part of their own in the config
             if needed or not override.is_delete():
                 optional = not needed and _composes([f"~{group}"])
-                choose = f"say ~{group} to leave it out" if optional else _one_of(group, _choices(group))
+                choose = f"say ~{group} to leave it out" if optional else _one_of(group, choices(group))
                 return f"{override.input_line}: {group} can't be {'null' if optional else 'left out'}; {choose}"
+    if several := re.match(r"Multiple values for (\w+)\. To override", _message(error)):
+        return f"{several[1]} is a choice that the config has: say {several[1]}=NAME, without +"
     unknown = re.match(r"(?:In '[^']*': )?Could not (?:override|delete)[^']*'([^']+)'", _message(error))
     if unknown:
         return _unknown_key(unknown[1].partition("@")[0])
@@ -90,18 +92,22 @@ def check_choices() -> None:
     """Errors: ValueError where the command names a choice that is not there for an optional group, which Hydra passes over."""
     for override in OverridesParser.create().parse_overrides(typed_options()):
         group, name = override.key_or_group, override.value() if not override.is_delete() else None
-        options = _choices(group)
+        options = choices(group)
         if options and isinstance(name, str) and not _found(group, name):
             raise ValueError(_missing_choice(group, name, options, [override]))
 
 
-def follow_teacher() -> None:
-    """Add to the command of evaluate.py, which names a teacher and no data, the data set that the teacher is named after.
+def choose_task() -> None:
+    """Add to the command of evaluate.py what follows from its options.
 
-    conf/evaluate.yaml says the same by an interpolation, but below one Hydra takes no `override`, by which a data config that is
-    derived from another one chooses its evaluation.
+    A command with `flows` or `teacher` and no `task` is that task; a teacher without `data` is measured on the data set that
+    it is named after. (conf/ could say the latter by an interpolation, but below one Hydra takes no `override`, by which a data
+    config that is derived from another one chooses its evaluation.)
     """
     given = {override.key_or_group: override for override in _given() if not override.is_sweep_override()}
+    task = next((name for name in ("flows", "teacher") if name in given), None)
+    if task is not None and "task" not in given:
+        sys.argv.append(f"task={task}")
     if "teacher" in given and "data" not in given and isinstance(given["teacher"].value(), str):
         data = data_of(given["teacher"].value())
         if "/" in data or any((folder / "data" / f"{data}.yaml").is_file() for folder in _config_folders(given)):
@@ -145,14 +151,33 @@ def _one_of(group: str, options: Sequence[str]) -> str:
     return f"choose {group}=NAME: {named}"
 
 
+# What was an option of evaluate.py, and is a task.
+_TASKS = {
+    "check": "task=self_test teacher=NAME",
+    "report": "task=report 'run=[runs/*]' target=FILE.html",
+    "export": "task=export run=runs/NAME target=FOLDER",
+}
+
+
 def _unknown_key(key: str) -> str:
     config = _composed()
+    if (task := config.hydra.runtime.choices.get("task")) and "." not in key:
+        if key in _TASKS:
+            return f"{key} is a task of its own: python evaluate.py {_TASKS[key]}"
+        if others := [f"task={name}" for name in choices("task") if _has_option(name, key)]:
+            return f"there is no option {key} of task={task}; it is of {', '.join(others)}"
     names = list(_dotted(OmegaConf.to_container(config, resolve=False)))
     names += [group for group in OmegaConf.to_container(config.hydra.runtime.choices) if not group.startswith("hydra/")]
     near = nearest(key, [name for name in names if name.partition(".")[0] != "hydra"])
     choose = f"; did you mean {' or '.join(near)}?" if near else "; --cfg job shows all options"
     more = f" (an option of Lightning's own: +{key}=...)" if key.startswith("trainer.") else ""
     return f"there is no option {key}{choose}{more}"
+
+
+def _has_option(task: str, key: str) -> bool:
+    """Whether a task of evaluate.py has an option or a group of this name."""
+    config = _compose([f"task={task}"])
+    return key in config or key in config.hydra.runtime.choices
 
 
 def nearest(key: str, names: Iterable[str]) -> list[str]:
@@ -174,7 +199,7 @@ def _dotted(node: Any, prefix: str = "") -> Iterator[str]:
 
 def _composed() -> DictConfig:
     """The config of the command's choices, without its other options; of the defaults where those do not go together."""
-    groups = [o.input_line for o in _given() if not o.is_sweep_override() and _choices(o.key_or_group)]
+    groups = [o.input_line for o in _given() if not o.is_sweep_override() and choices(o.key_or_group)]
     return _compose(groups if _composes(groups) else [])
 
 
@@ -211,8 +236,8 @@ def _given() -> list[Override]:
     return found
 
 
-def _choices(group: str) -> list[str]:
-    """The names in a group of conf/; none where `group` is an option."""
+def choices(group: str) -> list[str]:
+    """List the names in a group of conf/; empty where `group` is an option."""
     if "." in group or not GlobalHydra.instance().is_initialized():
         return []
     return GlobalHydra.instance().config_loader().get_group_options(group, ObjectType.CONFIG)

@@ -1,7 +1,7 @@
-"""All options of a program at once, before anything is built of them."""
+"""All options of a program or task, checked at once before anything is built of them."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, TypedDict, get_type_hints
 
 import pytorch_lightning as pl
@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import Logger
 
-from launch.command_line import typed_options
+from launch.command_line import choices, typed_options
 from launch.evaluate.measure import EvaluationOptions
 from launch.option_types import UnknownOption, check_targets, check_value
 from launch.run.trainer_options import TrainerOptions
@@ -20,7 +20,7 @@ from stillhouse.files import check_folder_name
 
 
 class RunOptions(TypedDict):
-    """Those of train.py, in the order in which they are checked."""
+    """The options of train.py, in the order in which they are checked."""
 
     name: str
     folder: str
@@ -37,47 +37,14 @@ class RunOptions(TypedDict):
     logger: Mapping[str, Logger | None]
 
 
-class _Chosen(TypedDict, total=False):
-    data: pl.LightningDataModule
-    evaluation: EvaluationOptions
-
-
-class MeasurementOptions(_Chosen):
-    """Those of evaluate.py; of what is Any launch/evaluate/tasks.py and evaluate.py say themselves what may stand there."""
-
-    check: bool
-    download: bool
-    batch_size: int
-    seed: int
-    num_samples: int | None
-    blocks: int | None
-    metrics: Sequence[str] | None
-    flow_samples: int
-    path_steps: int
-    solver: str | None
-    checkpoint: str | None
-    device: str
-    teacher: Teacher | dict[str, None] | None
-    run: Any
-    weights: Any
-    steps: Any
-    comparison: Any
-    report: Any
-    export: Any
-    flows: Any
-    distilled: Any
-    flows_folder: Any
-
-
-def check_measurement(cfg: DictConfig) -> None:
-    """Errors: ValueError for an option of evaluate.py that is unknown or of the wrong type."""
-    _check(cfg, MeasurementOptions, "evaluate.py")
-
-
 def check_run(cfg: DictConfig) -> None:
-    """Errors: ValueError for an option of train.py that is unknown, missing or of the wrong type."""
+    """Check all options of train.py.
+
+    Raises:
+        ValueError: For one that is unknown, missing or of the wrong type.
+    """
     try:
-        _check(cfg, RunOptions, "train.py")
+        check_options(cfg, RunOptions, "train.py")
     except UnknownOption as error:
         recipe = HydraConfig.get().runtime.choices.get("recipe") if HydraConfig.initialized() else None
         if recipe and OmegaConf.select(_recipe(recipe), error.key) is not None:
@@ -101,11 +68,21 @@ def _recipe(name: str) -> Any:
     return found.config if found else OmegaConf.create()
 
 
-def _check(cfg: DictConfig, options: type, program: str) -> None:
+def check_options(cfg: DictConfig, options: type, owner: str) -> None:
+    """Check all options of a program or task.
+
+    Args:
+        cfg: The composed config.
+        options: A TypedDict of the options, with their types.
+        owner: What takes them, for the message.
+
+    Raises:
+        ValueError: For an option that is unknown, missing or of the wrong type.
+    """
     kinds = get_type_hints(options)
     for name, kind in kinds.items():
         if name not in cfg and name in options.__required_keys__:
-            raise ValueError(f"{name} is missing: {program} needs it")
+            raise ValueError(f"{name} is missing: {owner} needs it{_group_hint(name)}")
         if name in cfg:
             check_value(name, cfg[name], kind)
     for name in cfg:
@@ -115,5 +92,9 @@ def _check(cfg: DictConfig, options: type, program: str) -> None:
                 isinstance(choice, DictConfig) for choice in cfg[name].values()
             )
             if not choices:
-                raise UnknownOption(str(name), str(name), list(kinds), program)
+                raise UnknownOption(str(name), str(name), list(kinds), owner)
             check_targets(cfg[name])
+
+
+def _group_hint(name: str) -> str:
+    return f"; say {name}=NAME (conf/{name})" if choices(name) else ""

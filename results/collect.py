@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.measuring import machine
 from launch.evaluate.convergence import compare_runs, draw, dumped
-from launch.evaluate.flows import load_chain
+from launch.evaluate.flow_measurement import load_chain
 from launch.evaluate.quality import compare_quality
 from launch.evaluate.quality import draw as draw_quality
 from stillhouse.analysis.convergence import convergence_to_json

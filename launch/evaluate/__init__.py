@@ -1,1 +1,1 @@
-"""What evaluate.py does, one file per task."""
+"""The tasks of evaluate.py, one file each, named as in conf/task: its `Options` and its `main`."""

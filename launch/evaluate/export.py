@@ -1,10 +1,11 @@
-"""A trained student as a folder that plain diffusers samples, on machines where this project is not installed."""
+"""task=export: write a trained student as a folder that plain diffusers samples, where this project is not installed."""
 
 import json
 import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -12,15 +13,17 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from launch.evaluate.model_card import readme
+from launch.evaluate.options import WeightsOptions, path_option, run_folders, step_counts
 from launch.evaluate.portable_student import NETWORKS, Student
-from launch.run.folder import RunFolder
+from launch.evaluate.trained_run import TrainedRun
+from launch.run.build import build
 from launch.run.teachers import students_teacher
 from lightning_modules import Method
-from stillhouse.checkpoints.weights import PROJECT_ROOT, save_weights
+from stillhouse.checkpoints.weights import PROJECT_ROOT, hash_state, save_weights
 from stillhouse.diffusion.preconditioning import PRECONDITIONINGS, described
 from stillhouse.diffusion.random_numbers import sample_noise
-from stillhouse.files import atomic_write, check_writable
-from stillhouse.metrics.records import Record
+from stillhouse.files import atomic_write, check_writable, resolve_inside
+from stillhouse.metrics.records import Record, load_records, merge_records
 from stillhouse.networks.diffusers_unet import DiffusersUNet
 
 _PREFIX = "stillhouse_"  # diffusers puts the modules of all local folders into one package
@@ -30,19 +33,87 @@ _LEVELS = 5  # powers of ten, from the highest noise level down, where it has to
 _TOLERANCE = 16 * torch.finfo(torch.float32).eps  # what rounding may do to one evaluation, of the size of its terms
 
 
+class Options(WeightsOptions):
+    """conf/task/export.yaml."""
+
+    run: Any
+    target: Any
+    steps: Any
+    download: bool
+
+
+def main(cfg: DictConfig) -> None:
+    """Write the student of one run into `target`, with what was measured of these weights at this number of steps.
+
+    Raises:
+        ValueError: For impossible options, an occupied target, or a student that such a folder can't carry.
+        OSError: Where the target can't be written.
+    """
+    if cfg.run is None or cfg.target is None:
+        raise ValueError("say which run's student, and where to: task=export run=runs/NAME target=FOLDER")
+    folders, counts = run_folders(cfg.run), step_counts(cfg.steps)
+    if len(folders) > 1 or len(counts) > 1:
+        raise ValueError("export is for the student of one run, at one number of steps")
+    target = check_target(path_option(cfg, "target"))
+    run = TrainedRun.load(folders[0], weights=cfg.weights, checkpoint=cfg.checkpoint, download=cfg.download)
+    for count in counts:
+        run = run.at_steps(count)
+    student = portable(run.method, run.config, build(run.config.data).num_classes)
+    records = measured(run)
+    if not records:
+        print(
+            f"not measured with these weights and steps, so that the card has no values: evaluate.py run={folders[0]} ..."
+        )
+    export(target, student, run, records)
+    print(f"{target} written")
+
+
+def measured(run: TrainedRun) -> list[Record]:
+    """Return the records, stored in the run's folder, of its student as it is now, and those that belong beside them."""
+    weights, stored = hash_state(run.method.exported()), []
+    for name in ("metrics.json", "evaluation/metrics.json"):
+        path = resolve_inside(run.folder.path, name)
+        stored += load_records(path) if path.is_file() else []
+    stored = merge_records([], stored)
+    ours = [
+        record
+        for record in stored
+        if record.subject == "student"
+        and record.nfe == run.method.nfe
+        and (record.provenance or {}).get("weights") == weights
+    ]
+    beside = [record for record in stored if record.subject != "student" and record.kind in {r.kind for r in ours}]
+    return [
+        *(record for record in beside if record.subject == "teacher"),
+        *ours,
+        *(record for record in beside if record.subject == "real"),
+    ]
+
+
 def check_target(path: str | Path) -> Path:
-    """Errors: ValueError for a path where something is already, OSError for one that can't be written."""
+    """Return the path of a folder that may be written.
+
+    Raises:
+        ValueError: For a path where something is already.
+        OSError: For one that can't be written.
+    """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"export={path} exists already; choose another folder, or remove it")
+        raise ValueError(f"target={path} exists already; choose another folder, or remove it")
     check_writable(path / "README.md" if path.exists() else path)
     return path
 
 
 def portable(method: Method, stored: DictConfig, num_classes: int) -> Student:
-    """The student as it samples now, on the CPU, with its own copy of the weights.
+    """Return the student as it samples now, on the CPU, with its own copy of the weights.
 
-    Errors: ValueError for a method that does not say in numbers how it is sampled, or parts that diffusers can't be given.
+    Args:
+        method: The run's, with its student in place.
+        stored: The run's config.
+        num_classes: 0 for data without labels.
+
+    Raises:
+        ValueError: For a network or preconditioning that such a folder can't carry, or where the copy would be another student.
     """
     network = dict(students_teacher(stored)["network"])
     network = {"name": str(network.pop("_target_")).rpartition(".")[2], **network}
@@ -67,7 +138,11 @@ def portable(method: Method, stored: DictConfig, num_classes: int) -> Student:
 
 @torch.no_grad()
 def check_alike(student: Student, method: Method) -> None:
-    """Errors: ValueError where the copy samples or estimates other images than the method, by more than float32's rounding."""
+    """Compare the copy's samples and estimates with the method's.
+
+    Raises:
+        ValueError: Where they differ by more than float32's rounding.
+    """
     device = next(method.student.parameters()).device
     noise, labels = (None if values is None else values.to(device) for values in student.inputs(torch.arange(_PROBES)))
     student.to(device)
@@ -97,14 +172,20 @@ def _check_equal(theirs: Tensor, ours: Tensor, bound: float, method: Method, tex
         )
 
 
-def export(
-    target: str | Path, student: Student, method: Method, folder: RunFolder, weights: str, records: Sequence[Record]
-) -> None:
+def export(target: str | Path, student: Student, run: TrainedRun, records: Sequence[Record]) -> None:
     """Write the folder, whole or not at all: pipeline, weights, the run's config, and README.md as its card.
 
-    weights: the name of the student's weights. records: its measurements, and those that belong beside them.
-    Errors: ValueError for an occupied `target`, OSError where the disk refuses.
+    Args:
+        target: The new folder.
+        student: The portable copy.
+        run: Where it comes from.
+        records: The student's measurements, and those that belong beside them.
+
+    Raises:
+        ValueError: For an occupied target.
+        OSError: Where the disk refuses.
     """
+    method = run.method
     target = check_target(target)
     try:
         with atomic_write(target) as temporary:
@@ -119,13 +200,17 @@ def export(
             }
             (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
             shutil.copyfile(Path(__file__).with_name("portable_pipeline.py"), temporary / "pipeline.py")
-            card = {"run": folder.name, "method": method.name, "weights": weights, "licence": method.licence}
+            card = {
+                "run": run.folder.name,
+                "method": method.name,
+                "weights": run.weights.name,
+                "licence": method.licence,
+            }
             save_weights(temporary / "student.safetensors", student.denoiser.network.state_dict(), card)
             for path in temporary.glob("*/*.safetensors"):
                 shutil.copymode(path.with_name("config.json"), path)  # its owner alone could read it
-            stored = folder.read_config()
-            (temporary / "config.yaml").write_text(OmegaConf.to_yaml(stored))
-            (temporary / "README.md").write_text(readme(student, method, stored, weights, method.licence, records))
+            (temporary / "config.yaml").write_text(OmegaConf.to_yaml(run.config))
+            (temporary / "README.md").write_text(readme(student, run, records))
             if (PROJECT_ROOT / "LICENSE").is_file():
                 shutil.copyfile(PROJECT_ROOT / "LICENSE", temporary / "LICENSE-code")
     except OSError as error:
@@ -133,7 +218,7 @@ def export(
 
 
 def plain_unet(network: DiffusersUNet) -> diffusers.UNet2DModel:
-    """The network as diffusers' own, of unit noise at a time index as there; a copy."""
+    """Return a copy of the network as diffusers' own class, which takes unit noise and a time index."""
     unet = diffusers.UNet2DModel(**network.config)
     state = {re.sub(r"^embed\.layer", "time_embedding.linear_", name): t for name, t in network.state_dict().items()}
     unet.load_state_dict(state)
@@ -141,10 +226,10 @@ def plain_unet(network: DiffusersUNet) -> diffusers.UNet2DModel:
 
 
 def copy_modules(folder: Path) -> None:
-    """stillhouse_student.py and every module of this project that it needs, with imports of each other alone."""
-    root = Path(__file__).with_name("portable_student.py")
+    """Write stillhouse_student.py and every module of this project that it needs, with imports of each other alone."""
+    student_file = Path(__file__).with_name("portable_student.py")
     texts: dict[str, str] = {}
-    waiting = [("student", root)]
+    waiting = [("student", student_file)]
     while waiting:
         name, path = waiting.pop()
         if name in texts:

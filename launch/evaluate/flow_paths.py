@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from launch.evaluate.flows import real_images
+from launch.evaluate.flow_measurement import real_images
 from launch.evaluate.measure import Evaluation
 from lightning_modules import BezierDistillation, Method
 from stillhouse.diffusion.random_numbers import sample_labels, sample_noise, sample_uniforms

@@ -4,19 +4,18 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
 
-from callbacks import check_owner, read_checkpoint, student_state
-from launch.run.folder import RunFolder, identity
+from launch.evaluate.trained_run import Weights, choose_steps
+from launch.run.folder import RunFolder
 from launch.run.precision import allow_tf32
 from lightning_modules import Method
-from stillhouse.checkpoints.weights import checked_load, hash_state
+from stillhouse.checkpoints.weights import hash_state
 from stillhouse.checks import check_choice, check_memory
 from stillhouse.diffusion.teacher import Teacher
 from stillhouse.files import write_cache
@@ -61,14 +60,6 @@ class EvaluationOptions(TypedDict, total=False):
 
 
 SETTINGS = EvaluationOptions.__annotations__.keys() - {"training"}
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Which of a run's weights a student has. name: an average's, or raw. training: see `Record.training`."""
-
-    name: str
-    training: dict[str, int] | None = None
 
 
 class Evaluation:
@@ -254,9 +245,7 @@ def checked(settings: dict[str, Any], data: Any) -> dict[str, Any]:
         )
     check_evaluation(**{key: value for key, value in final.items() if key not in ("extractor", "reference", "labels")})
     check_choice("evaluation.labels", final["labels"], DISTRIBUTIONS)
-    check_feature_memory(
-        final["extractor"].dim, final["num_samples"], final["blocks"], has_images=final["reference"] is None
-    )
+    check_feature_memory(final["extractor"].dim, final["num_samples"], final["blocks"], has_images=final["reference"] is None)
     if final["reference"] is not None:
         check_real_features(final["metrics"])
         published_reference(final["reference"], final["extractor"])
@@ -269,75 +258,7 @@ def checked(settings: dict[str, Any], data: Any) -> dict[str, Any]:
     return final
 
 
-def load_student(
-    method: Method,
-    folder: RunFolder,
-    weights: str | None = None,
-    checkpoint: str | None = None,
-    reached: int | None = None,
-) -> Weights:
-    """Put a run's trained student into `method`; returns which weights were taken.
-
-    checkpoint: "last", or "best" by held-out loss (default: best where the method has it). weights: an average's name or
-    "raw" (default: the run's first average). reached: steps behind the run, where the caller knows.
-    """
-    checkpoint, content = _chosen(method, folder, checkpoint)
-    name, state = student_state(content, weights)
-    with checked_load(folder.checkpoints / f"{checkpoint}.ckpt", state, method.student):
-        method.student.load_state_dict(state)
-    method.on_load_checkpoint(content)  # in progressive distillation the round, hence the number of steps
-    step = content["global_step"]
-    if reached is None:
-        another = not folder.complete() and checkpoint != "last" and folder.last.exists()
-        reached = read_checkpoint(folder.last)["global_step"] if another else step
-    total = method.total_steps
-    return Weights(name, {"step": step, "reached": total if folder.complete() else reached, "total": total})
-
-
 def check_data(settings: Mapping[str, Any], data: Any) -> None:
     """Refuse data of too few images for the metrics of `checked` settings; packs them where they are not yet."""
     if needs_images(settings):
         check_real_images(settings["metrics"], len(data.reference()), settings["num_samples"])
-
-
-def _chosen(method: Method, folder: RunFolder, checkpoint: str | None) -> tuple[str, dict[str, Any]]:
-    """Name and content of the checkpoint; for a damaged best.ckpt that nobody asked for, last.ckpt, which is then said."""
-    asked = checkpoint is not None
-    checkpoint = checkpoint or ("best" if method.monitor and folder.best.exists() else "last")
-    path = folder.checkpoints / f"{checkpoint}.ckpt"
-    try:
-        content = read_checkpoint(path)
-    except ValueError as error:
-        if asked or checkpoint == "last":
-            raise
-        if rank_and_world()[0] == 0:
-            print(f"{error}. Until then last.ckpt is taken, not the best one by held-out loss", flush=True)
-        return _chosen(method, folder, "last")
-    check_owner(path, content, identity(folder.stored_config(), method.name))
-    return checkpoint, content
-
-
-def choose_steps(method: Method, folder: RunFolder, count: int, weights: Weights) -> Weights:
-    """Let the student take `count` steps; returns the weights that are then in place, `weights` before.
-
-    Errors: ValueError for a number that the run has no student for.
-    """
-    name = method.choose_steps(count, folder.path)
-    return Weights(name) if name else weights
-
-
-def samplers(method: Method, folder: RunFolder, counts: Sequence[int] = ()) -> dict[str, Sampler]:
-    """What a run's pictures show: its teacher, if it has one, and its student, at each of several numbers of steps."""
-    teacher = {"teacher": method.teacher.sample} if method.teacher else {}
-    if len(counts) < 2:
-        return teacher | {"student": method.sample}
-
-    def at(count: int) -> Sampler:
-        def sample(noise: Tensor, labels: Tensor | None) -> Tensor:
-            method.choose_steps(count, folder.path)  # another column's were in place
-            return method.sample(noise, labels)
-
-        return sample
-
-    # A title is broken at its spaces, but not between a number and its unit.
-    return teacher | {f"student, {count}\N{NO-BREAK SPACE}NFE": at(count) for count in counts}

@@ -1,11 +1,11 @@
 """The README.md of an exported student, which is also its card on a model hub."""
 
 from collections.abc import Sequence
-from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from lightning_modules import Method
+from launch.evaluate.portable_student import Student
+from launch.evaluate.trained_run import TrainedRun
 from stillhouse.analysis.tables import markdown_table, records_markdown
 from stillhouse.diffusion.sampling import Sampling
 from stillhouse.metrics.records import Record
@@ -33,12 +33,17 @@ _UNET = """\
 """
 
 
-def readme(
-    student: Any, method: Method, stored: DictConfig, weights: str, licence: str, records: Sequence[Record]
-) -> str:
-    """student: what is exported. records: what it was measured as, and beside."""
+def readme(student: Student, run: TrainedRun, records: Sequence[Record]) -> str:
+    """Return the card's text.
+
+    Args:
+        student: What is exported.
+        run: Where it comes from.
+        records: The student's measurements, and those that belong beside them.
+    """
+    method, licence = run.method, run.method.licence
     path: Sampling = student.path
-    config = OmegaConf.to_container(stored, resolve=True)
+    config = OmegaConf.to_container(run.config)
     teacher = f"distilled from the teacher `{method.teacher.name}`" if method.teacher else "trained on images"
     labels = f", conditioned on {student.num_classes} classes" if student.num_classes else ""
     channels, side, _ = student.image_shape
@@ -52,8 +57,8 @@ def readme(
             "sampling",
             f"{path.solver} over noise levels {', '.join(f'{sigma:.4g}' for sigma in _shortened(path.sigmas))}",
         ),
-        ("weights", f"{weights}, {sum(p.numel() for p in student.parameters()):,} parameters"),
-        ("training", f"{_steps(method, records)} steps of {method.batch_size} images, seed {method.seed}"),
+        ("weights", f"{run.weights.name}, {sum(p.numel() for p in student.parameters()):,} parameters"),
+        ("training", f"{_steps(run)} steps of {method.batch_size} images, seed {method.seed}"),
         ("licence of the weights", licence),
     ]
     measured = records_markdown(records) if records else "Not measured."
@@ -89,10 +94,11 @@ def readme(
     )
 
 
-def _steps(method: Method, records: Sequence[Record]) -> str:
-    """Those behind the weights: all of them, unless they were measured while training went on."""
-    half = next((record.training for record in records if record.unfinished), None)
-    return f"{half['step']:,} of {half['total']:,}" if half else f"{method.total_steps:,}"
+def _steps(run: TrainedRun) -> str:
+    """Return the steps behind the weights: all of them, unless the run has not reached its end."""
+    training = run.weights.training
+    unfinished = training is not None and training["reached"] < training["total"]
+    return f"{training['step']:,} of {training['total']:,}" if unfinished else f"{run.method.total_steps:,}"
 
 
 def _shortened(sigmas: Sequence[float], most: int = 8) -> Sequence[float]:

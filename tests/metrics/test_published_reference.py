@@ -8,7 +8,7 @@ import torch
 from metric_stubs import SHAPE, Stub, sampler, stub_reference
 from PIL import Image
 
-from launch.evaluate.flows import FlowMeasurement
+from launch.evaluate.flow_measurement import FlowMeasurement
 from launch.evaluate.measure import Evaluation, Weights, checked
 from launch.run.folder import RunFolder
 from stillhouse.diffusion.random_numbers import sample_labels, sample_noise

@@ -75,7 +75,7 @@ class PlanarData:
 
 
 def write_chain(folder: Path) -> Path:
-    from launch.evaluate.flows import report
+    from launch.evaluate.flow_measurement import report
 
     report(chain(), folder)
     return folder / "flows.json"

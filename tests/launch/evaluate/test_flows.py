@@ -8,8 +8,8 @@ import torch
 from flow_chain_tools import Constant, PlanarData, PlanarExtractor, flow, gaussian_flow, mixture_flow
 from matplotlib.image import imread
 
+from launch.evaluate.flow_measurement import FlowMeasurement, Run, end_teacher, load_chain, place, report
 from launch.evaluate.flow_paths import control_points, draw_flow_paths, planar
-from launch.evaluate.flows import FlowMeasurement, Run, end_teacher, load_chain, place, report
 from launch.evaluate.measure import Evaluation, Weights
 from launch.run.folder import RunFolder
 from lightning_modules import BezierDistillation, FlowDistillation

@@ -1,0 +1,202 @@
+"""A chain of flows to what their errors add up to: measured, drawn, written."""
+
+import copy
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from launch.evaluate.convergence import dumped
+from launch.evaluate.groups import essence, labels, trained_alike
+from launch.evaluate.measure import Evaluation
+from launch.evaluate.trained_run import TrainedRun
+from launch.run.build import check_teacher
+from lightning_modules import BezierDistillation, Method
+from stillhouse.analysis.flow_chain import (
+    ChainedFlow,
+    DistilledRun,
+    FlowChain,
+    flow_chain_from_json,
+    flow_chain_text,
+    flow_chain_to_json,
+    scores_by_metric,
+)
+from stillhouse.analysis.flow_errors import mean_with_error, sample_images, squared_distances, straightness
+from stillhouse.analysis.flow_plot import plot_flow_chain
+from stillhouse.checkpoints.bounds import parse_json
+from stillhouse.checks import check_memory
+from stillhouse.diffusion.teacher import Teacher
+from stillhouse.files import write_file
+from stillhouse.metrics.distances import wasserstein_distance
+from stillhouse.metrics.images import from_uint8
+
+MATCHED = 2000  # samples that W2 is taken of, at most: its time grows with their cube
+_PLACE = ("teacher", "method.teacher", "method.teachers")  # where in a chain a run stands
+
+
+class FlowMeasurement:
+    """Measures flows, and the students distilled from them, on the noise and labels of the first `samples` evaluation seeds.
+
+    Errors: ValueError for no flow, for one that differs from the others or the data in size or classes, or where only published
+    statistics stand for the data.
+    """
+
+    def __init__(self, flows: Sequence[Teacher], evaluation: Evaluation, *, samples: int, path_steps: int):
+        if not evaluation.has_images:
+            raise ValueError("flows are measured against the real images themselves: set evaluation.reference=null")
+        for flow in flows:
+            check_teacher(flow, evaluation.data)
+            flow.to(evaluation.device)
+        self.flows, self.evaluation, self.path_steps = flows, evaluation, path_steps
+        self.sampling = {
+            "shape": evaluation.shape,
+            "num_classes": evaluation.data.num_classes,
+            "batch_size": evaluation.settings["batch_size"],
+            "device": evaluation.device,
+            "class_counts": evaluation.class_counts,
+        }
+        pixels = math.prod(evaluation.shape)
+        check_memory(
+            4 * pixels * samples * (len(flows) + 1), f"flow_samples={samples} (lower it): the ends of all flows"
+        )
+        self.seeds = torch.arange(samples)
+        self.ends: list[Tensor] = []
+        packed = evaluation.data.reference()
+        self.matched = min(samples, MATCHED, len(packed))
+        self.real = real_images(packed, self.matched)
+
+    def run(self, steps: Sequence[int], runs: Iterable[TrainedRun]) -> FlowChain:
+        """steps: numbers of Euler steps to score every flow at. runs: taken one at a time."""
+        self.ends = [sample_images(flow.sample, self.seeds, **self.sampling) for flow in self.flows]
+        flows = [self._flow(k, steps) for k in range(len(self.flows))]
+        distilled, essences, notes = [], [], []
+        for run in runs:
+            own, value, said = self._distilled(run)
+            essences.append(own)
+            distilled.append(value)
+            notes += said
+        groups = labels(essences)
+        real = self.evaluation.real()
+        return FlowChain(
+            tuple(flows),
+            tuple(DistilledRun(group=group, **value) for group, value in zip(groups, distilled, strict=True)),
+            samples=len(self.seeds),
+            path_steps=self.path_steps,
+            matched=self.matched,
+            fingerprint=real[0].comparable,
+            floor=scores_by_metric(real),
+            notes=tuple(notes),
+        )
+
+    def _flow(self, k: int, steps: Sequence[int]) -> ChainedFlow:
+        flow, own = self.flows[k], self.ends[k]
+        options = {key: self.sampling[key] for key in ("batch_size", "device", "class_counts")}
+        euler = copy.copy(flow)  # the same network and noise levels
+        euler.solver, euler.solver_options = "euler", {}
+        simulated = self.evaluation.teacher(flow)
+        return ChainedFlow(
+            name=flow.name,
+            solver=flow.solver_name,
+            nfe=flow.nfe(),
+            step_drift=mean_with_error(squared_distances(own, self.ends[k - 1])) if k else None,
+            end_drift=mean_with_error(squared_distances(own, self.ends[0])) if k else None,
+            straightness=straightness(flow, self.seeds, self.path_steps, label=f"{flow.name}, straightness", **options),
+            w2=wasserstein_distance(own[: self.matched], self.real),
+            simulated=scores_by_metric(simulated),
+            euler={count: scores_by_metric(self.evaluation.teacher(euler, count)) for count in steps},
+            provenance=simulated[0].provenance,
+        )
+
+    def _distilled(self, run: TrainedRun) -> tuple[dict[str, str], dict[str, Any], list[str]]:
+        """(what its group depends on, all of `DistilledRun` but the group, notes)."""
+        k = place(self.flows, run)
+        method = run.method.to(self.evaluation.device)
+        target, notes = end_teacher(method), []
+        own = sample_images(method.sample, self.seeds, **self.sampling)
+        regression = None
+        if target is not None and target.hash == self.flows[k].hash:
+            regression = mean_with_error(squared_distances(own, self.ends[k]))
+            if how(target) != how(self.flows[k]):
+                notes.append(f"{run.folder.path} was trained on samples of {how(target)}, not {how(self.flows[k])}")
+        records = self.evaluation.student(method, run.folder, run.weights)
+        if records[0].unfinished:
+            step, total = (records[0].training[key] for key in ("step", "total"))
+            notes.append(f"{run.folder.path} was measured after {step} of {total} training steps")
+        value = {
+            "flow": k + 1,
+            "name": run.folder.name,
+            "seed": int(run.config.get("seed", 0)),
+            "nfe": method.nfe,
+            "weights": run.weights.name,
+            "regression": regression,
+            "w2": wasserstein_distance(own[: self.matched], self.real),
+            "scores": scores_by_metric(records),
+            "provenance": records[0].provenance,
+        }
+        return self._essence(run, k), value, notes
+
+    def _essence(self, run: TrainedRun, k: int) -> dict[str, str]:
+        """What makes runs one group, wherever in the chain they stand: several teachers count by their distance to the last."""
+        config = essence(OmegaConf.to_container(run.config))
+        own = {
+            key: value
+            for key, value in trained_alike(config).items()
+            if not any(key == part or key.startswith(f"{part}.") for part in _PLACE)
+        }
+        own["NFE"] = str(run.method.nfe)
+        teachers = getattr(run.method, "teachers", [run.method.teacher])
+        hashes = [flow.hash for flow in self.flows[: k + 1]][::-1]
+        places = [hashes.index(t.hash) if t.hash in hashes else t.name for t in teachers]
+        own["teachers"] = ",".join(p if isinstance(p, str) else f"k-{p}" if p else "k" for p in places)
+        return own
+
+
+def place(flows: Sequence[Teacher], run: TrainedRun) -> int:
+    """The index of the flow that a run's student was distilled from; ValueError for one that isn't in the chain."""
+    teacher = run.method.teacher
+    found = [k for k, flow in enumerate(flows) if teacher is not None and flow.hash == teacher.hash]
+    if not found:
+        name = "none" if teacher is None else f"{teacher.name} ({teacher.hash[:8]})"
+        known = ", ".join(f"{flow.name} ({flow.hash[:8]})" for flow in flows)
+        raise ValueError(f"distilled: the teacher of {run.folder.path} is {name}, not one of the flows {known}")
+    return found[-1]
+
+
+def end_teacher(method: Method) -> Teacher | None:
+    """The teacher whose end points a student learns; None where they are those of several."""
+    if not isinstance(method, BezierDistillation):
+        return method.teacher
+    used = method.last_weights[-1].nonzero().flatten().tolist()
+    return method.teachers[used[0]] if len(used) == 1 else None
+
+
+def how(teacher: Teacher) -> str:
+    """By which solver and how many evaluations a teacher is sampled."""
+    return f"{teacher.solver_name} at {teacher.nfe()} NFE"
+
+
+def real_images(packed: Any, count: int) -> Tensor:
+    """That many images (count, C, H, W), float32 in [-1, 1], evenly spread over a packed data set."""
+    return from_uint8(packed.fetch(np.arange(count) * len(packed) // count)[0])
+
+
+def report(chain: FlowChain, folder: Path) -> str:
+    """Write flows.json and flows.png into `folder`; returns the tables."""
+    write_file(folder / "flows.json", dumped(flow_chain_to_json(chain)))
+    plot_flow_chain(folder / "flows.png", chain)
+    return f"{flow_chain_text(chain)}\n\n{folder}/flows.json and flows.png written"
+
+
+def load_chain(path: Path) -> FlowChain:
+    """What `report` wrote. Errors: FileNotFoundError for no file, ValueError, naming it, for a damaged one."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no measured flows at {path}; make them by evaluate.py 'flows=[...]'")
+    try:
+        return flow_chain_from_json(parse_json(path.read_bytes()))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); measure the flows again") from error

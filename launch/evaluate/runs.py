@@ -1,0 +1,137 @@
+"""task=runs: measure runs' students beside their teachers and real images, and compare several runs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from launch.errors import EXPECTED, one_line
+from launch.evaluate import convergence, quality
+from launch.evaluate.measure import Evaluation, checked
+from launch.evaluate.options import (
+    MeasurementOptions,
+    WeightsOptions,
+    compute_device,
+    evaluation_settings,
+    path_option,
+    run_folders,
+    step_counts,
+)
+from launch.evaluate.results import RESULT_FILES, print_table, write_results
+from launch.evaluate.trained_run import TrainedRun, samplers
+from launch.run.build import build
+from stillhouse.files import check_writable
+from stillhouse.metrics.records import Record, merge_records
+
+COMPARISON_FILES = tuple(f"{name}.{kind}" for name in ("convergence", "quality") for kind in ("json", "png"))
+
+
+class Options(MeasurementOptions, WeightsOptions):
+    """conf/task/runs.yaml."""
+
+    run: Any
+    steps: Any
+    comparison: Any
+
+
+def main(cfg: DictConfig) -> None:
+    """Measure each run that can be measured, say of the others why not, and compare several.
+
+    Raises:
+        ValueError: For impossible options, or where no run can be measured.
+        OSError: Where results could not be written; found before anything is measured, but for a disk that fills up.
+    """
+    if cfg.run is None:
+        raise ValueError(
+            "say what to measure: run=runs/NAME (or a list, or a pattern), teacher=NAME or 'flows=[NAME,NAME]'; "
+            "--help shows all tasks"
+        )
+    folders, counts, device = run_folders(cfg.run), step_counts(cfg.steps), compute_device(cfg.device)
+    compared = len(folders) > 1 and cfg.comparison is not None
+    files = [folder / "evaluation" / name for folder in folders for name in RESULT_FILES]
+    files += [path_option(cfg, "comparison") / name for name in COMPARISON_FILES if compared]
+    for file in files:
+        check_writable(file)
+    alone = len(folders) == 1 and len(counts) < 2
+    runs = {folders[0]: counts} if alone else measurable(cfg, folders, counts)
+    shown: list[Record] = []
+    try:
+        for path, possible in runs.items():
+            try:
+                run, evaluation, records = measure(cfg, path, possible, device)
+            except EXPECTED as error:
+                if len(runs) == 1:
+                    raise
+                print(f"not measured: {_line_about(path, error)}", flush=True)
+                continue
+            shown = merge_records(shown, records)
+            write_results(path / "evaluation", records, evaluation, samplers(run.method, run.folder, possible))
+    finally:  # also where an error ends the rest
+        print_table(shown)
+    if not shown:
+        raise ValueError("nothing was measured; the lines above say why")
+    if compared:
+        compare(folders, path_option(cfg, "comparison"), shown, cfg.weights)
+
+
+def load(cfg: DictConfig, path: Path) -> TrainedRun:
+    """Load the run in `path` with the weights that the options choose."""
+    return TrainedRun.load(path, weights=cfg.weights, checkpoint=cfg.checkpoint, download=cfg.download)
+
+
+def measurable(cfg: DictConfig, folders: Sequence[Path], counts: Sequence[int]) -> dict[Path, list[int]]:
+    """Return the runs that can be measured, each with those of the `counts` that its student can take; print the other ones.
+
+    Raises:
+        ValueError: Where there is none.
+    """
+    runs: dict[Path, list[int]] = {}
+    lines = []
+    for path in folders:
+        try:
+            run = load(cfg, path)
+            checked(evaluation_settings(cfg, run.config), build(run.config.data))
+        except EXPECTED as error:
+            lines.append(_line_about(path, error))
+            continue
+        possible = []
+        for count in counts:
+            try:
+                run.at_steps(count)
+                possible.append(count)
+            except ValueError as error:
+                lines.append(_line_about(path, error))
+        if possible or not counts:
+            runs[path] = possible
+    if not runs:
+        raise ValueError("; ".join(lines))
+    for line in lines:
+        print(f"not measured: {line}", flush=True)
+    return runs
+
+
+def _line_about(path: Path, error: Exception) -> str:
+    """Return an error's line, which names the run that it is about."""
+    line = one_line(error)
+    return line if str(path) in line else f"{path}: {line}"
+
+
+def measure(
+    cfg: DictConfig, path: Path, counts: Sequence[int], device: torch.device
+) -> tuple[TrainedRun, Evaluation, list[Record]]:
+    """Measure one run's teacher, its student at each number of steps (none: its own), and real images."""
+    run = load(cfg, path)
+    for count in counts:
+        run = run.at_steps(count)
+    evaluation = Evaluation(evaluation_settings(cfg, run.config), build(run.config.data), device)
+    return run, evaluation, evaluation.run(run.method.to(device), run.folder, run.weights, counts)
+
+
+def compare(folders: Sequence[Path], target: Path, records: Sequence[Record], weights: str | None) -> None:
+    """Write and print the runs' convergence, and their quality against NFE where students differ in it."""
+    students = [record for record in records if record.subject == "student"]
+    if len({record.nfe for record in students}) > 1:
+        print(f"\n{quality.report(folders, target, like=students[0], weights=weights)}")
+    print(f"\n{convergence.report(folders, target, weights=weights)}")
