@@ -161,7 +161,7 @@ _TASKS = {
 
 def _unknown_key(key: str) -> str:
     config = _composed()
-    if (task := config.hydra.runtime.choices.get("task")) and "." not in key:
+    if (task := _chosen_task(config)) and "." not in key:
         if key in _TASKS:
             return f"{key} is a task of its own: python evaluate.py {_TASKS[key]}"
         if others := [f"task={name}" for name in choices("task") if _has_option(name, key)]:
@@ -172,6 +172,12 @@ def _unknown_key(key: str) -> str:
     choose = f"; did you mean {' or '.join(near)}?" if near else "; --cfg job shows all options"
     more = f" (an option of Lightning's own: +{key}=...)" if key.startswith("trainer.") else ""
     return f"there is no option {key}{choose}{more}"
+
+
+def _chosen_task(config: DictConfig) -> str | None:
+    """Return the task of a command of evaluate.py; None of other programs."""
+    given = [override.value() for override in _given() if override.key_or_group == "task"]
+    return given[-1] if given else config.hydra.runtime.choices.get("task")
 
 
 def _has_option(task: str, key: str) -> bool:

@@ -43,7 +43,6 @@ PROGRAMS = {
 EXCEPTIONS = {
     "callbacks/requeue.py": ("launch.signals.",),  # a program catches signals before it has imported anything heavy
     "lightning_modules/progressive.py": ("callbacks.EMA",),  # until its rounds are stages
-    "evaluate.py": ("datamodules.", "stillhouse."),  # until it is one call
 }
 # Frameworks that a room does without.
 FOREIGN = {

@@ -118,7 +118,7 @@ def portable(method: Method, stored: DictConfig, num_classes: int) -> Student:
     network = dict(students_teacher(stored)["network"])
     network = {"name": str(network.pop("_target_")).rpartition(".")[2], **network}
     # The student's own, which may be another one than its teacher's.
-    preconditioning = described(method.student.preconditioning)
+    preconditioning = described(method.sampled_student().preconditioning)
     for part, known in ((network, NETWORKS), (preconditioning, PRECONDITIONINGS)):
         if part["name"] not in known:
             raise ValueError(

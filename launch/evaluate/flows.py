@@ -47,12 +47,15 @@ def main(cfg: DictConfig) -> None:
     """
     if cfg.flows is None:
         raise ValueError("say which flows: 'flows=[NAME,NAME]', of conf/teacher or run folders")
+    for option in ("weights", "checkpoint"):
+        if cfg.distilled is None and cfg[option] is not None:
+            raise ValueError(f"{option}={cfg[option]} is for the runs in distilled, and none are given")
     steps, device = step_counts(cfg.steps) or [1], compute_device(cfg.device)
     check_counts(2, flow_samples=cfg.flow_samples)
     check_counts(path_steps=cfg.path_steps)
     fetch_missing(cfg)
-    flows = [build_seeded(teacher_config(name, "flows"), cfg.seed) for name in names(cfg.flows, "flows")]
-    data = build(cfg.data)
+    cfg.flows = [teacher_config(name, "flows") for name in names(cfg.flows, "flows")]  # with the data's resolution
+    flows, data = [build_seeded(flow, cfg.seed) for flow in cfg.flows], build(cfg.data)
     check_alike(flows, "flows")
     folders = [] if cfg.distilled is None else run_folders(cfg.distilled, "distilled")
 

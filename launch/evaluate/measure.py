@@ -245,7 +245,9 @@ def checked(settings: dict[str, Any], data: Any) -> dict[str, Any]:
         )
     check_evaluation(**{key: value for key, value in final.items() if key not in ("extractor", "reference", "labels")})
     check_choice("evaluation.labels", final["labels"], DISTRIBUTIONS)
-    check_feature_memory(final["extractor"].dim, final["num_samples"], final["blocks"], has_images=final["reference"] is None)
+    check_feature_memory(
+        final["extractor"].dim, final["num_samples"], final["blocks"], has_images=final["reference"] is None
+    )
     if final["reference"] is not None:
         check_real_features(final["metrics"])
         published_reference(final["reference"], final["extractor"])

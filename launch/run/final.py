@@ -11,7 +11,8 @@ import torch
 
 from callbacks import GenerativeMetrics, WandbRun, plot_curves, reference_lines
 from launch.evaluate.convergence import compare_runs
-from launch.evaluate.measure import Evaluation, load_student, samplers
+from launch.evaluate.measure import Evaluation
+from launch.evaluate.trained_run import load_student, samplers
 from launch.run.folder import RunFolder
 from launch.run.plan import evaluations_before
 from lightning_modules import Method

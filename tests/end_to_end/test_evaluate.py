@@ -152,15 +152,20 @@ def test_a_damaged_checkpoint_and_config_are_named(finished, tmp_path):
 
 
 def test_a_run_is_exported(folder):
-    ended = evaluate(folder, "run=runs/a1", "export=exports/a1", "num_samples=20", "blocks=1", "device=cpu").ok()
-    assert "exports/a1 written" in ended.out
+    """With what its folder holds of these weights, and of no others."""
+    evaluate(folder, "run=runs/a1", "weights=raw", "num_samples=30", "blocks=1", "device=cpu").ok()
+    ended = evaluate(folder, "task=export", "run=runs/a1", "target=exports/a1").ok()
+    assert ended.out == "exports/a1 written\n"
     card = (folder / "exports/a1/README.md").read_text()
-    (record,) = (
-        r
-        for r in read_json(folder / "runs/a1/evaluation/metrics.json")
-        if r["subject"] == "student" and r["fingerprint"]["num_samples"] == 20 and len(r["values"]) == 1
+    final, raw = (
+        [r for r in read_json(folder / "runs/a1" / name) if r["subject"] == "student"]
+        for name in ("metrics.json", "evaluation/metrics.json")
     )
-    assert f"{record['mean']:.4g}" in card
+    assert all(f"{record['mean']:.4g}" in card for record in final)
+    assert not any(f"{r['mean']:.4g}" in card for r in raw if r["fingerprint"]["weights"] == "raw")
     weights = load_file(folder / "exports/a1/student.safetensors")
     trained = load_file(folder / "runs/a1/student.safetensors")
     assert all(torch.equal(value, trained[name]) for name, value in weights.items())
+    ended = evaluate(folder, "task=export", "run=runs/a2", "target=exports/a2", "weights=raw", "checkpoint=last").ok()
+    assert "not measured with these weights and steps" in ended.out
+    assert "Not measured." in (folder / "exports/a2/README.md").read_text()

@@ -68,13 +68,13 @@ def test_a_flow_beside_itself(folder, tmp_path):
     ("options", "message"),
     [
         ("flows=[] data=digits", ["flows=[] must be a name or a list of some, such as 'flows=[runs/A,runs/B*]'"]),
-        ("flows=[runs/rf1]", ["add data=NAME"]),
+        ("flows=[runs/rf1]", ["data is missing: task=flows needs it; say data=NAME"]),
         ("flows=[runs/rf3] data=digits", ["flows: runs/rf3 is neither a file in conf/teacher nor a run folder"]),
-        ("flows=[runs/rf1] teacher=digits", ["one of them"]),
-        ("flows=[runs/rf1] run=runs/rf1", ["one of them"]),
+        ("flows=[runs/rf1] teacher=digits", ["there is no option teacher of task=flows"]),
+        ("flows=[runs/rf1] run=runs/rf1", ["there is no option run of task=flows"]),
         (
             "flows=[runs/rf1] data=digits solver=euler",
-            ["solver has no effect on 'flows=[NAME,NAME]'; it is for teacher=NAME"],
+            ["there is no option solver of task=flows; it is of task=teacher"],
         ),
         ("flows=[runs/rf1] data=digits steps=0", ["steps=0 must be whole numbers from 1 on"]),
         (
@@ -83,7 +83,7 @@ def test_a_flow_beside_itself(folder, tmp_path):
         ),
         (
             "flows=[runs/rf1] data=digits weights=raw",
-            ["weights has no effect on 'flows=[NAME,NAME]'; it is for run=RUN"],
+            ["weights=raw is for the runs in distilled, and none are given"],
         ),
         ("flows=5 data=digits", ["flows: 5 is neither a file in conf/teacher nor a run folder"]),
         ("flows=true data=digits", ["flows=True must be a name or a list of some"]),
@@ -100,13 +100,13 @@ def test_a_flow_beside_itself(folder, tmp_path):
         ("flows=[runs/rf1] data=digits distilled=runs/other", ["the teacher of runs/other is digits_rf2", "rf1 ("]),
         (
             "run=runs/rf1 distilled=runs/one0",
-            ["distilled has no effect on run=RUN; it is for 'flows=[NAME,NAME]' distilled=RUN"],
+            ["there is no option distilled of task=runs; it is of task=flows"],
         ),
     ],
 )
 def test_misuse(folder, options, message):
     before = snapshot(folder)
-    evaluate(folder, *options.split()).refused("error: evaluate: ", *message)
+    evaluate(folder, *options.split()).refused("error: ", *message)
     assert snapshot(folder) == before
 
 

@@ -45,15 +45,15 @@ def folder(finished, tmp_path_factory):
     return folder
 
 
-REPORT = "run=[runs/*] report=r.html"
+REPORT = "task=report run=[runs/*]"
+EXPORT = "task=export run=runs/a1"
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         # what to measure
-        ("", ["run=runs/NAME", "teacher=NAME", "flows=[NAME,NAME]", "one of them"]),
-        ("run=runs/a1 teacher=digits", ["one of them"]),
+        ("", ["evaluate: say what to measure: run=runs/NAME", "teacher=NAME", "flows=[NAME,NAME]", "--help"]),
         ("run=runs/none", ["run=runs/none names no run", "config.yaml"]),
         ("run=runs/teacher-other", ["run=runs/teacher-other names no run"]),
         ("run=[runs/a1,runs/b*]", ["run=runs/b* names no run"]),
@@ -63,7 +63,7 @@ REPORT = "run=[runs/*] report=r.html"
         ("run=[[runs/a1]]", ["run=[['runs/a1']] must be a name or a list of some"]),
         ("run={a:1}", ["run={'a': 1} must be a name or a list of some"]),
         # how
-        ("run=runs/a1 steps=3", ["steps=3: the student of runs/a1 takes 1, and no other number"]),
+        ("run=runs/a1 steps=3", ["steps=3: the student takes 1, and no other number"]),
         ("run=runs/a1 steps=true", ["steps=True must be whole numbers from 1 on"]),
         ("run=runs/a1 weights=ema_0.5", ["ema_0.5", "ema_500kimg"]),
         ("run=runs/a1 weights=5", ["5", "ema_500kimg"]),
@@ -79,26 +79,32 @@ REPORT = "run=[runs/*] report=r.html"
         (f"{WEIGHTLESS} solver=dpm", ["teacher.solver='dpm' is unknown"]),
         (f"{WEIGHTLESS} evaluation=none", ["evaluation=none measures nothing: choose another one"]),
         (f"{WEIGHTLESS} evaluation=points", ["the points extractor reads uint8 images (N, 2, 1, 1)", "(1, 1, 8, 8)"]),
-        # what the task does not use
-        ("run=runs/a1 solver=euler", ["solver has no effect on run=RUN; it is for teacher=NAME"]),
+        # what the task does not have
+        (
+            "run=runs/a1 teacher=digits",
+            ["there is no option run of task=teacher; it is of task=export, task=report, task=runs"],
+        ),
+        ("run=runs/a1 solver=euler", ["there is no option solver of task=runs; it is of task=teacher"]),
         (
             "run=runs/a1 data=cifar10",
-            ["data has no effect on run=RUN; it is for teacher=NAME, teacher=NAME check=true"],
+            ["no option data of task=runs; it is of task=flows, task=self_test, task=teacher"],
         ),
-        ("run=runs/a1 seed=0", ["seed has no effect on run=RUN; it is for teacher=NAME"]),
-        ("run=runs/a1 batch_size=16", ["batch_size has no effect on run=RUN"]),
-        ("run=runs/a1 check=true", ["check has no effect on run=RUN; it is for teacher=NAME check=true"]),
-        ("run=runs/a1 comparison=here", ["comparison has no effect on run=RUN; it is for 'run=[RUN,RUN]'"]),
-        ("run=runs/a1 path_steps=5", ["path_steps has no effect on run=RUN; it is for 'flows=[NAME,NAME]'"]),
-        ("run=runs/a* export=exports/b", ["export has no effect on 'run=[RUN,RUN]'; it is for run=RUN"]),
-        (f"{WEIGHTLESS} weights=raw", ["weights has no effect on teacher=NAME; it is for run=RUN"]),
-        (f"{WEIGHTLESS} check=true num_samples=20", ["num_samples has no effect on teacher=NAME check=true"]),
-        (f"{REPORT} steps=[1,2]", ["steps has no effect on 'run=[runs/*]' report=FILE.html; it is for run=RUN"]),
-        (f"{REPORT} teacher=digits", ["teacher has no effect on 'run=[runs/*]' report=FILE.html"]),
+        ("run=runs/a1 +solver=euler", ["solver is unknown: task=runs takes "]),
+        ("run=runs/a1 +evaluation=pixels", ["say evaluation=NAME, without +"]),
+        ("run=runs/a1 check=true", ["check is a task of its own: python evaluate.py task=self_test teacher=NAME"]),
+        ("run=runs/a1 export=b", ["export is a task of its own: python evaluate.py task=export run=runs/NAME target="]),
+        ("run=runs/* report=r.html", ["report is a task of its own: python evaluate.py task=report 'run=[runs/*]'"]),
         (
-            "teacher=digits report=r.html",
-            ["a report is made of runs that are measured already: say 'run=[runs/*]' report"],
+            "task=self_test teacher=digits num_samples=20",
+            ["no option num_samples of task=self_test; it is of task=flows"],
         ),
+        ("task=self_test", ["teacher is missing: task=self_test needs it; say teacher=NAME (conf/teacher)"]),
+        (f"{WEIGHTLESS} weigths=raw", ["there is no option weigths"]),
+        ("task=expert run=runs/a1", ["task=expert is not among conf/task; did you mean export"]),
+        # which run
+        ("task=export run=runs/a* target=b", ["export is for the student of one run, at one number of steps"]),
+        ("task=export run=runs/a1", ["say which run's student, and where to: task=export run=runs/NAME target=FOLDER"]),
+        ("task=report", ["say of which runs: task=report 'run=[runs/*]'"]),
         # where to write
         (
             "run=odd/blocked-evaluation",
@@ -107,15 +113,15 @@ REPORT = "run=[runs/*] report=r.html"
         ("run=odd/blocked-quality", ["cannot write odd/blocked-quality/evaluation/quality.png: it is a folder"]),
         ("run=[runs/a1,runs/a2] comparison=file", ["cannot write file/convergence.json: Not a directory"]),
         ("run=[runs/a1,runs/a2] comparison=true", ["comparison=True must be the name of a file or folder"]),
-        ("run=runs/a1 export=true", ["export=True must be the name of a file or folder"]),
-        ("run=runs/a1 export=file/a1", ["cannot write file/a1: Not a directory"]),
-        ("run=runs/a1 export=runs/a2", ["export=runs/a2 exists already"]),
-        ("run=runs/a1 report=true", ["report=True must be the name of a file or folder"]),
-        ("run=runs/a1 report=page", ["report=page is a web page; name it like report=report.html"]),
-        ("run=runs/a1 report=mine.html", ["report=mine.html exists and is no report of this program"]),
-        ("run=runs/a1 report=file/r.html", ["cannot write file/r.html: Not a directory"]),
-        ("run=runs/none* report=r.html", ["run=runs/none* names no run"]),
-        ("run=[] report=r.html", ["run=[] must be a name or a list of some"]),
+        (f"{EXPORT} target=true", ["target=True must be the name of a file or folder"]),
+        (f"{EXPORT} target=file/a1", ["cannot write file/a1: Not a directory"]),
+        (f"{EXPORT} target=runs/a2", ["target=runs/a2 exists already"]),
+        (f"{REPORT} target=true", ["target=True must be the name of a file or folder"]),
+        (f"{REPORT} target=page", ["target=page is a web page; name it like target=report.html"]),
+        (f"{REPORT} target=mine.html", ["target=mine.html exists and is no report of this program"]),
+        (f"{REPORT} target=file/r.html", ["cannot write file/r.html: Not a directory"]),
+        ("task=report run=runs/none*", ["run=runs/none* names no run"]),
+        ("task=report run=[]", ["run=[] must be a name or a list of some"]),
         # runs that are damaged, or from elsewhere
         ("run=odd/empty", ["odd/empty/config.yaml is not the config of a run (it is empty)"]),
         ("run=odd/list", ["odd/list/config.yaml is not the config of a run (it is a list)"]),
@@ -130,15 +136,8 @@ REPORT = "run=[runs/*] report=r.html"
 )
 def test_misuse(folder, options, message):
     before = snapshot(folder)
-    evaluate(folder, *options.split()).refused("error: evaluate: ", *message)
+    evaluate(folder, *options.split()).refused("error: ", *message)
     assert snapshot(folder) == before
-
-
-def test_what_is_switched_off_is_not_in_the_way(folder, tmp_path):
-    """A script may say so for every task."""
-    copied(folder, tmp_path)
-    off = ("check=false", "download=false", "solver=null", "export=null", "teacher=none", "comparison=null")
-    evaluate(tmp_path, "run=runs/a1", *off, *SMALL).ok()
 
 
 def test_a_run_that_can_not_be_measured_does_not_keep_others_from_it(folder, tmp_path):
@@ -207,13 +206,14 @@ def stop(original, *args):
 def test_an_unfinished_run_is_marked_and_its_values_are_no_result(finished, tmp_path):
     with_data(finished, tmp_path)
     train(tmp_path, *STUDENT, before=partial(in_call, "lightning_modules:DenoisingStudent.training_step", 8, stop))
-    ended = evaluate(tmp_path, f"run={RUN}", "export=half", "device=cpu").ok()
+    ended = evaluate(tmp_path, f"run={RUN}", "device=cpu").ok()
+    evaluate(tmp_path, "task=export", f"run={RUN}", "target=half").ok()
     assert "| training | 4 of 13 steps of 16 images, seed 0 |" in (tmp_path / "half/README.md").read_text()
     assert "student (ema_500kimg, after 4 of 13 training steps)" in ended.out
     (half,) = (r for r in read_json(tmp_path / RUN / "evaluation/metrics.json") if r["subject"] == "student")
     assert half["training"] == {"step": 4, "reached": 6, "total": 13}
     train(tmp_path, *STUDENT).ok()
-    evaluate(tmp_path, f"run={RUN}", "report=r.html").ok()
+    evaluate(tmp_path, "task=report", f"run={RUN}", "target=r.html").ok()
     page = Page((tmp_path / "r.html").read_text())
     assert "evaluation/metrics.json has values after 4 of 13 training steps, left out" in page.text
     (final,) = (r for r in read_json(tmp_path / RUN / "metrics.json") if r["subject"] == "student")

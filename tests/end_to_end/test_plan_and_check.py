@@ -1,4 +1,4 @@
-"""plan=true and check=true as commands: what they say, and that they start nothing."""
+"""plan=true and task=self_test as commands: what they say, and that they start nothing."""
 
 import json
 
@@ -38,7 +38,7 @@ def test_neither_plan_nor_download_belong_to_a_run(tmp_path):
 
 
 def test_a_teacher_that_is_right_passes_and_leaves_a_picture(tmp_path):
-    ended = evaluate(tmp_path, "teacher=digits", "check=true", "device=cpu").ok()
+    ended = evaluate(tmp_path, "task=self_test", "teacher=digits", "device=cpu").ok()
     assert ended.out.count("passed") == 7
     folder = tmp_path / "runs/teacher-digits"
     content = json.loads((folder / "check.json").read_text())
@@ -53,13 +53,13 @@ def test_one_that_is_wrong_fails_with_one_line(tmp_path):
         "~teacher.preconditioning.sigma_data",
         "teacher.preconditioning._target_=stillhouse.diffusion.preconditioning.V",
     )
-    evaluate(tmp_path, "teacher=digits", "check=true", "device=cpu", *wrong).refused(
+    evaluate(tmp_path, "task=self_test", "teacher=digits", "device=cpu", *wrong).refused(
         "teacher digits fails its self-test", "parameterisation", "EDM 0.7", "check.png"
     )
     assert not json.loads((tmp_path / "runs/teacher-digits/check.json").read_text())["checks"][0]["passed"]
 
 
 def test_what_cannot_be_checked_is_said(tmp_path):
-    evaluate(tmp_path, "teacher=digits", "check=true", "data.conditional=false", "teacher.conditional=true").refused(
-        "teacher digits has num_classes=10, the data digits 0"
-    )
+    evaluate(
+        tmp_path, "task=self_test", "teacher=digits", "data.conditional=false", "teacher.conditional=true"
+    ).refused("teacher digits has num_classes=10, the data digits 0")

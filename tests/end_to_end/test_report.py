@@ -17,7 +17,7 @@ def test_csv_alone_is_enough_for_pictures_curves_and_a_report(finished, tmp_path
         assert (plain / name).is_file()
     assert list((plain / "samples").glob("*.png"))
     before = snapshot(folder / "runs")
-    ended = evaluate(folder, "run=[runs/*]", "report=pages/report.html").ok()
+    ended = evaluate(folder, "task=report", "run=[runs/*]", "target=pages/report.html").ok()
     assert ended.out.strip() == "pages/report.html written: 2 runs"
     assert snapshot(folder / "runs") == before  # nothing is measured
     page = Page((folder / "pages/report.html").read_text())

@@ -107,10 +107,10 @@ def test_each_run_is_measured_at_the_numbers_that_it_can_take(folder):
         ("run=runs/few0 steps=[1,[2]]", ["steps=[1, [2]] must be whole numbers"]),
         ("run=runs/few0 steps=[0]", ["steps=[0] must be whole numbers"]),
         ("run=runs/few0 steps=[]", ["steps=[] must be whole numbers"]),
-        ("run=runs/few0 solver=euler", ["solver has no effect on run=RUN; it is for teacher=NAME"]),
+        ("run=runs/few0 solver=euler", ["there is no option solver of task=runs; it is of task=teacher"]),
     ],
 )
 def test_what_can_not_be_measured_is_refused_before_anything_is(folder, options, message):
     before = snapshot(folder)
-    evaluate(folder, *options.split(), *SETTINGS).refused("error: evaluate: ", *message)
+    evaluate(folder, *options.split(), *SETTINGS).refused("error: ", *message)
     assert snapshot(folder) == before

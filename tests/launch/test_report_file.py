@@ -210,7 +210,7 @@ def test_a_report_is_replaced_but_nothing_else_is(tmp_path):
 
 def test_misuse(tmp_path):
     for wrong in (True, "report", tmp_path / "report.txt"):
-        with pytest.raises(ValueError, match=r"is a web page; name it like report=report.html"):
+        with pytest.raises(ValueError, match=r"is a web page; name it like target=report.html"):
             check_target(wrong)
     with pytest.raises(FileNotFoundError, match=r"run=nothing/\* names no run"):
         write_report(tmp_path / "r.html", ["nothing/*"])

@@ -9,7 +9,8 @@ from metric_stubs import SHAPE, Stub, sampler, stub_reference
 from PIL import Image
 
 from launch.evaluate.flow_measurement import FlowMeasurement
-from launch.evaluate.measure import Evaluation, Weights, checked
+from launch.evaluate.measure import Evaluation, checked
+from launch.evaluate.trained_run import Weights
 from launch.run.folder import RunFolder
 from stillhouse.diffusion.random_numbers import sample_labels, sample_noise
 from stillhouse.metrics.distances import frechet_distance

@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 
 from launch.evaluate.export import check_alike, check_target, export, portable
+from launch.evaluate.trained_run import TrainedRun, Weights
 from launch.run.build import build, build_seeded
 from launch.run.folder import RunFolder
 from launch.run.names import register_resolvers
@@ -120,7 +121,8 @@ def exported(folder: Path, name: str, records=()) -> torch.Tensor:
     classes = build(cfg.data).num_classes
     run = RunFolder(folder.parent / "runs" / name)
     run.claim(OmegaConf.to_container(cfg))
-    export(folder / name, portable(method, cfg, classes), method, run, "ema_500kimg", records)
+    trained = TrainedRun(run, cfg, method, Weights("ema_500kimg"))
+    export(folder / name, portable(method, cfg, classes), trained, records)
     seeds = torch.arange(3)
     return method.sample(sample_noise(seeds, method.image_shape), sample_labels(seeds, classes))
 
@@ -222,7 +224,7 @@ def test_the_weights_are_a_teachers(folders):
 
 
 def test_misuse(folders, tmp_path):
-    with pytest.raises(ValueError, match=r"export=.*/sfd exists already; choose another folder, or remove it$"):
+    with pytest.raises(ValueError, match=r"target=.*/sfd exists already; choose another folder, or remove it$"):
         check_target(folders[0] / "sfd")
     (tmp_path / "empty").mkdir()
     assert check_target(tmp_path / "empty") == tmp_path / "empty"

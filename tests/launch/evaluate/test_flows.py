@@ -7,10 +7,12 @@ import pytest
 import torch
 from flow_chain_tools import Constant, PlanarData, PlanarExtractor, flow, gaussian_flow, mixture_flow
 from matplotlib.image import imread
+from omegaconf import OmegaConf
 
-from launch.evaluate.flow_measurement import FlowMeasurement, Run, end_teacher, load_chain, place, report
+from launch.evaluate.flow_measurement import FlowMeasurement, end_teacher, load_chain, place, report
 from launch.evaluate.flow_paths import control_points, draw_flow_paths, planar
-from launch.evaluate.measure import Evaluation, Weights
+from launch.evaluate.measure import Evaluation
+from launch.evaluate.trained_run import TrainedRun, Weights
 from launch.run.folder import RunFolder
 from lightning_modules import BezierDistillation, FlowDistillation
 from stillhouse.analysis.flow_chain import flow_chain_from_json, flow_chain_to_json
@@ -49,7 +51,7 @@ def curved(teachers, **options):
 
 def run(method, name, training=None, **options):
     config = {"name": name, "seed": method.seed, "method": {"name": method.name, "seed": method.seed, **options}}
-    return Run(RunFolder(f"runs/{name}"), config, method, Weights("ema", training))
+    return TrainedRun(RunFolder(f"runs/{name}"), OmegaConf.create(config), method, Weights("ema", training))
 
 
 @pytest.fixture(scope="module")
