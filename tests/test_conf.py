@@ -18,7 +18,7 @@ from vgg_file import write_vgg16
 from launch.evaluate.measure import SETTINGS, leave_out_measurement
 from launch.run.build import build, build_trainer, check_fit
 from launch.run.folder import RunFolder
-from launch.run.names import register_resolvers
+from launch.run.names import data_of, register_resolvers
 from launch.run.teachers import expand_teachers
 from stillhouse.checkpoints import save_weights
 from stillhouse.diffusion.losses import regression
@@ -177,7 +177,7 @@ def test_the_published_networks_have_their_size_and_ask_for_their_weights(teache
     photos = (
         ["data=image_folder", "data.path=my_photos", "data.resolution=256"] if teacher == "celebahq256_ddpm" else []
     )
-    cfg = compose("evaluate", [f"teacher={teacher}", *photos])
+    cfg = compose("evaluate", ["task=teacher", f"teacher={teacher}", f"data={data_of(teacher)}", *photos])
     parameters, evaluations = SIZES[teacher]
     assert cfg.teacher.name == teacher
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
@@ -256,8 +256,10 @@ def test_the_evaluation_follows_the_data_and_can_be_chosen(program, tmp_path):
     (tmp_path / "conf/data/other.yaml").write_text(other)
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(tmp_path / "conf"), version_base="1.3"):
-        for arguments, count in (([], 2000), (["data=other"], 77), (["data=other", "evaluation=digits"], 2000)):
-            assert compose(program, ["teacher=digits", *arguments]).evaluation.num_samples == count
+        task = ["task=teacher"] if program == "evaluate" else []
+        for data, arguments, count in (("digits", [], 2000), ("other", [], 77), ("other", ["evaluation=digits"], 2000)):
+            options = [*task, "teacher=digits", f"data={data}", *arguments]
+            assert compose(program, options).evaluation.num_samples == count
 
 
 def test_a_recipe_of_method_and_data_overrides_all_but_the_command_line_and_debugging(tmp_path):
