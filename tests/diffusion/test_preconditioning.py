@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -92,9 +94,6 @@ def test_vp_agrees_with_epsilon_on_ddpms_own_levels():
     assert P.VP()(sigma).noise.tolist() == pytest.approx([10.0, 100.0, 500.0, 999.0], abs=4)
     assert isinstance(P.VP(timesteps=500).one_step(), P.ResidualEpsilon)
     assert P.VP(timesteps=500).one_step().timesteps == 500
-    for options in ({"beta_d": 0}, {"beta_min": -1.0}, {"timesteps": 1}):
-        with pytest.raises(ValueError, match="need beta_d > 0, beta_min > 0 and timesteps >= 2, got"):
-            P.VP(**options)
 
 
 def test_one_step_form_of_an_eps_network_is_the_residual():
@@ -135,6 +134,47 @@ def test_denoiser_keeps_float64_and_ignores_autocast():
     assert (out - denoiser(x, torch.tensor(2.0))).abs().max() < 0.01 * c.out
 
 
-def test_sigma_data_must_be_positive():
-    with pytest.raises(ValueError, match="sigma_data must be positive, got 0"):
-        P.EDM(sigma_data=0)
+def test_edms_network_as_a_consistency_function_is_the_published_one():
+    """c_skip and c_out of arXiv 2303.01469, appendix C; c_in and c_noise stay."""
+    sigma, sigma_min = torch.tensor([0.002, 0.01, 0.5, 80.0], dtype=torch.float64), 0.002
+    c, edm = P.Consistency(P.EDM(0.5), sigma_min)(sigma), P.EDM(0.5)(sigma)
+    torch.testing.assert_close(c.skip, 0.25 / ((sigma - sigma_min) ** 2 + 0.25))
+    torch.testing.assert_close(c.out, 0.5 * (sigma - sigma_min) / (sigma**2 + 0.25).sqrt())
+    assert torch.equal(c.in_, edm.in_)
+    assert torch.equal(c.noise, edm.noise)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "x0"])
+def test_a_consistency_function_leaves_clean_images_as_they_are_and_is_the_denoiser_of_pure_noise(family):
+    network = ExactNetwork(family, Mixture())
+    denoiser = Denoiser(network, FAMILIES[family]())
+    consistency = Denoiser(network, P.Consistency(denoiser.preconditioning, 0.02))
+    x = noisy(torch.full((16,), 0.02, dtype=torch.float64))
+    assert torch.equal(consistency(x, torch.tensor(0.02)), x)
+    x, high = noisy(torch.full((16,), 50.0, dtype=torch.float64)), torch.tensor(50.0)
+    torch.testing.assert_close(consistency(x, high), denoiser(x, high), rtol=2e-3, atol=0.05)
+    assert consistency.preconditioning.prior_std(high) == denoiser.preconditioning.prior_std(high)
+
+
+def test_a_description_as_json_makes_the_same_preconditioning():
+    sigma = torch.tensor([0.01, 1.0, 50.0])
+    ours = [P.EDM(0.7), P.VP(15.0, 0.2, 500), P.VE(), P.Epsilon(500, 2e-4, 0.03), P.ResidualEpsilon(7), P.V(), P.X0()]
+    ours += [P.Velocity(), P.Consistency(P.EDM(0.7), 0.01)]
+    assert {type(one) for one in ours} == set(P.PRECONDITIONINGS.values())
+    for one in ours:
+        again = P.made(json.loads(json.dumps(P.described(one))))
+        assert all(torch.equal(a, b) for a, b in zip(one(sigma), again(sigma), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: P.EDM(sigma_data=0), "sigma_data must be positive, got 0"),
+        (lambda: P.Consistency(P.EDM(), 0.0), "sigma_min must be positive, got 0.0"),
+        (lambda: P.Consistency(P.X0()), r"X0 can't be read as a consistency function: at small noise D\(x\) is not x"),
+        *((lambda o=o: P.VP(**o), "need beta_d > 0, beta_min > 0 and") for o in ({"beta_d": 0}, {"timesteps": 1})),
+    ],
+)
+def test_impossible_ones_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
