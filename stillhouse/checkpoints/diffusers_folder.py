@@ -93,9 +93,10 @@ def _check_config(file: Path, network: DiffusersUNet) -> None:
         for name, option in inspect.signature(UNet2DModel.__init__).parameters.items()
         if name != "self"
     }
-    theirs, ours = {**defaults, **_read_json(file)}, {**defaults, **network.config}
-    check_equal(file, {"_class_name": (theirs.get("_class_name", "UNet2DModel"), "UNet2DModel")})
-    check_equal(file, {name: (_plain(theirs[name]), _plain(ours[name])) for name in defaults if name not in _SAMPLING})
+    published, configured = {**defaults, **_read_json(file)}, {**defaults, **network.config}
+    check_equal(file, {"_class_name": (published.get("_class_name", "UNet2DModel"), "UNet2DModel")})
+    pairs = {name: (_plain(published[name]), _plain(configured[name])) for name in defaults if name not in _SAMPLING}
+    check_equal(file, pairs)
 
 
 def _plain(value: Any) -> Any:

@@ -195,8 +195,8 @@ def _tensors(root: Record) -> Iterator[tuple[str, Tensor]]:
 def _check_preconditioning(file: Path, outer: Record, preconditioning: nn.Module) -> None:
     if outer.name not in PRECONDITIONINGS:
         raise ValueError(f"{file} holds a {shown(outer.name)[1:-1]}; {', '.join(PRECONDITIONINGS)} can be read")
-    theirs, constants = PRECONDITIONINGS[outer.name]
-    check_equal(file, {"preconditioning": (theirs, type(preconditioning).__name__)})
+    name, constants = PRECONDITIONINGS[outer.name]
+    check_equal(file, {"preconditioning": (name, type(preconditioning).__name__)})
     have = _attributes(outer)
     check_equal(
         file,
@@ -223,9 +223,12 @@ def _check_network(
     kernel = next((m.kernel for m in network.modules() if isinstance(m, Downsample)), None)
     filters = (value for name, value in state.items() if name.endswith("resample_filter"))
     if kernel is not None:
-        for theirs in filters:
-            if theirs.shape != kernel.shape or not torch.allclose(theirs.float(), kernel.cpu(), atol=1e-6):
-                pairs["network.resample_filter, of taps"] = (theirs.shape[-1] if theirs.ndim else 0, kernel.shape[-1])
+        for published in filters:
+            if published.shape != kernel.shape or not torch.allclose(published.float(), kernel.cpu(), atol=1e-6):
+                pairs["network.resample_filter, of taps"] = (
+                    published.shape[-1] if published.ndim else 0,
+                    kernel.shape[-1],
+                )
     check_equal(file, pairs)
 
 

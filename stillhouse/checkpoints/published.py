@@ -14,7 +14,7 @@ from stillhouse.checkpoints.weights import check_state, find_file, hash_file, pl
 
 
 class PublishedCheckpoint:
-    """Base of published files, read into the names and shapes of our networks. Nothing is fetched, and no code of theirs runs.
+    """Base of published files, read into the names and shapes of our networks. Nothing is fetched, and no code in them runs.
 
     Args:
         file: sought as weights are (`find_weights`).
@@ -126,8 +126,8 @@ def check_equal(file: Path, pairs: dict[str, tuple[Any, Any]]) -> None:
     Raises:
         ValueError: in one line, for the first pair that differs.
     """
-    for option, (theirs, ours) in pairs.items():
-        if isinstance(theirs, Tensor) or theirs != ours:  # two tensors are not equal or unequal
+    for option, (published, configured) in pairs.items():
+        if isinstance(published, Tensor) or published != configured:  # two tensors are not equal or unequal
             raise ValueError(
-                f"{file} has {option}={shown(theirs)}, the configured teacher {ours!r}; choose another teacher or file"
+                f"{file} has {option}={shown(published)}, the configured teacher {configured!r}; choose another teacher or file"
             )

@@ -63,8 +63,8 @@ def converted(state: Mapping[str, Tensor], network: SongUNet) -> dict[str, Tenso
     Returns:
         Tensors by our names.
     """
-    ours = dict(_names(network))
-    return {ours.get(name, name): value for name, value in _joined(state).items()}
+    names = dict(_names(network))
+    return {names.get(name, name): value for name, value in _joined(state).items()}
 
 
 def _joined(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -80,17 +80,17 @@ def _joined(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _names(network: SongUNet) -> Iterator[tuple[str, str]]:
-    """Their name and ours of each parameter."""
+    """Yield the published name of each parameter and ours."""
     for number, (layer, names) in enumerate(_layers(network)):
-        for ours, theirs in names.items():
+        for ours, published in names.items():
             name = ".".join(filter(None, (layer, ours)))
             for leaf, _ in network.get_submodule(name).named_parameters():
-                their_leaf = {"weight": "W", "bias": "b"}[leaf] if theirs in ("qkv", "NIN_3") else leaf
-                yield ".".join(filter(None, (str(number), theirs, their_leaf))), f"{name}.{leaf}"
+                published_leaf = {"weight": "W", "bias": "b"}[leaf] if published in ("qkv", "NIN_3") else leaf
+                yield ".".join(filter(None, (str(number), published, published_leaf))), f"{name}.{leaf}"
 
 
 def _layers(network: SongUNet) -> Iterator[tuple[str, dict[str, str]]]:
-    """Our layers in the order of their numbers, each with our names and theirs within it."""
+    """Yield our layers in the order of the published numbers, each with our names within it and the published ones."""
     itself, attention = {"": ""}, {"norm": "GroupNorm_0", "qkv": "qkv", "proj": "NIN_3"}
 
     def block(name: str) -> Iterator[tuple[str, dict[str, str]]]:

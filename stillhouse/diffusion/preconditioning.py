@@ -232,17 +232,18 @@ class Velocity(Preconditioning):
 
 
 class Consistency(Preconditioning):
-    """Another one's network read as a consistency function: D(x, sigma_min) = x (arXiv 2303.01469, appendix C).
+    """Preconditioning that reads another one's network as a consistency function: D(x, sigma_min) = x.
 
-    c_skip is the other's at sigma - sigma_min, and c_out is multiplied by (sigma - sigma_min) / sigma. For `EDM` that is the
-    published form; above sigma_min, where there is hardly a difference, a teacher's network keeps its meaning.
+    After arXiv 2303.01469, appendix C: c_skip is the other's at sigma - sigma_min, and c_out is multiplied by
+    (sigma - sigma_min) / sigma. For `EDM` that is the published form; above sigma_min, where there is hardly a difference, a
+    teacher's network keeps its meaning.
 
     Args:
-        of: The other one, or its name and options, as {"name": "EDM", "sigma_data": 0.5}.
-        sigma_min: The noise level of clean images.
+        of: the other one, or its name and options, as {"name": "EDM", "sigma_data": 0.5}.
+        sigma_min: the noise level of clean images.
 
     Raises:
-        ValueError: For one that passes nothing of x on to its estimate at small noise.
+        ValueError: for one that passes nothing of x on to its estimate at small noise.
     """
 
     def __init__(self, of: Preconditioning | dict[str, Any], sigma_min: float = 0.002):
@@ -275,11 +276,11 @@ PRECONDITIONINGS = {cls.__name__: cls for cls in (EDM, VP, VE, Epsilon, Residual
 
 
 def described(preconditioning: Preconditioning) -> dict[str, Any]:
-    """{"name": of its class, and its options}, which can be written as JSON and `made` again."""
+    """Describe a preconditioning by its class's name and its options, as JSON can say them; see `made`."""
     return {"name": type(preconditioning).__name__, **preconditioning.options()}
 
 
 def made(description: dict[str, Any]) -> Preconditioning:
-    """The preconditioning that was `described`."""
+    """Make the preconditioning that was `described`."""
     options = dict(description)
     return PRECONDITIONINGS[options.pop("name")](**options)

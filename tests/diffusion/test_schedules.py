@@ -92,7 +92,7 @@ def test_ddim_quadratic_is_denoising_students_schedule():
     assert indices[-1] == 800
 
 
-def test_cosine_uniform_is_the_clipped_log_snr_law():
+def test_cosine_uniform_is_the_clipped_log_snr_schedule():
     b = math.atan(math.exp(-10))
     a = math.atan(math.exp(10)) - b
     for i, sigma in enumerate(S.cosine_uniform(8)[:-1]):

@@ -134,7 +134,7 @@ def test_euler_in_flow_time_is_the_straight_velocity_step():
     torch.testing.assert_close(ours, z, rtol=0, atol=1e-5)
 
 
-def test_churn_of_zero_is_heun_and_churned_samples_follow_the_law():
+def test_churn_of_zero_is_heun_and_churned_samples_follow_the_distribution():
     x = latents()
     assert torch.equal(last(stochastic_heun(Mixture(), x, karras(8), s_churn=0)), last(heun(Mixture(), x, karras(8))))
     # One Gaussian: the SDE must keep the marginal N(mean, std^2).
