@@ -1,6 +1,8 @@
 """SFD: simple and fast distillation along the teacher's trajectories (Zhou et al., arXiv 2409.19681)."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import pytorch_lightning as pl
@@ -25,20 +27,31 @@ from stillhouse.networks.step_condition import condition_on_steps, fixed_steps_s
 class SFD(BranchedMethod):
     """A student whose Euler steps end where the teacher's solver does after `substeps` steps.
 
-    A trajectory starts from noise at the teacher's highest level. In each interval of the student's grid
+    A training step is one batch of trajectories, from noise at the teacher's highest level down to `sigma_min`. In each interval
+    of the student's grid
 
         x' = x + (sigma' - sigma) (x - D_student(x, sigma)) / sigma
 
-    is compared with the teacher's state at sigma', and x', detached, starts the next interval, so the student learns to
-    correct its own errors. One step is one interval of one batch of trajectories; it needs no images.
-
-    steps: intervals with an evaluation, hence the NFE of a sample; or several numbers, of which each batch draws one and the
-    network is told (SFD-v). afs: an analytic first interval before them, without an evaluation or a loss. The student's
-    grid takes every `substeps`-th level of the teacher's, which is Karras' with `rho` from the highest level to `sigma_min`,
-    where samples end too. solver, solver_options: of the teacher's trajectories. teacher_afs: whether their first step is
-    analytic, as it is for a teacher that SFD has made. loss: "l1", "l2" (sums over pixels) or
-    "huber" (`regression`).
+    is compared with the teacher's state at sigma', the student is updated, and x', detached, starts the next interval, so that
+    it learns to correct its own errors. An image of the budget is one trajectory, as in the released code. It needs no images.
     The learning rate falls to a tenth after half of the training, as released.
+
+    Args:
+        teacher: Whose trajectories are learned.
+        steps: Intervals with an evaluation, hence the NFE of a sample; or several numbers, of which each batch of
+            trajectories draws one and the network is told (SFD-v).
+        substeps: Teacher steps in each interval.
+        sigma_min: Where trajectories and samples end.
+        rho: Of Karras' grid from the teacher's highest level to `sigma_min`; the student's takes every `substeps`-th level.
+        afs: Whether an analytic first interval comes before the others, without an evaluation or a loss.
+        solver: Of the teacher's trajectories, a name of SOLVERS.
+        solver_options: Its options.
+        teacher_afs: Whether the teacher's first step is analytic, as it is for a teacher that SFD has made.
+        loss: "l1", "l2" (sums over pixels) or "huber" (`regression`).
+        common: Of all methods, and of branches.
+
+    Raises:
+        ValueError: For a value out of range.
     """
 
     def __init__(
@@ -64,9 +77,9 @@ class SFD(BranchedMethod):
             check_counts(**{"method.steps": count})
         if len(set(choices)) < len(choices):
             raise ValueError(f"method.steps={list(choices)} names a number twice; each is drawn as often as the others")
-        self.choices = sorted(choices)
         check_counts(**{"method.substeps": substeps})
         check_choice("method.loss", loss, REGRESSIONS)
+        self.choices = sorted(choices)
         self.solver, self.solver_options = solver, dict(solver_options or {})
         check_solver("method", solver, self.solver_options)
         self.teacher = teacher
@@ -79,17 +92,17 @@ class SFD(BranchedMethod):
         high = teacher.sigmas()[0].item()
         counts = {count: (count + self.afs) * substeps for count in self.choices}
         self.grids = {count: karras_grid(fine, sigma_min, high, rho) for count, fine in counts.items()}
-        # The trajectories under way: when they set out, in how many steps, the student's states and the teacher's to come.
-        self.departure, self.steps_under_way = 0, 0
-        self.x: Tensor | None = None
-        self.path: Iterator[Tensor] | None = None
 
     @property
     def evaluations(self) -> dict[str, float]:
-        """An image is one interval of one trajectory; where the student's first step is analytic the teacher still makes it."""
-        per_step = SOLVERS[self.solver].evaluations
-        steps = [(count + self.afs) * self.substeps - self.teacher_afs for count in self.choices]
-        return {"student": 1.0, "teacher": per_step * sum(steps) / sum(self.choices)}
+        """An image is one trajectory; where the student's first step is analytic the teacher still makes it."""
+        mean = sum(self.choices) / len(self.choices)
+        teacher_steps = (mean + self.afs) * self.substeps - self.teacher_afs
+        return {"student": float(mean), "teacher": SOLVERS[self.solver].evaluations * teacher_steps}
+
+    @property
+    def student_updates(self) -> int:
+        return sum(self.steps_of(range(self.trainer.global_step)))
 
     def training_data(self, data: pl.LightningDataModule) -> pl.LightningDataModule:
         super().training_data(data)
@@ -100,63 +113,59 @@ class SFD(BranchedMethod):
 
     # -- training --------------------------------------------------------------------------------------------------
 
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        self.tables = {count: grid.float().to(self.device) for count, grid in self.grids.items()}
-        if self.x is not None:  # of all ranks, from a checkpoint
-            share = self.batch_size // self.trainer.world_size
-            self.x = self.x[self.global_rank * share :][:share].to(self.device)
+    def train_on(self, batch: dict[str, Tensor]) -> Tensor:
+        """One batch of trajectories, with an update for each interval of the student's grid that has an evaluation."""
+        (steps,) = self.steps_of([self.trainer.global_step])
+        self.tell(steps)
+        noise = TrainingNoise(self.seed, batch["position"], self.image_shape)
+        labels = noise.labels(self.teacher.num_classes)
+        condition = {} if labels is None else {"label": labels}
+        grid = self.grids[steps]
+        sigmas = grid.float().to(self.device)
+        x = noise.latents.double() * self.teacher.denoiser.preconditioning.prior_std(grid[0]).item()
+        path = self.teacher_path(x, grid, labels)
+        losses, means = [], []
+        for first in range(0, len(grid) - 1, self.substeps):  # of the levels of an interval
+            targets = self.next_targets(path)
+            if first == 0 and self.afs:
+                x = analytic_step(x, grid[0].item(), grid[self.substeps].item())
+                continue
+            taus = sigmas[first + self.stride : first + self.substeps + 1 : self.stride, None, None, None]
+            ends: list[Tensor] = []
+            loss = partial(self.interval_loss, sigma=sigmas[first], taus=taus, ends=ends)
+            last = first + self.substeps == len(grid) - 1
+            losses.append(self.update({"x": x.float(), "target": targets, **condition}, loss, last=last))
+            means.append(dict(self.means))
+            x = torch.cat(ends)
+        self.means = {name: sum(mean[name] for mean in means) / steps for name in self.means}
+        return sum(losses) / steps
 
-    def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Where the student's interval begins and what it is compared with; the teacher goes on with the whole batch."""
-        step = self.trainer.global_step
-        if step == self.departure + self.steps_under_way:
-            self.departure, self.steps_under_way, self.x, self.path = step, self.drawn_steps(step), None, None
-        interval = step - self.departure
-        random = TrainingNoise(self.seed, batch["position"] - interval * self.batch_size, self.image_shape)
-        labels = random.labels(self.teacher.num_classes)
-        self.join(random.latents, labels, interval)
-        self.ends: list[Tensor] = []
-        found = {"x": self.x, "target": self.next_states()}
-        return found if labels is None else found | {"label": labels}
+    def interval_loss(self, batch: dict[str, Tensor], sigma: Tensor, taus: Tensor, ends: list[Tensor]) -> Tensor:
+        """The loss of one Euler step from `sigma`, whose end point is added to `ends`.
 
-    def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        x = batch["x"]
-        first = (self.trainer.global_step - self.departure + self.afs) * self.substeps
-        table = self.tables[self.steps_under_way][first : first + self.substeps + 1]
-        sigma, taus = table[0], table[self.stride :: self.stride, None, None, None]
-        self.tell(self.steps_under_way)
+        Args:
+            batch: The states "x" (B, C, H, W) where it starts, the teacher's "target" (B, K, C, H, W), and labels.
+            sigma: The level of "x", a scalar.
+            taus: The levels of the targets (K, 1, 1, 1), the last one that of the end point.
+            ends: The states from which the next interval goes on, of all micro-batches so far.
+        """
+        x, targets = batch["x"], batch["target"]
         states = euler_step(x[:, None], self.student.branches(x, sigma, batch.get("label")), sigma, taus)
         end = states[:, -1].detach()
-        # From an overflow, whose step a loss scale skips, a trajectory goes on where its teacher is.
+        # From an overflow, whose update a loss scale skips, a trajectory goes on where its teacher is.
         finite = end.flatten(1).isfinite().all(1)[:, None, None, None]
-        self.ends.append(torch.where(finite, end, batch["target"][:, -1]))
-        loss = self.branch_loss(regression(states, batch["target"], self.distance))
+        ends.append(torch.where(finite, end, targets[:, -1]))
+        loss = self.branch_loss(regression(states, targets, self.distance))
         self.log_mean("loss/student", loss.detach())
         return loss
 
-    def train_on(self, batch: dict[str, Tensor]) -> Tensor:
-        loss = super().train_on(batch)
-        self.x = torch.cat(self.ends)
-        return loss
-
-    def drawn_steps(self, step: int) -> int:
-        """Those of the trajectories that set out at this training step, on all ranks."""
-        (u, *_) = position_uniforms(self.seed, torch.tensor([step * self.batch_size]), TrainingStream.STEP_COUNT)
-        return self.choices[int(u.item() * len(self.choices))]
-
-    def join(self, latents: Tensor, labels: Tensor | None, interval: int) -> None:
-        """Sets trajectories out that are at their start, and brings the teacher's along where the run was resumed."""
-        if self.path is not None:
-            return
-        grid = self.grids[self.steps_under_way]
-        start = latents.double() * self.teacher.denoiser.preconditioning.prior_std(grid[0]).item()
-        if self.x is None:
-            first = grid[self.substeps].item()
-            self.x = (analytic_step(start, grid[0].item(), first) if self.afs else start).float()
-        self.path = self.teacher_path(start, grid, labels)
-        for _ in range(interval + self.afs):
-            self.next_states()
+    def steps_of(self, training_steps: Sequence[int]) -> list[int]:
+        """How many steps the trajectories of these training steps have, on all ranks: one of the choices, drawn evenly."""
+        if len(self.choices) == 1:
+            return self.choices * len(training_steps)
+        positions = torch.tensor(training_steps, dtype=torch.int64) * self.batch_size
+        (u, *_) = position_uniforms(self.seed, positions, TrainingStream.STEP_COUNT)
+        return [self.choices[int(value * len(self.choices))] for value in u.tolist()]
 
     def teacher_path(self, x: Tensor, grid: Tensor, labels: Tensor | None) -> Iterator[Tensor]:
         """The states after each of the teacher's steps; a multistep solver keeps its history over the student's intervals."""
@@ -167,20 +176,18 @@ class SFD(BranchedMethod):
         yield from SOLVERS[self.solver].solve(self.teacher.denoiser, x, grid, labels, **self.solver_options)
 
     @torch.no_grad()
-    def next_states(self) -> Tensor:
+    def next_targets(self, path: Iterator[Tensor]) -> Tensor:
         """The teacher's states in the next interval that the branches are compared with, (B, K, C, H, W), float32."""
-        states = [next(self.path) for _ in range(self.substeps)]
+        states = list(islice(path, self.substeps))
         return torch.stack(states[self.stride - 1 :: self.stride], 1).float()
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        x = None if self.x is None else self.all_gather(self.x).reshape(-1, *self.image_shape).cpu()
-        checkpoint["under_way"] = {"departure": self.departure, "steps": self.steps_under_way, "x": x}
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "under_way" in checkpoint and checkpoint["global_step"] < self.total_steps:
+            raise ValueError(
+                "this checkpoint was written when a training step was one interval of a trajectory and not a whole one: choose "
+                "another name=... to train again"
+            )
         super().on_load_checkpoint(checkpoint)
-        state = checkpoint["under_way"]
-        self.departure, self.steps_under_way, self.x = state["departure"], state["steps"], state["x"]
 
     # -- sampling --------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,18 @@ class BranchedMethod(Method):
     The student's output has K groups of channels, ordered by decreasing noise; the last one, the end point, is the method's
     and alone is sampled and exported. The loss is sum_k w_k L_k over the branches, where L_K is that of the method without
     branches. One branch is that method, bit for bit.
+
+    Args:
+        branches: K, which divides the teacher's steps inside a student step.
+        branch_weights: The w_k but for a factor, one of FAMILIES or K numbers.
+        branch_auxiliary: None, for weights that sum to 1; or the sum of all but the end point's, whose weight is then 1, so
+            that it pulls as without branches.
+        branch_fade: None, or the share of the training (in progressive distillation, of a round) over which the auxiliary
+            weights fall to zero, linearly; where weights sum to 1 the end point's grows by as much.
+        common: Of all methods.
+
+    Raises:
+        ValueError: For a value out of range.
     """
 
     substeps: int  # teacher steps inside a student step
@@ -37,20 +49,6 @@ class BranchedMethod(Method):
         branch_fade: float | None = None,
         **common,
     ):
-        """The options of methods that may have branches.
-
-        Args:
-            branches: K, which divides the teacher's steps inside a student step.
-            branch_weights: The w_k but for a factor, one of FAMILIES or K numbers.
-            branch_auxiliary: None, for weights that sum to 1; or the sum of all but the end point's, whose weight is then 1, so
-                that it pulls as without branches.
-            branch_fade: None, or the share of the training (in progressive distillation, of a round) over which the auxiliary
-                weights fall to zero, linearly; where weights sum to 1 the end point's grows by as much.
-            common: Of all methods.
-
-        Raises:
-            ValueError: For a value out of range.
-        """
         super().__init__(**common)
         check_counts(**{"method.branches": branches})
         if branch_fade is not None and not 0 < branch_fade <= 1:

@@ -191,7 +191,7 @@ class Optimisation(pl.LightningModule):
         checkpoint["means"] = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in means.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.means = dict(checkpoint["means"])
+        self.means = dict(checkpoint.get("means", {}))  # none of runs from before they were kept
 
     def on_fit_start(self) -> None:
         self.means = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in self.means.items()}

@@ -1,4 +1,4 @@
-"""SFD against the closed-form teacher: grids, states, the walk along a trajectory, several numbers of steps, two stages."""
+"""SFD against the closed-form teacher: grids, states, the loop over a trajectory, several numbers of steps, two stages."""
 
 from itertools import pairwise
 
@@ -20,7 +20,7 @@ from stillhouse.diffusion.training_noise import TrainingNoise
 from stillhouse.networks import SongUNet
 
 
-def method(teacher=None, kimg=0.384, lr=1e-3, batch_size=32, seed=0, **options):
+def method(teacher=None, kimg=0.128, lr=1e-3, batch_size=32, seed=0, **options):
     torch.manual_seed(0)
     teacher = teacher or exact_teacher(network=BranchingCorrected)
     common = {"name": "sfd", "batch_size": batch_size, "seed": seed, "kimg": kimg, "lr": lr}
@@ -36,37 +36,33 @@ def unet(num_classes=0):
     return Teacher("random", network, EDM(), karras, steps=4)
 
 
-class Walk(pl.Callback):
-    """What happens in each training step, read off the module's own calls."""
+class Recorder(pl.Callback):
+    """Each update: what its loss was computed from and gave, and the weights and the learning rate before its step."""
 
     def __init__(self, module):
-        self.steps, self.states = [], []
-        training_step, next_states, branches = module.training_step, module.next_states, module.student.branches
+        self.updates, self.logged = [], []
+        interval_loss = module.interval_loss
 
-        def step(batch, batch_idx):
-            self.steps.append({"position": batch["position"], "global": module.trainer.global_step})
-            loss = training_step(batch, batch_idx)
+        def recorded(batch, sigma, taus, ends):
+            loss = interval_loss(batch, sigma, taus, ends)
             count = module.student.network.embed.steps.count.item() if len(module.choices) > 1 else None
-            self.steps[-1] |= {"loss": loss.item(), "target": self.states[-1], "next": module.x, "told": count}
-            self.steps[-1]["drawn"] = module.steps_under_way
+            self.updates.append(batch | {"sigma": sigma, "end": ends[-1], "loss": loss.item(), "told": count})
+            self.updates[-1]["step"] = module.trainer.global_step
             return loss
 
-        def states():
-            self.states.append(next_states())
-            return self.states[-1]
-
-        def read(x, sigma, labels):
-            estimates = branches(x, sigma, labels)
-            self.steps[-1] |= {"x": x, "sigma": sigma, "labels": labels, "estimates": estimates.detach()}
-            return estimates
-
-        module.training_step, module.next_states, module.student.branches = step, states, read
+        module.interval_loss = recorded
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
-        self.steps[-1]["lr"] = optimizer.param_groups[0]["lr"]
+        self.updates[-1] |= {"lr": optimizer.param_groups[0]["lr"], "weights": copied(module.student)}
 
     def on_train_batch_end(self, trainer, module, *_):
-        self.steps[-1]["weights"] = copied(module.student)
+        self.logged.append(module.means["loss/student"].item())
+
+
+def recorded(module, **options):
+    recorder = Recorder(module)
+    fit(module, None, recorder, **options)
+    return recorder
 
 
 def copied(network):
@@ -77,9 +73,10 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def start_of(module, position, grid):
-    """The teacher's start, float64, of trajectories that set out with these positions."""
-    return TrainingNoise(module.seed, position, module.image_shape).latents.double() * grid[0].item()
+def start_of(module, training_step, grid):
+    """The teacher's start, float64, of the trajectories of a training step."""
+    positions = torch.arange(training_step * module.batch_size, (training_step + 1) * module.batch_size)
+    return TrainingNoise(module.seed, positions, module.image_shape).latents.double() * grid[0].item()
 
 
 # -- grids and the teacher's states -----------------------------------------------------------------------------------
@@ -97,7 +94,6 @@ def start_of(module, position, grid):
 def test_the_students_levels_are_sfds_and_lie_on_the_teachers_grid(steps, published):
     """Published for the same numbers of evaluations, with the analytic first step."""
     grid = method(steps=steps).grids[steps]
-    assert len(grid) == 4 * (len(published) - 1) + 1
     assert grid[::4].tolist() == pytest.approx(published, rel=3e-3)
     assert torch.equal(grid, karras_grid(4 * (steps + 1), 0.006, 80.0))
     assert len(method(steps=steps, afs=False).grids[steps]) == 4 * steps + 1
@@ -106,123 +102,112 @@ def test_the_students_levels_are_sfds_and_lie_on_the_teachers_grid(steps, publis
 @pytest.mark.parametrize("options", [{}, {"afs": False}, {"solver": "heun"}, {"teacher_afs": True}], ids=str)
 def test_targets_are_the_states_of_one_whole_solve(options):
     """Bit for bit: the solver keeps its history over the intervals, and makes its own first step unless told otherwise."""
-    module = method(steps=3, **options)
-    walk = Walk(module)
-    fit(module, None, walk)
+    module = method(steps=3, kimg=0.064, **options)
+    updates = recorded(module).updates
     grid, afs = module.grids[3], module.afs
-    assert len(walk.steps) == 12
-    for step, found in enumerate(walk.steps):
-        begun = walk.steps[step // 3 * 3]["position"]
-        x, levels, states = start_of(module, begun, grid), grid, []
+    assert len(updates) == 6
+    for number, update in enumerate(updates):
+        x, levels, states = start_of(module, number // 3, grid), grid, []
         if module.teacher_afs:
             x, levels = analytic_step(x, grid[0].item(), grid[1].item()), grid[1:]
             states.append(x)
         with torch.no_grad():
             states += {"heun": heun, "dpm_solver_pp": dpm_solver_pp}[module.solver](module.teacher.denoiser, x, levels)
         assert len(states) == 4 * (3 + afs)
-        expected = states[4 * (step % 3 + afs) + 3].float()
-        assert torch.equal(found["target"], expected[:, None])
-        assert not found["target"].requires_grad
+        expected = states[4 * (number % 3 + afs) + 3].float()
+        assert torch.equal(update["target"], expected[:, None])
+        assert not update["target"].requires_grad
 
 
-# -- the walk ---------------------------------------------------------------------------------------------------------
+# -- the loop over a trajectory ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def walked():
-    """Twelve steps, four trajectories of three intervals with evaluations."""
-    module = method(steps=3)
-    walk = Walk(module)
-    before, hash_before = copied(module.student), module.teacher.hash
-    fit(module, None, walk)
+@pytest.mark.parametrize("afs", [True, False])
+def test_a_training_step_updates_the_student_in_every_interval_of_a_trajectory(afs):
+    """Each update changes the weights, starts where the student ended in the last one, and has SFD's loss."""
+    module = method(steps=3, afs=afs)
+    begun, hash_before = copied(module.student), module.teacher.hash
+    recorder = recorded(module)
+    updates = recorder.updates
     module.teacher._hash = None
     assert module.teacher.hash == hash_before
-    assert all(p.grad is None for p in module.teacher.denoiser.parameters())
-    return module, walk, before
+    assert [update["step"] for update in updates] == [step for step in range(4) for _ in range(3)]
+    assert module.total_steps == 4
+    assert module.student_updates == 12
+    assert equal(updates[0]["weights"], begun)
+    assert not any(equal(a["weights"], b["weights"]) for a, b in pairwise(updates))
+    assert [update["lr"] for update in updates] == pytest.approx([1e-3] * 6 + [1e-4] * 6)
 
-
-def test_one_optimiser_step_for_every_interval(walked):
-    module, walk, before = walked
-    assert [step["global"] for step in walk.steps] == list(range(12)) == list(range(module.total_steps))
-    weights = [before, *(step["weights"] for step in walk.steps)]
-    assert not any(equal(a, b) for a, b in pairwise(weights))
-    levels = module.grids[3][4::4].float()
-    assert [step["sigma"].item() for step in walk.steps] == levels[:-1].tolist() * 4
-
-
-def test_an_interval_starts_where_the_student_ended_the_last_one(walked):
-    module, walk, _ = walked
-    levels = module.grids[3][4::4].float()
-    for number, step in enumerate(walk.steps):
+    grid = module.grids[3]
+    levels = grid[4 * afs :: 4].float()
+    for number, update in enumerate(updates):
         interval = number % 3
-        if interval == 0:  # a new trajectory, after the analytic step
-            grid = module.grids[3]
-            start = start_of(module, step["position"], grid)
-            assert torch.equal(step["x"], analytic_step(start, grid[0].item(), grid[4].item()).float())
+        sigma, following = levels[interval], levels[interval + 1]
+        assert update["sigma"] == sigma
+        if interval == 0:
+            start = start_of(module, number // 3, grid)
+            start = analytic_step(start, grid[0].item(), grid[4].item()) if afs else start
+            assert torch.equal(update["x"], start.float())
         else:
-            assert step["x"] is walk.steps[number - 1]["next"]
-        assert not step["x"].requires_grad
-        ended = euler_step(step["x"], step["estimates"][:, 0], levels[interval], levels[interval + 1])
-        assert torch.equal(step["next"], ended)
+            assert torch.equal(update["x"], updates[number - 1]["end"])
+        assert not update["x"].requires_grad
+        module.student.load_state_dict(update["weights"])
+        with torch.no_grad():
+            end = euler_step(update["x"], module.student(update["x"], sigma), sigma, following)
+        torch.testing.assert_close(update["end"], end)
+        assert update["loss"] == pytest.approx((end - update["target"][:, 0]).abs().sum().item() / 32, rel=1e-4)
+    means = [sum(update["loss"] for update in updates[3 * step : 3 * step + 3]) / 3 for step in range(4)]
+    assert recorder.logged == pytest.approx(means)
+
+
+def test_the_l2_loss_is_half_the_square():
+    (update, _) = recorded(method(loss="l2", kimg=0.032)).updates
+    error = update["end"] - update["target"][:, 0]
+    assert update["loss"] == pytest.approx(error.square().sum((1, 2, 3)).mean().item() / 2, rel=1e-5)
+
+
+def test_micro_batches_are_updated_by_as_the_whole():
+    whole, parts = method(steps=3, kimg=0.064), method(steps=3, kimg=0.064)
+    parts.micro_batch = 9
+    expected, found = recorded(whole), recorded(parts)
+    assert found.logged == pytest.approx(expected.logged, rel=1e-4)
+    assert [len(update["x"]) for update in found.updates] == [8] * 24
+    for number, update in enumerate(expected.updates):
+        ends = torch.cat([part["end"] for part in found.updates[4 * number : 4 * number + 4]])
+        torch.testing.assert_close(ends, update["end"], rtol=1e-4, atol=1e-3)
 
 
 def test_a_trajectory_that_overflows_goes_on_from_its_teachers_state():
-    """In the second of three intervals, whose step the loss scale skips: the first sample alone."""
-    module = method(steps=3, kimg=0.096)
-    walk = Walk(module)
+    """In the second of three intervals, whose update the loss scale skips: the first sample alone."""
+    module = method(steps=3, kimg=0.032)
+    recorder = Recorder(module)
     branches = module.student.branches
 
     def overflowing(x, sigma, labels):
-        estimates = branches(x, sigma, labels)
         factor = torch.ones(len(x), 1, 1, 1, 1)
-        factor[0] = float("inf") if module.trainer.global_step == 1 else 1.0
-        return estimates * factor
+        factor[0] = float("inf") if len(recorder.updates) == 1 else 1.0
+        return branches(x, sigma, labels) * factor
 
     module.student.branches = overflowing
     plugin = MixedPrecision("bf16-mixed", "cpu")
     plugin.scaler = torch.amp.GradScaler("cpu")
-    fit(module, None, walk, plugins=[plugin])
-    _, skipped, last = walk.steps
+    fit(module, None, recorder, plugins=[plugin])
+    _, skipped, last = recorder.updates
     assert not torch.tensor(skipped["loss"]).isfinite()
+    assert equal(skipped["weights"], last["weights"])
     assert plugin.scaler.get_scale() == 2.0**15
     assert torch.equal(last["x"][0], skipped["target"][0, -1])
     assert (last["x"][1:] != skipped["target"][1:, -1]).any(dim=1).all()
     assert torch.tensor(last["loss"]).isfinite()
 
 
-def test_the_loss_is_the_l1_distance_summed_over_pixels(walked):
-    _, walk, _ = walked
-    for step in walk.steps:
-        by_hand = [
-            sum(abs(a - b) for a, b in zip(x.flatten().tolist(), y.flatten().tolist(), strict=True))
-            for x, y in zip(step["next"], step["target"], strict=True)
-        ]
-        assert step["loss"] == pytest.approx(sum(by_hand) / 32, rel=1e-5)
-
-
-def test_the_l2_loss_is_half_the_square():
-    module = method(loss="l2", kimg=0.032)
-    walk = Walk(module)
-    fit(module, None, walk)
-    error = walk.steps[0]["next"] - walk.steps[0]["target"][:, 0]
-    assert walk.steps[0]["loss"] == pytest.approx(error.square().sum((1, 2, 3)).mean().item() / 2, rel=1e-5)
-
-
-def test_the_learning_rate_is_a_tenth_after_half_of_the_training(walked):
-    _, walk, _ = walked
-    assert [step["lr"] for step in walk.steps] == pytest.approx([1e-3] * 6 + [1e-4] * 6)
-
-
-def test_latents_and_labels_belong_to_the_place_where_a_trajectory_set_out():
+def test_labels_belong_to_the_trajectory_and_dropout_is_on():
     module = method(unet(num_classes=3), steps=3)
-    walk = Walk(module)
-    fit(module, None, walk)
+    updates = recorded(module).updates
     assert module.student.training  # with dropout, as released
-    for number, step in enumerate(walk.steps):
-        begun = walk.steps[number // 3 * 3]["position"]
-        assert torch.equal(begun, torch.arange(number // 3 * 96, number // 3 * 96 + 32))
-        assert torch.equal(step["labels"], TrainingNoise(0, begun, (1, 8, 8)).labels(3))
-    assert len(torch.stack([step["x"] for step in walk.steps[::3]]).unique(dim=0)) == 4
+    for number, update in enumerate(updates):
+        positions = torch.arange(number // 3 * 32, number // 3 * 32 + 32)
+        assert torch.equal(update["label"], TrainingNoise(0, positions, (1, 8, 8)).labels(3))
 
 
 # -- sampling ---------------------------------------------------------------------------------------------------------
@@ -250,10 +235,10 @@ def test_a_sample_takes_an_evaluation_a_step_and_ends_at_sigma_min(steps, afs):
 # -- learning ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("steps", "precision"), [(1, "32-true"), (2, "bf16-mixed")])
-def test_it_beats_euler_steps_on_its_own_levels(steps, precision):
+@pytest.mark.parametrize(("steps", "kimg", "precision"), [(1, 40, "32-true"), (2, 20, "bf16-mixed")])
+def test_it_beats_euler_steps_on_its_own_levels(steps, kimg, precision):
     """The untrained student, of as many evaluations; in energy distance to the mixture."""
-    module = method(steps=steps, kimg=40, lr=5e-3, batch_size=128)
+    module = method(steps=steps, kimg=kimg, lr=5e-3, batch_size=128)
     noise = sample_noise(torch.arange(2000), (2, 1, 1))
     real = Mixture().sample(2000, torch.Generator().manual_seed(1))
     before = energy_distance(module.sample(noise), real)
@@ -269,65 +254,52 @@ def test_it_beats_euler_steps_on_its_own_levels(steps, precision):
 def test_the_number_of_steps_is_drawn_evenly_from_seed_and_place_alone():
     module = method(unet(), steps=[3, 1, 2])
     assert module.choices == [1, 2, 3]
-    drawn = [module.drawn_steps(step) for step in range(1500)]  # outside of any trainer: no rank is known here
+    drawn = module.steps_of(range(1500))  # outside of any trainer: no rank is known here
     shares = torch.bincount(torch.tensor(drawn))[1:] / 1500
     assert (shares - 1 / 3).abs().max() < 4 * (2 / 9 / 1500) ** 0.5
     same, other = (method(unet(), steps=[1, 2, 3], seed=seed) for seed in (0, 1))
-    assert drawn == [same.drawn_steps(step) for step in range(1500)]
-    assert drawn != [other.drawn_steps(step) for step in range(1500)]
+    assert drawn == same.steps_of(range(1500))
+    assert drawn != other.steps_of(range(1500))
+    assert module.evaluations == {"student": 2.0, "teacher": 12.0}
 
 
 @pytest.fixture(scope="module")
 def several():
-    """SFD-v of 1, 2 or 3 steps, trained for 24 optimiser steps, and its walk."""
-    module = method(unet(), steps=[1, 2, 3], kimg=0.192, batch_size=8, lr=1e-2, seed=1)
-    walk = Walk(module)
-    fit(module, None, walk)
-    return module, walk
+    """SFD-v of 1, 2 or 3 steps, trained for 12 batches of trajectories, and its updates."""
+    module = method(unet(), steps=[1, 2, 3], kimg=0.096, batch_size=8, lr=1e-2, seed=1)
+    return module, recorded(module).updates
 
 
 def test_the_network_is_told_how_many_steps_the_trajectory_has(several):
-    module, walk = several
-    number = 0
-    while number < len(walk.steps):
-        count = module.drawn_steps(number)
-        for interval, step in enumerate(walk.steps[number : number + count]):
-            assert step["told"] == step["drawn"] == count
-            assert step["sigma"].item() == module.grids[count][4 * (interval + 1)].float()
-        number += count
-    assert {step["drawn"] for step in walk.steps} == {1, 2, 3}
+    module, updates = several
+    counts = module.steps_of(range(12))
+    assert set(counts) == {1, 2, 3}
+    assert module.student_updates == sum(counts) == len(updates)
+    intervals = [(step, count, interval) for step, count in enumerate(counts) for interval in range(count)]
+    for update, (step, count, interval) in zip(updates, intervals, strict=True):
+        assert (update["step"], update["told"]) == (step, count)
+        assert update["sigma"].item() == module.grids[count][4 * (interval + 1)].float()
 
 
-def test_it_samples_in_each_number_of_steps_and_no_other(several, tmp_path):
+def test_it_samples_in_each_number_of_steps_and_exports_a_plain_network_for_it(several, tmp_path):
     module, _ = several
-    noise, seen, samples = sample_noise(torch.arange(4), (1, 8, 8)), [], []
+    noise, seen = sample_noise(torch.arange(4), (1, 8, 8)), []
     hook = module.student.network.register_forward_hook(
         lambda net, args, out: seen.append(net.embed.steps.count.item())
     )
     for steps in (1, 2, 3):
         seen.clear()
         assert module.choose_steps(steps, tmp_path) is None
-        samples.append(module.sample(noise))
+        samples = module.sample(noise)
         assert module.nfe == steps
         assert seen == [steps] * steps
+        plain = method(unet(), steps=steps)
+        plain.student.network.load_state_dict(module.exported())
+        torch.testing.assert_close(plain.sample(noise), samples, rtol=0, atol=1e-4)
     hook.remove()
-    with pytest.raises(ValueError, match=r"steps=4: .* was trained for 1, 2, 3; train one with method.steps="):
+    with pytest.raises(ValueError, match="steps=4: the student takes 3, 2, 1, and no other number"):
         module.choose_steps(4, tmp_path)
     assert module.nfe == 3
-
-
-def test_its_export_is_a_plain_network_of_the_largest_number(several):
-    module, _ = several
-    noise = sample_noise(torch.arange(4), (1, 8, 8))
-    expected = {}
-    for steps in (2, 3):
-        module.choose_steps(steps, None)
-        expected[steps] = module.sample(noise)
-    plain = method(unet(), steps=3)
-    plain.student.network.load_state_dict(module.exported())
-    torch.testing.assert_close(plain.sample(noise), expected[3], rtol=0, atol=1e-4)
-    plain.steps, plain.grids = 2, module.grids
-    assert (plain.sample(noise) - expected[2]).abs().max() > 1e-3  # it was told another number there
 
 
 # -- two stages -------------------------------------------------------------------------------------------------------
@@ -336,7 +308,7 @@ def test_its_export_is_a_plain_network_of_the_largest_number(several):
 @pytest.mark.slow
 def test_a_student_of_five_steps_teaches_one_of_a_single_step(tmp_path):
     """Its Euler steps, the first of them analytic, are the second teacher's path: the two grids have the same levels."""
-    first = method(steps=5, kimg=1.6)
+    first = method(steps=5, kimg=0.32)
     fit(first, None)
     save_weights(tmp_path / "first.safetensors", first.exported(), {})
     network = exact_teacher(network=BranchingCorrected).denoiser.network
@@ -369,32 +341,27 @@ def test_a_student_of_five_steps_teaches_one_of_a_single_step(tmp_path):
 # -- resuming ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("teacher", "steps", "stop"),
-    [(None, 3, 4), (None, 3, 6), (unet, [1, 2, 3], None)],
-    ids=["in a trajectory", "between two", "of several numbers"],
-)
-def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path, teacher, steps, stop):
+@pytest.mark.parametrize(("teacher", "steps"), [(None, 3), (unet, [1, 2, 3])])
+def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path, teacher, steps):
     def fresh():
-        return method(teacher and teacher(3), steps=steps, batch_size=8, kimg=0.096)
+        return method(teacher and teacher(3), steps=steps, batch_size=8, kimg=0.048)
 
-    whole = fresh()
-    if stop is None:  # the first step inside of a trajectory of three intervals
-        place = number = 0
-        while (count := whole.drawn_steps(place)) < 3:
-            place += count
-        stop, number = place + 2, place
-        assert 0 < number < 9
+    whole, stopped, resumed = fresh(), fresh(), fresh()
     fit(whole, None)
-    stopped = fresh()
-    fit(stopped, None, max_steps=stop).save_checkpoint(tmp_path / "stopped.ckpt")
-    under_way = torch.load(tmp_path / "stopped.ckpt", weights_only=True)["under_way"]
-    assert under_way["x"].shape == (8, *whole.image_shape)
-    resumed = fresh()
+    fit(stopped, None, max_steps=2).save_checkpoint(tmp_path / "stopped.ckpt")
+    checkpoint = torch.load(tmp_path / "stopped.ckpt", weights_only=True)
+    assert {name.split(".")[0] for name in checkpoint["state_dict"]} == {"student"}
     fit(resumed, None, resume=tmp_path / "stopped.ckpt")
     assert equal(copied(resumed.student), copied(whole.student))
     assert not equal(copied(stopped.student), copied(whole.student))
-    assert torch.equal(resumed.x, whole.x)
+
+
+def test_a_checkpoint_from_inside_a_trajectory_is_refused():
+    """Of earlier versions, whose training step was an interval; one whose training was done is as good as any."""
+    module = method()
+    with pytest.raises(ValueError, match="one interval of a trajectory .* choose another name="):
+        module.on_load_checkpoint({"under_way": {}, "global_step": 3})
+    module.on_load_checkpoint({"under_way": {}, "global_step": 4})
 
 
 # -- misuse -----------------------------------------------------------------------------------------------------------
