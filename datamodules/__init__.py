@@ -8,6 +8,7 @@ from datamodules.cifar10 import CIFAR10
 from datamodules.components.edm_zip import EDMZip
 from datamodules.components.encoded_images import EncodedImages, pack_encoded
 from datamodules.components.file_datamodule import (
+    EncodedDataModule,
     FileDataModule,
     ImageSource,
     PictureDataModule,
@@ -36,6 +37,7 @@ __all__ = [
     "Digits",
     "DownsampledImageNet",
     "EDMZip",
+    "EncodedDataModule",
     "EncodedImages",
     "FileDataModule",
     "ImageDataModule",

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.components.disk_space import readable
-from datamodules.components.encoded_images import EncodedImages, pack_encoded
-from datamodules.components.file_datamodule import ContentHashes, PictureDataModule
+from datamodules.components.file_datamodule import ContentHashes, EncodedDataModule
 from datamodules.components.picture_files import PictureFiles, PictureSequence, json_hash
-from stillhouse.ranks import progress_bar
 
 
-class LSUN(PictureDataModule):
+class LSUN(EncodedDataModule):
     """The pictures of one category, of each the middle square, without classes.
 
     They stay encoded, because as pixels they would take ten times the space; `num_workers` processes decode them.
@@ -24,7 +22,6 @@ class LSUN(PictureDataModule):
         path: A folder with data.mdb (such as bedroom_train_lmdb), in the order of its keys, or any folder or zip of pictures.
     """
 
-    packed_type = EncodedImages
     how_to_get = "get it by LSUN's download.py, unpack it and set data.path"
 
     @property
@@ -37,39 +34,6 @@ class LSUN(PictureDataModule):
 
     def pictures(self) -> "LMDB | PictureFiles":
         return LMDB(self.path) if self._is_lmdb else PictureFiles(self.path)
-
-    def content_hashes(self) -> ContentHashes:
-        return self.pictures().content_hashes()
-
-    def convert(self, folder: Path) -> None:
-        if self.classes:
-            raise ValueError(
-                f"data.num_classes={self.classes}: a category of LSUN has no classes; set data.num_classes=0"
-            )
-        stamp, pictures = self.source_stamp(), self.pictures()
-
-        def contents(start: int) -> Iterator[tuple[str, bytes]]:
-            pictures.report(self.name)
-            with progress_bar(len(pictures) - start, f"packing {self.path}") as bar:
-                for one in pictures.contents(start):
-                    yield one
-                    bar.update()
-
-        pack_encoded(
-            folder,
-            contents,
-            len(pictures),
-            sum(pictures.sizes),
-            self.resolution,
-            meta={
-                "name": self.name,
-                "classes": 0,
-                "source": f"{self.path.name}, {len(pictures)} encoded pictures",
-            },
-            rules=self.rules,
-            identity=pictures.identity,
-            provenance=lambda: self.provenance(stamp, pictures.content_hashes()),
-        )
 
 
 class LMDB(PictureSequence):
@@ -96,9 +60,6 @@ class LMDB(PictureSequence):
 
     def content_hashes(self) -> ContentHashes:
         return {"number of pictures": lambda: str(len(self)), "pictures": self.content_hash}
-
-    def report(self, name: str) -> None:
-        """Print nothing: all values are used."""
 
     def _read(self, start: int) -> Iterator[tuple[str, bytes]]:
         context = multiprocessing.get_context("fork")

@@ -1,7 +1,6 @@
 """Data sets too large as pixels: the encoded pictures one after the other, decoded and cut whenever they are fetched."""
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -108,7 +107,6 @@ def pack_encoded(
                 **block_hashes(hashes),
             }
             write_json(partial_folder / "meta.json", content)
-            os.rename(partial_folder, folder)
             decoder.report(meta["name"])
     return EncodedImages(folder)
 

@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from datamodules.components.encoded_images import EncodedImages, pack_encoded
 from datamodules.components.image_datamodule import ImageDataModule
 from datamodules.components.packed_images import PackedImages, pack, read_meta, way_out
 from datamodules.components.picture_decoding import Decoder, DecodingRules, Preprocess
-from datamodules.components.picture_files import PictureFiles, files_below, json_hash
+from datamodules.components.picture_files import PictureFiles, PictureSequence, files_below, json_hash
 from stillhouse.files import write_json
 from stillhouse.ranks import progress_bar
 
@@ -306,3 +307,50 @@ class PictureDataModule(FileDataModule):
     @property
     def pixel_options(self) -> dict[str, Any]:
         return {**super().pixel_options, **self.rules.options}
+
+
+class EncodedDataModule(PictureDataModule):
+    """Pictures that stay encoded, and are decoded and cut whenever they are fetched, without classes.
+
+    A subclass defines `pictures` and `how_to_get`. What it serves is always the middle square.
+    """
+
+    packed_type = EncodedImages
+
+    @abstractmethod
+    def pictures(self) -> PictureSequence:
+        """The pictures at `path`, in any of its layouts."""
+
+    def content_hashes(self) -> ContentHashes:
+        return self.pictures().content_hashes()
+
+    def convert(self, folder: Path) -> None:
+        if self.classes:
+            raise ValueError(
+                f"data.num_classes={self.classes}: {self.name} is packed as encoded pictures, which have no classes; "
+                "set data.num_classes=0"
+            )
+        stamp, pictures = self.source_stamp(), self.pictures()
+
+        def contents(start: int) -> Iterator[tuple[str, bytes]]:
+            pictures.report(self.name)
+            with progress_bar(len(pictures) - start, f"packing {self.path}") as bar:
+                for picture in pictures.contents(start):
+                    yield picture
+                    bar.update()
+
+        pack_encoded(
+            folder,
+            contents,
+            len(pictures),
+            sum(pictures.sizes),
+            self.resolution,
+            meta={
+                "name": self.name,
+                "classes": 0,
+                "source": f"{self.path.name}, {len(pictures)} encoded pictures",
+            },
+            rules=self.rules,
+            identity=pictures.identity,
+            provenance=lambda: self.provenance(stamp, pictures.content_hashes()),
+        )

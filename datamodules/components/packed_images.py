@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -80,7 +79,6 @@ def pack(
             }
             content = {"format": FORMAT, **meta, **provenance(), **sizes, **digests, **block_hashes(hashes)}
             write_json(partial / "meta.json", content)
-            os.rename(partial, folder)
     return PackedImages(folder)
 
 

@@ -25,7 +25,7 @@ Blocks = Callable[[int], Iterable[tuple[int, dict[str, Any]]]]
 
 @contextmanager
 def claim_folder(folder: Path) -> Iterator[Path | None]:
-    """Yield the partial folder beside `folder`, for the block to fill and rename, or None where `folder` exists already.
+    """Yield the partial folder beside `folder`, for the block to fill, and rename it at the end; None where `folder` exists.
 
     One process has it at a time; another one waits here until the first has finished or ended. An error removes it; a killed or
     interrupted process leaves it to the next one.
@@ -50,6 +50,7 @@ def claim_folder(folder: Path) -> Iterator[Path | None]:
             return
         with named_if_full(folder):
             yield partial
+            os.rename(partial, folder)
         (folder / _LOCK).unlink(missing_ok=True)
     except Exception:
         shutil.rmtree(partial, ignore_errors=True)

@@ -45,6 +45,13 @@ class PictureSequence(ABC):
         return len(self._checks)
 
     @abstractmethod
+    def content_hashes(self) -> dict[str, Callable[[], str]]:
+        """The hashes of what the sequence consists of, in words, the cheap ones first."""
+
+    def report(self, name: str) -> None:  # noqa: B027, most sequences use everything
+        """Print a line for the data set `name` on what lies at the path and is not used, if there is anything."""
+
+    @abstractmethod
     def _read(self, start: int) -> Iterator[tuple[str, bytes]]:
         """(what errors call it, content) of each picture from number `start` on."""
 
@@ -112,11 +119,9 @@ class PictureFiles(PictureSequence):
             self._checked[:] = True
 
     def content_hashes(self) -> dict[str, Callable[[], str]]:
-        """The hashes of names and pictures."""
         return {"names": lambda: json_hash(self.names), "pictures": self.content_hash}
 
     def report(self, name: str) -> None:
-        """Print a line on what lies below the path and is not used, if there is anything."""
         for link in self.passed_over:
             print(f"{name}: passed over {link}, a link to a folder that it lies in", flush=True)
         if self.others:

@@ -146,7 +146,7 @@ def test_an_image_depends_on_seed_and_position_alone():
     assert not torch.equal(other["augment"], whole["augment"])
 
 
-def test_its_law_is_edms():
+def test_its_distribution_is_edms():
     count, p = 40_000, 0.3
     changes = draw(p, 0, torch.arange(count))
     assert all(getattr(changes, field.name).dtype == torch.float32 for field in fields(changes))

@@ -4,7 +4,6 @@ import torch
 from sklearn.datasets import load_digits
 
 from datamodules.components.image_datamodule import flips
-from datamodules.components.packed_images import PackedImages
 from datamodules.digits import Digits
 
 
@@ -29,18 +28,6 @@ def test_content_is_scikit_learns(root):
     assert np.array_equal(packed.labels, source.target)
     assert packed.meta["classes"] == 10
     packed.verify()
-
-
-def test_shape_is_known_without_images(tmp_path):
-    module = Digits(root=str(tmp_path), batch_size=4)
-    assert (module.name, module.resolution, module.channels, module.num_classes) == ("digits", 8, 1, 10)
-    assert not list(tmp_path.iterdir())
-
-
-def test_packed_once(root):
-    before = PackedImages(f"{root}/digits").folder.joinpath("images.npy").stat().st_ino
-    Digits(root=root, batch_size=4).prepare_data()
-    assert PackedImages(f"{root}/digits").folder.joinpath("images.npy").stat().st_ino == before
 
 
 def test_batches_are_in_data_range_with_their_labels(root):

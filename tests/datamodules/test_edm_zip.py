@@ -1,17 +1,13 @@
 import json
-import multiprocessing
-import os
 import zipfile
 
 import numpy as np
 import pytest
-import torch
 from edm_files import edm_zip, png
 
 from datamodules import EDMZip
 from datamodules.trajectories import TrajectoryDataModule
 
-FORK = multiprocessing.get_context("fork")
 IMAGES = np.random.default_rng(0).integers(0, 256, (37, 8, 8, 3), dtype=np.uint8)
 LABELS = [i % 3 for i in range(37)]
 
@@ -69,14 +65,6 @@ def test_without_classes_the_listing_is_ignored(tmp_path, listing):
     assert batch["image"].shape == (4, 3, 8, 8)
 
 
-def test_unconditional_training_keeps_the_classes_of_the_reference(tmp_path):
-    edm_zip(tmp_path / "a.zip", IMAGES, LABELS)
-    data = module(tmp_path, conditional=False)
-    assert data.num_classes == 0
-    assert data.reference().labels.tolist() == LABELS
-    assert set(data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)) == {"image", "position"}
-
-
 def test_packed_once_then_the_zip_may_go(tmp_path):
     path = edm_zip(tmp_path / "a.zip", IMAGES, LABELS)
     module(tmp_path).prepare_data()
@@ -84,25 +72,6 @@ def test_packed_once_then_the_zip_may_go(tmp_path):
     data = module(tmp_path)
     data.prepare_data()
     assert len(data.reference()) == 37
-
-
-def test_of_two_processes_one_packs_and_both_read(tmp_path):
-    edm_zip(tmp_path / "a.zip", IMAGES, LABELS)
-    both = FORK.Barrier(2)
-
-    def pack():
-        both.wait(20)
-        data = module(tmp_path)
-        data.prepare_data()
-        data.reference().verify()
-
-    children = [FORK.Process(target=pack) for _ in range(2)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join()
-    assert [child.exitcode for child in children] == [0, 0]
-    assert os.listdir(tmp_path / "data") == ["toy"]
 
 
 def test_without_the_zip_only_the_images_are_missing(tmp_path):
@@ -189,15 +158,6 @@ def test_a_zip_without_images_and_grey_data_are_refused(tmp_path):
         module(tmp_path).reference()
     with pytest.raises(ValueError, match=r"data.channels=1: toy is packed with 3 channels; set data.channels=3"):
         module(tmp_path, channels=1)
-
-
-def test_batches_are_the_images(tmp_path):
-    edm_zip(tmp_path / "a.zip", IMAGES, LABELS)
-    data = module(tmp_path, batch_size=37)
-    batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
-    seen = {image.tobytes() for image in ((batch["image"] + 1) * 127.5).round().to(torch.uint8).numpy()}
-    assert seen == {image.tobytes() for image in IMAGES.transpose(0, 3, 1, 2).copy()}
-    assert sorted(batch["label"].tolist()) == sorted(LABELS)
 
 
 def test_a_zip_replaced_by_another_is_seen(tmp_path):

@@ -236,7 +236,9 @@ def test_what_is_no_lmdb_or_has_classes_is_refused(tmp_path, monkeypatch):
     folder_of(tmp_path / "church_train_lmdb", {"data.mdb": b"text"})
     with pytest.raises(OSError, match=r"church_train_lmdb is damaged \(.*; unpack it again"):
         module(tmp_path).prepare_data()
-    with pytest.raises(ValueError, match="data.num_classes=3: a category of LSUN has no classes"):
+    with pytest.raises(
+        ValueError, match="data.num_classes=3: toy is packed as encoded pictures, which have no classes"
+    ):
         module(tmp_path, num_classes=3).prepare_data()
     monkeypatch.setitem(sys.modules, "lmdb", None)
     with pytest.raises(ValueError, match=r"needs the lmdb package; run `pip install -e '.\[lsun\]'`"):

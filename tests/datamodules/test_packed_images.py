@@ -126,11 +126,13 @@ def resume(folder: Path, identity: str | None = "a", **changes) -> tuple[list[in
     return chunks.starts, pack_toy(folder, chunks, identity=identity, **changes)
 
 
-def test_a_killed_conversion_goes_on_and_gives_the_same_bytes(tmp_path, noted, capsys):
-    kill_at(30, tmp_path / "toy")
+@pytest.mark.parametrize("kills", [(30,), (20, 40)])
+def test_a_killed_conversion_goes_on_and_gives_the_same_bytes(tmp_path, noted, capsys, kills):
+    for images in kills:
+        kill_at(images, tmp_path / "toy")
     starts, packed = resume(tmp_path / "toy")
-    assert starts == [30]
-    assert "toy.partial: going on after 30 images" in capsys.readouterr().out
+    assert starts == [kills[-1]]
+    assert f"toy.partial: going on after {kills[-1]} images" in capsys.readouterr().out
     packed.verify()
     once = pack_toy(tmp_path / "once")
     assert packed.meta == once.meta
@@ -138,14 +140,7 @@ def test_a_killed_conversion_goes_on_and_gives_the_same_bytes(tmp_path, noted, c
         assert (tmp_path / "toy" / name).read_bytes() == (tmp_path / "once" / name).read_bytes()
     assert sorted(os.listdir(tmp_path / "toy")) == ["images.npy", "labels.npy", "meta.json"]
     assert sorted(os.listdir(tmp_path)) == ["once", "toy"]
-
-
-def test_killed_twice(tmp_path, noted):
-    kill_at(20, tmp_path / "toy")
-    kill_at(40, tmp_path / "toy")
-    starts, packed = resume(tmp_path / "toy")
-    assert starts == [40]
-    assert packed.hash == pack_toy(tmp_path / "once").hash
+    assert np.array_equal(pack_toy(tmp_path / "toy", 255 - IMAGES).images, IMAGES)  # what is there stays
 
 
 def test_unnoted_work_is_done_again(tmp_path):
@@ -257,6 +252,22 @@ def test_of_two_packers_the_second_waits_for_the_first(tmp_path):
     PackedImages(tmp_path / "toy").verify()
 
 
+def test_of_several_processes_at_once_one_packs_and_all_read(tmp_path):
+    together = FORK.Barrier(4)
+
+    def race():
+        together.wait(20)
+        pack_toy(tmp_path / "toy").verify()
+
+    children = [FORK.Process(target=race) for _ in range(4)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0] * 4
+    assert os.listdir(tmp_path) == ["toy"]
+
+
 def test_who_waits_goes_on_where_the_first_died(tmp_path, noted):
     chunks = Killed(30)
     first = FORK.Process(target=pack_toy, args=(tmp_path / "toy", chunks), kwargs={"identity": "a"})
@@ -281,12 +292,6 @@ def test_a_disk_without_locks_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("fcntl.flock", unsupported)
     with pytest.raises(OSError, match=r"toy.partial lies on a disk without file locks .*; set data.root"):
         pack_toy(tmp_path / "toy")
-
-
-def test_an_existing_folder_stays(folder):
-    before = (folder / "images.npy").stat().st_ino
-    assert pack_toy(folder, 255 - IMAGES).images[0, 0, 0, 0] == IMAGES[0, 0, 0, 0]
-    assert (folder / "images.npy").stat().st_ino == before
 
 
 @pytest.mark.parametrize(

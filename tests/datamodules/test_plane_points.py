@@ -103,7 +103,7 @@ def test_misuse(module, options, message):
         PlanePoints(root=str(module.folder.parent), name=module.name, batch_size=8, **options).setup("fit")
 
 
-def test_another_law_under_the_name_is_refused(module):
+def test_another_distribution_under_the_name_is_refused(module):
     other = next(distribution for distribution in DISTRIBUTIONS if distribution != module.distribution)
     with pytest.raises(ValueError, match=f"distribution={other}, but .* was packed with {module.distribution}"):
         PlanePoints(other, module.name, str(module.folder.parent), batch_size=8, points=COUNT).reference()
