@@ -1,4 +1,4 @@
-"""Checks that the networks share: every complaint is one line that names the option, its value and what would do."""
+"""Checks of options: every error is one line that names the option, its value and what would be accepted."""
 
 import os
 from collections.abc import Sequence
@@ -9,25 +9,32 @@ from torch import Tensor, nn
 
 
 def check_counts(minimum: int = 1, **options: int) -> None:
+    """Refuse options that are no integers of at least `minimum`."""
     for name, value in options.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
             raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
 
 
 def check_memory(needed: int, what: str) -> None:
-    """Errors: ValueError where so many bytes are more than this machine, or the container that this runs in, has at all.
+    """Refuse what needs more memory than this machine, or the container that this runs in, has at all.
 
-    what: needs them, with the options to lower.
+    Args:
+        needed: bytes.
+        what: needs them, with the options to lower.
+
+    Raises:
+        ValueError: saying both.
     """
     limit = Path("/sys/fs/cgroup/memory.max")
-    own = limit.read_text().strip() if limit.is_file() else "max"
+    allowed = limit.read_text().strip() if limit.is_file() else "max"
     present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    present = min(present, int(own)) if own.isdigit() else present
+    present = min(present, int(allowed)) if allowed.isdigit() else present
     if needed > present:
         raise ValueError(f"{what} would take some {needed / 1e9:,.3g} GB of memory, of {present / 1e9:,.3g} GB here")
 
 
 def check_integers(name: str, values: Sequence[int]) -> tuple[int, ...]:
+    """Refuse what is no list of positive integers; returns it as a tuple."""
     if not isinstance(values, Sequence) or isinstance(values, str):
         raise ValueError(f"{name} must be a list of integers, got {values!r}")
     check_counts(**{f"{name}[{i}]": value for i, value in enumerate(values)})
@@ -35,18 +42,21 @@ def check_integers(name: str, values: Sequence[int]) -> tuple[int, ...]:
 
 
 def check_fractions(**options: float) -> None:
+    """Refuse options that are no numbers in [0, 1)."""
     for name, value in options.items():
         if not isinstance(value, int | float) or not 0 <= value < 1:
             raise ValueError(f"{name} must be in [0, 1), got {value!r}")
 
 
 def check_multiple(divisor: int, **options: int) -> None:
+    """Refuse options that are no multiples of `divisor`."""
     for name, value in options.items():
         if value % divisor:
             raise ValueError(f"{name} must be a multiple of {divisor}, got {value}")
 
 
 def check_labels(num_classes: int, label_dropout: float) -> None:
+    """Refuse a network's options of labels that do not fit each other."""
     check_counts(0, num_classes=num_classes)
     check_fractions(label_dropout=label_dropout)
     if label_dropout and not num_classes:
@@ -54,11 +64,13 @@ def check_labels(num_classes: int, label_dropout: float) -> None:
 
 
 def check_choice(name: str, value: object, choices: tuple) -> None:
+    """Refuse a value that is none of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 
 def check_levels(resolution: int, channel_mult: tuple[int, ...], attn_resolutions: tuple[int, ...]) -> None:
+    """Refuse levels of a U-Net that do not halve the resolution each, and attention at other resolutions than theirs."""
     levels = len(channel_mult)
     if not levels or resolution % 2 ** (levels - 1):
         raise ValueError(
@@ -73,7 +85,7 @@ def check_levels(resolution: int, channel_mult: tuple[int, ...], attn_resolution
 def check_inputs(
     network: nn.Module, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None
 ) -> None:
-    """Shapes and dtypes of a network's inputs against its attributes; reads no values, so it costs no transfer."""
+    """Compare shapes and dtypes of a network's inputs with its attributes; no values are read, so it costs no transfer."""
     expected = (network.in_channels, network.resolution, network.resolution)
     if x.ndim != 4 or tuple(x.shape[1:]) != expected:
         raise ValueError(f"x must have shape (B, {', '.join(map(str, expected))}), got {tuple(x.shape)}")

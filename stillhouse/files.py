@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and folders that others may have made."""
+"""Files that appear whole or not at all, leftovers of killed processes, and checks of names and places."""
 
 import contextlib
 import hashlib
@@ -22,7 +22,11 @@ _LONGEST = 255  # bytes of a name in most file systems
 
 
 def check_folder_name(option: str, name: str, below: str, several: bool = False) -> None:
-    """Refuse a name that is no folder, or with `several` no path of some, below the folder `below`."""
+    """Refuse a name that is not one folder below the folder `below`, or with `several` a path of some.
+
+    Raises:
+        ValueError: naming the option.
+    """
     parts = name.split("/")
     plain = all(part.strip() and part not in (".", "..") and part.isprintable() for part in parts)
     if not plain or len(parts) > 1 + several * len(parts) or max(len(part.encode()) for part in parts) > _LONGEST:
@@ -86,9 +90,13 @@ def _sync(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Delete what killed processes left in `folder` under temporary names, of the file `name` or of all.
+    """Delete what killed processes left in a folder under temporary names.
 
-    Whether a process of another machine lives can't be seen: its file is taken for a dead one's a day after its last change.
+    Whether a process of another machine lives can't be seen: its file counts as a leftover a day after its last change.
+
+    Args:
+        folder: to look into.
+        name: of the file that was written; None: all.
     """
     for path in folder.iterdir() if folder.is_dir() else ():
         match = _TEMPORARY.fullmatch(path.name)
@@ -131,9 +139,12 @@ def _alive(pid: int) -> bool:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise OSError, naming it, where the file `path` can't be written: before the work whose result it is to hold.
+    """Check that the file `path` can be written, before the work whose result it is to hold.
 
-    Nothing is left behind: what is tried is a file without a name in the nearest folder that exists.
+    Nothing is left behind: a file without a name is tried in the nearest folder that exists.
+
+    Raises:
+        OSError: naming the file.
     """
     path = Path(path)
     if path.is_dir():
@@ -147,7 +158,7 @@ def check_writable(path: str | Path) -> None:
 
 
 def write_cache(save: Callable[[], Any]) -> None:
-    """Call `save`, which keeps a result for later commands: where the disk refuses it, that is said, and no error."""
+    """Call `save`, which keeps a result for later commands; a disk that refuses it is a warning, not an error."""
     try:
         save()
     except OSError as error:
@@ -155,7 +166,11 @@ def write_cache(save: Callable[[], Any]) -> None:
 
 
 def resolve_inside(folder: str | Path, name: str) -> Path:
-    """`folder`/`name`. Raises ValueError where a link leads out of the folder: whoever made it could show any file by it."""
+    """The path of `name` in a folder that others may have made.
+
+    Raises:
+        ValueError: where a link leads out of the folder, by which its maker could show any file of the reader's.
+    """
     path = Path(folder) / name
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise ValueError(f"{path} is a link that leads out of {folder}, which is not followed; put a copy in its place")

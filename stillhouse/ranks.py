@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's number and the number of processes: (0, 1) where torch.distributed is not initialised."""
+    """This process's number and the number of processes; (0, 1) where torch.distributed is not initialised."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
@@ -58,7 +58,7 @@ def max_over_ranks(seconds: float, device: torch.device | str) -> float:
 
 
 def run_on_rank_zero(function: Callable[[], Any]) -> Any:
-    """The result of `function()`, called on rank 0 alone, on every rank; so is its ValueError or OSError."""
+    """Call a function on rank 0 alone, and return its result, or raise its ValueError or OSError, on every rank."""
     rank, world = rank_and_world()
     if world == 1:
         return function()
@@ -66,7 +66,7 @@ def run_on_rank_zero(function: Callable[[], Any]) -> Any:
     if rank == 0:
         try:
             outcome[0] = function()
-        except (ValueError, OSError) as error:  # the others wait: they must hear of it
+        except (ValueError, OSError) as error:  # the others wait for it
             outcome[1] = error
     dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
@@ -75,7 +75,7 @@ def run_on_rank_zero(function: Callable[[], Any]) -> Any:
 
 
 def progress_bar(total: int, label: str | None) -> tqdm:
-    """Images per second and time left, on rank 0, which counts its own part; silent where `label` is None."""
+    """A bar with images per second and the time left, on rank 0, which counts its own part; none where `label` is None."""
     silent = label is None or rank_and_world()[0] != 0
     interval = 2 if sys.stderr.isatty() else 10
     return tqdm(total=total, desc=label, unit="img", mininterval=interval, disable=silent, leave=False)

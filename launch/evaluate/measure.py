@@ -29,7 +29,7 @@ from stillhouse.metrics.evaluation import (
     needs_real_features,
 )
 from stillhouse.metrics.extractors import FeatureExtractor
-from stillhouse.metrics.fidelity import WAYS_OUT
+from stillhouse.metrics.fidelity import NO_WEIGHTS_ADVICE
 from stillhouse.metrics.labels import DISTRIBUTIONS, check_class_shares, sampling_class_counts
 from stillhouse.metrics.provenance import with_provenance
 from stillhouse.metrics.records import Record, load_records, save_records
@@ -219,7 +219,7 @@ def leave_out_measurement(cfg: DictConfig) -> None:
 
 def _check_extractor(settings: Mapping[str, Any]) -> None:
     if settings.get("extractor", "missing") is None:
-        raise ValueError(f"evaluation.extractor=null: without one nothing can be measured; {WAYS_OUT}")
+        raise ValueError(f"evaluation.extractor=null: without one nothing can be measured; {NO_WEIGHTS_ADVICE}")
 
 
 def needs_images(settings: Mapping[str, Any]) -> bool:

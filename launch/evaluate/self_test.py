@@ -72,7 +72,7 @@ def content(teacher: Teacher, result: SelfTest) -> dict[str, Any]:
         "images": f"{len(result.images)} {'real ones' if result.real else 'of its own samples'}",
         "checks": [{"name": one.name, "passed": one.passed, "text": one.text} for one in result.checks],
         "levels": [{"sigma": one.sigma, "error": one.error, "linear": one.linear} for one in result.levels],
-        "readings": result.readings,
+        "readings": result.scores,
     }
 
 

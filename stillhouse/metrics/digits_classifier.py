@@ -1,4 +1,4 @@
-"""The small digit classifier behind `fid_digits`, and what trained it: python -m stillhouse.metrics.digits_classifier"""
+"""The small digit classifier behind `fid_digits`, and its training: python -m stillhouse.metrics.digits_classifier"""
 
 import argparse
 import platform
@@ -49,9 +49,9 @@ def load_digit_images() -> tuple[Tensor, Tensor]:
     """scikit-learn's 1,797 digits: uint8 (N, 1, 8, 8) with 0 .. 16 stretched to 0 .. 255, and int64 labels (N,)."""
     from sklearn.datasets import load_digits  # takes a second to import, and the extractor does without
 
-    bunch = load_digits()
-    pixels = np.round(bunch.images * 255 / 16).astype(np.uint8)
-    return torch.from_numpy(pixels)[:, None], torch.from_numpy(bunch.target.astype(np.int64))
+    data = load_digits()
+    pixels = np.round(data.images * 255 / 16).astype(np.uint8)
+    return torch.from_numpy(pixels)[:, None], torch.from_numpy(data.target.astype(np.int64))
 
 
 def split_digits() -> tuple[Tensor, Tensor]:
@@ -64,6 +64,7 @@ def split_digits() -> tuple[Tensor, Tensor]:
 
 
 def classifier_accuracy(classifier: DigitsClassifier, images: Tensor, labels: Tensor) -> float:
+    """The share of images (N, 1, 8, 8) that are classified as their labels (N,) say."""
     with torch.no_grad():
         return (classifier(images).argmax(dim=1) == labels).float().mean().item()
 

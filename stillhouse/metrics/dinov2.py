@@ -12,6 +12,8 @@ _OFFSET = 0.1  # added to the size that positions are interpolated to, as its au
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention with heads of 64 channels."""
+
     def __init__(self, dim: int):
         super().__init__()
         self.heads = dim // _HEAD
@@ -24,6 +26,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear layers with a GELU between them."""
+
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
@@ -33,7 +37,7 @@ class MLP(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """In the place of the MLP in the largest size."""
+    """A gated MLP, which the largest size has in place of `MLP`."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -45,6 +49,8 @@ class SwiGLU(nn.Module):
 
 
 class Scale(nn.Module):
+    """LayerScale: a learned factor for each channel."""
+
     def __init__(self, dim: int):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(dim))
@@ -54,6 +60,8 @@ class Scale(nn.Module):
 
 
 class Block(nn.Module):
+    """A pre-norm transformer block with LayerScale."""
+
     def __init__(self, dim: int, mlp: nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
@@ -66,9 +74,10 @@ class Block(nn.Module):
 
 
 class DINOv2(nn.Module):
-    """The backbone without registers, as large as its state dict says, with the names of the published one.
+    """The backbone without registers; its state dict says how large it is, and has the published names.
 
-    Errors: KeyError or RuntimeError for a state dict of another network.
+    Raises:
+        KeyError, RuntimeError: for a state dict of another network.
     """
 
     def __init__(self, state: Mapping[str, Tensor]):
@@ -92,7 +101,11 @@ class DINOv2(nn.Module):
         return self.norm(self.blocks(x))[:, 0]
 
     def positions(self, rows: int, columns: int) -> Tensor:
-        """Those of the class and of a grid of patches, (1, 1 + rows * columns, D): interpolated from the trained grid."""
+        """Position embeddings of the class token and of a grid of patches, interpolated from the trained grid.
+
+        Returns:
+            (1, 1 + rows * columns, D).
+        """
         first, grid = self.pos_embed[:, :1], self.pos_embed[:, 1:]
         side = math.isqrt(grid.shape[1])
         if (rows, columns) == (side, side):

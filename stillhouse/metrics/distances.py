@@ -7,16 +7,33 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-BANDWIDTHS = (0.05, 0.1, 0.2, 0.5, 1.0)  # of `gaussian_kernel_distance`: from a mode of the planar laws to all of them
+BANDWIDTHS = (
+    0.05,
+    0.1,
+    0.2,
+    0.5,
+    1.0,
+)  # of `gaussian_kernel_distance`: from one mode of the planar data sets to all of them
 _ENTRIES = 1 << 26  # of a distance matrix held at once: 512 MB in float64
 
 
 def frechet_distance(mu1: Tensor, cov1: Tensor, mu2: Tensor, cov2: Tensor) -> Tensor:
-    """|mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)) of two Gaussians (Heusel et al. 2017, eq. 6), float64 scalar.
+    """|mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)) of two Gaussians (Heusel et al. 2017, eq. 6).
 
-    mu (D,), cov (D, D) symmetric. The trace of the root is taken from the eigenvalues of cov1^(1/2) cov2 cov1^(1/2),
-    which is symmetric: no complex parts, and singular covariances (fewer samples than dimensions) need no remedy.
-    Raises ValueError for entries that are not finite.
+    The trace of the root is the sum of the square roots of the eigenvalues of cov1^(1/2) cov2 cov1^(1/2), which is symmetric:
+    there are no complex parts, and singular covariances (fewer samples than dimensions) need no correction.
+
+    Args:
+        mu1: (D,), as mu2.
+        cov1: (D, D), symmetric, as cov2.
+        mu2: mean of the other Gaussian.
+        cov2: covariance of the other Gaussian.
+
+    Returns:
+        A float64 scalar.
+
+    Raises:
+        ValueError: for unequal dimensions, or entries that are not finite.
     """
     mu1, cov1, mu2, cov2 = (t.double() for t in (mu1, cov1, mu2, cov2))
     if mu1.shape != mu2.shape or cov1.shape != cov2.shape:
@@ -35,10 +52,20 @@ def frechet_distance(mu1: Tensor, cov1: Tensor, mu2: Tensor, cov2: Tensor) -> Te
 def kernel_distance(
     features: Tensor, reference: Tensor, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> Tensor:
-    """Unbiased squared MMD under the kernel (x.y / D + 1)^3 (Binkowski et al. 2018): one float64 value per subset.
+    """Unbiased squared MMD under the kernel (x.y / D + 1)^3 (Binkowski et al. 2018), whose mean over subsets is the KID.
 
-    features (N, D), reference (M, D). Their mean is the KID. Each subset is drawn without replacement, by `seed`;
-    `subset_size` is cut to min(N, M). Values may be slightly negative.
+    Args:
+        features: (N, D).
+        reference: (M, D).
+        subsets: how many are drawn, each without replacement.
+        subset_size: rows of a subset, at most min(N, M).
+        seed: of the drawing.
+
+    Returns:
+        (subsets,), float64; values may be slightly negative.
+
+    Raises:
+        ValueError: for fewer than two rows on a side.
     """
     size = min(subset_size, len(features), len(reference))
     if size < 2:
@@ -64,10 +91,20 @@ def kernel_distance(
 
 
 def gaussian_kernel_distance(features: Tensor, reference: Tensor) -> Tensor:
-    """Unbiased squared MMD (Gretton et al. 2012, eq. 3), float64 scalar, under the kernel mean_h exp(-|x - y|^2 / (2 h^2)).
+    """Unbiased squared MMD (Gretton et al. 2012, eq. 3) under the kernel mean_h exp(-|x - y|^2 / (2 h^2)).
 
-    features (N, D), reference (M, D), of at least 2 rows each. The bandwidths h are fixed (BANDWIDTHS), for coordinates in
-    [-1, 1]: features of another scale see the kernel as nearly constant or nearly zero. May be slightly negative.
+    The bandwidths h are fixed (`BANDWIDTHS`), for coordinates in [-1, 1]: for features of another scale the kernel is nearly
+    constant or nearly zero.
+
+    Args:
+        features: (N, D).
+        reference: (M, D).
+
+    Returns:
+        A float64 scalar, which may be slightly negative.
+
+    Raises:
+        ValueError: for fewer than two rows on a side.
     """
     if min(len(features), len(reference)) < 2:
         raise ValueError(
@@ -86,10 +123,21 @@ def gaussian_kernel_distance(features: Tensor, reference: Tensor) -> Tensor:
 
 
 def precision_recall(features: Tensor, reference: Tensor, neighbours: int = 3) -> tuple[Tensor, Tensor]:
-    """Improved precision and recall (Kynkaanniemi et al. 2019), float64 scalars in [0, 1].
+    """Improved precision and recall (Kynkaanniemi et al. 2019).
 
-    features (N, D), reference (M, D). Precision: share of `features` inside the union of balls around each reference
-    row that reach to its k-th neighbour in its own set; recall: the same with the sets exchanged.
+    Precision is the share of `features` inside the union of balls around the reference rows, each of which reaches to the
+    row's k-th neighbour in its own set; recall is the same with the sets exchanged.
+
+    Args:
+        features: (N, D).
+        reference: (M, D).
+        neighbours: k.
+
+    Returns:
+        Precision and recall, float64 scalars in [0, 1].
+
+    Raises:
+        ValueError: for k rows or fewer on a side.
     """
     if min(len(features), len(reference)) <= neighbours:
         raise ValueError(
@@ -103,10 +151,10 @@ def precision_recall(features: Tensor, reference: Tensor, neighbours: int = 3) -
 
 
 def _distances(rows: Tensor, others: Tensor, exact: bool = False) -> Iterator[Tensor]:
-    """Euclidean distances of `rows` to `others`, in slabs of whole rows; exact: from differences, not a matrix product."""
+    """Euclidean distances of `rows` to `others`, some rows at a time; exact: from differences, not a matrix product."""
     mode = "donot_use_mm_for_euclid_dist" if exact else "use_mm_for_euclid_dist_if_necessary"
-    slabs = rows.split(max(1, _ENTRIES // len(others)))
-    return (torch.cdist(slab, others, compute_mode=mode) for slab in slabs)
+    parts = rows.split(max(1, _ENTRIES // len(others)))
+    return (torch.cdist(part, others, compute_mode=mode) for part in parts)
 
 
 def _radii(rows: Tensor, neighbours: int) -> Tensor:
@@ -119,9 +167,17 @@ def _inside(rows: Tensor, centres: Tensor, radii: Tensor) -> Tensor:
 
 
 def inception_score(logits: Tensor, splits: int = 10) -> Tensor:
-    """exp(E KL(p(y|x) || p(y))) (Salimans et al. 2016) of each of `splits` consecutive parts: float64 (splits,).
+    """exp(E KL(p(y|x) || p(y))) (Salimans et al. 2016) of consecutive parts; their mean is the score in papers (10 splits).
 
-    logits (N, K). The mean of the parts is the score that papers print (10 splits).
+    Args:
+        logits: (N, K).
+        splits: number of parts.
+
+    Returns:
+        (splits,), float64.
+
+    Raises:
+        ValueError: for fewer samples than splits.
     """
     if len(logits) < splits:
         raise ValueError(f"an inception score over {splits} splits needs at least as many samples, got {len(logits)}")
@@ -135,10 +191,17 @@ def inception_score(logits: Tensor, splits: int = 10) -> Tensor:
 
 
 def wasserstein_distance(a: Tensor, b: Tensor) -> float:
-    """W2 = min over pairings of sqrt(mean |a_i - b_pi(i)|^2), between the uniform laws on a and b (N, ...), exactly.
+    """The exact 2-Wasserstein distance of two finite sets: min over pairings pi of sqrt(mean |a_i - b_pi(i)|^2).
 
-    It takes N^3 time: seconds for 2,000. Between draws from two laws it is above their own distance, and two sets of one law
-    do not have zero, the less so the higher the dimension. Errors: ValueError for sets of other sizes.
+    It takes N^3 time: seconds for 2,000. Between samples of two distributions it is above the distance of these, and samples
+    of one distribution do not have distance zero, the less so the higher the dimension.
+
+    Args:
+        a: (N, ...).
+        b: of the same shape.
+
+    Raises:
+        ValueError: for unequal shapes.
     """
     if a.shape != b.shape:
         raise ValueError(f"sets {tuple(a.shape)} and {tuple(b.shape)} cannot be paired one to one")

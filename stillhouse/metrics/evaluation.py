@@ -1,4 +1,4 @@
-"""From seeds to values with error bars: sample, quantise, extract, compare."""
+"""Measurements of samplers: sample, quantise, extract features, compare with real images, with error bars over blocks."""
 
 import statistics
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from stillhouse.metrics.distances import (
     wasserstein_distance,
 )
 from stillhouse.metrics.extractors import FeatureExtractor
-from stillhouse.metrics.fidelity import WAYS_OUT
+from stillhouse.metrics.fidelity import NO_WEIGHTS_ADVICE
 from stillhouse.metrics.images import UINT8_RULE
 from stillhouse.metrics.labels import describe_labels, draw_real_images
 from stillhouse.metrics.records import Record
@@ -28,11 +28,16 @@ from stillhouse.metrics.statistics import RunningGaussian
 from stillhouse.ranks import rank_and_world
 
 METRICS = ("fid", "kid", "precision", "recall", "is", "w2", "mmd")
-SHIFT_SAMPLES = 2000  # that show how far off a fast extractor is
-MOST_FOR_W2 = 5000  # samples: the time of an exact assignment grows with their cube
-LEAST_REAL = {"fid": 2, "kid": 2, "precision": 4, "recall": 4}  # real images: a covariance takes 2, a third neighbour 4
-_NEED_REAL_ROWS = {"kid", "precision", "recall", "w2", "mmd"}
-_NEED_AS_MANY_ROWS = {"w2", "mmd"}
+SHIFT_SAMPLES = 2000  # from which the shift of a fast extractor is measured
+MAX_W2_SAMPLES = 5000  # samples: the time of an exact assignment grows with their cube
+MIN_REAL_IMAGES = {
+    "fid": 2,
+    "kid": 2,
+    "precision": 4,
+    "recall": 4,
+}  # real images: a covariance takes 2, a third neighbour 4
+_NEED_REAL_FEATURES = {"kid", "precision", "recall", "w2", "mmd"}
+_NEED_EQUAL_COUNTS = {"w2", "mmd"}
 
 
 def measure_sampler(
@@ -59,12 +64,36 @@ def measure_sampler(
     first_seed: int = 0,
     progress: bool = True,
 ) -> list[Record]:
-    """One record per metric (of METRICS), each with one value per block and their mean and spread.
+    """Measure a sampler: one record per metric, with one value per block and their mean and standard deviation.
 
-    Block b samples num_samples seeds from first_seed + b * num_samples on; num_classes and class_counts say with which labels,
-    as in `sample_labels`. weights: "ema" or "raw" for a student, None for a
-    teacher; precision: that of sampling, metrics run in float32 and above. Both are noted, not applied: the caller swaps
-    weights and sets autocast. images_per_second is the median over blocks, so that compilation in the first is no matter.
+    Block b is of the seeds from first_seed + b * num_samples on. `images_per_second` is the median over blocks, so that
+    compilation in the first does not count. `weights`, `precision`, `steps`, `solver` and `teacher` are recorded, not applied.
+
+    Args:
+        sample: a function of (noise, labels).
+        name: of the run or the teacher.
+        subject: student or teacher.
+        nfe: network evaluations per sample.
+        reference: features of the real images.
+        extractor: of features.
+        num_samples: of each block.
+        blocks: how many.
+        shape: (C, H, W) of the noise.
+        num_classes: of the labels, as in `sample_labels`; 0: there are none.
+        batch_size: images that are sampled at once.
+        device: to compute on.
+        metrics: some of `METRICS`.
+        weights: of a student, an average's name or raw; None for a teacher.
+        precision: of sampling; metrics are computed in float32 and above.
+        steps: of the solver, where that is a choice.
+        solver: its name, where that is a choice.
+        teacher: the name of a student's teacher.
+        class_counts: as in `sample_labels`.
+        first_seed: of the first block.
+        progress: whether a progress bar is shown.
+
+    Raises:
+        ValueError: for settings that can't be measured, or samples that are not finite.
     """
     _check(metrics, reference, extractor, num_samples, blocks, batch_size)
     reference = reference.to(device)
@@ -108,18 +137,19 @@ def measure_real_images(
     first_seed: int = 0,
     progress: bool = True,
 ) -> list[Record]:
-    """The floor: what exact draws from the data set, with replacement, score at this number of samples.
+    """Measure real images, drawn with replacement from the data set: the floor, what a perfect sampler would score.
 
-    Draw i depends on seed i alone, blocks are those of `measure_sampler`, and so is the distribution of classes (see
-    `draw_real_images`).
-    Where w2 or mmd is measured, the draws are from the real images that those do not compare with: a set is at distance zero
-    from itself. Give the same num_classes, class_counts and precision as there: the records then carry the same fingerprint and
-    share the table.
+    Draw i depends on seed i alone; blocks and the distribution of classes are those of `measure_sampler` (see
+    `draw_real_images`). Where w2 or mmd is measured, the draws are from the real images that these do not compare with: a set
+    is at distance zero from itself. With the same num_classes, class_counts and precision as there the records have the same
+    fingerprint and share its table.
+
+    Args and errors are as in `measure_sampler`; `packed` is the data set.
     """
     _check(metrics, reference, extractor, num_samples, blocks, batch_size)
     reference = reference.to(device)
     seeds = first_seed + torch.arange(blocks * num_samples)
-    disjoint = _NEED_AS_MANY_ROWS.intersection(metrics)
+    disjoint = _NEED_EQUAL_COUNTS.intersection(metrics)
     among = split_real_images(len(packed), num_samples)[1] if disjoint else torch.arange(len(packed))
     labels = {"num_classes": num_classes, "class_counts": class_counts}
     draws = draw_real_images(seeds, packed.labels, among, **labels).numpy()
@@ -130,8 +160,8 @@ def measure_real_images(
     return _records(values, extractor, fingerprint, name, "real", 0, None, {})
 
 
-class _Both:
-    """The features of a fast extractor beside those of the one that it stands for."""
+class _ExtractorPair:
+    """The features of a fast extractor beside those of the exact one that it replaces."""
 
     def __init__(self, fast: FeatureExtractor):
         self.fast, self.exact, self.dim = fast, fast.exact, 2 * fast.dim
@@ -139,7 +169,7 @@ class _Both:
     def __call__(self, images: Tensor) -> Tensor:
         return torch.cat([self.fast(images), self.exact(images)], dim=1)
 
-    def to(self, device: torch.device | str) -> "_Both":
+    def to(self, device: torch.device | str) -> "_ExtractorPair":
         self.fast.to(device)
         return self
 
@@ -152,13 +182,13 @@ def measure_shift(
     sampling: dict[str, Any],
     name: str,
 ) -> None:
-    """At the first use of a fast extractor: say in one line, and let it keep, how far off its Frechet distance is.
+    """At the first use of a fast extractor, measure how far its Frechet distance is from the exact one, print and keep it.
 
     Both distances are those of the images of the same seeds (n,) to one reference. Every rank must call it.
     """
     if getattr(extractor, "exact", None) is None or extractor.shift is not None:
         return
-    rows, _ = sample_features(sample, _Both(extractor), seeds, **sampling)
+    rows, _ = sample_features(sample, _ExtractorPair(extractor), seeds, **sampling)
     fast, exact = (_frechet(part, reference) for part in rows.split(extractor.dim, dim=1))
     extractor.shift = fast - exact
     if rank_and_world()[0] == 0:
@@ -176,11 +206,11 @@ def _frechet(rows: Tensor, reference: Reference) -> float:
 
 def needs_real_features(metrics: Sequence[str]) -> bool:
     """Whether the reference has to keep the features of all real images."""
-    return bool(_NEED_REAL_ROWS.intersection(metrics))
+    return bool(_NEED_REAL_FEATURES.intersection(metrics))
 
 
 def split_real_images(total: int, num_samples: int) -> tuple[Tensor, Tensor]:
-    """Indices (num_samples,) of the real images, of `total`, that w2 and mmd compare with, and those of all others."""
+    """Split the indices of `total` real images: those (num_samples,) that w2 and mmd compare with, and all others."""
     order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
     return order[:num_samples], order[num_samples:]
 
@@ -188,9 +218,22 @@ def split_real_images(total: int, num_samples: int) -> tuple[Tensor, Tensor]:
 def check_evaluation(
     metrics: Sequence[str], num_samples: int, blocks: int, batch_size: int, owner: str = "evaluation"
 ) -> None:
-    """Refuse before an hour of training or sampling what would fail after it. owner: where the options stand."""
+    """Refuse settings before an hour of training or sampling that would fail after it.
+
+    Args:
+        metrics: some of `METRICS`.
+        num_samples: of each block.
+        blocks: how many.
+        batch_size: images that are sampled at once.
+        owner: of the options, for messages.
+
+    Raises:
+        ValueError: naming the option.
+    """
     if isinstance(metrics, str) or not metrics:
-        raise ValueError(f"{owner}.metrics must be a list of some of {', '.join(METRICS)}, got {metrics!r}; {WAYS_OUT}")
+        raise ValueError(
+            f"{owner}.metrics must be a list of some of {', '.join(METRICS)}, got {metrics!r}; {NO_WEIGHTS_ADVICE}"
+        )
     if unknown := [metric for metric in metrics if metric not in METRICS]:
         raise ValueError(f"metrics {', '.join(map(str, unknown))} are unknown; choose among {', '.join(METRICS)}")
     for option, value, least in (
@@ -199,18 +242,24 @@ def check_evaluation(
         ("batch_size", batch_size, 1),
     ):
         if type(value) is not int or value < least:
-            raise ValueError(f"{owner}.{option} must be a whole number of at least {least}, got {value!r}; {WAYS_OUT}")
+            raise ValueError(
+                f"{owner}.{option} must be a whole number of at least {least}, got {value!r}; {NO_WEIGHTS_ADVICE}"
+            )
     if num_samples * blocks > MONITOR_SEEDS:
         counts = f"{owner}.num_samples={num_samples}" + (f" in blocks={blocks}" if blocks > 1 else "")
         raise ValueError(f"{counts} are more than the {MONITOR_SEEDS:,} seeds that there are for them; lower them")
-    if "w2" in metrics and num_samples > MOST_FOR_W2:
+    if "w2" in metrics and num_samples > MAX_W2_SAMPLES:
         raise ValueError(
-            f"w2 takes at most {MOST_FOR_W2} samples, got num_samples={num_samples}; lower it or leave out w2"
+            f"w2 takes at most {MAX_W2_SAMPLES} samples, got num_samples={num_samples}; lower it or leave out w2"
         )
 
 
 def check_feature_memory(dim: int, num_samples: int, blocks: int, has_images: bool) -> None:
-    """Refuse numbers of samples whose features (N, dim), and those of as many real images for all blocks, fit into no memory."""
+    """Refuse numbers of samples whose features (N, dim), with those of the real images, do not fit into memory.
+
+    Raises:
+        ValueError: naming the options to lower.
+    """
     together = num_samples * (blocks if has_images else 1)
     options = f"evaluation.num_samples={num_samples}" + (f" in blocks={blocks}" if has_images else "")
     check_memory(
@@ -219,15 +268,19 @@ def check_feature_memory(dim: int, num_samples: int, blocks: int, has_images: bo
 
 
 def check_real_images(metrics: Sequence[str], total: int, num_samples: int) -> None:
-    """Refuse metrics that need more real images than there are, `total`."""
-    least = {metric: LEAST_REAL[metric] for metric in metrics if metric in LEAST_REAL}
+    """Refuse metrics that need more real images than `total`, the number that there is.
+
+    Raises:
+        ValueError: naming the metrics.
+    """
+    least = {metric: MIN_REAL_IMAGES[metric] for metric in metrics if metric in MIN_REAL_IMAGES}
     if least and total < max(least.values()):
         needy = max(least, key=least.__getitem__)
         raise ValueError(
             f"{needy} compares with {least[needy]} real images at least, and the data set has {total}: give more "
             f"images, leave it out of evaluation.metrics, or train without a measurement (evaluation=none)"
         )
-    if (halves := _NEED_AS_MANY_ROWS.intersection(metrics)) and total < 2 * num_samples:
+    if (halves := _NEED_EQUAL_COUNTS.intersection(metrics)) and total < 2 * num_samples:
         raise ValueError(
             f"{', '.join(sorted(halves))} compare with as many real images, and their floor with as many others: "
             f"num_samples={num_samples} is more than half of the {total} real ones"
@@ -235,10 +288,14 @@ def check_real_images(metrics: Sequence[str], total: int, num_samples: int) -> N
 
 
 def check_real_features(metrics: Sequence[str]) -> None:
-    """Refuse metrics that compare with single real images where there are only their mean and covariance."""
-    if needy := _NEED_REAL_ROWS.intersection(metrics):
+    """Refuse metrics that compare with the features of each real image where there are only their mean and covariance.
+
+    Raises:
+        ValueError: naming the metrics.
+    """
+    if refused := _NEED_REAL_FEATURES.intersection(metrics):
         raise ValueError(
-            f"{', '.join(sorted(needy))} compare with the features of all real images, and this reference has only their "
+            f"{', '.join(sorted(refused))} compare with the features of all real images, and this reference has only their "
             "mean and covariance; leave them out of the metrics, or set evaluation.reference=null and have the images"
         )
 
@@ -269,7 +326,7 @@ def _check(
 
 
 def printed_metric(metric: str, extractor: FeatureExtractor) -> str:
-    """What a metric of METRICS is called in these features: fid_digits, fd_pixels, and fid of Inception's alone."""
+    """The name of a metric with its features: fid_digits, fd_pixels, and plain fid for Inception's alone."""
     name = getattr(extractor, "frechet_name", metric) if metric == "fid" else metric
     return name + extractor.metric_suffix
 
@@ -284,7 +341,7 @@ def _scores(
         scores["kid"] = kernel_distance(rows, reference.features).mean()
     if {"precision", "recall"}.intersection(metrics):
         scores["precision"], scores["recall"] = precision_recall(rows, reference.features)
-    if _NEED_AS_MANY_ROWS.intersection(metrics):
+    if _NEED_EQUAL_COUNTS.intersection(metrics):
         chosen = split_real_images(len(reference.features), len(rows))[0]
         real = reference.features[chosen.to(rows.device)]
         if "w2" in metrics:

@@ -1,4 +1,4 @@
-"""Feature extractors: the space in which sets of images are compared."""
+"""Feature extractors: the spaces in which sets of images are compared."""
 
 from hashlib import sha256
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from stillhouse.checkpoints.weights import hash_state, load_weights
 from stillhouse.metrics.digits_classifier import FEATURES, WEIGHTS, DigitsClassifier
-from stillhouse.metrics.fidelity import WAYS_OUT, Inception, TorchFidelity
+from stillhouse.metrics.fidelity import NO_WEIGHTS_ADVICE, Inception, TorchFidelity
 from stillhouse.metrics.images import from_uint8
 
 __all__ = ["Digits", "FeatureExtractor", "Inception", "Pixels", "Points", "TorchFidelity"]
@@ -64,7 +64,7 @@ class Digits:
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (1, 8, 8):
             raise ValueError(
                 f"the digits extractor reads uint8 images (N, 1, 8, 8), got {images.dtype} {tuple(images.shape)}; "
-                f"choose an extractor that fits the data (evaluation=...): {WAYS_OUT}"
+                f"choose an extractor that fits the data (evaluation=...): {NO_WEIGHTS_ADVICE}"
             )
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             return self._classifier.features(images)

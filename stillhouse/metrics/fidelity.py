@@ -14,28 +14,22 @@ from stillhouse.checkpoints.bounds import check_archive, check_tensors
 from stillhouse.checkpoints.weights import find_weights, hash_file, hash_state
 from stillhouse.metrics.dinov2 import DINOv2
 
-# For pictures of one's own, where no weights fit or are there.
-WAYS_OUT = (
+# Advice in errors, for data sets that no extractor's weights fit.
+NO_WEIGHTS_ADVICE = (
     "evaluation=pixels needs no weights (fd_pixels, which is no FID), evaluation=none trains without a measurement"
 )
 PRECISIONS = ("32", "bf16")
 INCEPTION = "inception-v3-compat"
 _LAYERS = {"inception": "2048", "vgg16": "fc2_relu", "clip": "clip", "dinov2": "dinov2"}  # by family
 _HUB_NAME = re.compile(r"-([0-9a-f]{8,64})\.pth?$")  # torch hub's files: the beginning of their SHA-256 is in the name
-_AT_ONCE = 128  # images of 299x299 in Inception, which take some 20 MB each
+_CHUNK = 128  # images of 299x299 in Inception, which take some 20 MB each
 
 
 class TorchFidelity:
-    """One of torch-fidelity's networks by its name there, for RGB images (N, 3, H, W), which it resizes in its own way.
+    """A network of torch-fidelity as a feature extractor for RGB images (N, 3, H, W), which it resizes in its own way.
 
-    name: clip-vit-b-32 and others of CLIP, dinov2-vit-s-14 to -g-14, vgg16. Metrics end in _clip, _dinov2 or _vgg16.
-    weights: their file, of which a copy in torch hub's folder, where torch-fidelity itself keeps it, does as well; None: that
-    one. url: where it is to be had, for the message alone.
-    precision: "32", or "bf16" for the network's inside. compile: whether torch compiles it. Either makes another extractor, with
-    another name and hash, whose `exact` is this one in float32.
-
-    Raises ImportError without torch-fidelity, FileNotFoundError for missing weights, OSError for damaged ones and
-    ValueError for those of another network or unknown options.
+    Metrics end in _clip, _dinov2 or _vgg16. With `precision` or `compile` it is another extractor, with another name and hash,
+    whose `exact` is the one in float32.
     """
 
     def __init__(
@@ -46,6 +40,22 @@ class TorchFidelity:
         precision: str = "32",
         compile: bool = False,
     ):
+        """Load the network.
+
+        Args:
+            name: torch-fidelity's: clip-vit-b-32 and others of CLIP, dinov2-vit-s-14 to -g-14, vgg16.
+            weights: their file; where it is missing, the file of that name in torch hub's folder, where torch-fidelity keeps
+                it, is taken. None: that one.
+            url: where it can be had, for the message alone.
+            precision: "32", or "bf16" inside of the network.
+            compile: whether torch compiles the network.
+
+        Raises:
+            ImportError: without torch-fidelity.
+            FileNotFoundError: for missing weights.
+            OSError: for damaged weights.
+            ValueError: for weights of another network, or unknown options.
+        """
         if precision not in PRECISIONS:
             raise ValueError(f"evaluation.extractor.precision must be 32 or bf16, got {precision!r}")
         try:
@@ -65,7 +75,7 @@ class TorchFidelity:
         if path is None:
             raise FileNotFoundError(
                 f"no {name} weights at {weights or hub_folder() / usual}; add download=true to fetch {url or published}, "
-                f"or put the file there; {WAYS_OUT}"
+                f"or put the file there; {NO_WEIGHTS_ADVICE}"
             )
         check_hub_name(path)
         self._network = _network(name, known[name], path, published)
@@ -99,12 +109,12 @@ class TorchFidelity:
             )
         fast = self._precision == "bf16"
         with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=fast):
-            return torch.cat([self._features(part) for part in images.split(_AT_ONCE)])
+            return torch.cat([self._features(part) for part in images.split(_CHUNK)])
 
     def _features(self, images: Tensor) -> Tensor:
         count = len(images)
-        if self._whole_batches and count < _AT_ONCE:  # another size would be compiled anew
-            images = torch.cat([images, images.new_zeros(_AT_ONCE - count, *images.shape[1:])])
+        if self._whole_batches and count < _CHUNK:  # another size would be compiled anew
+            images = torch.cat([images, images.new_zeros(_CHUNK - count, *images.shape[1:])])
         return self._run(images)[0][:count].float()
 
     def class_logits(self, features: Tensor) -> Tensor:
@@ -116,7 +126,7 @@ class TorchFidelity:
 
 
 class Inception(TorchFidelity):
-    """The pooled layer of Inception-v3, 2048 features; its metrics are FID, KID and IS. Options as in `TorchFidelity`.
+    """The pooled layer of Inception-v3, 2048 features, whose metrics are FID, KID and IS. Options are as in `TorchFidelity`.
 
     The weights were converted from TensorFlow's of 2015-12-05; with its resizing this is torch-fidelity's "inception-v3-compat".
     """
@@ -143,7 +153,7 @@ class Inception(TorchFidelity):
 
 
 def _published(name: str) -> tuple[str, str]:
-    """(file name in torch hub's folder, address) of a network's weights."""
+    """The file name of a network's weights in torch hub's folder, and their address."""
     if name.startswith("clip"):
         from torch_fidelity.feature_extractor_clip import MODEL_METADATA, MODEL_URLS
 
@@ -161,7 +171,7 @@ def _published(name: str) -> tuple[str, str]:
 
 
 def _network(name: str, extractor: type[nn.Module], path: Path, published: str) -> nn.Module:
-    """torch-fidelity's network with the weights of a file, of which nothing is run. Errors as of `TorchFidelity`."""
+    """torch-fidelity's network with the weights of a file; no code in that file is run."""
     family = name.partition("-")[0]
     try:
         # CLIP's is TorchScript; of the others torch-fidelity would run what a pickle says.
@@ -182,24 +192,24 @@ def _state(path: Path) -> dict[str, Tensor]:
 
 
 def _dinov2(name: str, extractor: type[nn.Module], state: dict[str, Tensor]) -> nn.Module:
-    """torch-fidelity's, but for its constructor, which runs the code of a repository that torch hub downloads."""
+    """torch-fidelity's DINOv2, without its constructor, which would run the code of a repository that torch hub downloads."""
     width = {"s": 384, "b": 768, "l": 1024, "g": 1536}[name.split("-")[2]]
     model = DINOv2(state)
     if model.norm.weight.shape != (width,):
         raise ValueError(f"{name} has a width of {width}")
-    own = extractor.__new__(extractor)
-    super(extractor, own).__init__(name, [_LAYERS["dinov2"]])
-    own.feature_extractor_internal_dtype, own.model = torch.float32, model
-    return own.requires_grad_(False).eval()
+    built = extractor.__new__(extractor)
+    super(extractor, built).__init__(name, [_LAYERS["dinov2"]])
+    built.feature_extractor_internal_dtype, built.model = torch.float32, model
+    return built.requires_grad_(False).eval()
 
 
 def hub_folder() -> Path:
-    """Where torch hub, and with it torch-fidelity, keeps downloaded weights."""
+    """The folder in which torch hub, and with it torch-fidelity, keeps downloaded weights."""
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
 def find_hub_file(path: str | Path) -> Path | None:
-    """The file at `path` (as `find_weights`), or else the one of its name in torch hub's folder; None where neither is there."""
+    """The file at `path` (see `find_weights`), or the one of its name in torch hub's folder; None without either."""
     try:
         return find_weights(path)
     except FileNotFoundError:
@@ -208,7 +218,11 @@ def find_hub_file(path: str | Path) -> Path | None:
 
 
 def check_hub_name(path: Path) -> None:
-    """Errors: OSError for a file of torch hub's with another hash than its name says."""
+    """Compare a file with the beginning of its SHA-256 that torch hub puts into its name.
+
+    Raises:
+        OSError: where they differ.
+    """
     named = _HUB_NAME.search(path.name)
     if named and not (found := hash_file(path)).startswith(named[1]):
         raise OSError(

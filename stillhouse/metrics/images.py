@@ -1,4 +1,4 @@
-"""The one rule by which sampled images become bytes, and back."""
+"""The one rule by which images become bytes, and back."""
 
 import torch
 from torch import Tensor

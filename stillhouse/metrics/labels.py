@@ -1,4 +1,4 @@
-"""Which classes evaluated samples have, and the real images that follow the same distribution."""
+"""The distribution of classes among evaluated samples, and real images drawn by the same distribution."""
 
 from collections.abc import Sequence
 from hashlib import sha256
@@ -13,13 +13,18 @@ from stillhouse.diffusion.random_numbers import sample_labels, sample_uniforms
 from stillhouse.ranks import rank_and_world
 
 DISTRIBUTIONS = ("uniform", "data")
-NOTICEABLE = 0.02  # of samples that would have another class: ImageNet's 732 to 1,300 images per class make 0.013
+NOTICEABLE = 0.02  # a total variation distance; ImageNet's 732 to 1,300 images per class make 0.013
 
 
 def sampling_class_counts(distribution: str, data: Any) -> tuple[int, ...] | None:
-    """What `sample_labels` takes as `class_counts`: those of the data's images where its shares are asked for, else None.
+    """The `class_counts` of `sample_labels`: those of the data's images for the distribution data, None for uniform.
 
-    data: a datamodule. Errors: ValueError for another name than uniform or data, and those of reading the data's labels.
+    Args:
+        distribution: uniform or data.
+        data: a datamodule.
+
+    Raises:
+        ValueError: for another distribution.
     """
     check_choice("evaluation.labels", distribution, DISTRIBUTIONS)
     return (
@@ -30,17 +35,17 @@ def sampling_class_counts(distribution: str, data: Any) -> tuple[int, ...] | Non
 
 
 def count_classes(labels: np.ndarray, num_classes: int) -> tuple[int, ...]:
-    """Images of each class, of labels (N,) in [0, num_classes)."""
+    """The number of images of each class, given labels (N,) in [0, num_classes)."""
     return tuple(np.bincount(labels, minlength=num_classes).tolist())
 
 
 def distance_from_uniform(counts: tuple[int, ...]) -> float:
-    """Total variation distance of the classes' shares from equal ones: the least share of images to exchange, in [0, 1)."""
+    """Total variation distance of the classes' shares from equal shares, in [0, 1): the least share of images to exchange."""
     return sum(abs(count / sum(counts) - 1 / len(counts)) for count in counts) / 2
 
 
 def class_share_warning(distribution: str, counts: tuple[int, ...]) -> str | None:
-    """One line where samples have other shares of classes than the data's images; else None."""
+    """A line of warning where samples have other shares of classes than the data's images; else None."""
     if distribution == "data" or distance_from_uniform(counts) < NOTICEABLE:
         return None
     least, most = (100 * extreme(counts) / sum(counts) for extreme in (min, max))
@@ -82,25 +87,36 @@ def draw_real_images(
     num_classes: int,
     class_counts: tuple[int, ...] | None,
 ) -> Tensor:
-    """Indices (B,), int64, of the real image that each seed (B,), int64, draws with replacement of those at `among` (n,).
+    """Draw a real image for each seed, with replacement.
 
-    labels (N,): of all real images. The draws' classes follow the distribution of `sample_labels` with these numbers: without
-    classes, and where it is that of all images, those at `among` are equally likely.
+    Classes follow the distribution of `sample_labels` with the same arguments. Without classes, and where the distribution is
+    that of all images, all images at `among` are equally likely.
 
-    Errors: ValueError for a class of the distribution without an image.
+    Args:
+        seeds: (B,), int64.
+        labels: (N,), of all real images; None without classes.
+        among: (n,), int64: indices of the images to draw from.
+        num_classes: 0: there are none.
+        class_counts: as in `sample_labels`.
+
+    Returns:
+        Indices (B,), int64.
+
+    Raises:
+        ValueError: for a class of the distribution without an image.
     """
     if not num_classes or class_counts is not None or len(set(count_classes(labels, num_classes))) == 1:
         return among[sample_labels(seeds, len(among))]
-    own = torch.from_numpy(labels)[among]
-    counts = own.bincount(minlength=num_classes)
+    candidates = torch.from_numpy(labels)[among]
+    counts = candidates.bincount(minlength=num_classes)
     _check_present(counts.tolist())
     classes = sample_labels(seeds, num_classes)
     place = (counts.cumsum(0) - counts)[classes] + (sample_uniforms(seeds) * counts[classes]).long()
-    return among[own.argsort(stable=True)[place]]
+    return among[candidates.argsort(stable=True)[place]]
 
 
 def describe_labels(num_classes: int, class_counts: tuple[int, ...] | None) -> str:
-    """The distribution, for a fingerprint."""
+    """The distribution of labels in words, for a fingerprint."""
     if not num_classes:
         return "none"
     if class_counts is None:

@@ -1,4 +1,4 @@
-"""Measured values, each with the fingerprint that says what it may be compared with."""
+"""Measured values, each with a fingerprint that says what it may be compared with."""
 
 import hashlib
 import json
@@ -13,24 +13,32 @@ from stillhouse.checkpoints.bounds import parse_json
 from stillhouse.files import write_file
 
 SUBJECTS = ("teacher", "student", "real")
-NOTHING = {"measured": "nothing, by evaluation=none"}  # what metrics.json says of a run that ends without a measurement
+NOTHING = {"measured": "nothing, by evaluation=none"}  # metrics.json of a run that ends without a measurement
 TRAINING = ("step", "reached", "total")
 
 
 @dataclass(frozen=True)
 class Record:
-    """One metric of one subject (student, teacher or real).
+    """One metric of one subject.
 
-    name: the run, the teacher or the data set. nfe: network evaluations per sample (0 for real images).
-    mean, std: over `values`, one per block of seeds; std is that of a sample (n - 1), None for a single block.
-    images_per_second: sampling alone, all devices together; None for real images.
-    fingerprint: what has to be alike before two values may stand side by side, plus "weights", which may differ.
-    steps, solver: how it was sampled, where that is a choice. teacher: the name of a student's teacher.
-    shift: by how much a fast extractor moves the Frechet distance of the same images, None for an exact one.
-    provenance: where it comes from: {"revision": of git, "config": SHA-256 of the run's config.yaml (a teacher: of all that the
-    measurement depends on), "weights": hash of the measured weights}; None in files from before it was recorded.
-    training: of a run's student, {"step": optimiser steps behind the measured weights, "reached": those behind the run when
-    they were measured, "total": those that it was to take}; None in older files, and for students that are kept on the way.
+    Attributes:
+        name: the run, the teacher or the data set.
+        metric: its printed name.
+        subject: student, teacher or real.
+        nfe: network evaluations per sample; 0 for real images.
+        mean: over `values`.
+        std: of the sample of `values` (n - 1); None for a single block.
+        values: one per block of seeds.
+        images_per_second: of sampling alone, all devices together; None for real images.
+        fingerprint: what has to be equal before two values may stand side by side, and "weights", which may differ.
+        steps: of the solver, where that is a choice.
+        solver: its name, where that is a choice.
+        teacher: the name of a student's teacher.
+        shift: by how much a fast extractor changes the Frechet distance of the same images; None for an exact one.
+        provenance: where it comes from: {"revision": of git, "config": SHA-256 of the run's config.yaml (for a teacher of all
+            that the measurement depends on), "weights": hash of the measured weights}; None where it was not recorded.
+        training: of a run's student, {"step": optimiser steps behind the measured weights, "reached": those behind the run when
+            they were measured, "total": those that it was to take}; None in older files, and for a student kept on the way.
     """
 
     name: str
@@ -60,7 +68,7 @@ class Record:
 
     @property
     def unfinished(self) -> bool:
-        """Whether training was to go on after this measurement; one that does not say is taken as final."""
+        """Whether training was to go on after this measurement; without that information it counts as final."""
         return self.training is not None and self.training["reached"] < self.training["total"]
 
     @property
@@ -80,30 +88,36 @@ class Record:
 
     @property
     def identity(self) -> tuple:
-        """What a new measurement has to share with an old one to take its place."""
+        """What a new measurement has in common with the old one that it replaces."""
         how = json.dumps(self.fingerprint, sort_keys=True)
         return self.name, self.metric, self.subject, self.nfe, self.steps, self.solver, how
 
 
 def comparable_id(comparable: dict[str, Any]) -> str:
+    """The first 8 hex digits of a hash of the comparable part of a fingerprint."""
     return hashlib.sha256(json.dumps(comparable, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def merge_records(old: Iterable[Record], new: Iterable[Record]) -> list[Record]:
-    """`old`, with every record that was measured again replaced in its place, then what is new."""
+    """The old records, each replaced by its new measurement if there is one, then those that are new."""
     merged = {record.identity: record for record in old}
     merged.update({record.identity: record for record in new})
     return list(merged.values())
 
 
 def save_records(path: str | Path, records: Iterable[Record]) -> None:
-    """Write the list as JSON, or where it is empty that nothing was measured, whole or not at all."""
+    """Write records as JSON, whole or not at all; an empty list as the statement that nothing was measured."""
     text = json.dumps([asdict(record) for record in records] or NOTHING, indent=2, allow_nan=False)
     write_file(path, (text + "\n").encode())
 
 
 def load_records(path: str | Path) -> list[Record]:
-    """The list in `path`, empty only where it says so; ValueError, naming the file, for damaged JSON or what is no record."""
+    """Read the records of a metrics.json; the list is empty only where the file says that nothing was measured.
+
+    Raises:
+        FileNotFoundError: without the file.
+        ValueError: naming the file, for damaged JSON or what is no record.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no metrics at {path}; measure the run with `python evaluate.py run=...`")
@@ -126,7 +140,12 @@ def rename_old_keys(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _record(entry: Any) -> Record:
-    """Errors: ValueError for what is none, naming the first entry that is missing, unknown or of another type."""
+    """A record from its entries in a file.
+
+    Raises:
+        ValueError: naming the first entry that is unknown or of another type.
+        TypeError: naming those that are missing.
+    """
     if not isinstance(entry, dict):
         raise ValueError(f"a record is a dict, not {entry!r:.50}")
     entry = rename_old_keys(entry)

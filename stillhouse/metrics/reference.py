@@ -1,4 +1,4 @@
-"""Real images as the other side of every comparison."""
+"""Features of real images, which samples are compared with."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -32,9 +32,13 @@ _PUBLISHED = {"file", "url", "sha256"}
 
 @dataclass(frozen=True)
 class Reference:
-    """Features of the real images: mean `mu` (D,) and covariance `cov` (D, D), float64, and where kept all rows (N, D).
+    """Features of the real images.
 
-    `hash` names the images (or the statistics file) that they come from.
+    Attributes:
+        mu: mean (D,), float64.
+        cov: covariance (D, D), float64.
+        hash: of the images, or of the statistics file, that they come from.
+        features: all rows (N, D), where they are kept.
     """
 
     mu: Tensor
@@ -43,6 +47,7 @@ class Reference:
     features: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Reference":
+        """The same on a device."""
         rows = None if self.features is None else self.features.to(device)
         return Reference(self.mu.to(device), self.cov.to(device), self.hash, rows)
 
@@ -56,7 +61,19 @@ def real_features(
     indices: np.ndarray | None = None,
     label: str | None = None,
 ) -> Tensor:
-    """Features (n, D) of the images at `indices` (default: all), in that order, on every rank; all ranks share the work."""
+    """Extract features of real images; all ranks share the work, and every rank must call it.
+
+    Args:
+        packed: the data set.
+        extractor: of features.
+        batch_size: images at once.
+        device: to compute on.
+        indices: (n,), of the images; None: all.
+        label: names a progress bar.
+
+    Returns:
+        (n, D) in the order of `indices`, on every rank.
+    """
     total = len(packed) if indices is None else len(indices)
     parts = list(_batches(packed, extractor, batch_size, device, indices, label))
     rows = torch.cat(parts) if parts else torch.zeros(0, extractor.dim, device=device)
@@ -73,13 +90,21 @@ def reference_statistics(
     device: torch.device | str = "cpu",
     label: str | None = None,
 ) -> Reference:
-    """The reference of all images of a packed data set; every rank must call it, and all share the work.
+    """The reference of all images of a data set; all ranks share the work, and every rank must call it.
 
-    With `cache_folder` mean and covariance are kept there, named by the hashes of extractor and images, and found again.
-    `keep_features` also keeps all rows, which KID, precision and recall compare with; they are computed each time. Where the
-    extractor is a fast one, the reference is that of the exact one.
+    Of a fast extractor the exact one is used.
 
-    Raises ValueError for a damaged cache file, which is left as it is.
+    Args:
+        packed: the data set.
+        extractor: of features.
+        cache_folder: where mean and covariance are kept, named by the hashes of extractor and images; None: nowhere.
+        keep_features: whether all rows are kept too, which KID, precision and recall need; they are computed each time.
+        batch_size: images at once.
+        device: to compute on.
+        label: names a progress bar.
+
+    Raises:
+        ValueError: for a damaged cache file, which is left as it is.
     """
     extractor = getattr(extractor, "exact", None) or extractor
     cache = None
@@ -104,16 +129,22 @@ def reference_statistics(
 
 
 def load_reference(path: str | Path) -> Reference:
-    """A published reference (npz with mu and sigma, as EDM's), on the CPU, named by the SHA-256 of the file."""
+    """Read a published reference (an npz with mu and sigma, as EDM's), on the CPU; its hash is the SHA-256 of the file."""
     mu, cov = load_statistics(path)
     return Reference(mu, cov, sha256(Path(path).read_bytes()).hexdigest())
 
 
 def published_reference(options: Mapping[str, Any], extractor: FeatureExtractor) -> Reference:
-    """What `evaluation.reference` asks for, on the CPU: with it nothing is compared with the images themselves.
+    """The published reference that `evaluation.reference` names, on the CPU, in place of the data set's own images.
 
-    options: `file`, and where known its `url` and `sha256`. Raises FileNotFoundError for a missing file, OSError for one with
-    another hash, ValueError for other options, a damaged file or statistics of another extractor.
+    Args:
+        options: `file`, and where known its `url` and `sha256`.
+        extractor: whose features they must be.
+
+    Raises:
+        FileNotFoundError: for a missing file.
+        OSError: for a file with another hash.
+        ValueError: for other options, a damaged file, or statistics of another number of features.
     """
     if "file" not in options or not options.keys() <= _PUBLISHED:
         raise ValueError(

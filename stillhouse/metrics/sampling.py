@@ -1,4 +1,4 @@
-"""Features of what a sampler makes of given seeds."""
+"""Features of the samples of given seeds."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,14 +26,28 @@ def sample_features(
     class_counts: Sequence[int] | None = None,
     label: str | None = None,
 ) -> tuple[Tensor, float]:
-    """Features (n, D), in the order of `seeds` (n,) int64, of the images that `sample(noise, labels)` makes of them.
+    """Sample the images of given seeds and extract their features.
 
-    Each rank works on a contiguous part and all get the whole, so that batch size and process count change no value
-    beyond float rounding. Also returns the seconds spent in `sample` alone, of the slowest rank: by CUDA events, without
-    waiting for the device between batches, and by the clock on a CPU. `class_counts`: as in `sample_labels`. `label` names a
-    progress bar.
+    Each rank works on a contiguous part and all get the whole, so that batch size and number of processes change no value
+    beyond float rounding.
 
-    Raises ValueError, on every rank, where samples contain NaN or infinity.
+    Args:
+        sample: a function of (noise, labels).
+        extractor: of features.
+        seeds: (n,), int64.
+        shape: (C, H, W) of the noise.
+        num_classes: of the labels; 0: there are none.
+        batch_size: images that are sampled at once.
+        device: to compute on.
+        class_counts: as in `sample_labels`.
+        label: names a progress bar.
+
+    Returns:
+        Features (n, D) in the order of `seeds`, and the seconds spent in `sample` alone, of the slowest rank: by CUDA events,
+        without waiting for the device between batches, or by the clock on a CPU.
+
+    Raises:
+        ValueError: on every rank, where samples contain NaN or infinity.
     """
     device = torch.device(device)
     extractor = extractor.to(device)
@@ -50,9 +64,9 @@ def sample_features(
                 rows.append(torch.where(finite, extractor(to_uint8(images)), torch.nan))
             bar.update(len(noise))
     gathered = gather_rows(torch.cat(rows), len(seeds))
-    broken = int(gathered.isnan().any(dim=1).sum())
-    if broken:
-        raise ValueError(f"{broken} of {len(seeds)} samples contain NaN or infinity: the sampler has diverged")
+    diverged = int(gathered.isnan().any(dim=1).sum())
+    if diverged:
+        raise ValueError(f"{diverged} of {len(seeds)} samples contain NaN or infinity: the sampler has diverged")
     return gathered, max_over_ranks(clock.seconds(), device)
 
 
@@ -85,7 +99,7 @@ class _Clock:
 
 
 class _CudaClock:
-    """The same in device time; the device is waited for once, in `seconds`."""
+    """Seconds of the device spent inside its with blocks; the device is waited for once, in `seconds`."""
 
     def __init__(self):
         self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []

@@ -1,6 +1,6 @@
-"""Is this the teacher that its config says? Known images are denoised and new ones sampled before days are spent on it.
+"""The self-test of a teacher: it denoises known images and samples new ones, before days are spent on it.
 
-A wrong range of noise levels, law of labels, range of values or parameterisation shows in a minute.
+A wrong range of noise levels, distribution of labels, range of values or parameterisation shows in a minute.
 """
 
 from collections.abc import Sequence
@@ -15,16 +15,16 @@ from stillhouse.diffusion.preconditioning import EDM, VE, VP, X0, Epsilon, Preco
 from stillhouse.diffusion.random_numbers import sample_labels, sample_noise
 from stillhouse.diffusion.teacher import Teacher
 
-READINGS: tuple[type[Preconditioning], ...] = (EDM, VP, VE, Epsilon, V, X0, Velocity)
+PARAMETERISATIONS: tuple[type[Preconditioning], ...] = (EDM, VP, VE, Epsilon, V, X0, Velocity)
 SOLVER_STEPS = 18  # at most, of the samples
 LEVELS = 9  # noise levels from the schedule's lowest to its highest
-_FEW = 16  # images that other readings are tried on
+_FEW = 16  # images that other parameterisations are tried on
 _SLACK = 1.1  # times the linear denoiser's error
 _GOOD = 0.9  # times it
-_HIDDEN = 0.1  # standard deviations of the images over the highest noise level
+_MAX_IMAGE_STD = 0.1  # standard deviations of the images over the highest noise level
 _WIDTHS = 1.5  # ratio of the samples' to the images' standard deviation
 _SHIFT = 0.3  # of the samples' mean, in standard deviations of the images
-_CERTAIN = 2  # standard errors by which true labels must be better than wrong ones
+_MIN_DEVIATIONS = 2  # standard errors by which true labels must be better than wrong ones
 _OUTSIDE = 0.05  # share of the samples' values beyond [-1.1, 1.1]
 
 
@@ -54,7 +54,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Check:
-    """passed: None where it could not be made."""
+    """One check of the self-test; `passed` is None where it could not be made."""
 
     name: str
     passed: bool | None
@@ -63,18 +63,27 @@ class Check:
 
 @dataclass(frozen=True)
 class SelfTest:
-    """real: whether the known images are real ones; else they are the teacher's own samples. readings: errors over the
-    linear denoiser's, a geometric mean over the levels, by the name of the preconditioning."""
+    """The result of a self-test.
+
+    Attributes:
+        real: whether the known images are real ones; else they are the teacher's own samples.
+        levels: errors at each noise level.
+        scores: {name of a preconditioning: error over the linear denoiser's, a geometric mean over the levels}.
+        checks: in order.
+        images: the known images.
+        samples: of the teacher.
+    """
 
     real: bool
     levels: list[Level]
-    readings: dict[str, float]
+    scores: dict[str, float]
     checks: list[Check]
     images: Tensor
     samples: Tensor
 
     @property
     def failed(self) -> list[Check]:
+        """The checks that did not pass."""
         return [check for check in self.checks if check.passed is False]
 
 
@@ -82,7 +91,14 @@ class SelfTest:
 def self_test(
     teacher: Teacher, known: tuple[Tensor, Tensor | None] | None, seeds: Sequence[int], device: torch.device | str
 ) -> SelfTest:
-    """known: real images (N, C, H, W) in [-1, 1] with labels (N,) or None; None: the teacher's own samples, of `seeds`."""
+    """Test a teacher.
+
+    Args:
+        teacher: it is moved to `device`.
+        known: real images (N, C, H, W) in [-1, 1] with labels (N,) or None; None: the teacher's own samples are taken.
+        seeds: of the samples.
+        device: to compute on.
+    """
     teacher.to(device)
     places = torch.tensor(list(seeds), device=device)
     noise = sample_noise(places, (teacher.channels, teacher.resolution, teacher.resolution))
@@ -94,26 +110,26 @@ def self_test(
     labels = labels.to(device) if labels is not None and teacher.num_classes else None
     schedule = teacher.sigmas()
     sigmas = torch.logspace(*schedule[[-2, 0]].log10().tolist(), LEVELS, dtype=torch.float64).tolist()
-    own = type(teacher.denoiser.preconditioning).__name__
+    configured = type(teacher.denoiser.preconditioning).__name__
     linear = [_linear_error(images, sigma) for sigma in sigmas]
     errors = [_error(teacher.denoiser, images, sigma, labels) for sigma in sigmas]
     levels = [Level(*row) for row in zip(sigmas, errors, linear, strict=True)]
-    readings = {own: _score(levels)}
-    for kind in READINGS:
-        if kind.__name__ != own:
+    scores = {configured: _score(levels)}
+    for kind in PARAMETERISATIONS:
+        if kind.__name__ != configured:
             other = Denoiser(teacher.denoiser.network, kind().to(device))
             tried = [_error(other, images[:_FEW], sigma, None if labels is None else labels[:_FEW]) for sigma in sigmas]
-            readings[kind.__name__] = _score([Level(*row) for row in zip(sigmas, tried, linear, strict=True)])
+            scores[kind.__name__] = _score([Level(*row) for row in zip(sigmas, tried, linear, strict=True)])
     checks = [
-        _denoises(levels),
-        _read_best(readings, own),
-        _hidden(images, schedule[0].item()),
-        _labels_help(teacher, images, labels, sigmas) if real else _unknown("labels"),
-        _finite(samples),
-        _in_range(samples),
-        _like(samples, images) if real else _unknown("values"),
+        _check_denoising(levels),
+        _check_parameterisation(scores, configured),
+        _check_noise_range(images, schedule[0].item()),
+        _check_labels(teacher, images, labels, sigmas) if real else _skipped("labels"),
+        _check_finite(samples),
+        _check_range(samples),
+        _check_values(samples, images) if real else _skipped("values"),
     ]
-    return SelfTest(real, levels, readings, checks, images, samples)
+    return SelfTest(real, levels, scores, checks, images, samples)
 
 
 def _errors(denoiser: Denoiser, images: Tensor, sigma: float, labels: Tensor | None) -> Tensor:
@@ -129,7 +145,7 @@ def _error(denoiser: Denoiser, images: Tensor, sigma: float, labels: Tensor | No
 
 
 def _linear_error(images: Tensor, sigma: float) -> float:
-    """Of the best linear denoiser of each pixel by itself (Wiener's); a network should beat it where pixels hang together."""
+    """The error of the best linear denoiser of each pixel alone (Wiener's); a network should beat it, as pixels correlate."""
     variance = images.double().var(0)
     return (variance * sigma**2 / (variance + sigma**2)).mean().sqrt().item()
 
@@ -139,7 +155,7 @@ def _score(levels: Sequence[Level]) -> float:
     return ratios.log().mean().exp().item()
 
 
-def _denoises(levels: list[Level]) -> Check:
+def _check_denoising(levels: list[Level]) -> Check:
     worst = max(levels, key=lambda level: level.error / level.linear)
     best = min(level.error / level.linear for level in levels)
     highest = worst.error / worst.linear
@@ -148,20 +164,20 @@ def _denoises(levels: list[Level]) -> Check:
     return Check("denoises known images", highest <= _SLACK and best < _GOOD, text)
 
 
-def _read_best(readings: dict[str, float], own: str) -> Check:
-    best = min(readings, key=lambda name: readings[name])
-    text = f"errors over the linear denoiser's: {', '.join(f'{name} {value:.3g}' for name, value in readings.items())}"
-    # Where no reading is good, something else is wrong.
-    return Check("parameterisation", readings[best] > _GOOD or readings[own] <= _SLACK * readings[best], text)
+def _check_parameterisation(scores: dict[str, float], configured: str) -> Check:
+    best = min(scores, key=lambda name: scores[name])
+    text = f"errors over the linear denoiser's: {', '.join(f'{name} {value:.3g}' for name, value in scores.items())}"
+    # Where no parameterisation is good, something else is wrong.
+    return Check("parameterisation", scores[best] > _GOOD or scores[configured] <= _SLACK * scores[best], text)
 
 
-def _hidden(images: Tensor, highest: float) -> Check:
+def _check_noise_range(images: Tensor, highest: float) -> Check:
     left = images.double().std(0).square().mean().sqrt().item() / highest
     text = f"the images' standard deviation is {left:.3g} of the highest noise level, {highest:.4g}"
-    return Check("noise levels", left < _HIDDEN, text)
+    return Check("noise levels", left < _MAX_IMAGE_STD, text)
 
 
-def _labels_help(teacher: Teacher, images: Tensor, labels: Tensor | None, sigmas: Sequence[float]) -> Check:
+def _check_labels(teacher: Teacher, images: Tensor, labels: Tensor | None, sigmas: Sequence[float]) -> Check:
     """True labels must lead to smaller errors than the next class, image by image, at the levels where classes matter."""
     if labels is None:
         return Check("labels", None, "there are none")
@@ -176,20 +192,20 @@ def _labels_help(teacher: Teacher, images: Tensor, labels: Tensor | None, sigmas
     deviations = (gains.mean() / (gains.std() / len(gains) ** 0.5).clamp_min(1e-12)).item()
     ratio = (true_errors.mean() / wrong_errors.mean()).sqrt().item()
     text = f"errors with the true labels are {ratio:.3f} of those with wrong ones, {deviations:.1f} standard errors"
-    return Check("labels", deviations > _CERTAIN, text)
+    return Check("labels", deviations > _MIN_DEVIATIONS, text)
 
 
-def _finite(samples: Tensor) -> Check:
+def _check_finite(samples: Tensor) -> Check:
     count = int(samples.isfinite().flatten(1).all(1).sum())
     return Check("samples are finite", count == len(samples), f"{count} of {len(samples)}")
 
 
-def _in_range(samples: Tensor) -> Check:
+def _check_range(samples: Tensor) -> Check:
     share = (samples.abs() > 1.1).double().mean().item()
     return Check("samples lie in [-1, 1]", share < _OUTSIDE, f"{100 * share:.2f} % of the values lie beyond 1.1")
 
 
-def _like(samples: Tensor, images: Tensor) -> Check:
+def _check_values(samples: Tensor, images: Tensor) -> Check:
     widths = (samples.double().std() / images.double().std()).item()
     shift = ((samples.double().mean() - images.double().mean()) / images.double().std()).item()
     passed = 1 / _WIDTHS < widths < _WIDTHS and abs(shift) < _SHIFT
@@ -200,5 +216,5 @@ def _like(samples: Tensor, images: Tensor) -> Check:
     )
 
 
-def _unknown(name: str) -> Check:
+def _skipped(name: str) -> Check:
     return Check(name, None, "needs real images")

@@ -1,4 +1,4 @@
-"""Mean and covariance of features: accumulated batch by batch, merged over processes, kept in EDM's npz format."""
+"""Mean and covariance of features: accumulated batch by batch, merged over processes, stored in EDM's npz format."""
 
 import io
 import sys
@@ -20,9 +20,9 @@ _ROWS = 8192  # converted to float64 at once
 
 
 class RunningGaussian:
-    """Sum and outer-product sum of features in float64, from which mean and covariance follow exactly as from all rows.
+    """Sums of features and of their outer products in float64, which give mean and covariance as all rows would.
 
-    Raw sums merge over processes by addition; float64 leaves about 9 digits where a feature's mean is 1000 of its stds.
+    Sums merge over processes by addition; about 9 digits are left where a feature's mean is 1000 of its standard deviations.
     """
 
     def __init__(self, dim: int, device: torch.device | str = "cpu"):
@@ -40,7 +40,7 @@ class RunningGaussian:
         return self
 
     def merged(self) -> "RunningGaussian":
-        """The Gaussian of all ranks' rows together, on every rank; every rank must call it. This one stays as it is."""
+        """The Gaussian of all ranks' rows together, a new one on every rank; every rank must call it."""
         if rank_and_world()[1] == 1:
             return self
         packed = torch.cat([self.sum.new_tensor([self.count]), self.sum, self.outer.flatten()])
@@ -68,9 +68,13 @@ class RunningGaussian:
 
 
 def save_statistics(path: str | Path, mu: Tensor, cov: Tensor, identity: str | None = None) -> None:
-    """Write mean (D,) and covariance (D, D) as EDM's reference files hold them: an npz with `mu` and `sigma`, float64.
+    """Write mean and covariance as EDM's reference files have them: an npz with `mu` and `sigma`, float64.
 
-    identity: names what they were made of, and is kept beside them with a hash of both.
+    Args:
+        path: of the file.
+        mu: (D,).
+        cov: (D, D).
+        identity: names what they were made of, and is kept beside them with a hash of both.
     """
     buffer = io.BytesIO()
     numbers = mu.double().cpu().numpy(), cov.double().cpu().numpy()
@@ -80,12 +84,19 @@ def save_statistics(path: str | Path, mu: Tensor, cov: Tensor, identity: str | N
 
 
 def load_statistics(path: str | Path, identity: str | None = None) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and covariance (D, D), float64 on the CPU, from an npz of ours or of EDM.
+    """Read mean and covariance from an npz of ours or of EDM.
 
-    identity: what the file should say that it was made of, if it says so; older files of ours and EDM's do not.
+    Args:
+        path: of the file.
+        identity: what the file was made of; one that does not say so (EDM's, and older ones of ours) is accepted.
 
-    Raises FileNotFoundError for a missing file, ValueError for one that is damaged or holds something else: other shapes,
-    complex or infinite numbers, a matrix that is no covariance.
+    Returns:
+        Mean (D,) and covariance (D, D), float64 on the CPU.
+
+    Raises:
+        FileNotFoundError: without the file.
+        ValueError: for one that is damaged or holds something else: other shapes, complex or infinite numbers, a matrix that is
+            no covariance.
     """
     path = Path(path)
     if not path.is_file():
@@ -120,9 +131,10 @@ def _real(array: np.ndarray, name: str) -> Tensor:
 
 
 def check_covariance(mu: Tensor, cov: Tensor) -> None:
-    """Errors: ValueError for what can be no mean (D,) and covariance (D, D): shapes, NaN, asymmetry, negative variances.
+    """Refuse what can't be a mean (D,) and a covariance (D, D); a variance may be negative by a millionth of their sum.
 
-    A direction's variance may be negative by rounding: by a millionth of all variances together.
+    Raises:
+        ValueError: for other shapes, NaN, asymmetry or negative variances.
     """
     if mu.ndim != 1 or cov.shape != (len(mu), len(mu)):
         raise ValueError(f"mu {tuple(mu.shape)} and sigma {tuple(cov.shape)} are no mean (D,) and covariance (D, D)")
@@ -131,6 +143,6 @@ def check_covariance(mu: Tensor, cov: Tensor) -> None:
     rounding = 1e-6 * cov.diagonal().sum().item() + sys.float_info.min
     if rounding <= 0 or (cov - cov.T).abs().max().item() > rounding:
         raise ValueError("sigma is not symmetric, or has negative variances")
-    # Some 0.2 seconds for 2,048 features, where the eigenvalues would take as many whole seconds.
+    # About 0.2 seconds for 2,048 features; eigenvalues would take 2.
     if torch.linalg.cholesky_ex(cov + rounding * torch.eye(len(mu), dtype=cov.dtype))[1].item():
         raise ValueError("sigma is no covariance, the variance is negative in some direction")

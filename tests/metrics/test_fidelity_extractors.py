@@ -122,7 +122,7 @@ def test_fast_extractors_are_others_and_know_the_exact_one(folder, monkeypatch):
         return lambda images: sizes.append(len(images)) or network(images)
 
     monkeypatch.setattr("torch.compile", compiled)
-    monkeypatch.setattr("stillhouse.metrics.fidelity._AT_ONCE", 2)
+    monkeypatch.setattr("stillhouse.metrics.fidelity._CHUNK", 2)
     exact = TorchFidelity("clip-vit-b-32", folder / "clip.pt")
     both = TorchFidelity("clip-vit-b-32", folder / "clip.pt", precision="bf16", compile=True)
     fast = TorchFidelity("clip-vit-b-32", folder / "clip.pt", precision="bf16")

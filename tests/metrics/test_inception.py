@@ -46,7 +46,7 @@ def test_features_and_logits_are_torch_fidelitys(weights, extractor, rows):
 
 
 def test_the_same_under_autocast_and_in_parts(extractor, rows, monkeypatch):
-    monkeypatch.setattr("stillhouse.metrics.fidelity._AT_ONCE", 2)
+    monkeypatch.setattr("stillhouse.metrics.fidelity._CHUNK", 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         within = extractor(IMAGES)
         logits = extractor.class_logits(within)

@@ -85,7 +85,7 @@ def test_an_exact_denoiser_passes_and_its_errors_are_those_of_the_posterior(know
         assert level.v == pytest.approx(level.error / (level.sigma * a))  # v = (a z - x0) / s with z = a x, s = a sigma
         t = 1 / (1 + level.sigma)
         assert level.velocity == pytest.approx(level.error / (1 - t))
-    assert min(found.readings, key=found.readings.get) == "X0"
+    assert min(found.scores, key=found.scores.get) == "X0"
     assert found.samples.shape == found.images.shape
 
 
@@ -105,7 +105,7 @@ def test_what_is_wrong_is_named(known, wrong, expected):
 def test_another_parameterisation_is_found_out(known):
     found = self_test(teacher(V()), (known.images, known.labels), range(64), "cpu")
     assert {"parameterisation", "denoises known images"} <= failed(found)
-    assert found.readings["X0"] < 0.9 < found.readings["V"]
+    assert found.scores["X0"] < 0.9 < found.scores["V"]
 
 
 def test_shuffled_labels_are_no_help(known):
