@@ -45,16 +45,16 @@ class CIFAR10(PixelDataModule):
                 f"data.resolution={self.resolution}, data.num_classes={self.classes}: CIFAR-10 has {_SIDE} pixels a side "
                 f"and {_CLASSES} classes; correct the options"
             )
-        if self.path.is_file() and self.sha256 and (found := hash_file(self.path)) != self.sha256:
+        if self.path.is_file() and self.sha256 and (actual := hash_file(self.path)) != self.sha256:
             way_out = f"add download=true to fetch {self.url}" if self.url else "get it again"
             raise OSError(
-                f"{self.path} is cut short or another file, its SHA-256 is {found[:16]}... instead of {self.sha256[:16]}...; "
+                f"{self.path} is cut short or another file, its SHA-256 is {actual[:16]}... instead of {self.sha256[:16]}...; "
                 f"delete it and {way_out}"
             )
         with _opened(self.path) as read:
-            parts = [_batch(read, name, self.path) for name in _BATCHES]
-        images = np.concatenate([images for images, _ in parts])
-        labels = np.concatenate([labels for _, labels in parts])
+            batches = [_batch(read, name, self.path) for name in _BATCHES]
+        images = np.concatenate([images for images, _ in batches])
+        labels = np.concatenate([labels for _, labels in batches])
         description = f"{self.path.name}, data_batch_1 to data_batch_5"
         return array_source(images, labels if self.classes else None, description)
 

@@ -325,8 +325,8 @@ class Decoder:
             for batch in _batched(contents, size):
                 pixels, changes = zip(*pool.map(self._pixels, batch), strict=True)
                 self.seen += len(batch)
-                for (where, _), found in zip(batch, changes, strict=True):
-                    for what, detail in found.items():
+                for (where, _), changed in zip(batch, changes, strict=True):
+                    for what, detail in changed.items():
                         count, first = self.changed.get(what, (0, f"{where} ({detail})"))
                         self.changed[what] = (count + 1, first)
                 yield [content for _, content in batch], np.stack(pixels)

@@ -81,7 +81,7 @@ class PictureFiles(PictureSequence):
     Attributes:
         names: Paths of the pictures, relative to `path` or to a zip's only folder.
         others: Paths of the files that are no pictures by their names.
-        found: Number of files, pictures or not.
+        file_count: Number of files, pictures or not.
         passed_over: Links to a folder that contains them.
 
     Raises:
@@ -102,7 +102,7 @@ class PictureFiles(PictureSequence):
             known = {name: (info.file_size, info.CRC) for name, info in members(self._zip, path).items()}
         places = {place: PurePosixPath(place).parts for place in known if not _is_hidden(place)}
         files = [place for place in places if not place.endswith("/")]
-        self.found = len(files)
+        self.file_count = len(files)
         self.others = sorted(place for place in files if not place.lower().endswith(SUFFIXES))
         places = {place: parts for place, parts in places.items() if place.lower().endswith(SUFFIXES)}
         root = _common_folder(list(places.values())) if self._zip else 0
@@ -126,8 +126,8 @@ class PictureFiles(PictureSequence):
             print(f"{name}: passed over {link}, a link to a folder that it lies in", flush=True)
         if self.others:
             print(
-                f"{name}: {len(self.others):,} of {self.found:,} files are no pictures by their names and left out, the first "
-                f"{self.others[0]}",
+                f"{name}: {len(self.others):,} of {self.file_count:,} files are no pictures by their names and left out, "
+                f"the first {self.others[0]}",
                 flush=True,
             )
 
@@ -200,13 +200,13 @@ def class_folders(files: PictureFiles, classes: int, order: str = "text") -> lis
         raise ValueError(
             f"{loose} in {files.path} lies in no class folder, data.num_classes={classes}; move it {way_out}"
         )
-    found = sorted({name.partition("/")[0] for name in files.names}, key=_natural if order == "natural" else None)
-    if len(found) != classes:
+    folders = sorted({name.partition("/")[0] for name in files.names}, key=_natural if order == "natural" else None)
+    if len(folders) != classes:
         raise ValueError(
-            f"{files.path} has {len(found)} class folders with pictures ({shortened(found)}), data.num_classes={classes}; "
+            f"{files.path} has {len(folders)} class folders with pictures ({shortened(folders)}), data.num_classes={classes}; "
             f"complete the folder, correct the option {way_out}"
         )
-    return found
+    return folders
 
 
 def folder_classes(files: PictureFiles, folders: list[str]) -> np.ndarray:

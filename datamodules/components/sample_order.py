@@ -32,14 +32,14 @@ class EpochOrder:
 
     def batch(self, position: int, size: int) -> np.ndarray:
         """Items at positions position .. position+size-1, int64 (size,), also across epochs."""
-        parts = []
+        pieces = []
         end = position + size
         while position < end:
             epoch, offset = divmod(position, self.count)
-            part = self.permutation(epoch)[offset : offset + end - position]
-            parts.append(part)
-            position += len(part)
-        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+            piece = self.permutation(epoch)[offset : offset + end - position]
+            pieces.append(piece)
+            position += len(piece)
+        return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
 
 
 def items_per_process(batch_size: int, world_size: int) -> int:
