@@ -348,8 +348,8 @@ def test_a_checkpoint_with_another_number_of_branches_is_refused(rounds, tmp_pat
     ("host", "options", "nfe", "factor", "precision"),
     [
         ("sfd", {"branches": 4, "kimg": 40, "lr": 5e-3, "batch_size": 128}, 2, 5, "32-true"),
-        ("progressive", {"branches": 2, "factor": 2}, 1, 8, "32-true"),
-        ("progressive", {"branches": 4, "factor": 4}, 1, 8, "bf16-mixed"),
+        pytest.param("progressive", {"branches": 2, "factor": 2}, 1, 8, "32-true", marks=pytest.mark.slow),
+        pytest.param("progressive", {"branches": 4, "factor": 4}, 1, 8, "bf16-mixed", marks=pytest.mark.slow),
         ("student", {"branches": 2, "kimg": 40, "lr": 3e-3, "batch_size": 128, "pairs": 2048}, 1, 8, "bf16-mixed"),
     ],
     ids=["sfd", "halving", "quartering in bf16-mixed", "student in bf16-mixed"],

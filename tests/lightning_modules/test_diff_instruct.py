@@ -111,8 +111,12 @@ def test_the_fake_scores_loss_is_denoising_score_matching_of_generated_images():
     ("options", "precision"),
     [
         ({}, "32-true"),
-        ({"two_sided": True, "kimg": 76.8}, "bf16-mixed"),
-        ({"weighting": "dmd", "sigma_init": 80.0, "fake_updates": 2, "fake_lr_factor": 2}, "32-true"),
+        pytest.param({"two_sided": True, "kimg": 76.8}, "bf16-mixed", marks=pytest.mark.slow),
+        pytest.param(
+            {"weighting": "dmd", "sigma_init": 80.0, "fake_updates": 2, "fake_lr_factor": 2},
+            "32-true",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["alternating", "two-sided in bf16-mixed", "dmd from 80"],
 )
