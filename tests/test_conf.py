@@ -176,9 +176,11 @@ def test_the_published_teachers_are_all_here():
 def test_the_published_networks_have_their_size_and_ask_for_their_weights(teacher, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     photos = (
-        ["data=image_folder", "data.path=my_photos", "data.resolution=256"] if teacher == "celebahq256_ddpm" else []
+        ["data=image_folder", "data.path=my_photos", "data.resolution=256"]
+        if teacher == "celebahq256_ddpm"
+        else [f"data={data_of(teacher)}"]
     )
-    cfg = compose("evaluate", ["task=teacher", f"teacher={teacher}", f"data={data_of(teacher)}", *photos])
+    cfg = compose("evaluate", ["task=teacher", f"teacher={teacher}", *photos])
     parameters, evaluations = SIZES[teacher]
     assert cfg.teacher.name == teacher
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
