@@ -24,7 +24,7 @@ from stillhouse.diffusion.control_points import (
 from stillhouse.diffusion.distance import Distance
 from stillhouse.diffusion.flow import level_of
 from stillhouse.diffusion.losses import regression
-from stillhouse.diffusion.random_numbers import sample_uniforms
+from stillhouse.diffusion.random_numbers import sample_labels, sample_noise, sample_uniforms
 from stillhouse.diffusion.teacher import Teacher
 from stillhouse.diffusion.time_distributions import TimeDistribution
 from stillhouse.networks.branching import plain_state, widen
@@ -115,6 +115,30 @@ class BezierDistillation(PairedFlow):
 
     def frozen_networks(self) -> list[Any]:
         return [*super().frozen_networks(), self.distance]
+
+    def learned_teachers(self) -> list[Teacher]:
+        return list(self.teachers)
+
+    def end_teacher(self) -> Teacher | None:
+        used = self.last_weights[-1].nonzero().flatten().tolist()
+        return self.teachers[used[0]] if len(used) == 1 else None
+
+    def training_curves(self, seeds: Tensor) -> tuple[str, Tensor]:
+        noise, labels = sample_noise(seeds, self.image_shape), sample_labels(seeds, self.teacher.num_classes)
+        states = torch.stack([self._states(teacher, noise, labels) for teacher in self.teachers], dim=1)
+        control_points, weights = self.control_points.to(seeds.device), self.last_weights.to(seeds.device)
+        names = ", ".join(teacher.name for teacher in self.teachers)
+        slots = "".join(f", {slot}" for slot in dict.fromkeys(self.control_points.slots))
+        title = f"Bezier, order {self.control_points.order}{slots}: training curves\n({names})"
+        return title, control_points(noise.double(), states, weights, sample_uniforms(seeds))
+
+    def _states(self, teacher: Teacher, noise: Tensor, labels: Tensor | None) -> Tensor:
+        """x = X_t / t of a teacher's path at the times of the control points, then its end: (N, K, C, H, W), float64."""
+        teacher.to(noise.device)
+        levels = tuple(self.through)
+        reached = teacher.sigmas(None, levels).tolist()[1:]
+        states = dict(zip(reached, teacher.trajectory(noise, labels, through=levels), strict=True))
+        return torch.stack([states[level] for level in (*levels, 0.0)], 1)
 
     def control_points_of(self, batch: dict[str, Tensor]) -> Tensor:
         """P_0 .. P_n, (B, n + 1, C, H, W)."""

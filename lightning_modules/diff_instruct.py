@@ -96,6 +96,9 @@ class DiffInstruct(Method):
     def frozen_networks(self) -> list[Any]:
         return [self.target]
 
+    def loss_scale_conflict(self) -> str | None:
+        return "would lose the gradient that method.gan takes of its images" if self.gan else None
+
     def learning_rate(self, network: str) -> float:
         return self.fake_lr if network == "fake_score" else self.lr
 

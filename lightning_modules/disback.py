@@ -109,6 +109,9 @@ class DisBack(DiffInstruct):
         options.pop("spacing")
         return {"degradation": DegradationRecording(self.path, name="degradation", kimg=kimg, **options)}
 
+    def stored_bytes(self, network: int) -> dict[str, int]:
+        return {f"degradation path of {self.nodes} nodes": network * self.nodes} if self.path else {}
+
     def preparation(self) -> dict[str, float] | None:
         return self.path.cost() if self.path else None
 

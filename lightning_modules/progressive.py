@@ -172,6 +172,9 @@ class ProgressiveDistillation(BranchedMethod):
 
     # -- sampling --------------------------------------------------------------------------------------------------
 
+    def stored_bytes(self, network: int) -> dict[str, int]:
+        return {f"students of {len(self.rounds)} rounds": network * len(self.rounds)}
+
     def sampling(self, nfe: int | None = None) -> Sampling:
         check_nfe(nfe, self.steps)
         sigmas = self.grid[:: (len(self.grid) - 1) // self.steps].tolist()

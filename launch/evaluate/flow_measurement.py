@@ -16,7 +16,6 @@ from launch.evaluate.groups import essence, labels, trained_alike
 from launch.evaluate.measure import Evaluation
 from launch.evaluate.trained_run import TrainedRun
 from launch.run.build import check_teacher
-from lightning_modules import BezierDistillation, Method
 from stillhouse.analysis.flow_chain import (
     ChainedFlow,
     DistilledRun,
@@ -116,7 +115,7 @@ class FlowMeasurement:
         """(what its group depends on, all of `DistilledRun` but the group, notes)."""
         k = place(self.flows, run)
         method = run.method.to(self.evaluation.device)
-        target, notes = end_teacher(method), []
+        target, notes = method.end_teacher(), []
         own = sample_images(method.sample, self.seeds, **self.sampling)
         regression = None
         if target is not None and target.hash == self.flows[k].hash:
@@ -149,7 +148,7 @@ class FlowMeasurement:
             if not any(key == part or key.startswith(f"{part}.") for part in _PLACE)
         }
         own["NFE"] = str(run.method.nfe)
-        teachers = getattr(run.method, "teachers", [run.method.teacher])
+        teachers = run.method.learned_teachers()
         hashes = [flow.hash for flow in self.flows[: k + 1]][::-1]
         places = [hashes.index(t.hash) if t.hash in hashes else t.name for t in teachers]
         own["teachers"] = ",".join(p if isinstance(p, str) else f"k-{p}" if p else "k" for p in places)
@@ -165,14 +164,6 @@ def place(flows: Sequence[Teacher], run: TrainedRun) -> int:
         known = ", ".join(f"{flow.name} ({flow.hash[:8]})" for flow in flows)
         raise ValueError(f"distilled: the teacher of {run.folder.path} is {name}, not one of the flows {known}")
     return found[-1]
-
-
-def end_teacher(method: Method) -> Teacher | None:
-    """The teacher whose end points a student learns; None where they are those of several."""
-    if not isinstance(method, BezierDistillation):
-        return method.teacher
-    used = method.last_weights[-1].nonzero().flatten().tolist()
-    return method.teachers[used[0]] if len(used) == 1 else None
 
 
 def how(teacher: Teacher) -> str:

@@ -22,10 +22,10 @@ from launch.run.folder import RunFolder
 from launch.run.processes import process_count
 from launch.run.remote_files import RemoteFile, exists, remote_files
 from launch.run.stages import build_stages
-from lightning_modules import DisBack, Method
-from lightning_modules.progressive import ProgressiveDistillation
+from lightning_modules import Method
 from stillhouse.checkpoints.weights import load_weights
 from stillhouse.diffusion.denoiser import Denoiser
+from stillhouse.diffusion.teacher import Teacher
 
 _MOMENTS = 2  # of each weight, Adam's
 _FLOAT = 4  # bytes
@@ -100,8 +100,7 @@ class Networks:
     def of(cls, method: Method, averages: int) -> "Networks":
         own = [module for module in method.modules() if isinstance(module, Denoiser)]
         trained = sum(any(p.requires_grad for p in part.parameters()) for part in own)
-        target = getattr(method, "target", None)  # stands for the teacher on the device
-        teachers = {target} if target else {method.teacher, *getattr(method, "teachers", [])} - {None}
+        teachers = [network for network in method.frozen_networks() if isinstance(network, Teacher)]
         return cls(trained, len(own) - trained + len(teachers), averages)
 
     @property
@@ -119,10 +118,7 @@ def _disk(method: Method, training: Any, size: int, networks: Networks) -> dict[
     checkpoint = size * networks.in_checkpoint
     found = {"last.ckpt, best.ckpt": 2 * checkpoint} if method.monitor else {"last.ckpt": checkpoint}
     found["student.safetensors"] = size
-    if isinstance(method, ProgressiveDistillation):
-        found[f"students of {len(method.rounds)} rounds"] = size * len(method.rounds)
-    if isinstance(method, DisBack) and method.path:
-        found[f"degradation path of {method.nodes} nodes"] = size * method.nodes
+    found |= method.stored_bytes(size)
     if isinstance(training, TrajectoryDataModule):
         stores = [*training.train_stores, *training.held_out_stores]
         samples = sum(len(store) for store in stores)

@@ -82,9 +82,8 @@ def precision_plugin(precision: str, device: str, method: Method) -> Precision:
     """Errors: ValueError for a method that can't be trained in this precision."""
     if precision not in ("bf16-mixed", "16-mixed"):
         return Precision()
-    if precision == "16-mixed" and getattr(method, "gan", None) is not None:
+    if precision == "16-mixed" and (conflict := method.loss_scale_conflict()):
         raise ValueError(
-            "trainer.precision=16-mixed would lose the gradient that method.gan takes of its images, which no loss scale "
-            "protects: set trainer.precision=bf16-mixed"
+            f"trainer.precision=16-mixed {conflict}, which no loss scale protects: set trainer.precision=bf16-mixed"
         )
     return TrainingAutocast(precision, device)

@@ -254,11 +254,42 @@ class Method(Optimisation):
         """Network evaluations that an image of the training costs, on average, by the network: what `plan=true` shows."""
         return {"student": 1.0}
 
+    def learned_teachers(self) -> list[Teacher]:
+        """The teachers whose samples or scores the student learns from."""
+        return [self.teacher] if self.teacher is not None else []
+
+    def end_teacher(self) -> Teacher | None:
+        """The teacher whose samples the student learns to make of the same noise; None where they are a mixture of several's."""
+        return self.teacher
+
+    def training_curves(self, seeds: Tensor) -> tuple[str, Tensor] | None:
+        """The curves from noise to images that the student learns at the end of its training; None where they are no curves.
+
+        Args:
+            seeds: Of the noise (N,), int64.
+
+        Returns:
+            A title, and Bezier control points (N, n + 1, C, H, W), float64.
+        """
+        return None
+
+    def stored_bytes(self, network: int) -> dict[str, int]:
+        """Bytes that the method keeps in the run's folder beside checkpoints and the student, by what they are for.
+
+        Args:
+            network: Bytes of a network of the student's size.
+        """
+        return {}
+
+    def loss_scale_conflict(self) -> str | None:
+        """Why a scaled loss (trainer.precision=16-mixed) would train something else, in words; None where it would not."""
+        return None
+
     @property
     def licence(self) -> str:
         """Of the student's weights: what its teachers allow, or of a student that began without any, Apache-2.0."""
         begun = getattr(self, "sampler", None)  # a teacher's network that was trained on
-        teachers = getattr(self, "teachers", [self.teacher]) if self.teacher else [begun]
+        teachers = self.learned_teachers() or [begun]
         found = [teacher.licence for teacher in teachers if teacher is not None and (self.teacher or teacher.weights)]
         return " and ".join(dict.fromkeys(found)) or "Apache-2.0"
 

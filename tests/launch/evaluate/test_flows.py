@@ -9,8 +9,8 @@ from flow_chain_tools import Constant, PlanarData, PlanarExtractor, flow, gaussi
 from matplotlib.image import imread
 from omegaconf import OmegaConf
 
-from launch.evaluate.flow_measurement import FlowMeasurement, end_teacher, load_chain, place, report
-from launch.evaluate.flow_paths import control_points, draw_flow_paths, planar
+from launch.evaluate.flow_measurement import FlowMeasurement, load_chain, place, report
+from launch.evaluate.flow_paths import draw_flow_paths, planar
 from launch.evaluate.measure import Evaluation
 from launch.evaluate.trained_run import TrainedRun, Weights
 from launch.run.folder import RunFolder
@@ -120,11 +120,11 @@ def test_runs_alike_but_for_their_seed_and_place_are_one_group(chain):
 
 
 def test_the_end_teacher_of_curves(flows):
-    assert end_teacher(distilled(flows[0])) is flows[0]
-    assert end_teacher(curved(flows[:2])) is flows[1]
-    assert end_teacher(curved(flows[:2], weights=[[0, 1], [1, 0]])) is flows[0]
-    assert end_teacher(curved(flows[:2], weights=[[0, 1], [0.5, 0.5]])) is None
-    assert end_teacher(curved(flows[:2], weights=[[1, 0], [1, 0]], final_weights=[[1, 0], [0, 1]])) is flows[1]
+    assert distilled(flows[0]).end_teacher() is flows[0]
+    assert curved(flows[:2]).end_teacher() is flows[1]
+    assert curved(flows[:2], weights=[[0, 1], [1, 0]]).end_teacher() is flows[0]
+    assert curved(flows[:2], weights=[[0, 1], [0.5, 0.5]]).end_teacher() is None
+    assert curved(flows[:2], weights=[[1, 0], [1, 0]], final_weights=[[1, 0], [0, 1]]).end_teacher() is flows[1]
 
 
 def test_samples_by_another_solver_are_noted(flows, evaluation):
@@ -170,14 +170,14 @@ def test_control_points_are_those_of_training(flows):
     """Through trajectory points at t = 1/2 the curve passes at 1/2."""
     seeds = torch.arange(5)
     noise = sample_noise(seeds, (2, 1, 1)).double()
-    control = control_points(curved(flows[:2]), seeds)
+    control = curved(flows[:2]).training_curves(seeds)[1]
     expected = torch.stack([noise, *(f.sample(noise).double() for f in flows[:2])], 1)
     torch.testing.assert_close(control, expected, rtol=1e-5, atol=1e-5)
     method = curved(flows[:1], slot="trajectory")
     levels = list(method.through)
     sigmas = flows[0].sigmas(None, levels).tolist()
     states = list(flows[0].trajectory(noise, through=levels))
-    middle = bezier.point(control_points(method, seeds), torch.full((5,), 0.5, dtype=torch.float64))
+    middle = bezier.point(method.training_curves(seeds)[1], torch.full((5,), 0.5, dtype=torch.float64))
     torch.testing.assert_close(middle, 0.5 * states[sigmas.index(levels[0]) - 1])
 
 
