@@ -1,8 +1,6 @@
 """Architectures, and what wraps them: branches of the output, conditions, compilation, a discriminator, LPIPS.
 
-Every network here can be the `network` of a `Denoiser`. It has the attributes `resolution`, `in_channels`, `out_channels`,
-`num_classes` and `augment_dim` (0 without), is called with (x, noise_labels, class_labels, augment_labels), and has `encode`,
-whose features a discriminator reads, of `encoder_channels` and `encoder_resolution`.
+Every network here is a `Network`, which can be read by a `Denoiser`.
 """
 
 from stillhouse.networks.branching import (
@@ -18,6 +16,7 @@ from stillhouse.networks.dhariwal_unet import DhariwalUNet
 from stillhouse.networks.diffusers_unet import DiffusersUNet
 from stillhouse.networks.discriminator import Discriminator
 from stillhouse.networks.mlp import MLP
+from stillhouse.networks.network import Network
 from stillhouse.networks.song_unet import SongUNet
 from stillhouse.networks.step_condition import condition_on_steps, fixed_steps_state, set_steps
 
@@ -27,6 +26,7 @@ __all__ = [
     "DhariwalUNet",
     "DiffusersUNet",
     "Discriminator",
+    "Network",
     "SongUNet",
     "branches_of",
     "collapse",

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from stillhouse.checks import (
     check_counts,
     check_fractions,
-    check_inputs,
     check_integers,
     check_labels,
     check_levels,
@@ -18,6 +17,7 @@ from stillhouse.checks import (
 from stillhouse.networks.branching import BranchedConv2d
 from stillhouse.networks.embeddings import DhariwalEmbedding
 from stillhouse.networks.layers import Downsample, Upsample, attend, group_norm, zeroed
+from stillhouse.networks.network import Network
 from stillhouse.networks.song_unet import DecoderLevel
 
 EPS = 1e-5  # of every group norm
@@ -77,7 +77,7 @@ class DhariwalBlock(nn.Module):
         return self.attention(self.skip(self.resample(x)) + h)
 
 
-class DhariwalUNet(nn.Module):
+class DhariwalUNet(Network):
     """ADM; the defaults are EDM's ImageNet-64 network but for its num_classes=1000.
 
     Layers start as PyTorch's do, the last one of each sum and of the network at zero.
@@ -182,45 +182,15 @@ class DhariwalUNet(nn.Module):
         self.norm_out = group_norm(width, EPS)
         self.conv_out = zeroed(BranchedConv2d(width, out_channels, 3, padding=1))
 
-    def forward(
-        self,
-        x: Tensor,
-        noise_labels: Tensor,
-        class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-    ) -> Tensor:
-        """Evaluate the network.
-
-        Args:
-            x: the network's input (B, in_channels, H, W).
-            noise_labels: the preconditioning's c_noise (B,).
-            class_labels: int64 (B,) in [0, num_classes); None is the zero vector.
-            augment_labels: (B, augment_dim); None is the zero vector.
-
-        Returns:
-            The output (B, out_channels, H, W).
-        """
-        check_inputs(self, x, noise_labels, class_labels, augment_labels)
-        emb = self.embed(noise_labels, class_labels, augment_labels)
-        skips = self._encode(x, emb)
-        x = skips[-1]
-        for level in self.decoder.values():
-            x = level(x, skips, emb)
-        return self.conv_out(F.silu(self.norm_out(x)))
-
-    def encode(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Compute the features at the end of the encoder, which a discriminator reads; arguments as of `forward`.
-
-        Returns:
-            (B, encoder_channels, encoder_resolution, encoder_resolution).
-        """
-        check_inputs(self, x, noise_labels, class_labels, None)
-        return self._encode(x, self.embed(noise_labels, class_labels, None))[-1]
-
     def _encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
-        """Compute what the decoder concatenates; the last of them is also its input."""
         skips = [self.stem(x)]
         for level in self.encoder.values():
             for block in level:
                 skips.append(block(skips[-1], emb))
         return skips
+
+    def _decode(self, features: list[Tensor], emb: Tensor) -> Tensor:
+        x = features[-1]
+        for level in self.decoder.values():
+            x = level(x, features, emb)
+        return self.conv_out(F.silu(self.norm_out(x)))

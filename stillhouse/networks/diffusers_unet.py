@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stillhouse.checks import check_counts, check_fractions, check_inputs, check_integers, check_levels, check_multiple
+from stillhouse.checks import check_counts, check_fractions, check_integers, check_levels, check_multiple
 from stillhouse.networks.branching import BranchedConv2d
 from stillhouse.networks.layers import zeroed
+from stillhouse.networks.network import Network
 
 
 class DDPMEmbedding(nn.Module):
-    """The time index of each sample as a vector (B, emb_channels), in full precision always.
+    """The time index of each sample as a vector (B, emb_channels), in full precision always; both kinds of labels are None.
 
     Frequencies fall geometrically from 1 towards 1/10000, which the last one reaches with `freq_shift=1`.
     """
@@ -28,7 +29,7 @@ class DDPMEmbedding(nn.Module):
         self.layer2 = nn.Linear(emb_channels, emb_channels)
         self.steps: nn.Module | None = None  # see stillhouse/networks/step_condition.py
 
-    def forward(self, noise_labels: Tensor) -> Tensor:
+    def forward(self, noise_labels: Tensor, class_labels: None = None, augment_labels: None = None) -> Tensor:
         with torch.autocast(noise_labels.device.type, enabled=False):
             angles = noise_labels[:, None] * self.freqs
             waves = [angles.cos(), angles.sin()] if self.flip else [angles.sin(), angles.cos()]
@@ -36,7 +37,7 @@ class DDPMEmbedding(nn.Module):
             return emb if self.steps is None else emb + self.steps()  # its blocks apply the last nonlinearity
 
 
-class DiffusersUNet(nn.Module):
+class DiffusersUNet(Network):
     """diffusers' UNet2DModel as DDPM's published weights need it, without classes; the defaults are those for CIFAR-10.
 
     Layers start as PyTorch's do, the output at zero. Attention has one head.
@@ -60,9 +61,6 @@ class DiffusersUNet(nn.Module):
         ValueError: where an option is out of range or does not fit the others.
         ImportError: without diffusers.
     """
-
-    num_classes = 0
-    augment_dim = 0
 
     def __init__(
         self,
@@ -130,47 +128,17 @@ class DiffusersUNet(nn.Module):
         # of what `encode` gives
         self.encoder_resolution, self.encoder_channels = sizes[-1], self.config["block_out_channels"][-1]
 
-    def forward(
-        self,
-        x: Tensor,
-        noise_labels: Tensor,
-        class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-    ) -> Tensor:
-        """Evaluate the network.
-
-        Args:
-            x: the network's input (B, in_channels, H, W).
-            noise_labels: time indices (B,).
-            class_labels: None.
-            augment_labels: None.
-
-        Returns:
-            The output (B, out_channels, H, W).
-        """
-        check_inputs(self, x, noise_labels, class_labels, augment_labels)
-        emb = self.embed(noise_labels)
-        skips = self._encode(x, emb)
-        x = self.mid_block(skips[-1], emb)
-        for level in self.up_blocks:
-            count = len(level.resnets)
-            x, skips = level(x, skips[-count:], emb), skips[:-count]
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
-
-    def encode(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Compute the features at the end of the encoder, which a discriminator reads; arguments as of `forward`.
-
-        Returns:
-            (B, encoder_channels, encoder_resolution, encoder_resolution).
-        """
-        check_inputs(self, x, noise_labels, class_labels, None)
-        return self._encode(x, self.embed(noise_labels))[-1]
-
     def _encode(self, x: Tensor, emb: Tensor) -> tuple[Tensor, ...]:
-        """Compute what the decoder concatenates; the last of them is also its input."""
         x = self.conv_in(x)
         skips = (x,)
         for level in self.down_blocks:
             x, features = level(x, emb)
             skips += features
         return skips
+
+    def _decode(self, features: tuple[Tensor, ...], emb: Tensor) -> Tensor:
+        x = self.mid_block(features[-1], emb)
+        for level in self.up_blocks:
+            count = len(level.resnets)
+            x, features = level(x, features[-count:], emb), features[:-count]
+        return self.conv_out(F.silu(self.conv_norm_out(x)))

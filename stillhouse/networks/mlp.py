@@ -3,10 +3,11 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stillhouse.checks import check_choice, check_counts, check_fractions, check_inputs, check_labels, check_multiple
+from stillhouse.checks import check_choice, check_counts, check_fractions, check_labels, check_multiple
 from stillhouse.networks.branching import BranchedConv2d
 from stillhouse.networks.embeddings import EMBEDDINGS, Embedding
 from stillhouse.networks.layers import linear, zeroed
+from stillhouse.networks.network import Network
 
 
 class _Block(nn.Module):
@@ -26,7 +27,7 @@ class _Block(nn.Module):
         return x + self.layer_out(self.dropout(F.silu(self.norm_out(h))))
 
 
-class MLP(nn.Module):
+class MLP(Network):
     """Residual blocks between a linear stem and an output that starts at zero and can have branches.
 
     Args:
@@ -43,8 +44,6 @@ class MLP(nn.Module):
     Raises:
         ValueError: where an option is out of range or does not fit the others.
     """
-
-    augment_dim = 0
 
     def __init__(
         self,
@@ -84,35 +83,11 @@ class MLP(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = zeroed(BranchedConv2d(width, out_channels, 1))
 
-    def forward(
-        self,
-        x: Tensor,
-        noise_labels: Tensor,
-        class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-    ) -> Tensor:
-        """Evaluate the network.
-
-        Args:
-            x: the network's input (B, in_channels, 1, 1).
-            noise_labels: the preconditioning's c_noise (B,).
-            class_labels: int64 (B,) in [0, num_classes); None is the zero vector.
-            augment_labels: None.
-
-        Returns:
-            The output (B, out_channels, 1, 1).
-        """
-        check_inputs(self, x, noise_labels, class_labels, augment_labels)
-        return self.head(self._encode(x, noise_labels, class_labels))
-
-    def encode(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Compute the features (B, width, 1, 1) that the output is made of, which a discriminator reads too."""
-        check_inputs(self, x, noise_labels, class_labels, None)
-        return self._encode(x, noise_labels, class_labels)
-
-    def _encode(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None) -> Tensor:
-        emb = self.embed(noise_labels, class_labels, None)
+    def _encode(self, x: Tensor, emb: Tensor) -> tuple[Tensor]:
         x = self.stem(x.flatten(1))
         for block in self.blocks:
             x = block(x, emb)
-        return F.silu(self.norm(x))[:, :, None, None]
+        return (F.silu(self.norm(x))[:, :, None, None],)
+
+    def _decode(self, features: tuple[Tensor], emb: Tensor) -> Tensor:
+        return self.head(features[-1])

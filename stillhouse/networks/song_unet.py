@@ -16,7 +16,6 @@ from stillhouse.checks import (
     check_choice,
     check_counts,
     check_fractions,
-    check_inputs,
     check_integers,
     check_labels,
     check_levels,
@@ -25,6 +24,7 @@ from stillhouse.checks import (
 from stillhouse.networks.branching import BranchedConv2d
 from stillhouse.networks.embeddings import EMBEDDINGS, Embedding
 from stillhouse.networks.layers import SQRT_HALF, Downsample, ResidualBlock, Upsample, conv, group_norm, initialised
+from stillhouse.networks.network import Network
 
 ENCODERS = ("standard", "residual", "skip")
 DECODERS = ("standard", "skip")
@@ -107,7 +107,7 @@ class Head(nn.Module):
         return self.conv(F.silu(self.norm(x)))
 
 
-class SongUNet(nn.Module):
+class SongUNet(Network):
     """DDPM++, NCSN++ and what lies between them.
 
     Args:
@@ -226,46 +226,7 @@ class SongUNet(nn.Module):
                 self.heads[str(size)] = Head(width, out_channels)
         self.grow = Upsample(taps)  # the output so far, to the next head's resolution (decoder="skip")
 
-    def forward(
-        self,
-        x: Tensor,
-        noise_labels: Tensor,
-        class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-    ) -> Tensor:
-        """Evaluate the network.
-
-        Args:
-            x: the network's input (B, in_channels, H, W).
-            noise_labels: the preconditioning's c_noise (B,).
-            class_labels: int64 (B,) in [0, num_classes); None is the zero vector.
-            augment_labels: (B, augment_dim); None is the zero vector.
-
-        Returns:
-            The output (B, out_channels, H, W).
-        """
-        check_inputs(self, x, noise_labels, class_labels, augment_labels)
-        emb = self.embed(noise_labels, class_labels, augment_labels)
-        skips = self._encode(x, emb)
-        x, out = skips[-1], None
-        for size, level in self.decoder.items():
-            x = level(x, skips, emb)
-            if size in self.heads:
-                head = self.heads[size](x)
-                out = head if out is None else head + self.grow(out)
-        return out
-
-    def encode(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Compute the features at the end of the encoder, which a discriminator reads; arguments as of `forward`.
-
-        Returns:
-            (B, encoder_channels, encoder_resolution, encoder_resolution).
-        """
-        check_inputs(self, x, noise_labels, class_labels, None)
-        return self._encode(x, self.embed(noise_labels, class_labels, None))[-1]
-
     def _encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
-        """Compute what the decoder concatenates; the last of them is also its input."""
         side, skips = x, []
         x = self.stem(x)
         for level in self.encoder.values():
@@ -273,3 +234,12 @@ class SongUNet(nn.Module):
             skips += features
             x = features[-1]
         return skips
+
+    def _decode(self, features: list[Tensor], emb: Tensor) -> Tensor:
+        x, out = features[-1], None
+        for size, level in self.decoder.items():
+            x = level(x, features, emb)
+            if size in self.heads:
+                head = self.heads[size](x)
+                out = head if out is None else head + self.grow(out)
+        return out

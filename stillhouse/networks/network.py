@@ -1,0 +1,74 @@
+"""The contract of the networks that a `Denoiser` reads."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from stillhouse.checks import check_inputs
+
+
+class Network(nn.Module):
+    """Base of the networks: an encoder and a decoder, both with one embedding of noise level, class and augmentation.
+
+    A subclass has the encoder and the decoder as `_encode` and `_decode`, and sets the attributes below.
+
+    Attributes:
+        embed: the embedding, of noise labels, class labels and augmentation labels; it has linear layers `layer1` and `layer2`.
+        resolution: of the images, which are square.
+        in_channels: of the input.
+        out_channels: of the output.
+        num_classes: 0 without labels.
+        augment_dim: of the augmentation's labels, 0 without.
+        encoder_channels: of the features at the end of the encoder.
+        encoder_resolution: of these features.
+    """
+
+    embed: nn.Module
+    resolution: int
+    in_channels: int
+    out_channels: int
+    num_classes: int = 0
+    augment_dim: int = 0
+    encoder_channels: int
+    encoder_resolution: int
+
+    def forward(
+        self,
+        x: Tensor,
+        noise_labels: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        """Evaluate the network.
+
+        Args:
+            x: the network's input (B, in_channels, resolution, resolution).
+            noise_labels: the preconditioning's c_noise (B,).
+            class_labels: int64 (B,) in [0, num_classes); None is the zero vector.
+            augment_labels: (B, augment_dim); None is the zero vector.
+
+        Returns:
+            The output (B, out_channels, resolution, resolution).
+
+        Raises:
+            ValueError: for other inputs, and labels where there are no classes.
+        """
+        check_inputs(self, x, noise_labels, class_labels, augment_labels)
+        emb = self.embed(noise_labels, class_labels, augment_labels)
+        return self._decode(self._encode(x, emb), emb)
+
+    def encode(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """Compute the features at the end of the encoder, which a discriminator reads; arguments as of `forward`.
+
+        Returns:
+            (B, encoder_channels, encoder_resolution, encoder_resolution).
+        """
+        check_inputs(self, x, noise_labels, class_labels, None)
+        return self._encode(x, self.embed(noise_labels, class_labels, None))[-1]
+
+    def _encode(self, x: Tensor, emb: Tensor) -> Sequence[Tensor]:
+        """Compute the features that the decoder reads, the last of them those at the end of the encoder."""
+        raise NotImplementedError
+
+    def _decode(self, features: Sequence[Tensor], emb: Tensor) -> Tensor:
+        raise NotImplementedError
