@@ -82,10 +82,10 @@ def plot_curves(
     }
     panels: dict[str, list[str]] = {"loss": []}
     for key in curves:
-        group, _, copy = key.rpartition("/")
+        group, _, weights = key.rpartition("/")
         if key == "loss" or group in ("loss", "heldout"):
             panels["loss"].append(key)
-        elif group and (copy == RAW or copy.startswith("ema_")):
+        elif group and (weights == RAW or weights.startswith("ema_")):
             panels.setdefault(group, []).append(key)
 
     figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")

@@ -57,8 +57,8 @@ class NonFiniteGuard(pl.Callback):
             self._skipped += skipped
             loss = torch.where(skipped, 0.0, loss)
             if trainer.global_step % trainer.log_every_n_steps == 0:
-                found = {"loss_scale/scale": self._scale, "loss_scale/skipped_steps": self._skipped.float()}
-                pl_module.log_dict(found, rank_zero_only=True)
+                values = {"loss_scale/scale": self._scale, "loss_scale/skipped_steps": self._skipped.float()}
+                pl_module.log_dict(values, rank_zero_only=True)
         self._sum += loss
         if trainer.global_step % self.every_n_steps == 0:
             self._check(trainer)

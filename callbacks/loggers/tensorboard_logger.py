@@ -37,8 +37,8 @@ class TensorBoard(TensorBoardLogger):
         """The values of a step in metrics.csv; `step` as Lightning numbers it."""
         table = Path(self.save_dir).parent / "metrics.csv"
         rows = read_metrics_csv(table) if table.is_file() else []
-        found = next((row for row in rows if int(row["step"]) - 1 == step), {})
-        return {key: float(value) for key, value in found.items() if value and key not in ("step", "nimg")}
+        row_of_step = next((row for row in rows if int(row["step"]) - 1 == step), {})
+        return {key: float(value) for key, value in row_of_step.items() if value and key not in ("step", "nimg")}
 
     @rank_zero_only
     def save(self) -> None:

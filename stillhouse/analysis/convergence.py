@@ -279,11 +279,11 @@ def convergence_markdown(comparison: Comparison) -> str:
 
 def convergence_tables(comparison: Comparison) -> list[TitledTable]:
     """(heading, header and body) of each table: how good each group got; its cost; how many times faster than the baseline."""
-    copies = ", ".join(dict.fromkeys(curve.weights for curve in comparison.curves))
+    weights = ", ".join(dict.fromkeys(curve.weights for curve in comparison.curves))
     smooth = (
         "medians over seeds; best and final of curves smoothed by a trailing median of 3, spread of their measurements"
     )
-    sections = [(f"Convergence of {comparison.metric} ({copies}): {smooth}", convergence_summary_rows(comparison))]
+    sections = [(f"Convergence of {comparison.metric} ({weights}): {smooth}", convergence_summary_rows(comparison))]
     if len(comparison.groups) > 1:
         cost = "Cost until two of the last three measurements were at or below a threshold: median over seeds"
         speed = (
@@ -354,7 +354,7 @@ def format_speed_up(speed_up: SpeedUp) -> str:
 
 def convergence_notes(comparison: Comparison) -> list[str]:
     """The comparison's notes, and where measurements were too far apart or seeds have no partner."""
-    found = list(comparison.notes)
+    notes = list(comparison.notes)
     shared = {curve.seed for curve in comparison.groups[comparison.baseline]}
     for label, curves in comparison.groups.items():
         # The second measurement is the first that the trailing median can put below a threshold.
@@ -365,15 +365,15 @@ def convergence_notes(comparison: Comparison) -> list[str]:
             and any(cost == run.costs[1] for cost, run in zip(comparison.crossings(label, factor), curves, strict=True))
         ]
         if early:
-            found.append(
+            notes.append(
                 f"{label} was at {', '.join(early)} by its first two measurements and may have been earlier: "
                 "lower evaluation.training.every_kimg to see"
             )
         seeds = {curve.seed for curve in curves}
         if seeds != shared:
             alone = ", ".join(map(str, sorted(seeds ^ shared)))
-            found.append(f"{label} and {comparison.baseline} do not share the seeds {alone}, which make no pair")
-    return found
+            notes.append(f"{label} and {comparison.baseline} do not share the seeds {alone}, which make no pair")
+    return notes
 
 
 def _variants(comparison: Comparison, *labels: str) -> tuple[bool, ...]:

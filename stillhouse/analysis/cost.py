@@ -55,10 +55,10 @@ def cost_rows(runs: Sequence[RunCost], metric: str) -> list[list[str]]:
 
 def group_by_label(runs: Sequence[RunCost]) -> dict[str, list[RunCost]]:
     """The runs of each label, in order."""
-    found: dict[str, list[RunCost]] = {}
+    groups: dict[str, list[RunCost]] = {}
     for run in runs:
-        found.setdefault(run.label, []).append(run)
-    return found
+        groups.setdefault(run.label, []).append(run)
+    return groups
 
 
 def _mean(costs: Sequence[float | None]) -> str:
@@ -71,11 +71,13 @@ def _mean(costs: Sequence[float | None]) -> str:
 
 def _seconds(path: Path) -> float | None:
     """Seconds of training in the last row of a metrics.csv that has them."""
-    found = [row[SECONDS_COLUMN] for row in read_metrics_csv(path) if row.get(SECONDS_COLUMN)] if path.is_file() else []
+    seconds = (
+        [row[SECONDS_COLUMN] for row in read_metrics_csv(path) if row.get(SECONDS_COLUMN)] if path.is_file() else []
+    )
     try:
-        return float(found[-1]) if found else None
+        return float(seconds[-1]) if seconds else None
     except ValueError as error:
-        raise ValueError(f"{path} has {SECONDS_COLUMN} {found[-1]!r:.50}; restore or remove it") from error
+        raise ValueError(f"{path} has {SECONDS_COLUMN} {seconds[-1]!r:.50}; restore or remove it") from error
 
 
 def plot_cost(path: str | Path, metric: str, runs: Sequence[RunCost]) -> Figure:

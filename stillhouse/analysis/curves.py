@@ -147,8 +147,10 @@ def read_curve(
         )
     if not all(map(math.isfinite, values)):
         raise ValueError(f"{path} has a {column} that is not finite; look at the run's samples")
-    name, copy = column.split("/", 1)
-    return Curve(folder.resolve().name, group, seed, name, copy, values, costs, read_preparation_cost(folder))
+    name, measured_weights = column.split("/", 1)
+    return Curve(
+        folder.resolve().name, group, seed, name, measured_weights, values, costs, read_preparation_cost(folder)
+    )
 
 
 def read_metrics_csv(path: Path) -> list[dict[str, str]]:
@@ -179,8 +181,8 @@ def _column(path: Path, columns: list[str], metric: str | None, weights: str | N
         )
     curves = curve_column_names(columns)
     for column in curves:
-        name, copy = column.split("/", 1)
-        if metric in (None, name) and weights in (None, copy):
+        name, column_weights = column.split("/", 1)
+        if metric in (None, name) and weights in (None, column_weights):
             return column
     asked = f"{metric or 'fid...'}/{weights or 'ema_...'}"
     raise ValueError(f"{path} has no column {asked}; it has {', '.join(curves) or 'no curve of a fid'}")
@@ -215,11 +217,11 @@ def read_json_numbers(path: Path, *keys: str) -> dict[str, float | None]:
     """
     try:
         content = parse_json(path.read_bytes())
-        found = {key: content.get(key) for key in keys} if isinstance(content, dict) else {"it": "no dict"}
-        for key, value in found.items():
+        numbers = {key: content.get(key) for key in keys} if isinstance(content, dict) else {"it": "no dict"}
+        for key, value in numbers.items():
             number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
             if value is not None and not number:
                 raise ValueError(f"{key} is {value!r:.50}")
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); restore or remove it") from error
-    return found
+    return numbers

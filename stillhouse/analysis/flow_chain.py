@@ -118,10 +118,10 @@ class FlowChain:
 
     def groups(self) -> dict[str, dict[int, list[DistilledRun]]]:
         """{group: {k: its runs there}}, in the order of their first runs and of k."""
-        found: dict[str, dict[int, list[DistilledRun]]] = {}
+        groups: dict[str, dict[int, list[DistilledRun]]] = {}
         for run in sorted(self.distilled, key=lambda run: run.flow):
-            found.setdefault(run.group, {}).setdefault(run.flow, []).append(run)
-        return found
+            groups.setdefault(run.group, {}).setdefault(run.flow, []).append(run)
+        return groups
 
 
 def scores_by_metric(records: Sequence[Record]) -> Scores:
@@ -229,9 +229,9 @@ def _student_rows(chain: FlowChain) -> list[list[str]]:
     for group, places in chain.groups().items():
         for k, runs in places.items():
             seeds = ", ".join(str(run.seed) for run in runs)
-            copies = ", ".join(dict.fromkeys(run.weights for run in runs))
+            weights = ", ".join(dict.fromkeys(run.weights for run in runs))
             cells = [_over_seeds([run.scores[metric][0] for run in runs]) for metric in chain.metrics]
-            label = f"{group} ({copies})"
+            label = f"{group} ({weights})"
             body.append([str(k), label, seeds, str(runs[0].nfe), _regression(runs), *cells])
     return [["k", "group", "seeds", "NFE", "r", *chain.metrics], *body]
 

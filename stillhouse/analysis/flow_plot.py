@@ -77,16 +77,16 @@ def _from_zero(axes: Axes, values: Iterable[float]) -> None:
 
 def _plot_metric(axes: Axes, chain: FlowChain, metric: str) -> None:
     places = range(1, len(chain.flows) + 1)
-    own = [flow.simulated[metric] for flow in chain.flows]
-    _line(axes, places, [m for m, _ in own], [s or 0.0 for _, s in own], "whole simulation", "black", "o")
-    values = [mean for mean, _ in own]
+    simulated = [flow.simulated[metric] for flow in chain.flows]
+    _line(axes, places, [m for m, _ in simulated], [s or 0.0 for _, s in simulated], "whole simulation", "black", "o")
+    values = [mean for mean, _ in simulated]
     counts = list(dict.fromkeys(steps for flow in chain.flows for steps in flow.euler))
     for number, steps in enumerate(counts):
-        found = [flow.euler[steps][metric] for flow in chain.flows]
+        by_euler = [flow.euler[steps][metric] for flow in chain.flows]
         label = f"{steps} Euler step{'s' if steps > 1 else ''}"
         dash = _DASHES[number % len(_DASHES)]
-        _line(axes, places, [m for m, _ in found], [s or 0.0 for _, s in found], label, "0.5", "^", dash)
-        values += [mean for mean, _ in found]
+        _line(axes, places, [m for m, _ in by_euler], [s or 0.0 for _, s in by_euler], label, "0.5", "^", dash)
+        values += [mean for mean, _ in by_euler]
     for number, (group, runs) in enumerate(chain.groups().items()):
         means = {k: [run.scores[metric][0] for run in here] for k, here in runs.items()}
         spreads = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in means.values()]

@@ -174,11 +174,11 @@ def quality_markdown(quality: Quality) -> str:
 
 def quality_heading(quality: Quality) -> str:
     """The line above the table: metric, weights, what the numbers are, and the value of real images."""
-    copies = ", ".join(dict.fromkeys(value.weights for value in quality.values if value.weights))
+    weights = ", ".join(dict.fromkeys(value.weights for value in quality.values if value.weights))
     spread = any(point.std is not None for line in quality.lines for point in line.points)
     mean = "mean ± standard deviation over training seeds" if spread else "one training seed each"
     floor = "" if quality.floor is None else f"; real images score {quality.floor:.4g}"
-    return f"{quality.metric} against NFE ({copies}): {mean}{floor}"
+    return f"{quality.metric} against NFE ({weights}): {mean}{floor}"
 
 
 def quality_rows(quality: Quality) -> list[list[str]]:

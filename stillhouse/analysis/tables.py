@@ -145,15 +145,15 @@ def seed_rows(labelled: Iterable[Labelled]) -> list[list[str]]:
     Returns:
         The table's header and body.
     """
-    found: dict[tuple, dict[str, dict[int | None, Record]]] = {}
+    rows: dict[tuple, dict[str, dict[int | None, Record]]] = {}
     metrics: dict[str, None] = {}
     for label, seed, r in labelled:
         metrics[r.metric] = None
         key = (SUBJECTS.index(r.subject), label, describe_subject(r), r.nfe)
-        found.setdefault(key, {}).setdefault(r.metric, {}).setdefault(seed, r)
+        rows.setdefault(key, {}).setdefault(r.metric, {}).setdefault(seed, r)
     body = [
         _seed_row(key[1], by_metric, list(metrics))
-        for key, by_metric in sorted(found.items(), key=lambda item: item[0][0])
+        for key, by_metric in sorted(rows.items(), key=lambda item: item[0][0])
     ]
     return [["group", "subject", "seeds", "NFE", *metrics, "± over", "images/s"], *body]
 

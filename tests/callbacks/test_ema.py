@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 import pytorch_lightning as pl
 import torch
+from method_runs import train
 from process_tools import in_two_processes
 from tiny_module import TWO, TinyMethod, trainer
 
@@ -79,6 +80,27 @@ def test_only_a_new_optimiser_step_updates(tmp_path):
     ema.on_train_start(t, module)
     ema.on_train_batch_end(t, module, {}, None, 0)  # global_step has not moved
     assert ema.updates == 3
+
+
+def test_averages_and_checkpoints_hold_what_follows_an_update(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    states = []
+
+    def halve(method):
+        with torch.no_grad():
+            states.append({name: p.mul_(0.5).clone() for name, p in method.student.named_parameters()})
+
+    monkeypatch.setattr("lightning_modules.components.method.Method.after_update", halve)
+    changes = {
+        "callbacks.ema": {"_target_": "callbacks.EMA", "averages": [{"decay": 0.0}]},
+        "callbacks.checkpoints": {"_target_": "callbacks.Checkpoints", "every_n_steps": 1},
+    }
+    run = train("pretrain", changes, data="eight_gaussians")
+    (ema,) = (callback for callback in run.trainer.callbacks if isinstance(callback, EMA))
+    checkpoint = read_checkpoint(next(tmp_path.rglob("last.ckpt")))
+    stored = {name: checkpoint["state_dict"][f"student.{name}"] for name in states[-1]}
+    for found in (ema.state_dict()["averages"]["ema_0.0"], stored):
+        torch.testing.assert_close(found, states[-1], rtol=0, atol=0)
 
 
 def test_validation_sees_the_first_average_and_training_goes_on_with_the_weights(tmp_path):
@@ -229,7 +251,7 @@ def test_an_average_of_another_student_is_refused(tmp_path):
         other.on_train_start(t, module)
 
 
-def test_copies(tmp_path):
+def test_a_callback_evaluates_any_weights(tmp_path):
     class User(pl.Callback):
         pass
 

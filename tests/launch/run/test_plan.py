@@ -117,7 +117,10 @@ def test_what_would_run_is_planned(options, tmp_path):
         (["method=pretrain", "data=cifar10", "data.flip=true"], "set data.flip=false"),
         (["teacher.network.model_channels=0"], "model_channels"),
         (["method=flow_distill", "method.loss=lpips"], "at least 32x32"),
-        (["method=flow_distill", "data=cifar10", "teacher=cifar10_rf2", "method.loss=lpips", "method.lpips_resize=8"], "lpips_resize"),
+        (
+            ["method=flow_distill", "data=cifar10", "teacher=cifar10_rf2", "method.loss=lpips", "method.lpips_resize=8"],
+            "lpips_resize",
+        ),
         # what a trainer, its callbacks and the evaluation can tell
         (["trainer.validate_every_n_steps=0"], "validate_every_n_steps"),
         (["batch_size=15", "trainer.devices=2"], "batch_size=15"),
