@@ -6,7 +6,6 @@ test_trajectory_methods.py has progressive distillation and SFD; test_methods_in
 import json
 import re
 import shutil
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,8 @@ import torch
 from end_to_end_tools import (
     RUN,
     TINY,
+    Finished,
     assert_identical,
-    assert_same_run,
     evaluate,
     kill_at,
     random_teacher,
@@ -24,7 +23,6 @@ from end_to_end_tools import (
     read_json,
     snapshot,
     train,
-    with_data,
 )
 from omegaconf import OmegaConf
 
@@ -72,29 +70,8 @@ def options(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(options, tmp_path_factory):
-    """name of a run -> a folder in which it, and what it needs, is complete: made when it is first asked for."""
-    folder = tmp_path_factory.mktemp("finished")
-
-    @cache
-    def run(name: str) -> Path:
-        for teacher in ("flow", "straight") if TWO_TEACHERS in options[name] else ():
-            run(teacher)
-        train(folder, *options[name]).ok()
-        return folder
-
-    return run
-
-
-def begun(finished, folder, name, *without):
-    """`folder` with the data of a finished run, and with what its teachers' runs leave to others."""
-    with_data(finished(name), folder, *without)
-    for teacher in ("flow", "straight"):
-        for file in ("config.yaml", "student.safetensors", "student.json"):
-            source = finished(name) / "runs" / teacher / file
-            if source.exists() and teacher != name:
-                (folder / "runs" / teacher).mkdir(parents=True, exist_ok=True)
-                shutil.copy(source, folder / "runs" / teacher / file)
-    return folder
+    teachers = {name: ("flow", "straight") for name, chosen in METHODS.items() if TWO_TEACHERS in chosen}
+    return Finished(tmp_path_factory.mktemp("finished"), options, teachers)
 
 
 def nodes(folder):
@@ -121,12 +98,9 @@ def slow(*case):
         slow("joint", "lightning_modules:BezierDistillation.training_step", 8, ("", 6, 13)),
     ],
 )
-def test_a_killed_run_ends_as_one_left_alone(options, finished, tmp_path, name, target, number, goes_on):
+def test_a_killed_run_ends_as_one_left_alone(finished, tmp_path, name, target, number, goes_on):
     """goes_on: None where it begins anew, else its stage, the step from which it goes on, and that stage's steps."""
-    begun(finished, tmp_path, name, "degradation")
-    train(tmp_path, *options[name], before=kill_at(target, number)).killed()
-    ended = train(tmp_path, *options[name]).ok()
-    said = [line for line in ended.out.splitlines() if "goes on from" in line]
+    said = finished.assert_resumes(tmp_path, name, kill_at(target, number), "degradation")
     if goes_on:
         stage, step, steps = goes_on
         images = f"{16 * step} of {16 * steps} images"
@@ -134,7 +108,6 @@ def test_a_killed_run_ends_as_one_left_alone(options, finished, tmp_path, name, 
     else:
         assert not said
     assert nodes(tmp_path) == nodes(finished(name))
-    assert_same_run(tmp_path / "runs" / name, finished(name) / "runs" / name)
 
 
 # -- flows ------------------------------------------------------------------------------------------------------------
@@ -215,7 +188,7 @@ def test_disback_leaves_its_path_its_cost_and_its_curves(finished):
 
 @pytest.mark.slow
 def test_another_seed_shares_the_path_and_other_settings_do_not(options, finished, tmp_path):
-    begun(finished, tmp_path, "disback")
+    finished.begin(tmp_path, "disback")
     before, refuse = snapshot(tmp_path / PATH), kill_at(STAGE_1, 1)
     train(tmp_path, *options["disback"], "name=run", "seed=1", before=refuse).ok()
     assert snapshot(tmp_path / PATH) == before
@@ -225,7 +198,7 @@ def test_another_seed_shares_the_path_and_other_settings_do_not(options, finishe
 
 @pytest.mark.slow
 def test_a_run_killed_in_stage_1_keeps_its_config(options, finished, tmp_path):
-    begun(finished, tmp_path, "disback", "degradation")
+    finished.begin(tmp_path, "disback", "degradation")
     train(tmp_path, *options["disback"], before=kill_at(STAGE_1, 5)).killed()
     changed = train(tmp_path, *options["disback"], "method.degradation.lr=2e-3")
     changed.refused("method.degradation.lr=0.001", "0.002")
@@ -234,7 +207,7 @@ def test_a_run_killed_in_stage_1_keeps_its_config(options, finished, tmp_path):
 @pytest.mark.slow
 def test_no_nodes_is_diff_instruct(options, finished, tmp_path):
     """Weights, optimisers and averages, to the last bit."""
-    begun(finished, tmp_path, "disback")
+    finished.begin(tmp_path, "disback")
     train(tmp_path, *options["disback"], "name=none", "method.nodes=0").ok()
     plain = [o for o in options["disback"] if not re.match(r"method=|method\.(nodes|interval|degradation)", o)]
     train(tmp_path, *plain, "name=plain", "method=diff_instruct").ok()
@@ -246,7 +219,7 @@ def test_no_nodes_is_diff_instruct(options, finished, tmp_path):
 
 @pytest.mark.slow
 def test_a_sweep_over_methods_shares_one_path(options, finished, tmp_path):
-    begun(finished, tmp_path, "disback")
+    finished.begin(tmp_path, "disback")
     shared = [
         o for o in options["disback"] if not re.match(r"name=|method=|method\.(nodes|interval|degradation|fake)", o)
     ]
@@ -268,7 +241,7 @@ def test_a_sweep_over_methods_shares_one_path(options, finished, tmp_path):
     ],
 )
 def test_a_bad_path_is_refused_and_left_as_it_is(options, finished, tmp_path, damage, message):
-    begun(finished, tmp_path, "disback")
+    finished.begin(tmp_path, "disback")
     (folder,) = (tmp_path / PATH).iterdir()
     file = folder / "node-000008.safetensors"
     if damage == "cut":

@@ -14,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -245,6 +245,39 @@ def random_teacher(path: Path, seed: int = 0) -> str:
     }
     save_weights(path, state, {})
     return f"teacher.weights={path}"
+
+
+class Finished:
+    """Complete runs in one folder, by name, each trained when it is first asked for: runs(NAME) is that folder."""
+
+    def __init__(
+        self, folder: Path, options: Mapping[str, Sequence[str]], teachers: Mapping[str, Sequence[str]] | None = None
+    ):
+        """options: what is typed behind train.py, by name of the run. teachers: other runs that it needs."""
+        self.folder, self.options, self.teachers = folder, options, teachers or {}
+
+    def __call__(self, name: str) -> Path:
+        for teacher in self.teachers.get(name, ()):
+            self(teacher)
+        if not (self.folder / "runs" / name / "metrics.json").exists():
+            train(self.folder, *self.options[name]).ok()
+        return self.folder
+
+    def begin(self, folder: Path, name: str, *without: str) -> Path:
+        """`folder` with the data of a complete run but for its parts `without`, and the runs that it needs."""
+        source = self(name)
+        with_data(source, folder, *without)
+        for teacher in self.teachers.get(name, ()):
+            shutil.copytree(source / "runs" / teacher, folder / "runs" / teacher)
+        return folder
+
+    def assert_resumes(self, folder: Path, name: str, before: Callable[[], None], *without: str) -> list[str]:
+        """A run that `before` kills ends, started again, as the one left alone; the lines that say from where it went on."""
+        self.begin(folder, name, *without)
+        train(folder, *self.options[name], before=before).killed()
+        ended = train(folder, *self.options[name]).ok()
+        assert_same_run(folder / "runs" / name, self(name) / "runs" / name)
+        return [line for line in ended.out.splitlines() if "goes on from" in line]
 
 
 def with_data(source: Path, folder: Path, *without: str) -> Path:
