@@ -181,7 +181,10 @@ class Method(Optimisation):
         Raises:
             ValueError: For a number that the run has no student for.
         """
-        self.sampling(nfe)
+        try:
+            self.sampling(nfe)
+        except ValueError as error:
+            raise ValueError(f"{error} ({folder})") from error
         self.chosen_nfe = nfe
         return None
 

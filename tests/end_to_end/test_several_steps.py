@@ -96,8 +96,8 @@ def test_each_run_is_measured_at_the_numbers_that_it_can_take(folder):
     ended = evaluate(folder, "run=[runs/few0,runs/one]", "steps=[1,2,5]", "comparison=null", *SETTINGS).ok()
     assert [line for line in ended.out.splitlines() if line.startswith("not measured: ")] == [
         "not measured: steps=5: the students of runs/few0 take 1, 2, 3 or 4",
-        "not measured: steps=2: the student of runs/one takes 1, and no other number",
-        "not measured: steps=5: the student of runs/one takes 1, and no other number",
+        "not measured: steps=2: the student takes 1, and no other number (runs/one)",
+        "not measured: steps=5: the student takes 1, and no other number (runs/one)",
     ]
     rows = [line.split() for line in ended.out[ended.out.index("fingerprint") :].splitlines()]
     assert [(row[0], row[3]) for row in rows if row[1:2] == ["student"]] == [("few0", "1"), ("few0", "2"), ("one", "1")]
