@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from benchmarks.measuring import ROOT
+from stillhouse.diffusion.denoiser import Denoiser
+from stillhouse.diffusion.preconditioning import EDM
 from stillhouse.metrics.distances import frechet_distance
+from stillhouse.networks import widen
 
 EXAMPLES = ROOT / "docs/examples"
 
@@ -32,3 +35,22 @@ def test_a_spectrum_is_blind_to_places_and_sees_blur(monkeypatch):
         extractor(images[..., :6, :6])
     with pytest.raises(ValueError, match="bins must be 2 or more"):
         Spectrum(1)
+
+
+def test_a_network_of_ones_own_is_what_denoisers_and_methods_ask_for(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES / "add_a_teacher")
+    from residual_net import ResidualNet
+
+    network = ResidualNet(8, 1, 1, num_classes=10, width=8, num_blocks=1).eval()
+    denoiser = Denoiser(network, EDM(0.5))
+    x, sigma, labels = torch.randn(6, 1, 8, 8), torch.full((6,), 0.7), torch.arange(6)
+    with torch.no_grad():
+        together = denoiser(x, sigma, labels)
+        alone = denoiser(x[2:3], sigma[2:3], labels[2:3])
+        torch.testing.assert_close(together[2:3], alone)
+        assert not torch.allclose(together, denoiser(x, sigma, None))
+        assert denoiser.encode(x, sigma, labels).shape == (6, network.encoder_channels, 8, 8)
+        widen(network, 3)
+        torch.testing.assert_close(denoiser.branches(x, sigma, labels), together[:, None].expand(-1, 3, -1, -1, -1))
+    with pytest.raises(ValueError, match="multiple of 4"):
+        ResidualNet(8, 1, 1, width=6)
