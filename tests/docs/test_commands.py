@@ -10,6 +10,7 @@ import pytest
 from commands import PAGES, commands
 from end_to_end_tools import run
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from picture_files import encoded, folder_of, pattern
 
 from benchmarks.measuring import ROOT
@@ -36,12 +37,20 @@ def test_a_command_is_run_or_says_what_it_needs():
 def test_commands_compose():
     """Groups, choices and options of every command are there, also of those that need a GPU."""
     register_resolvers()
-    programs = [command for command in ALL if command.program and "teacher=runs/" not in " ".join(command.words)]
-    unique = {(c.program, tuple(o for o in c.options if not re.match("name=|seed=|download=", o))): c for c in programs}
+    composed = {}
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        for (program, options), command in unique.items():
+        for command in ALL:
+            if not command.program or "teacher=runs/" in " ".join(command.words):  # the run is not there
+                continue
+            is_group = [(ROOT / "conf" / option.lstrip("+").partition("=")[0]).is_dir() for option in command.options]
+            choices = tuple(o for o, group in zip(command.options, is_group, strict=True) if group or "hydra" in o)
             try:
-                compose("config" if program == "train.py" else "evaluate", list(options))
+                if (command.program, choices) not in composed:
+                    name = "config" if command.program == "train.py" else "evaluate"
+                    composed[command.program, choices] = compose(name, list(choices))
+                for option in set(command.options) - set(choices):
+                    key = option.partition("=")[0]
+                    OmegaConf.update(composed[command.program, choices].copy(), key, None, merge=False)
             except Exception as error:
                 raise AssertionError(f"{command.page.name}: {' '.join(command.words)}") from error
 

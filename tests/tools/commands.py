@@ -14,7 +14,12 @@ from benchmarks.measuring import ROOT
 PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)]
 PROGRAMS = ("train.py", "evaluate.py")
 _NOT_IN_NAMES = "[method,method/host,data,seed,name,sweep,plan,download,trainer,teacher.network.model_channels]"
-_PICTURES = ("teacher.network.model_channels=8", "teacher.network.num_blocks=1")
+_PICTURES = (
+    "teacher.network.model_channels=8",
+    "teacher.network.num_blocks=1",
+    "evaluation.num_samples=10",
+    "evaluation.training.num_samples=10",
+)
 
 
 @dataclass(frozen=True)
