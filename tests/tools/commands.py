@@ -61,7 +61,9 @@ class Command:
             ]
             arguments.append(f"hydra.job.config.override_dirname.exclude_keys={_NOT_IN_NAMES}")
         if self.program == "evaluate.py":
-            samples = any(re.match(r"(teacher|flows)=", word) for word in arguments) and "check=true" not in arguments
+            samples = (
+                any(re.match(r"(teacher|flows)=", word) for word in arguments) and "task=self_test" not in arguments
+            )
             return [*arguments, *(["num_samples=40", "blocks=2"] if samples else [])]
         debug = [] if any(word.startswith("trainer=") for word in arguments) else ["trainer=debug"]
         return [*arguments, *debug, *(_PICTURES if "data=image_folder" in arguments else [])]
