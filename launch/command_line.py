@@ -89,7 +89,11 @@ def typed_options() -> list[str]:
 
 
 def check_choices() -> None:
-    """Errors: ValueError where the command names a choice that is not there for an optional group, which Hydra passes over."""
+    """Check that each choice of the command is there, also in an optional group, where Hydra passes over it.
+
+    Raises:
+        ValueError: Where the command names a choice that is not there for an optional group, which Hydra passes over.
+    """
     for override in OverridesParser.create().parse_overrides(typed_options()):
         group, name = override.key_or_group, override.value() if not override.is_delete() else None
         options = choices(group)

@@ -44,7 +44,8 @@ class UnknownOption(ValueError):
 def check_node(node: DictConfig) -> None:
     """A node with a `_target_`, and all nodes in it, none of which is built.
 
-    Errors: ValueError for a target that may not be built, an option that it does not take, or one of the wrong type.
+    Raises:
+        ValueError: For a target that may not be built, an option that it does not take, or one of the wrong type.
     """
     key = _key(node)
     target = _target(str(node[_TARGET]), key)
@@ -53,7 +54,11 @@ def check_node(node: DictConfig) -> None:
 
 
 def check_targets(node: Any) -> None:
-    """A node of whatever kind: every node in it that has a target. Errors: ValueError, as `check_node`."""
+    """A node of whatever kind: every node in it that has a target.
+
+    Raises:
+        ValueError: As `check_node`.
+    """
     for child in _children(node) if isinstance(node, DictConfig | ListConfig) and _TARGET not in node else [node]:
         if isinstance(child, DictConfig) and _TARGET in child:
             check_node(child)
@@ -113,7 +118,11 @@ def _check_members(node: DictConfig, kinds: Mapping[str, Any], key: str, owner: 
 
 
 def check_value(key: str, value: Any, kind: Any) -> None:
-    """Errors: ValueError for a value, or something in it, that is not of a type (an annotation); `key` is its option."""
+    """Check a value, and what is in it, against a type.
+
+    Raises:
+        ValueError: For a value, or something in it, that is not of a type (an annotation); `key` is its option.
+    """
     fitting = [one for one in _alternatives(kind) if _fits(value, one)]
     if not fitting:
         raise ValueError(f"{key}={shown(value)}: {_way_out(value, kind)}")

@@ -53,7 +53,8 @@ class Notice:
     def heeded(self, decides: bool, job: str = "this run") -> Iterator[None]:
         """Within the block the signals give notice. Only the main thread can take them.
 
-        Errors: Stopped, also at once where notice was given before.
+        Raises:
+            Stopped: Also at once where notice was given before.
         """
         outer = self.job, self.decides, self._heeded, self._process
         here = threading.current_thread() is threading.main_thread()
@@ -80,7 +81,11 @@ class Notice:
         return 0 if self.given in (None, signal.SIGUSR1) else 128 + self.given
 
     def follow(self, codes: Sequence[int]) -> None:
-        """Errors: Stopped where a signal ended another process of this run, as its exit code says."""
+        """End this process where a signal ended another process of the run.
+
+        Raises:
+            Stopped: Where a signal ended another process of this run, as its exit code says.
+        """
         if number := stopped_by(codes):
             self.given = self.given or number
             self._end("what is on disk is kept")

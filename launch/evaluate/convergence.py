@@ -20,7 +20,8 @@ def compare_runs(paths: Sequence[Path], *, metric: str | None = None, weights: s
 
     metric: such as fid_digits_2k (None: that of the first curve). weights: as for `read_curve`.
 
-    Errors: ValueError where no run, or none of the baseline, has a curve.
+    Raises:
+        ValueError: Where no run, or none of the baseline, has a curve.
     """
     configs = [RunFolder(path).plain_config() for path in paths]
     essences = [essence(config) for config in configs]
@@ -45,7 +46,11 @@ def compare_runs(paths: Sequence[Path], *, metric: str | None = None, weights: s
 
 
 def _check(path: Path, first: Essence, own: Essence, twin: Curve | None) -> None:
-    """Errors: ValueError for a run whose curve should not stand beside those of the first one's group."""
+    """Check that a run's curve may stand beside those of the first one's group.
+
+    Raises:
+        ValueError: For a run whose curve should not stand beside those of the first one's group.
+    """
     RunFolder(path).check_complete()
     if key := measured_alike(first, own):
         raise ValueError(f"its {key} is {own.get(key)}, but the first run's is {first.get(key)}")

@@ -41,8 +41,9 @@ _PLACE = ("teacher", "method.teacher", "method.teachers")  # where in a chain a 
 class FlowMeasurement:
     """Measures flows, and the students distilled from them, on the noise and labels of the first `samples` evaluation seeds.
 
-    Errors: ValueError for no flow, for one that differs from the others or the data in size or classes, or where only published
-    statistics stand for the data.
+    Raises:
+        ValueError: For no flow, for one that differs from the others or the data in size or classes, or where only published
+            statistics stand for the data.
     """
 
     def __init__(self, flows: Sequence[Teacher], evaluation: Evaluation, *, samples: int, path_steps: int):
@@ -184,7 +185,12 @@ def report(chain: FlowChain, folder: Path) -> str:
 
 
 def load_chain(path: Path) -> FlowChain:
-    """What `report` wrote. Errors: FileNotFoundError for no file, ValueError, naming it, for a damaged one."""
+    """What `report` wrote.
+
+    Raises:
+        FileNotFoundError: For no file.
+        ValueError: Naming it, for a damaged one.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no measured flows at {path}; make them by evaluate.py 'flows=[...]'")
     try:

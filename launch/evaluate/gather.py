@@ -54,7 +54,9 @@ class Gathered:
 def gather(patterns: Sequence[str]) -> Gathered:
     """What lies in the folders that the patterns name; a folder without a run or measurement is passed over.
 
-    Errors: FileNotFoundError where a pattern names nothing of either kind, ValueError where no run is complete.
+    Raises:
+        FileNotFoundError: Where a pattern names nothing of either kind.
+        ValueError: Where no run is complete.
     """
     paths: dict[Path, None] = {}
     for pattern in patterns:
@@ -85,7 +87,8 @@ def _holds(path: Path) -> bool:
 def _read(path: Path, left_out: list[str]) -> dict[str, Any]:
     """All of `Measured` but the label; records of half-trained weights are left out, with a line.
 
-    Errors: ValueError for a run that is not complete, or has a damaged file, which it names.
+    Raises:
+        ValueError: For a run that is not complete, or has a damaged file, which it names.
     """
     folder = RunFolder(path)
     config, final = folder.plain_config(), folder.final_records()

@@ -210,7 +210,11 @@ def measures_nothing(settings: Mapping[str, Any]) -> bool:
 
 
 def leave_out_measurement(cfg: DictConfig) -> None:
-    """In place: with evaluation=none a run measures nothing on the way either. Errors: ValueError for one that can't measure."""
+    """In place: with evaluation=none a run measures nothing on the way either.
+
+    Raises:
+        ValueError: For one that can't measure.
+    """
     if not measures_nothing(cfg.evaluation):
         _check_extractor(cfg.evaluation)
     elif cfg.callbacks:
@@ -231,7 +235,8 @@ def needs_images(settings: Mapping[str, Any]) -> bool:
 def checked(settings: dict[str, Any], data: Any) -> dict[str, Any]:
     """The settings of a final evaluation, without those of measurements on the way; empty where nothing is to be measured.
 
-    Errors: ValueError for impossible ones, also for an extractor that can't read images as the data's.
+    Raises:
+        ValueError: For impossible ones, also for an extractor that can't read images as the data's.
     """
     if measures_nothing(settings):
         return {}

@@ -27,7 +27,9 @@ def compare_quality(paths: Sequence[Path], *, like: Record | None = None, weight
     to take (None: the first student's). weights: the copy to take where a run has several at one NFE (None: that of its
     final evaluation). What is left out, the notes say.
 
-    Errors: FileNotFoundError for a folder without measurements, ValueError where no student's value is left.
+    Raises:
+        FileNotFoundError: For a folder without measurements.
+        ValueError: Where no student's value is left.
     """
     notes: list[str] = []
     measured: dict[Path, tuple[list[Record], list[Record]]] = {}
@@ -80,7 +82,8 @@ def compare_quality(paths: Sequence[Path], *, like: Record | None = None, weight
 def _stored(path: Path, notes: list[str]) -> tuple[list[Record], list[Record]]:
     """(records of a run's final evaluation, or of a teacher; those that evaluate.py made of a run's final weights).
 
-    Errors: ValueError for a run that is not complete or for damaged records.
+    Raises:
+        ValueError: For a run that is not complete or for damaged records.
     """
     folder = RunFolder(path)
     if not folder.config.is_file():

@@ -22,7 +22,8 @@ from stillhouse.diffusion.teacher import Teacher
 def build(node: DictConfig | None) -> Any:
     """The object (or dict of objects) that a config node describes; plain containers only reach constructors.
 
-    Errors: ValueError before anything is built, as `launch.option_types.check_node`.
+    Raises:
+        ValueError: Before anything is built, as `launch.option_types.check_node`.
     """
     check_targets(node)
     return instantiate(node, _convert_="all")
@@ -33,7 +34,8 @@ def build_seeded(node: DictConfig, seed: int) -> Any:
 
     So a run that is measured again has the teacher that it was trained on, even one with random weights.
 
-    Errors: ValueError for a seed of 2^32 or more.
+    Raises:
+        ValueError: For a seed of 2^32 or more.
     """
     if seed >= 1 << 32:
         raise ValueError(f"seed={seed} is too large for numpy; choose one from 0 to {(1 << 32) - 1}")
@@ -42,7 +44,11 @@ def build_seeded(node: DictConfig, seed: int) -> Any:
 
 
 def check_fit(method: Method, data: Any) -> None:
-    """Errors: ValueError where network and data differ in size or classes, which may show only after training."""
+    """Check that network and data agree in size and classes, which might show only after training.
+
+    Raises:
+        ValueError: Where network and data differ in size or classes, which may show only after training.
+    """
     network = method.student.network
     pairs = [("resolution", network.resolution, data.resolution), ("channels", network.in_channels, data.channels)]
     if data.num_classes:
@@ -53,7 +59,11 @@ def check_fit(method: Method, data: Any) -> None:
 
 
 def check_teacher(teacher: Teacher, data: Any) -> None:
-    """Errors: ValueError where a teacher's images differ from the data's in size or classes."""
+    """Check that a teacher's images are of the data's size and classes.
+
+    Raises:
+        ValueError: Where a teacher's images differ from the data's in size or classes.
+    """
     keys = ("resolution", "channels", "num_classes")
     _check_equal(f"teacher {teacher.name}", [(key, getattr(teacher, key), getattr(data, key)) for key in keys], data)
 

@@ -62,7 +62,11 @@ def device_kind(accelerator: str) -> tuple[str, tuple[int, int]]:
 
 
 def check_precision(precision: str, device: str, capability: tuple[int, int]) -> None:
-    """Errors: ValueError for a precision that is unknown, or that the device lacks."""
+    """Check that a device can compute in a precision.
+
+    Raises:
+        ValueError: For a precision that is unknown, or that the device lacks.
+    """
     check_choice("trainer.precision", precision, PRECISIONS)
     if precision == "tf32" and (device != "cuda" or capability < _AMPERE):
         lacks, instead = "an NVIDIA GPU of compute capability 8.0 or higher", "32-true"
@@ -79,7 +83,11 @@ def check_precision(precision: str, device: str, capability: tuple[int, int]) ->
 
 
 def precision_plugin(precision: str, device: str, method: Method) -> Precision:
-    """Errors: ValueError for a method that can't be trained in this precision."""
+    """Return Lightning's plugin for a precision.
+
+    Raises:
+        ValueError: For a method that can't be trained in this precision.
+    """
     if precision not in ("bf16-mixed", "16-mixed"):
         return Precision()
     if precision == "16-mixed" and (conflict := method.loss_scale_conflict()):

@@ -57,7 +57,11 @@ def process_count(devices: int | str | Sequence[int], num_nodes: int, accelerato
 
 
 def check_present(devices: int | str | Sequence[int], accelerator: str) -> None:
-    """Errors: ValueError for GPUs that this machine has not."""
+    """Check that this machine has the GPUs that are asked for.
+
+    Raises:
+        ValueError: For GPUs that this machine has not.
+    """
     present = torch.cuda.device_count()
     if accelerator in ("gpu", "cuda") and not present:
         raise ValueError(f"trainer.accelerator={accelerator}: torch sees no GPU here; use trainer.accelerator=cpu")
@@ -88,7 +92,8 @@ def choose_strategy(strategy: str, processes: int) -> str | Strategy:
 
     auto: "auto" of a single process, `AveragedGradients` of several.
 
-    Errors: ValueError for an unknown name, and where srun or torchrun started another number of processes.
+    Raises:
+        ValueError: For an unknown name, and where srun or torchrun started another number of processes.
     """
     if strategy != "auto" and strategy not in STRATEGIES:
         reason = next((text for start, text in _NOT_HERE.items() if str(strategy).startswith(start)), None)
@@ -103,7 +108,11 @@ def choose_strategy(strategy: str, processes: int) -> str | Strategy:
 
 
 def find_each_other(processes: int) -> ClusterEnvironment:
-    """Errors: ValueError where srun or torchrun started another number of processes."""
+    """Return how the processes of a run find each other.
+
+    Raises:
+        ValueError: Where srun or torchrun started another number of processes.
+    """
     started = started_processes()
     if started and started != processes:
         starter = "torchrun" if under_torchrun() else "srun"
@@ -132,8 +141,9 @@ class LeavesSignals(_SignalConnector):
 def children_ended(*launchers: Any) -> Iterator[None]:
     """After the block no process that Lightning's `launchers` started runs any more; where the block failed, by a kill.
 
-    Errors: ChildProcessError where a child failed by itself, Stopped where a signal ended it. A collective then fails here
-    too, but says only that it did.
+    Raises:
+        ChildProcessError: Where a child failed by itself.
+        Stopped: Where a signal ended it. A collective then fails here too, but says only that it did.
     """
     children: list[subprocess.Popen] = []
     try:
@@ -223,7 +233,9 @@ def one_job(*trainers: pl.Trainer) -> Iterator[None]:
 
     Lightning starts a child by repeating the command line, which under --multirun would be the whole sweep.
 
-    Errors: ChildProcessError where another process failed after this one was done; ValueError for a sweep under torchrun.
+    Raises:
+        ChildProcessError: Where another process failed after this one was done.
+        ValueError: For a sweep under torchrun.
     """
     hydra = HydraConfig.get()
     sweep = hydra.mode == RunMode.MULTIRUN

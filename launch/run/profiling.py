@@ -17,7 +17,8 @@ def profiler(profile: str | None, folder: Path) -> Profiler | None:
     simple: seconds by Lightning's actions (fit-simple.txt). advanced: by Python functions in each of these (fit-advanced.txt).
     torch: operators and, on a GPU, kernels of five training steps (fit-torch.txt), and their trace for chrome://tracing.
 
-    Errors: ValueError for another name.
+    Raises:
+        ValueError: For another name.
     """
     if profile is None:
         return None

@@ -20,7 +20,11 @@ _HOW = (
 
 
 def check_machines(num_nodes: int) -> None:
-    """Errors: ValueError where other machines could not find this one, since nobody says where it is."""
+    """Check that the processes of other machines can find this one.
+
+    Raises:
+        ValueError: Where other machines could not find this one, since nobody says where it is.
+    """
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if num_nodes > 1 and not started_processes() and missing:
         raise ValueError(f"trainer.num_nodes={num_nodes} needs {' and '.join(missing)}: {_HOW}")

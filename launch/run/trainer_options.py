@@ -82,7 +82,11 @@ TrainerOptions = TypedDict(
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Errors: ValueError for an option that is refused, or a value that can't be."""
+    """Check the options under `trainer`.
+
+    Raises:
+        ValueError: For an option that is refused, or a value that can't be.
+    """
     for option, reason in REFUSED.items():
         if option in options:
             raise ValueError(f"trainer.{option} has no place here: {reason}")
@@ -107,8 +111,10 @@ def translated(
     """Lightning's options for those of `conf/trainer`, and callbacks that make up for the rest, which come before all others.
 
     The method is told what it does itself. options: as `check_options` wants them. here: whether this machine must be able to
-    do it. owner: whose the checkpoints are, as `folder.identity` says it. Errors: ValueError for what the device or the
-    method lacks.
+    do it. owner: whose the checkpoints are, as `folder.identity` says it.
+
+    Raises:
+        ValueError: For what the device or the method lacks.
     """
     options = dict(options)
     device, capability = device_kind(options["accelerator"])

@@ -20,7 +20,8 @@ def run_grid(jobs: Jobs, overrides: Sequence[Sequence[str]], command: Sequence[s
 
     The same `command` again answers for complete jobs at once, resumes what was killed and begins the rest.
 
-    Errors: SystemExit 1, after the table, where a job failed.
+    Raises:
+        SystemExit: With code 1, after the table, where a job failed.
     """
     pairs = [dict(override.lstrip("+").split("=", 1) for override in one if "=" in override) for one in overrides]
     swept = [key for key in pairs[0] if len({pair.get(key) for pair in pairs}) > 1]
@@ -37,7 +38,11 @@ def run_grid(jobs: Jobs, overrides: Sequence[Sequence[str]], command: Sequence[s
 
 
 def _check_folders(jobs: Sequence[Job]) -> None:
-    """Errors: ValueError for two jobs in one folder, which a name without what differs would give them."""
+    """Check that each job has a folder of its own.
+
+    Raises:
+        ValueError: For two jobs in one folder, which a name without what differs would give them.
+    """
     owners: dict[Path, Job] = {}
     for job in jobs:
         twin = owners.setdefault(job.folder.path, job)

@@ -37,7 +37,11 @@ class Job:
 
 
 class Jobs:
-    """Makes and launches them. Errors: ValueError for a launcher that is not installed."""
+    """Makes and launches them.
+
+    Raises:
+        ValueError: For a launcher that is not installed.
+    """
 
     def __init__(self, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         check_launcher(config.hydra.launcher, config.hydra.runtime.choices["hydra/launcher"])

@@ -19,13 +19,21 @@ _gpu: FileLock | None = None  # held until this worker ends
 
 
 def check_extra(module: str, extra: str, option: str) -> None:
-    """Errors: ValueError, with the command that installs it, where `option` asks for a package that is not here."""
+    """Check that a package is installed which an option asks for.
+
+    Raises:
+        ValueError: With the command that installs it, where `option` asks for a package that is not here.
+    """
     if importlib.util.find_spec(module) is None:
         raise ValueError(f"{option} needs the package {module}: pip install -e '.[{extra}]'")
 
 
 def check_launcher(launcher: DictConfig, name: str) -> None:
-    """Errors: ValueError for a launcher (hydra.launcher, chosen by `name`) whose packages are missing."""
+    """Check that a launcher's packages are installed.
+
+    Raises:
+        ValueError: For a launcher (hydra.launcher, chosen by `name`) whose packages are missing.
+    """
     plugin = _plugin(launcher)
     if plugin in _EXTRAS:
         extra = _EXTRAS[plugin]
@@ -39,7 +47,8 @@ def placed(trainer: DictConfig, launcher: DictConfig) -> Iterator[None]:
 
     Under joblib each worker takes a GPU for itself, as long as it lives.
 
-    Errors: ValueError, under joblib, for a job of several processes or for more workers than GPUs.
+    Raises:
+        ValueError: Under joblib, for a job of several processes or for more workers than GPUs.
     """
     plugin = _plugin(launcher)
     if plugin not in _EXTRAS:

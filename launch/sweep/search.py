@@ -23,7 +23,9 @@ def run_search(jobs: Jobs, overrides: Sequence[Override], n_trials: int, n_jobs:
 
     Trials that were killed come first, and resume. One that fails is told so, and another is drawn at the next call.
 
-    Errors: ValueError for impossible settings or another study, SystemExit 1, after the table, where a trial failed.
+    Raises:
+        ValueError: For impossible settings or another study.
+        SystemExit: With code 1, after the table, where a trial failed.
     """
     check_counts(**{"hydra.sweeper.n_trials": n_trials, "hydra.sweeper.n_jobs": n_jobs})
     if jobs.config.plan:
@@ -134,7 +136,11 @@ def _text(value: str | int | float) -> str:
 
 
 def check_measured(cfg: DictConfig) -> None:
-    """Errors: ValueError, before training, for a run of a search that would leave no curve."""
+    """Check, before training, that a run of a search will leave a curve.
+
+    Raises:
+        ValueError: Before training, for a run of a search that would leave no curve.
+    """
     missing = [f"{key}=null" for key in ("logger.csv", "callbacks.metrics") if not _selected(cfg, key)]
     if measures_nothing(cfg.evaluation):
         missing = ["evaluation=none"]

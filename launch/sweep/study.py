@@ -20,7 +20,11 @@ NAME = "search"
 
 @dataclass(frozen=True)
 class Settings:
-    """How trials are drawn and given up; conf/hydra/sweeper/search.yaml explains each. Errors: ValueError."""
+    """How trials are drawn and given up; conf/hydra/sweeper/search.yaml explains each.
+
+    Raises:
+        ValueError: For an impossible one.
+    """
 
     seed: int
     n_startup_trials: int
@@ -56,7 +60,8 @@ class Settings:
 def open_study(folder: Path, pruner: "optuna.pruners.BasePruner | None" = None) -> "optuna.Study":
     """The study in `folder`/study.db, made where there is none.
 
-    Errors: ValueError for a file that holds something else.
+    Raises:
+        ValueError: For a file that holds something else.
     """
     import optuna
     import sqlalchemy
@@ -81,7 +86,8 @@ def distributions(overrides: Iterable[Override]) -> dict[str, Any]:
 
     interval(a, b), int(interval(a, b)) and, behind tag(log, ...), their logarithm; range(a, b, step); choice(...) or a list.
 
-    Errors: ValueError for anything else.
+    Raises:
+        ValueError: For anything else.
     """
     from optuna import distributions as found
 
@@ -133,7 +139,11 @@ def settled(study: "optuna.Study", identity: dict[str, Any]) -> None:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock. Errors: ValueError where another process has it."""
+    """Hold the folder's lock.
+
+    Raises:
+        ValueError: Where another process has it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lock = try_lock(folder / "lock", "choose another hydra.sweep.dir")
     if lock is None:
