@@ -44,22 +44,22 @@ class Notice:
         self.given: signal.Signals | None = None
         self.job = "this run"
         self.decides = self.training = False
-        self._heeded = False
+        self._catching = False
         self._how: str | None = None  # it ends, once it does
         self._process = 0
         self._last = 0.0
 
     @contextmanager
-    def heeded(self, decides: bool, job: str = "this run") -> Iterator[None]:
+    def catching_signals(self, decides: bool, job: str = "this run") -> Iterator[None]:
         """Within the block the signals give notice. Only the main thread can take them.
 
         Raises:
             Stopped: Also at once where notice was given before.
         """
-        outer = self.job, self.decides, self._heeded, self._process
+        outer = self.job, self.decides, self._catching, self._process
         here = threading.current_thread() is threading.main_thread()
         handlers = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGALRM) if here}
-        self.job, self.decides, self.training, self._heeded, self._process = job, decides, False, True, os.getpid()
+        self.job, self.decides, self.training, self._catching, self._process = job, decides, False, True, os.getpid()
         for number in handlers:
             signal.signal(number, self._lose_patience if number == signal.SIGALRM else self._take)
         hook, sys.unraisablehook = sys.unraisablehook, partial(self._swallowed, sys.unraisablehook)
@@ -72,7 +72,7 @@ class Notice:
                 signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            self.job, self.decides, self._heeded, self._process = outer
+            self.job, self.decides, self._catching, self._process = outer
             self.training = False
 
     @property
@@ -91,7 +91,7 @@ class Notice:
             self._end("what is on disk is kept")
 
     def end_if_given(self) -> None:
-        if self.given and self._heeded and not self.training and (self.decides or self.given != signal.SIGUSR1):
+        if self.given and self._catching and not self.training and (self.decides or self.given != signal.SIGUSR1):
             self._end("what is on disk is kept")
 
     def end_now(self, number: int) -> None:
@@ -149,7 +149,7 @@ def stoppable(job: str) -> Iterator[None]:
     """
     decides = is_rank_zero()
     try:
-        with NOTICE.heeded(decides, job):
+        with NOTICE.catching_signals(decides, job):
             yield
     except Stopped as end:
         sys.exit(_said(job, str(end)) if decides else NOTICE.code)

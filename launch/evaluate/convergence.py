@@ -6,7 +6,13 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from launch.evaluate.groups import Essence, essence, labels, measured_alike, other_differences
+from launch.evaluate.groups import (
+    ComparableOptions,
+    comparable_options,
+    labels,
+    measuring_difference,
+    other_differences,
+)
 from launch.run.folder import RunFolder
 from stillhouse.analysis.convergence import Comparison, convergence_text, convergence_to_json
 from stillhouse.analysis.convergence_plot import plot_convergence
@@ -24,14 +30,14 @@ def compare_runs(paths: Sequence[Path], *, metric: str | None = None, weights: s
         ValueError: Where no run, or none of the baseline, has a curve.
     """
     configs = [RunFolder(path).plain_config() for path in paths]
-    essences = [essence(config) for config in configs]
-    groups = labels(essences)
+    options_of_runs = [comparable_options(config) for config in configs]
+    groups = labels(options_of_runs)
     curves: dict[tuple[str, int], Curve] = {}
     left_out: list[str] = []
-    for path, config, own, group in zip(paths, configs, essences, groups, strict=True):
+    for path, config, own, group in zip(paths, configs, options_of_runs, groups, strict=True):
         try:
             seed = config.get("seed", 0)
-            _check(path, essences[0], own, curves.get((group, seed)))
+            _check(path, options_of_runs[0], own, curves.get((group, seed)))
             curve = read_curve(path, group, seed, metric=metric, weights=weights)
             curve = replace(curve, provenance=student_provenance(RunFolder(path).final_records()))
         except (ValueError, OSError) as error:
@@ -41,29 +47,29 @@ def compare_runs(paths: Sequence[Path], *, metric: str | None = None, weights: s
         curves[group, seed] = curve
     if groups[0] not in (group for group, _ in curves):
         raise ValueError("\n".join([f"no curve of the baseline {groups[0]}", *left_out]))
-    notes = [*_differences(groups, essences, {group for group, _ in curves}), *left_out]
+    notes = [*_differences(groups, options_of_runs, {group for group, _ in curves}), *left_out]
     return Comparison(tuple(curves.values()), groups[0], tuple(notes))
 
 
-def _check(path: Path, first: Essence, own: Essence, twin: Curve | None) -> None:
+def _check(path: Path, first: ComparableOptions, own: ComparableOptions, twin: Curve | None) -> None:
     """Check that a run's curve may stand beside those of the first one's group.
 
     Raises:
         ValueError: For a run whose curve should not stand beside those of the first one's group.
     """
     RunFolder(path).check_complete()
-    if key := measured_alike(first, own):
+    if key := measuring_difference(first, own):
         raise ValueError(f"its {key} is {own.get(key)}, but the first run's is {first.get(key)}")
     if twin is not None:
         raise ValueError(f"it has the configuration and the seed of {twin.name}")
 
 
-def _differences(groups: Sequence[str], essences: Sequence[Essence], present: set[str]) -> list[str]:
+def _differences(groups: Sequence[str], options_of_runs: Sequence[ComparableOptions], present: set[str]) -> list[str]:
     """A note for every group of another method whose common options differ from the baseline's."""
     notes = []
-    for group, own in dict(zip(groups, essences, strict=True)).items():
-        others = other_differences(essences[0], own)
-        if group in present and own.get("method.name") != essences[0].get("method.name") and others:
+    for group, own in dict(zip(groups, options_of_runs, strict=True)).items():
+        others = other_differences(options_of_runs[0], own)
+        if group in present and own.get("method.name") != options_of_runs[0].get("method.name") and others:
             notes.append(f"{group} has other options in common with {groups[0]}: {'; '.join(others)}")
     return notes
 

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from launch.evaluate.convergence import dumped
-from launch.evaluate.groups import essence, labels, trained_alike
+from launch.evaluate.groups import comparable_options, labels, training_options
 from launch.evaluate.measure import Evaluation
 from launch.evaluate.trained_run import TrainedRun
 from launch.run.build import check_teacher
@@ -74,13 +74,13 @@ class FlowMeasurement:
         """steps: numbers of Euler steps to score every flow at. runs: taken one at a time."""
         self.ends = [sample_images(flow.sample, self.seeds, **self.sampling) for flow in self.flows]
         flows = [self._flow(k, steps) for k in range(len(self.flows))]
-        distilled, essences, notes = [], [], []
+        distilled, options_of_runs, notes = [], [], []
         for run in runs:
             own, value, said = self._distilled(run)
-            essences.append(own)
+            options_of_runs.append(own)
             distilled.append(value)
             notes += said
-        groups = labels(essences)
+        groups = labels(options_of_runs)
         real = self.evaluation.real()
         return FlowChain(
             tuple(flows),
@@ -142,10 +142,10 @@ class FlowMeasurement:
 
     def _essence(self, run: TrainedRun, k: int) -> dict[str, str]:
         """What makes runs one group, wherever in the chain they stand: several teachers count by their distance to the last."""
-        config = essence(OmegaConf.to_container(run.config))
+        config = comparable_options(OmegaConf.to_container(run.config))
         own = {
             key: value
-            for key, value in trained_alike(config).items()
+            for key, value in training_options(config).items()
             if not any(key == part or key.startswith(f"{part}.") for part in _PLACE)
         }
         own["NFE"] = str(run.method.nfe)

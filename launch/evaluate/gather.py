@@ -6,7 +6,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from launch.evaluate.groups import essence, labels, trained_alike
+from launch.evaluate.groups import comparable_options, labels, training_options
 from launch.run.folder import RunFolder
 from stillhouse.analysis.cost import read_costs
 from stillhouse.files import resolve_inside
@@ -75,7 +75,7 @@ def gather(patterns: Sequence[str]) -> Gathered:
             left_out.append(f"{path}: {' '.join(str(error).split())}")
     if not stored:
         raise ValueError("\n".join(["no complete run for a report", *left_out]))
-    groups = labels([trained_alike(essence(found["config"])) for found in stored])
+    groups = labels([training_options(comparable_options(found["config"])) for found in stored])
     runs = [Measured(label=group, **found) for found, group in zip(stored, groups, strict=True)]
     return Gathered(runs, teachers, left_out)
 

@@ -7,7 +7,7 @@ from typing import Any
 from launch.run.names import names_in
 
 # Leaves of a run's config, or what they begin with, that change neither its training nor what its curve is measured by.
-_NO_MATTER = (
+_IRRELEVANT = (
     "seed",
     "name",
     "folder",
@@ -27,10 +27,10 @@ _STEPS = ("method.steps", "method.end_steps")
 _NAMES = ("name", "folder")
 _WATCHED = ("evaluation.training", "callbacks.metrics", "callbacks.grid")  # how a run's curve is made, not how it ends
 
-Essence = dict[str, str]
+ComparableOptions = dict[str, str]
 
 
-def essence(config: Mapping[str, Any]) -> Essence:
+def comparable_options(config: Mapping[str, Any]) -> ComparableOptions:
     """What matters of a plain config: {dotted key: value}, equal for runs that differ by their seed alone.
 
     Not the devices: results do not depend on them, but seconds do.
@@ -38,7 +38,7 @@ def essence(config: Mapping[str, Any]) -> Essence:
     folder = str(config.get("folder"))
     found = {}
     for key, value in _leaves(config):
-        ours = key.rpartition(".")[2] == "seed" or any(_within(key, k) for k in _NO_MATTER)
+        ours = key.rpartition(".")[2] == "seed" or any(_within(key, k) for k in _IRRELEVANT)
         if not ours:
             text = value if isinstance(value, str) else json.dumps(value)
             inside = text == folder or text.startswith(f"{folder}/")
@@ -46,8 +46,8 @@ def essence(config: Mapping[str, Any]) -> Essence:
     return found
 
 
-def trained_alike(own: Essence) -> Essence:
-    """An essence without the student's number of steps, and without what is measured on the way.
+def training_options(own: ComparableOptions) -> ComparableOptions:
+    """Return comparable options without the student's number of steps, and without what is measured on the way.
 
     A list of steps stays, since a network for several is trained otherwise.
     """
@@ -55,26 +55,26 @@ def trained_alike(own: Essence) -> Essence:
     return {key: text for key, text in counted.items() if not any(_within(key, k) for k in _WATCHED)}
 
 
-def labels(essences: Sequence[Essence]) -> list[str]:
+def labels(options_of_runs: Sequence[ComparableOptions]) -> list[str]:
     """Each run's group: its method's name and, where a method has several groups, the options that set them apart."""
-    names = [one.get("method.name", "") for one in essences]
+    names = [one.get("method.name", "") for one in options_of_runs]
     found = []
-    for name, one in zip(names, essences, strict=True):
-        same = [other for other, method in zip(essences, names, strict=True) if method == name]
+    for name, one in zip(names, options_of_runs, strict=True):
+        same = [other for other, method in zip(options_of_runs, names, strict=True) if method == name]
         keys = _differing(dict.fromkeys(key for other in same for key in other), same)
-        keys = [key for key in keys if not _told(key, keys, same)]
+        keys = [key for key in keys if not _distinguished_by_names(key, keys, same)]
         found.append(" ".join([name, *(f"{_short(key, keys)}={one.get(key, 'absent')}" for key in keys)]))
     return found
 
 
-def other_differences(baseline: Essence, other: Essence) -> list[str]:
+def other_differences(baseline: ComparableOptions, other: ComparableOptions) -> list[str]:
     """Options that two methods both have, with other values, "lr 1e-05, not 1e-04": perhaps not meant to differ."""
     common = [k for k in baseline if k in other and k != "method.name" and not k.endswith("_target_")]
     keys = _differing(common, (baseline, other))
     return [f"{_short(key, keys)} {other[key]}, not {baseline[key]}" for key in keys]
 
 
-def measured_alike(baseline: Essence, other: Essence) -> str | None:
+def measuring_difference(baseline: ComparableOptions, other: ComparableOptions) -> str | None:
     """None, or the first option by which two runs' curves are measured on other data or by other features."""
     keys = dict.fromkeys(key for one in (baseline, other) for key in one if key.startswith(_MEASURED_ON))
     return next((k for k in keys if baseline.get(k) != other.get(k)), None)
@@ -111,7 +111,7 @@ def _within(key: str, parent: str) -> bool:
     return key == parent or key.startswith(f"{parent}.")
 
 
-def _differing(keys: Iterable[str], runs: Sequence[Essence]) -> list[str]:
+def _differing(keys: Iterable[str], runs: Sequence[ComparableOptions]) -> list[str]:
     """Those in which runs differ, without copies of one option (teacher.steps and method.teacher.steps)."""
     found: dict[tuple, str] = {}
     for key in keys:
@@ -121,7 +121,7 @@ def _differing(keys: Iterable[str], runs: Sequence[Essence]) -> list[str]:
     return list(found.values())
 
 
-def _told(key: str, keys: Sequence[str], runs: Sequence[Essence]) -> bool:
+def _distinguished_by_names(key: str, keys: Sequence[str], runs: Sequence[ComparableOptions]) -> bool:
     """Whether the names of the config or list that `key` lies in, which differ too, tell apart all runs that `key` does."""
     names = [k for k in keys if k != key and _within(key, k.removesuffix(".name"))]
     return any(len({r.get(k) for r in runs}) == len({(r.get(k), r.get(key)) for r in runs}) for k in names)

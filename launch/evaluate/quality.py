@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from launch.evaluate.convergence import dumped
-from launch.evaluate.groups import essence, labels, trained_alike
+from launch.evaluate.groups import comparable_options, labels, training_options
 from launch.run.folder import RunFolder
 from stillhouse.analysis.quality import (
     Quality,
@@ -99,7 +99,7 @@ def _groups(paths: Iterable[Path]) -> dict[Path, tuple[str, int]]:
     """The runs' labels and seeds."""
     runs = [path for path in dict.fromkeys(paths) if RunFolder(path).config.is_file()]
     configs = [RunFolder(path).plain_config() for path in runs]
-    groups = labels([trained_alike(essence(config)) for config in configs])
+    groups = labels([training_options(comparable_options(config)) for config in configs])
     seeds = [config.get("seed", 0) for config in configs]
     return dict(zip(runs, zip(groups, seeds, strict=True), strict=True))
 

@@ -9,7 +9,7 @@ from typing import Any
 from launch.evaluate import convergence as convergence_files
 from launch.evaluate import quality
 from launch.evaluate.gather import Gathered
-from launch.evaluate.groups import essence, measured_alike, options_that_differ
+from launch.evaluate.groups import comparable_options, measuring_difference, options_that_differ
 from stillhouse.analysis.convergence import convergence_notes, convergence_tables
 from stillhouse.analysis.cost import RunCost, cost_rows, plot_cost
 from stillhouse.analysis.quality import quality_heading, quality_rows
@@ -106,8 +106,8 @@ def convergence(gathered: Gathered) -> list[Block]:
     blocks: list[Block] = []
     waiting = list(gathered.runs)
     while waiting:
-        first = essence(waiting[0].config)
-        together = [run for run in waiting if measured_alike(first, essence(run.config)) is None]
+        first = comparable_options(waiting[0].config)
+        together = [run for run in waiting if measuring_difference(first, comparable_options(run.config)) is None]
         waiting = [run for run in waiting if run not in together]
         blocks += _compared([run.path for run in together])
     return blocks

@@ -13,7 +13,7 @@ from launch.option_types import check_targets
 from launch.run.folder import RunFolder, identity
 from launch.run.processes import LeavesSignals, check_present, choose_strategy, process_count
 from launch.run.rendezvous import check_machines
-from launch.run.trainer_options import check_options, translated
+from launch.run.trainer_options import check_options, lightning_options
 from lightning_modules import Method
 from stillhouse.checks import check_counts, check_memory
 from stillhouse.diffusion.teacher import Teacher
@@ -99,7 +99,7 @@ def build_trainer(config: DictConfig, method: Method, folder: RunFolder, here: b
         check_memory(share, f"batch_size={config.batch_size} (lower it): the images and noise of a step")
     options["strategy"] = choose_strategy(options["strategy"], processes)
     owner = identity(OmegaConf.to_container(config, resolve=True), method.name)
-    options, own = translated(options, method, folder.path, here, owner)
+    options, own = lightning_options(options, method, folder.path, here, owner)
     if not here:
         accelerator = "cpu" if options["accelerator"] in ("gpu", "cuda") else options["accelerator"]
         options |= {"accelerator": accelerator, "devices": 1, "num_nodes": 1, "strategy": "auto"}

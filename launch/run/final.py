@@ -55,7 +55,7 @@ def finish(
                 print(f"\n{folder.path}\n\n{records_text(records)}", flush=True)
         if rank_and_world()[0] == 0:
             for board in boards:
-                board.log_final(records, folder.path, method.total_steps - 1, own_convergence(folder))
+                board.log_final(records, folder.path, method.total_steps - 1, convergence_rows(folder))
     except BaseException:
         for board in boards:
             board.close(failed=True)
@@ -75,7 +75,7 @@ def curve_lines(method: Method, data: Any, device: torch.device, callbacks: Sequ
     return records
 
 
-def own_convergence(folder: RunFolder) -> list[list[str]] | None:
+def convergence_rows(folder: RunFolder) -> list[list[str]] | None:
     """The run's row of a comparison, under its header; None for a run without a curve."""
     try:
         return convergence_summary_rows(compare_runs([folder.path]))

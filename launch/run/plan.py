@@ -1,4 +1,4 @@
-"""plan=true: what a run needs and costs, told without starting it: no weights are loaded and nothing is sampled or written."""
+"""plan=true: what a run needs and costs, without starting it: no weights are loaded, and nothing is sampled or written."""
 
 import copy
 import math
@@ -35,13 +35,16 @@ def plan(cfg: DictConfig) -> str:
     """Lines of text for a composed config, whose teachers are expanded.
 
     The run's own objects are built, with networks that have no memory, so that what the run would refuse is refused here:
-    all but what this machine lacks, since the run may be for another one. Errors: those of the run.
+    all but what this machine lacks, since the run may be for another one.
+
+    Raises:
+        ValueError, OSError: As the run.
     """
     config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     data, method = build(cfg.data), build_weightless(cfg.method, cfg.seed)
     check_fit(method, data)
     training = method.training_data(data)
-    without_evaluation = _told(lambda: measure.checked(build(cfg.evaluation), data))
+    without_evaluation = _missing_file_message(lambda: measure.checked(build(cfg.evaluation), data))
     _try_trainers(cfg, method, data, measurable=without_evaluation is None)
     with FakeTensorMode():
         student = build(
@@ -151,23 +154,25 @@ def missing(
         if not (source and exists(Path(source.file))):
             places = [str(node.weights), *([source.file] if source else [])]
             lines.append(f"teacher {node.name}: no {' or '.join(places)}; train one, or put the file there")
-    without_images = _told(data.check_source) if needs_images or measure.needs_images(cfg.evaluation) else None
+    without_images = (
+        _missing_file_message(data.check_source) if needs_images or measure.needs_images(cfg.evaluation) else None
+    )
     absent = [text for text in (without_images, without_evaluation) if text is not None]
     return lines + [text for text in absent if not any(source.url in text for source in needed.values())]
 
 
-def _told(build_or_check: Callable[[], object]) -> str | None:
-    """What it says of a file that is not there; None where it finds all. Errors: its others."""
+def _missing_file_message(build_or_check: Callable[[], object]) -> str | None:
+    """Return the message of `build_or_check` about a missing file; None where it misses none. Other errors pass."""
     try:
         build_or_check()
     except Exception as error:
-        if (absent := _absent(error)) is None:
+        if (absent := _missing_file_error(error)) is None:
             raise
         return str(absent)
     return None
 
 
-def _absent(error: BaseException) -> FileNotFoundError | None:
+def _missing_file_error(error: BaseException) -> FileNotFoundError | None:
     """The error of a file that is not there, which Hydra may have wrapped."""
     return next((one for one in (error, error.__cause__) if isinstance(one, FileNotFoundError)), None)
 
@@ -200,7 +205,7 @@ def build_weightless(config: DictConfig, seed: int) -> Method:
     try:
         return build_seeded(config, seed)
     except Exception as error:
-        if _absent(error) is None or "lpips" not in str(config.get("loss")):
+        if _missing_file_error(error) is None or "lpips" not in str(config.get("loss")):
             raise
         config.loss = (
             "l2"  # what LPIPS is for was checked before its weights were looked for, and `missing` tells of them

@@ -226,7 +226,7 @@ def _released(launchers: Sequence[Any]) -> list[subprocess.Popen]:
 
 
 @contextmanager
-def one_job(*trainers: pl.Trainer) -> Iterator[None]:
+def isolated_job(*trainers: pl.Trainer) -> Iterator[None]:
     """Make the child processes of a DDP run repeat this job alone, in its folder, and leave no trace for the next one.
 
     trainers: all that the job uses, one after the other; the first starts the children, who do the same.

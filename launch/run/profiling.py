@@ -1,4 +1,4 @@
-"""trainer.profile: where a run's time goes, told in its folder."""
+"""trainer.profile: where a run's time goes, in files of its folder."""
 
 from pathlib import Path
 

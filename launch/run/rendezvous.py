@@ -12,7 +12,7 @@ from launch.process_environment import started_processes
 from launch.signals import NOTICE, SIGNALS
 
 EVERY = 10.0  # seconds between two lines
-_GRACE = 2.0  # seconds in which a waiting process heeds a signal itself
+_GRACE = 2.0  # seconds in which a waiting process ends by a signal itself
 _HOW = (
     "start the same command on each machine, with the first one's MASTER_ADDR and a free MASTER_PORT, the same on all, and "
     "NODE_RANK from 0 on; or by srun or torchrun"

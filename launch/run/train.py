@@ -20,7 +20,7 @@ from launch.run.build import build, build_seeded, build_trainer, check_fit
 from launch.run.final import finish
 from launch.run.folder import RunFolder
 from launch.run.plan import plan
-from launch.run.processes import one_job
+from launch.run.processes import isolated_job
 from launch.run.remote_files import fetch
 from launch.run.stages import Stage, build_stages, fit_stages
 from launch.run.teachers import expand_teachers
@@ -167,7 +167,7 @@ class Run:
             ValueError: Where another process trains this run, or another one with this name has begun.
         """
         trainers = [*(stage.trainer for stage in self.stages), self.trainer]
-        with one_job(*trainers), self.folder.held(config) if is_rank_zero() else nullcontext():
+        with isolated_job(*trainers), self.folder.held(config) if is_rank_zero() else nullcontext():
             for logger in self.trainer.loggers:
                 logger.log_hyperparams(config)
             check_data(self.evaluation, self.data)

@@ -105,13 +105,17 @@ def check_options(options: dict[str, Any]) -> None:
     check_compile("trainer.compile", options["compile"])
 
 
-def translated(
+def lightning_options(
     options: dict[str, Any], method: Method, folder: Path, here: bool = True, owner: Mapping[str, str] | None = None
 ) -> tuple[dict[str, Any], list[pl.Callback]]:
     """Lightning's options for those of `conf/trainer`, and callbacks that make up for the rest, which come before all others.
 
-    The method is told what it does itself. options: as `check_options` wants them. here: whether this machine must be able to
-    do it. owner: whose the checkpoints are, as `folder.identity` says it.
+    Args:
+        options: As `check_options` wants them.
+        method: What it does itself (micro-batches, limits of gradients) is set on it.
+        folder: The run's.
+        here: Whether this machine must be able to do it.
+        owner: Which run the checkpoints are of, as `folder.identity` says it.
 
     Raises:
         ValueError: For what the device or the method lacks.

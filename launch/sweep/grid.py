@@ -12,7 +12,7 @@ from stillhouse.analysis.tables import format_mean_std, group_by_fingerprint, ma
 from stillhouse.files import write_file
 from stillhouse.metrics.records import Record, load_records
 
-NO_MATTER = re.compile(r"(plan|download)=|\+*hydra[./]")  # options that leave a sweep's jobs what they are
+IRRELEVANT = re.compile(r"(plan|download)=|\+*hydra[./]")  # options that leave a sweep's jobs what they are
 
 
 def run_grid(jobs: Jobs, overrides: Sequence[Sequence[str]], command: Sequence[str]) -> None:
@@ -31,7 +31,7 @@ def run_grid(jobs: Jobs, overrides: Sequence[Sequence[str]], command: Sequence[s
         jobs.launch(made)
     finally:  # also where the user stops it
         if not jobs.config.plan:
-            options = ",".join(option for option in command if not NO_MATTER.match(option))
+            options = ",".join(option for option in command if not IRRELEVANT.match(option))
             report(made, jobs.folder / f"{run_name('sweep', options)}.md")
     if any(job.error for job in made):
         sys.exit(1)

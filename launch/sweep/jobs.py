@@ -37,7 +37,7 @@ class Job:
 
 
 class Jobs:
-    """Makes and launches them.
+    """Makes and launches the jobs of a sweep.
 
     Raises:
         ValueError: For a launcher that is not installed.
@@ -52,7 +52,7 @@ class Jobs:
         )
 
     def job(self, overrides: Sequence[str], options: dict[str, str]) -> Job:
-        """Errors: Hydra's, for overrides that do not compose."""
+        """Compose one job. Hydra's errors of overrides that do not compose pass."""
         config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
         place = Path(OmegaConf.select(config, "hydra.sweep.dir")) / OmegaConf.select(config, "hydra.sweep.subdir")
         return Job(tuple(overrides), options, RunFolder(place))

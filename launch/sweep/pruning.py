@@ -49,7 +49,7 @@ class Pruning(pl.Callback):
     def _hopeless(self, value: float, nimg: int, total: int) -> bool:
         from optuna.trial import Trial
 
-        study = open_study(self.folder, self.settings.made_pruner(total))
+        study = open_study(self.folder, self.settings.pruner_for(total))
         stored = study.get_trials()[self.number]
         trial = Trial(study, stored._trial_id)
         if nimg not in stored.intermediate_values:  # a resumed run measures again

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from launch.evaluate.measure import measures_nothing
 from launch.run.folder import RunFolder
-from launch.sweep.grid import NO_MATTER, report
+from launch.sweep.grid import IRRELEVANT, report
 from launch.sweep.jobs import Job, Jobs
 from launch.sweep.study import Settings, alone, distributions, open_study, settled
 from stillhouse.analysis.curves import read_curve
@@ -37,7 +37,7 @@ def run_search(jobs: Jobs, overrides: Sequence[Override], n_trials: int, n_jobs:
     with alone(jobs.folder):
         study = open_study(jobs.folder)
         drawn_from = {key: str(value) for key, value in space.items()}
-        chosen = dict(line.split("=", 1) for line in fixed if "=" in line and not NO_MATTER.match(line))
+        chosen = dict(line.split("=", 1) for line in fixed if "=" in line and not IRRELEVANT.match(line))
         settled(study, drawn_from | chosen)
         search = _Search(jobs, study, space, fixed, settings)
         try:

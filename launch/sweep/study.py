@@ -38,7 +38,7 @@ class Settings:
         if not 0 <= self.pruner_warmup <= 1:
             raise ValueError(f"hydra.sweeper.pruner_warmup={self.pruner_warmup} must be a fraction, from 0 to 1")
 
-    def made_pruner(self, images: int) -> "optuna.pruners.BasePruner":
+    def pruner_for(self, images: int) -> "optuna.pruners.BasePruner":
         """For runs of `images`."""
         import optuna
 

@@ -302,7 +302,7 @@ def test_a_signal_in_a_finaliser_is_not_lost():
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)
 
-    with pytest.raises(Stopped), notice.heeded(decides=True):
+    with pytest.raises(Stopped), notice.catching_signals(decides=True):
         thing = Finalised()
         del thing
         time.sleep(20)
@@ -337,7 +337,7 @@ def test_who_waits_for_other_machines_says_so_and_can_be_ended(alone, tmp_path):
 def test_other_processes_forked_from_this_one_take_signals_as_ever():
     """A data loader's worker: it ends with the process it works for, but not by the terminal's Ctrl-C."""
     notice = Notice()
-    with notice.heeded(decides=True):
+    with notice.catching_signals(decides=True):
         for number, status in ((signal.SIGUSR1, 0), (signal.SIGINT, 0), (signal.SIGTERM, signal.SIGTERM)):
             child = os.fork()
             if not child:

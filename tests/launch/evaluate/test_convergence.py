@@ -7,7 +7,7 @@ import pytest
 from convergence_tools import curve, decay, write_run
 
 from launch.evaluate.convergence import compare_runs, report
-from launch.evaluate.groups import essence, labels, measured_alike, other_differences
+from launch.evaluate.groups import comparable_options, labels, measuring_difference, other_differences
 from stillhouse.analysis.convergence import convergence_from_json
 from stillhouse.analysis.curves import Cost
 from stillhouse.metrics.records import Record, save_records
@@ -49,7 +49,7 @@ def changed(**leaves):
     ],
 )
 def test_what_does_not_matter_makes_no_group(leaves):
-    assert essence(changed(**leaves)) == essence(CONFIG)
+    assert comparable_options(changed(**leaves)) == comparable_options(CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_what_does_not_matter_makes_no_group(leaves):
     ],
 )
 def test_a_group_is_named_by_what_sets_it_apart(leaves, label):
-    first, second = labels([essence(CONFIG), essence(changed(**leaves))])
+    first, second = labels([comparable_options(CONFIG), comparable_options(changed(**leaves))])
     assert second.startswith("base ")
     assert set(second.split()) == {"base", *label.split()}
     assert first != second
@@ -74,8 +74,8 @@ def test_methods_are_named_alone_and_copies_once():
     other = changed(method__name="fast", method__own=1)
     apart = changed(method__name="fast", method__teacher={"steps": 5}, teacher__steps=5)
     last = changed(method__name="fast", method__teacher={"steps": 10})
-    assert labels([essence(c) for c in (CONFIG, CONFIG, other)]) == ["base", "base", "fast"]
-    assert labels([essence(c) for c in (CONFIG, apart, last)]) == ["base", "fast steps=5", "fast steps=10"]
+    assert labels([comparable_options(c) for c in (CONFIG, CONFIG, other)]) == ["base", "base", "fast"]
+    assert labels([comparable_options(c) for c in (CONFIG, apart, last)]) == ["base", "fast steps=5", "fast steps=10"]
 
 
 def with_teachers(*names, **changes):
@@ -96,32 +96,37 @@ def with_teachers(*names, **changes):
     ],
 )
 def test_lists_of_named_configs_are_labelled_by_names(configs, expected):
-    found = labels([essence(with_teachers(*names)) for names in configs])
+    found = labels([comparable_options(with_teachers(*names)) for names in configs])
     assert found == [f"base {label}".strip() for label in expected]
 
 
 def test_named_configs_are_compared_by_all_that_they_hold():
     plain, longer, wider = (with_teachers("a", "b", **c) for c in ({}, {"steps": 5}, {"network": {"width": 16}}))
-    assert labels([essence(plain), essence(longer)]) == ["base steps=10", "base steps=5"]
-    other = essence(with_teachers("a", "c", steps=5))
+    assert labels([comparable_options(plain), comparable_options(longer)]) == ["base steps=10", "base steps=5"]
+    other = comparable_options(with_teachers("a", "c", steps=5))
     # Names and steps together: the names alone don't tell the first two apart.
-    found = labels([essence(plain), essence(longer), other])
+    found = labels([comparable_options(plain), comparable_options(longer), other])
     assert found == ["base teachers=a,b steps=10", "base teachers=a,b steps=5", "base teachers=a,c steps=5"]
-    assert labels([essence(plain), essence(wider)]) == ["base width=8", "base width=16"]
-    assert other_differences(essence(plain), essence(longer)) == ["steps 5, not 10"]
+    assert labels([comparable_options(plain), comparable_options(wider)]) == ["base width=8", "base width=16"]
+    assert other_differences(comparable_options(plain), comparable_options(longer)) == ["steps 5, not 10"]
 
 
 def test_options_that_methods_share_are_compared():
-    other = essence(changed(method__name="fast", method___target_="N", method__own=1, method__lr=0.1, batch_size=32))
-    assert sorted(other_differences(essence(CONFIG), other)) == ["batch_size 32, not 16", "lr 0.1, not 0.001"]
-    assert other_differences(essence(CONFIG), essence(CONFIG)) == []
+    other = comparable_options(
+        changed(method__name="fast", method___target_="N", method__own=1, method__lr=0.1, batch_size=32)
+    )
+    assert sorted(other_differences(comparable_options(CONFIG), other)) == [
+        "batch_size 32, not 16",
+        "lr 0.1, not 0.001",
+    ]
+    assert other_differences(comparable_options(CONFIG), comparable_options(CONFIG)) == []
 
 
 def test_other_data_and_features_are_not_comparable():
-    base = essence(CONFIG)
-    assert measured_alike(base, essence(changed(data__batch_size=32, method__name="fast"))) is None
-    assert measured_alike(base, essence(changed(data__name="cifar10"))) == "data.name"
-    assert measured_alike(base, essence(changed(evaluation__extractor={"_target_": "F"}))) == (
+    base = comparable_options(CONFIG)
+    assert measuring_difference(base, comparable_options(changed(data__batch_size=32, method__name="fast"))) is None
+    assert measuring_difference(base, comparable_options(changed(data__name="cifar10"))) == "data.name"
+    assert measuring_difference(base, comparable_options(changed(evaluation__extractor={"_target_": "F"}))) == (
         "evaluation.extractor._target_"
     )
 

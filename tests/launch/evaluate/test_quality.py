@@ -6,7 +6,7 @@ import math
 import pytest
 from quality_tools import FINGERPRINT, REAL, measured, students, teachers, write_measured
 
-from launch.evaluate.groups import trained_alike
+from launch.evaluate.groups import training_options
 from launch.evaluate.quality import compare_quality, draw_measured, report
 from stillhouse.analysis.quality import QualityPoint, quality_from_json, quality_to_json
 from stillhouse.metrics.records import save_records
@@ -56,7 +56,7 @@ def test_other_options_and_lists_of_steps_split_groups(tmp_path):
     ]
     assert [sorted(points) for points in lines(compare_quality(runs)).values()] == [[1, 2], [3], [4]]
     watched = {"evaluation.training.every_kimg": "2", "callbacks.metrics.every_kimg": "2"}
-    assert trained_alike({"method.steps": "4", "teacher.steps": "4", **watched}) == {"teacher.steps": "4"}
+    assert training_options({"method.steps": "4", "teacher.steps": "4", **watched}) == {"teacher.steps": "4"}
 
 
 def test_unlike_fingerprints_never_meet(tmp_path):

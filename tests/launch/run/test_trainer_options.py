@@ -93,7 +93,7 @@ def test_one_limit_is_enough():
         ValueError, match=r"trainer.gradient_clip_val=1.0 and method.clip=2.0 both limit .* one of them to null"
     ):
         build_trainer(cfg, method, RunFolder(cfg.folder))
-    with pytest.raises(ValueError, match=r"gradient_clip_algorithm: .* limits norms of gradients alone"):
+    with pytest.raises(ValueError, match=r"gradient_clip_algorithm: norms of gradients alone are limited"):
         trainer("diff_instruct", gradient_clip_val=1.0, gradient_clip_algorithm="value")
 
 

@@ -86,7 +86,7 @@ def test_a_study_that_goes_on_draws_what_it_would_have_drawn_at_once(tmp_path):
 def test_the_pruner_waits_for_complete_trials_and_for_its_share_of_the_images(tmp_path):
     """Two perfect trials; of a third, which is worse, images at which it is given up."""
     settings = Settings(**SETTINGS | {"pruner": "median", "n_startup_trials": 2, "pruner_warmup": 0.5})
-    study = open_study(tmp_path, settings.made_pruner(images=400))
+    study = open_study(tmp_path, settings.pruner_for(images=400))
 
     def given_up(value):
         trial, hopeless = study.ask(), []
