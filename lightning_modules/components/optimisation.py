@@ -70,7 +70,8 @@ class Optimisation(pl.LightningModule):
         self._step = self.trainer.global_step  # the optimiser counts on before the step is over
         loss = self.train_on(batch)
         self.after_update()
-        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+        step = self.trainer.global_step
+        if step == 1 or step % self.trainer.log_every_n_steps == 0:  # the first for what shows progress, not for a row
             self.log_dict(self.metrics(average_over_ranks(self.means, self.device)))
         return loss
 
