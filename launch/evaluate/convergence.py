@@ -6,14 +6,14 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from launch.evaluate.groups import (
+from launch.run.folder import RunFolder
+from stillhouse.analysis.config_groups import (
     ComparableOptions,
     comparable_options,
     labels,
     measuring_difference,
     other_differences,
 )
-from launch.run.folder import RunFolder
 from stillhouse.analysis.convergence import Comparison, convergence_text, convergence_to_json
 from stillhouse.analysis.convergence_plot import plot_convergence
 from stillhouse.analysis.curves import Curve, read_curve

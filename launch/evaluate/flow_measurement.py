@@ -12,10 +12,10 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from launch.evaluate.convergence import dumped
-from launch.evaluate.groups import comparable_options, labels, training_options
 from launch.evaluate.measure import Evaluation
 from launch.evaluate.trained_run import TrainedRun
 from launch.run.build import check_teacher
+from stillhouse.analysis.config_groups import comparable_options, labels, training_options
 from stillhouse.analysis.flow_chain import (
     ChainedFlow,
     DistilledRun,

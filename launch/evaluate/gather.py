@@ -6,8 +6,8 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from launch.evaluate.groups import comparable_options, labels, training_options
 from launch.run.folder import RunFolder
+from stillhouse.analysis.config_groups import comparable_options, labels, training_options
 from stillhouse.analysis.cost import read_costs
 from stillhouse.files import resolve_inside
 from stillhouse.metrics.records import Record, load_records, merge_records

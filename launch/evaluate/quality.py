@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from launch.evaluate.convergence import dumped
-from launch.evaluate.groups import comparable_options, labels, training_options
 from launch.run.folder import RunFolder
+from stillhouse.analysis.config_groups import comparable_options, labels, training_options
 from stillhouse.analysis.quality import (
     Quality,
     QualityValue,

@@ -9,7 +9,7 @@ from typing import Any
 from launch.evaluate import convergence as convergence_files
 from launch.evaluate import quality
 from launch.evaluate.gather import Gathered
-from launch.evaluate.groups import comparable_options, measuring_difference, options_that_differ
+from stillhouse.analysis.config_groups import comparable_options, measuring_difference, options_that_differ
 from stillhouse.analysis.convergence import convergence_notes, convergence_tables
 from stillhouse.analysis.cost import RunCost, cost_rows, plot_cost
 from stillhouse.analysis.quality import quality_heading, quality_rows

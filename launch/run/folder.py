@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from launch.run.earlier import REVISION, modernised
-from launch.run.names import names_in
+from stillhouse.analysis.config_groups import names_in
 from stillhouse.analysis.tables import records_text
 from stillhouse.checkpoints.bounds import check_aliases
 from stillhouse.file_locks import try_lock

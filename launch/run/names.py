@@ -80,12 +80,6 @@ def data_of(teacher: str) -> str:
     return teacher if "/" in teacher else re.sub(r"(_(rf\d+|cond|baseline|vp|ve|ddpm))+$", "", teacher)
 
 
-def names_in(value: Any) -> str | None:
-    """The names in a plain list of configs that each have one, as method.teachers is: "digits_rf1,digits_rf2"; else None."""
-    named = isinstance(value, list) and value and all(isinstance(one, dict) and "name" in one for one in value)
-    return ",".join(str(one["name"]) for one in value) if named else None
-
-
 def picture_set(path: str, resolution: int) -> str:
     """The name of pictures at `path`: my_photos64; with a hash of the path where its last part alone could mean another."""
     path = str(path)  # a number is refused later, by the option's name

@@ -7,7 +7,7 @@ import pytest
 from convergence_tools import curve, decay, write_run
 
 from launch.evaluate.convergence import compare_runs, report
-from launch.evaluate.groups import comparable_options, labels, measuring_difference, other_differences
+from stillhouse.analysis.config_groups import comparable_options, labels, measuring_difference, other_differences
 from stillhouse.analysis.convergence import convergence_from_json
 from stillhouse.analysis.curves import Cost
 from stillhouse.metrics.records import Record, save_records

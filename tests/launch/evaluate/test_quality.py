@@ -6,8 +6,8 @@ import math
 import pytest
 from quality_tools import FINGERPRINT, REAL, measured, students, teachers, write_measured
 
-from launch.evaluate.groups import training_options
 from launch.evaluate.quality import compare_quality, draw_measured, report
+from stillhouse.analysis.config_groups import training_options
 from stillhouse.analysis.quality import QualityPoint, quality_from_json, quality_to_json
 from stillhouse.metrics.records import save_records
 

@@ -1,10 +1,8 @@
-"""Which runs are the same but for their seed, and how the others differ."""
+"""Groups of runs whose configs differ by the seed alone, and how other configs differ."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-
-from launch.run.names import names_in
 
 # Leaves of a run's config, or what they begin with, that change neither its training nor what its curve is measured by.
 _IRRELEVANT = (
@@ -31,59 +29,63 @@ ComparableOptions = dict[str, str]
 
 
 def comparable_options(config: Mapping[str, Any]) -> ComparableOptions:
-    """What matters of a plain config: {dotted key: value}, equal for runs that differ by their seed alone.
+    """Return the options that decide a run's results, {dotted key: value}, equal for runs that differ by their seed alone.
 
-    Not the devices: results do not depend on them, but seconds do.
+    Devices are not among them: results do not depend on them, but seconds do.
+
+    Args:
+        config: The run's, plain.
     """
     folder = str(config.get("folder"))
-    found = {}
+    options = {}
     for key, value in _leaves(config):
         ours = key.rpartition(".")[2] == "seed" or any(_within(key, k) for k in _IRRELEVANT)
         if not ours:
             text = value if isinstance(value, str) else json.dumps(value)
             inside = text == folder or text.startswith(f"{folder}/")
-            found[key] = text.replace(folder, "FOLDER", 1) if inside else text
-    return found
+            options[key] = text.replace(folder, "FOLDER", 1) if inside else text
+    return options
 
 
-def training_options(own: ComparableOptions) -> ComparableOptions:
+def training_options(options: ComparableOptions) -> ComparableOptions:
     """Return comparable options without the student's number of steps, and without what is measured on the way.
 
     A list of steps stays, since a network for several is trained otherwise.
     """
-    counted = {key: text for key, text in own.items() if not (key in _STEPS and text.isdigit())}
+    counted = {key: text for key, text in options.items() if not (key in _STEPS and text.isdigit())}
     return {key: text for key, text in counted.items() if not any(_within(key, k) for k in _WATCHED)}
 
 
 def labels(options_of_runs: Sequence[ComparableOptions]) -> list[str]:
-    """Each run's group: its method's name and, where a method has several groups, the options that set them apart."""
+    """Return each run's group: its method's name and, where a method has several groups, the options that set them apart."""
     names = [one.get("method.name", "") for one in options_of_runs]
-    found = []
+    groups = []
     for name, one in zip(names, options_of_runs, strict=True):
         same = [other for other, method in zip(options_of_runs, names, strict=True) if method == name]
         keys = _differing(dict.fromkeys(key for other in same for key in other), same)
         keys = [key for key in keys if not _distinguished_by_names(key, keys, same)]
-        found.append(" ".join([name, *(f"{_short(key, keys)}={one.get(key, 'absent')}" for key in keys)]))
-    return found
+        groups.append(" ".join([name, *(f"{_short(key, keys)}={one.get(key, 'absent')}" for key in keys)]))
+    return groups
 
 
 def other_differences(baseline: ComparableOptions, other: ComparableOptions) -> list[str]:
-    """Options that two methods both have, with other values, "lr 1e-05, not 1e-04": perhaps not meant to differ."""
+    """Return options that two methods share, with different values ("lr 1e-05, not 1e-04"), perhaps by mistake."""
     common = [k for k in baseline if k in other and k != "method.name" and not k.endswith("_target_")]
     keys = _differing(common, (baseline, other))
     return [f"{_short(key, keys)} {other[key]}, not {baseline[key]}" for key in keys]
 
 
 def measuring_difference(baseline: ComparableOptions, other: ComparableOptions) -> str | None:
-    """None, or the first option by which two runs' curves are measured on other data or by other features."""
+    """Return the first option by which two runs' curves are measured on other data or by other features; None for none."""
     keys = dict.fromkeys(key for one in (baseline, other) for key in one if key.startswith(_MEASURED_ON))
     return next((k for k in keys if baseline.get(k) != other.get(k)), None)
 
 
 def options_that_differ(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str | None]]:
-    """{dotted key: each run's value as text, None where it has none}, without names, and copies such as method.seed.
+    """Return {dotted key: each run's value as text, None where it has none}, without names, and copies such as method.seed.
 
-    configs: by the name of the run's folder, which as a part of a path is no difference.
+    Args:
+        configs: By the name of the run's folder, which as a part of a path is no difference.
     """
     runs = []
     for name, config in configs.items():
@@ -91,6 +93,12 @@ def options_that_differ(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, l
         runs.append({k: "FOLDER" if name in text.split("/") else text for k, text in texts.items() if k not in _NAMES})
     keys = _differing(dict.fromkeys(key for run in runs for key in run), runs)
     return {key: [run.get(key) for run in runs] for key in keys}
+
+
+def names_in(value: Any) -> str | None:
+    """Return the names in a plain list of named configs, as method.teachers is: "digits_rf1,digits_rf2"; None of others."""
+    named = isinstance(value, list) and value and all(isinstance(part, dict) and "name" in part for part in value)
+    return ",".join(str(part["name"]) for part in value) if named else None
 
 
 def _leaves(node: Any, key: str = "") -> list[tuple[str, Any]]:
@@ -113,12 +121,12 @@ def _within(key: str, parent: str) -> bool:
 
 def _differing(keys: Iterable[str], runs: Sequence[ComparableOptions]) -> list[str]:
     """Those in which runs differ, without copies of one option (teacher.steps and method.teacher.steps)."""
-    found: dict[tuple, str] = {}
+    first_keys: dict[tuple, str] = {}
     for key in keys:
         values = tuple(run.get(key) for run in runs)
         if len(set(values)) > 1:
-            found.setdefault((key.rpartition(".")[2], values), key)
-    return list(found.values())
+            first_keys.setdefault((key.rpartition(".")[2], values), key)
+    return list(first_keys.values())
 
 
 def _distinguished_by_names(key: str, keys: Sequence[str], runs: Sequence[ComparableOptions]) -> bool:
