@@ -6,8 +6,16 @@ from typing import Any
 REVISION = "0d82877"
 # A name that is changed in conf/ or in the Python of what conf/ names has a line here, and is then read of runs made before.
 _KEYS = {"law": "distribution", "time_laws": "time_distributions"}
+_BRANCHES = {
+    "weights": "branch_weights",
+    "auxiliary": "branch_auxiliary",
+    "fade": "branch_fade",
+}  # of methods called BDense...
 _MOVED = {
     "datamodules.Planar": "datamodules.PlanePoints",
+    "lightning_modules.BDenseProgressive": "lightning_modules.ProgressiveDistillation",
+    "lightning_modules.BDenseSFD": "lightning_modules.SFD",
+    "lightning_modules.BDenseStudent": "lightning_modules.DenoisingStudent",
     "diffusion.time_laws.": "stillhouse.diffusion.time_distributions.",
     "diffusion.": "stillhouse.diffusion.",
     "metrics.": "stillhouse.metrics.",
@@ -21,7 +29,9 @@ _MOVED = {
 def modernised(value: Any) -> Any:
     """A stored config, or a value in it, in plain containers: with each key and `_target_` by its name of today."""
     if isinstance(value, dict):
-        return {_KEYS.get(key, key): _target(v) if key == "_target_" else modernised(v) for key, v in value.items()}
+        branched = str(value.get("_target_")).startswith("lightning_modules.BDense")
+        keys = _KEYS | _BRANCHES if branched else _KEYS
+        return {keys.get(key, key): _target(v) if key == "_target_" else modernised(v) for key, v in value.items()}
     return [modernised(part) for part in value] if isinstance(value, list) else value
 
 

@@ -1,3 +1,5 @@
+import importlib
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -49,6 +51,51 @@ def test_a_run_from_before_an_option_goes_on_with_what_it_had_in_effect(tmp_path
     folder.check(CONFIG | {"evaluation": {"blocks": 3, "labels": "uniform"}, "data": data})
     with pytest.raises(ValueError, match=r"started with evaluation.labels=None, but .*'data'; choose"):
         folder.check(CONFIG | {"evaluation": {"blocks": 3, "labels": "data"}, "data": data})
+
+
+# As revision 0d82877 wrote them; how many branches and their weights were options of methods of their own.
+OLD = {
+    "seed": 0,
+    "time_laws": {"start": {"_target_": "diffusion.time_laws.Start"}},
+    "data": {"_target_": "datamodules.Planar", "law": "checkerboard"},
+    "evaluation": {"extractor": {"_target_": "metrics.extractors.Points"}},
+    "method": {
+        "_target_": "lightning_modules.BDenseSFD",
+        "weights": "uniform",
+        "teacher": {
+            "_target_": "diffusion.teacher.Teacher",
+            "weights": "own.safetensors",
+            "network": {"_target_": "networks.MLP"},
+            "source": {"_target_": "networks.EDMPickle"},
+        },
+    },
+}
+
+
+def test_a_config_of_an_earlier_revision_names_what_is_here_today(tmp_path):
+    folder = begun(tmp_path)
+    folder.config.write_text(OmegaConf.to_yaml(OLD))
+    config = folder.read_config()
+    check_names(config)
+    assert config.data.distribution == "checkerboard"
+    assert (config.method.branch_weights, config.method.teacher.weights) == ("uniform", "own.safetensors")
+    assert folder.stored_config() == OLD  # by which its checkpoints are known
+    with pytest.raises(
+        ValueError, match=r"begun by an earlier version, .*`git checkout 0d82877` can finish it, or choose"
+    ):
+        folder.check(folder.plain_config())
+    folder.metrics.write_text("[]")
+    folder.check(folder.plain_config())
+
+
+def check_names(node):
+    """Every target is a class or function of today."""
+    for key, value in node.items():
+        if key == "_target_":
+            module, _, name = value.rpartition(".")
+            assert hasattr(importlib.import_module(module), name), value
+        elif OmegaConf.is_dict(value):
+            check_names(value)
 
 
 def test_a_run_within_another_one_is_refused(tmp_path):

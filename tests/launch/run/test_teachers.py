@@ -73,7 +73,7 @@ def test_teacher_and_data_of_a_run_are_choices_of_their_groups(monkeypatch):
     cfg = compose("config", ["teacher=runs/deep/tiny", "teacher.steps=12"])
     assert (cfg.teacher.name, cfg.teacher.steps, cfg.teacher.network.model_channels) == ("tiny", 12, 8)
     assert cfg.teacher.sha256 == read_card("runs/deep/tiny/student.safetensors")["sha256"]
-    cfg = compose("evaluate", [f"teacher={Path('runs/deep/tiny').absolute()}", "data=runs/deep/tiny"])
+    cfg = compose("evaluate", ["task=teacher", f"teacher={Path('runs/deep/tiny').absolute()}", "data=runs/deep/tiny"])
     assert (cfg.teacher.name, cfg.data, cfg.evaluation) == ("tiny", {"name": "own"}, {"blocks": 7})
     assert "teacher=runs/tiny" not in RunFolders("", "runs://").list("teacher", None)
     monkeypatch.setenv("COMP_LINE", "python train.py teacher=")
