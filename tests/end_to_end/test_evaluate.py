@@ -12,6 +12,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
 
+from stillhouse.analysis.tables import format_mean_std
+
 TEACHER = (
     "teacher=digits",
     "teacher.weights=null",
@@ -161,7 +163,7 @@ def test_a_run_is_exported(folder):
         [r for r in read_json(folder / "runs/a1" / name) if r["subject"] == "student"]
         for name in ("metrics.json", "evaluation/metrics.json")
     )
-    assert all(f"{record['mean']:.4g}" in card for record in final)
+    assert all(format_mean_std(r["mean"], r["std"]) in card for r in final)
     assert not any(f"{r['mean']:.4g}" in card for r in raw if r["fingerprint"]["weights"] == "raw")
     weights = load_file(folder / "exports/a1/student.safetensors")
     trained = load_file(folder / "runs/a1/student.safetensors")
