@@ -34,7 +34,8 @@ def escaped(line: str) -> str:
 
 
 def _process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    lines[:] = plain(lines)
+    # Before the first line of a property napoleon would look for a type that ends in a colon.
+    lines[:] = ([r"\ "] if what in ("attribute", "data", "property") else []) + plain(lines)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
