@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import math
+from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
@@ -112,7 +113,7 @@ class DisBack(DiffInstruct):
     def stored_bytes(self, network: int) -> dict[str, int]:
         return {f"degradation path of {self.nodes} nodes": network * self.nodes} if self.path else {}
 
-    def preparation(self) -> dict[str, float] | None:
+    def preparation(self, folder: Path) -> dict[str, float] | None:
         return self.path.cost() if self.path else None
 
     def setup(self, stage: str) -> None:

@@ -1,5 +1,7 @@
 """Progressive distillation: halve the number of DDIM steps, again and again (Salimans & Ho, arXiv 2202.00512)."""
 
+import copy
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -7,19 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from callbacks import EMA
+from callbacks import EMA, Clock
 from lightning_modules.components.branches import BranchedMethod
-from lightning_modules.components.method import check_nfe
-from lightning_modules.components.optimisation import Optimisation
-from stillhouse.checkpoints import load_weights, save_weights
+from lightning_modules.components.method import Method
+from stillhouse.checkpoints import load_weights, read_card, save_weights
 from stillhouse.checks import check_choice, check_counts
+from stillhouse.diffusion.denoiser import Denoiser
 from stillhouse.diffusion.losses import noised
 from stillhouse.diffusion.preconditioning import Epsilon
 from stillhouse.diffusion.sampling import Sampling
 from stillhouse.diffusion.solvers import euler_step
 from stillhouse.diffusion.teacher import Teacher
 from stillhouse.diffusion.training_noise import TrainingNoise
-from stillhouse.networks.branching import collapse, plain_state, respread
+from stillhouse.networks.branching import plain_state, respread
 
 # Weights of |x - D|^2 as functions of the SNR, 1 / sigma^2 (the paper's section 4).
 WEIGHTINGS = {
@@ -27,6 +29,10 @@ WEIGHTINGS = {
     "snr_plus_one": lambda snr: snr + 1,
     "snr": lambda snr: snr,
 }
+_ONE_TRAINING = (
+    "{} was written when all rounds of progressive distillation were one training, and can't be resumed: choose another name=... "
+    "to train again"
+)
 
 
 class ProgressiveDistillation(BranchedMethod):
@@ -38,12 +44,24 @@ class ProgressiveDistillation(BranchedMethod):
         (sigma_i x'' - sigma'' x) / (sigma_i - sigma''),
 
     the paper's inverted DDIM step divided by its signal scale; at sigma'' = 0 it is x'' itself, the paper's case i = 1.
-    Each round's student starts as its teacher with a new optimiser, and its learning rate falls from `lr` to zero.
 
-    start_steps: of the first teacher, on its own schedule, of which every coarser grid takes every n-th level. end_steps: of
-    the last student. kimg: of all rounds together; those to `long_rounds` steps or fewer take twice as much of it as others.
-    weighting: one of WEIGHTINGS. clip: whether samples are made of estimates clipped to [-1, 1], as released.
-    One step is one batch of images. Every round's student is kept in the run's folder, as rounds/N.safetensors.
+    This is the last round, and those before it are its stages: trainings of their own, each with a new optimiser and a learning
+    rate that falls from `lr` to zero. A round starts as its teacher, the student of the round before as it would be measured:
+    the averaged one where the run has averages, else as trained. It is kept in the run's folder, as rounds/N.safetensors. The
+    sequence of training samples goes on from round to round.
+
+    Args:
+        teacher: Of the first round.
+        start_steps: Its steps, on its own schedule, of which every coarser grid takes every n-th level.
+        end_steps: Of the last student.
+        factor: By which each round divides the steps.
+        long_rounds: Rounds to so many steps or fewer take twice as much of `kimg`, which is of all rounds, as others.
+        weighting: One of WEIGHTINGS.
+        clip: Whether samples are made of estimates clipped to [-1, 1], as released.
+        common: Of all methods, and of branches.
+
+    Raises:
+        ValueError: For a value out of range, or steps that the divisions do not lead to.
     """
 
     def __init__(
@@ -70,7 +88,7 @@ class ProgressiveDistillation(BranchedMethod):
             )
         self.teacher = teacher
         self.student = teacher.student().eval()  # no dropout, as released
-        self.guide = teacher.student().eval().requires_grad_(False)  # the current round's teacher
+        self.guide = teacher.student().eval().requires_grad_(False)  # the round's teacher
         self.widen_student(factor)
         self.weighting, self.clip = weighting, clip
         self.grid = teacher.sigmas(start_steps)
@@ -80,52 +98,34 @@ class ProgressiveDistillation(BranchedMethod):
             )
         self.rounds = halvings(start_steps, end_steps, factor)
         self.ends = shares(self.total_steps, [2 if steps <= long_rounds else 1 for steps in self.rounds])
-        self.round = 0
+        self._set_round(len(self.rounds) - 1)
 
-    @property
-    def steps(self) -> int:
-        """The current student's."""
-        return self.rounds[self.round]
+    def _set_round(self, number: int) -> None:
+        self.steps = self.rounds[number]  # of its student
+        self.steps_before = self.ends[number - 1] if number else 0
+        self.total_steps = self.ends[number] - self.steps_before
 
     @property
     def evaluations(self) -> dict[str, float]:
         return {"student": 1.0, "teacher": float(self.substeps)}
 
-    @property
-    def progress(self) -> float:
-        """Of the current round."""
-        start = self.ends[self.round - 1] if self.round else 0
-        return (self.trainer.global_step - start) / (self.ends[self.round] - start)
-
     def lr_scale(self) -> float:
         return super().lr_scale() * (1 - self.progress)
 
     def levels(self) -> Tensor:
-        """The current student's noise levels (N, factor + 1): row i has those of the teacher's steps inside its step i."""
+        """The student's noise levels (N, factor + 1): row i has those of the teacher's steps inside its step i."""
         stride = (len(self.grid) - 1) // (self.steps * self.substeps)
         fine = self.grid[::stride]
         return fine.unfold(0, self.substeps + 1, self.substeps)
 
-    # -- training --------------------------------------------------------------------------------------------------
+    # -- training of a round ---------------------------------------------------------------------------------------
+
+    def frozen_networks(self) -> list[Teacher]:
+        """None: the original teacher stays where it is, and its copy teaches the first round."""
+        return []
 
     def on_fit_start(self) -> None:
-        """The original teacher stays where it is: its copy teaches the first round."""
-        if any(isinstance(callback, EMA) for callback in self.trainer.callbacks):
-            raise ValueError("an average would mix the students of several rounds: set callbacks.ema=null")
-        Optimisation.on_fit_start(self)
-        self.table = self.levels().to(self.device)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        if self.trainer.global_step == self.ends[self.round]:
-            self.promote()
-        super().on_train_batch_start(batch, batch_idx)
-
-    def promote(self) -> None:
-        """The student becomes the teacher, and starts anew as its copy."""
-        self.guide.network.load_state_dict(plain_state(self.student.network))
-        respread(self.student.network)
-        self.optimizers().optimizer.state.clear()
-        self.round += 1
+        super().on_fit_start()
         self.table = self.levels().to(self.device)
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
@@ -139,83 +139,158 @@ class ProgressiveDistillation(BranchedMethod):
         weight = WEIGHTINGS[self.weighting](sigmas[:, :1] ** -2)
         loss = self.branch_loss((weight * (estimates - targets).square().flatten(2).mean(2)).float())
         self.log_mean("loss/student", loss.detach())
-        self.log_mean("progress/steps", float(self.steps))
         return loss
 
     @torch.no_grad()
     def targets(self, x: Tensor, sigmas: Tensor, labels: Tensor | None) -> Tensor:
         """What each branch should estimate, (B, K, C, H, W), of x (B, C, H, W) at the first of sigmas (B, factor + 1)."""
         levels = sigmas[:, :, None, None, None].unbind(1)
-        state, found = x, []
+        state, targets = x, []
         for step in range(1, self.substeps + 1):
             estimate = self.guide(state, sigmas[:, step - 1], labels)
             state = euler_step(state, estimate, levels[step - 1], levels[step])
             if step % self.stride == 0:
-                found.append((levels[0] * state - levels[step] * x) / (levels[0] - levels[step]))
-        return torch.stack(found, 1)
+                targets.append((levels[0] * state - levels[step] * x) / (levels[0] - levels[step]))
+        return torch.stack(targets, 1)
 
-    def after_update(self) -> None:
-        """Keeps a round's student before any checkpoint of its last step is written: a kill between the two loses none."""
-        if self.trainer.global_step == self.ends[self.round] and self.trainer.is_global_zero:
-            card = {"method": self.name, "steps": self.steps, "round": self.round + 1, "seed": self.seed}
-            card |= {"teacher": self.teacher.name, "licence": self.licence}
-            folder = Path(self.trainer.default_root_dir)
-            save_weights(kept_student(folder, self.steps), self.exported(), card, replace=True)
+    # -- rounds ----------------------------------------------------------------------------------------------------
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["round"] = self.round
+    def stages(self) -> dict[str, Method]:
+        """The rounds before the last one, which share their networks."""
+        rounds = {}
+        for number, steps in enumerate(self.rounds[:-1]):
+            stage = copy.copy(self)
+            stage.means = {}
+            stage._set_round(number)
+            rounds[f"rounds/{steps}"] = stage
+        return rounds
+
+    def preparation(self, folder: Path) -> dict[str, float] | None:
+        cards = [read_card(kept_student(folder, steps)) for steps in self.rounds[:-1]]
+        costs = [card["cost"] for card in cards if "cost" in card]  # of earlier versions none
+        return {key: sum(cost[key] for cost in costs) for key in costs[0]} if costs else None
+
+    def stored_bytes(self, network: int) -> dict[str, int]:
+        return {f"students of {len(self.rounds) - 1} rounds before the last": network * (len(self.rounds) - 1)}
+
+    @property
+    def _run_folder(self) -> Path:
+        folder = Path(self.trainer.default_root_dir)
+        return folder if self.steps == self.rounds[-1] else folder.parents[1]
+
+    @property
+    def _done(self) -> bool:
+        """Whether the student of this round, not the last one, is there already."""
+        return self.steps != self.rounds[-1] and kept_student(self._run_folder, self.steps).exists()
+
+    def setup(self, stage: str) -> None:
+        """Starts a round as its teacher, before a checkpoint is restored, which then has the last word."""
+        super().setup(stage)
+        if stage != "fit" or self._done:
+            return
+        if self.steps != self.rounds[-1]:
+            if (checkpoint := self._run_folder / "checkpoints" / "last.ckpt").exists():
+                raise ValueError(_ONE_TRAINING.format(checkpoint))
+            if Clock.find(self.trainer) is None:
+                raise ValueError("progressive distillation counts the seconds of its rounds: put callbacks.clock back")
+        taught = self.teacher.denoiser.network.state_dict()
+        if self.steps_before:
+            previous = self.rounds[self.rounds.index(self.steps) - 1]
+            load_weights(kept_student(self._run_folder, previous), self.guide.network)
+            taught = self.guide.network.state_dict()
+        else:
+            self.guide.network.load_state_dict(taught)
+        with torch.no_grad():
+            for name, value in plain_state(self.student.network).items():
+                value.copy_(taught[name])
+            respread(self.student.network)
+
+    def on_train_start(self) -> None:
+        if self.trainer.strategy.broadcast(self._done):
+            self.trainer.should_stop = True
+
+    def on_fit_end(self) -> None:
+        """Keeps a round's student, also where all that a kill left to do was to keep it."""
+        if self.steps == self.rounds[-1] or self.trainer.global_step < self.total_steps:
+            return
+        averages = next((callback for callback in self.trainer.callbacks if isinstance(callback, EMA)), None)
+        with averages.applied(self) if averages else nullcontext():
+            if self.trainer.is_global_zero:
+                seconds = Clock.find(self.trainer).seconds()
+                images = self.total_steps * self.batch_size
+                card = {
+                    "method": self.name,
+                    "steps": self.steps,
+                    "round": self.rounds.index(self.steps) + 1,
+                    "weights": averages.names[0] if averages else "raw",
+                    "seed": self.seed,
+                    "teacher": self.teacher.name,
+                    "licence": self.licence,
+                    "cost": {"steps": self.total_steps, "images": images, "seconds": seconds},
+                }
+                save_weights(kept_student(self._run_folder, self.steps), self.exported(), card, replace=True)
+        self.trainer.strategy.barrier()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "round" in checkpoint and checkpoint["global_step"] < self.ends[-1]:
+            raise ValueError(_ONE_TRAINING.format("this checkpoint"))
         super().on_load_checkpoint(checkpoint)
-        self.round = checkpoint["round"]
 
     # -- sampling --------------------------------------------------------------------------------------------------
 
-    def stored_bytes(self, network: int) -> dict[str, int]:
-        return {f"students of {len(self.rounds)} rounds": network * len(self.rounds)}
-
     def sampling(self, nfe: int | None = None) -> Sampling:
-        check_nfe(nfe, self.steps)
-        sigmas = self.grid[:: (len(self.grid) - 1) // self.steps].tolist()
+        sigmas = self.grid[:: (len(self.grid) - 1) // (nfe or self.steps)].tolist()
         return Sampling(sigmas, self.student.preconditioning.prior_std(self.grid[0]).item(), clip=self.clip)
 
-    def choose_steps(self, steps: int, folder: Path) -> str | None:
-        path = kept_student(folder, steps)
-        if steps not in self.rounds or not path.exists():
-            there = [n for n in self.rounds if kept_student(folder, n).exists()]
-            raise ValueError(
-                f"steps={steps}: {folder} has students of {', '.join(map(str, there)) or 'no'} steps so far"
-            )
-        collapse(self.student.network)
-        load_weights(path.resolve(), self.student.network)
-        self.round = self.rounds.index(steps)
-        return "raw"
+    def sampled_student(self) -> Denoiser:
+        """The student of the chosen round: an earlier one's is put in the place of the last round's teacher."""
+        return self.student if self.chosen_nfe in (None, self.steps) else self.guide
+
+    def exported(self) -> dict[str, Tensor]:
+        return plain_state(self.sampled_student().network)
+
+    def choose_steps(self, nfe: int, folder: Path) -> str | None:
+        kept = kept_student(folder, nfe)
+        if nfe == self.steps:
+            self.chosen_nfe = nfe
+            return None
+        if nfe not in self.rounds or not kept.exists():
+            there = [n for n in self.rounds if n == self.steps or kept_student(folder, n).exists()]
+            raise ValueError(f"steps={nfe}: {folder} has students of {', '.join(map(str, there))} steps")
+        load_weights(kept.resolve(), self.guide.network)
+        self.chosen_nfe = nfe
+        return read_card(kept).get("weights", "raw")
 
 
 def kept_student(folder: Path, steps: int) -> Path:
+    """Where the student of a round is kept in a run's folder."""
     return folder / "rounds" / f"{steps}.safetensors"
 
 
 def halvings(start: int, end: int, factor: int) -> list[int]:
-    """The students' numbers of steps, start / factor down to end. Errors: ValueError where division does not lead there."""
-    found = []
+    """The students' numbers of steps, start / factor down to end.
+
+    Raises:
+        ValueError: Where division does not lead there.
+    """
+    counts = []
     steps = start
     while steps > end and steps % factor == 0:
         steps //= factor
-        found.append(steps)
-    if not found or steps != end:
+        counts.append(steps)
+    if not counts or steps != end:
         raise ValueError(
             f"method.start_steps={start} divided by method.factor={factor} again and again does not come to "
             f"method.end_steps={end}: make it {end} times a power of {factor}"
         )
-    return found
+    return counts
 
 
 def shares(total: int, parts: list[int]) -> list[int]:
-    """The steps at which consecutive rounds end that share `total` steps as `parts` say.
+    """The training steps at which consecutive rounds end that share `total` of them as `parts` say.
 
-    Errors: ValueError where a round would have none.
+    Raises:
+        ValueError: Where a round would have none.
     """
     ends = [total * sum(parts[: i + 1]) // sum(parts) for i in range(len(parts))]
     if ends[0] == 0 or any(a == b for a, b in pairwise(ends)):

@@ -89,7 +89,10 @@ def batches_seen(trainer: pl.Trainer | None) -> int:
 
     `processed`, not `ready`: `ready` also counts the batch that an exception interrupted, which would then be skipped.
     """
-    return 0 if trainer is None else trainer.fit_loop.epoch_loop.batch_progress.total.processed
+    if trainer is None:
+        return 0
+    before = getattr(trainer.lightning_module, "steps_before", 0)  # of the run's stages whose sequence goes on
+    return before + trainer.fit_loop.epoch_loop.batch_progress.total.processed
 
 
 def _placement(trainer: pl.Trainer | None) -> tuple[int, int, bool]:

@@ -129,8 +129,7 @@ class Evaluation:
             return []
         students = [] if counts else self.student(method, folder, weights)
         for count in counts:
-            weights = choose_steps(method, folder, count, weights)
-            students += self.student(method, folder, weights)
+            students += self.student(method, folder, choose_steps(method, folder, count, weights))
         teacher = self.teacher(method.teacher) if method.teacher else []
         return teacher + students + self.real()
 

@@ -124,7 +124,7 @@ def measure(
     """Measure one run's teacher, its student at each number of steps (none: its own), and real images."""
     run = load(cfg, path)
     for count in counts:
-        run = run.at_steps(count)
+        run.at_steps(count)  # what is not possible is refused before anything is measured
     evaluation = Evaluation(evaluation_settings(cfg, run.config), build(run.config.data), device)
     return run, evaluation, evaluation.run(run.method.to(device), run.folder, run.weights, counts)
 

@@ -148,7 +148,7 @@ def choose_steps(method: Method, folder: RunFolder, count: int, weights: Weights
         method: The run's, with its student in place.
         folder: The run's, which may hold other students.
         count: The number of steps.
-        weights: Those that are in place.
+        weights: The run's own, of its checkpoint.
 
     Returns:
         Those that are in place then.

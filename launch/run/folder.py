@@ -62,7 +62,8 @@ class RunFolder:
 
     def begun(self) -> bool:
         """Whether there is training to lose, also of a stage: what failed before its first checkpoint may be used again."""
-        return self.last.exists() or self.metrics.exists() or any(self.path.glob("*/checkpoints/last.ckpt"))
+        trained = ("checkpoints/last.ckpt", "*.safetensors")  # of the run and of its stages
+        return self.metrics.exists() or any(any(self.path.rglob(pattern)) for pattern in trained)
 
     def complete(self) -> bool:
         """The final evaluation is written last."""

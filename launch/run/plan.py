@@ -62,7 +62,10 @@ def plan(cfg: DictConfig) -> str:
     kimg = method.total_steps * cfg.batch_size / 1000
     lines = {
         f"{cfg.folder}: {method.total_steps:,} steps of {cfg.batch_size} images ({share} on each of {processes} devices), "
-        f"{kimg:,.6g} kimg": [],
+        f"{kimg:,.6g} kimg": [
+            f"after {name}: {stage.total_steps:,} steps of {stage.batch_size} images"
+            for name, stage in method.stages().items()
+        ],
         "missing": missing(cfg, config, data, training is data, without_evaluation) or ["nothing"],
         **({"data": [table]} if (table := data.class_table()) is not None else {}),
         "parameters": [

@@ -1,6 +1,7 @@
 """What a method has trained before it, such as DisBack's degradation path: fits of their own, resumed like the run's."""
 
 import copy
+import gc
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from launch.run.folder import RunFolder
 from lightning_modules import Method
 from stillhouse.files import write_file
 
-_CALLBACKS = ("clock", "checkpoints", "guard", "progress", "requeue")  # nothing of a stage is sampled or averaged
+_CALLBACKS = ("clock", "checkpoints", "guard", "progress", "requeue")  # nothing of a stage is sampled
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ def build_stages(config: DictConfig, method: Method, data: Any, folder: RunFolde
         part = RunFolder(folder.path / name)
         cfg = copy.deepcopy(config)
         cfg.folder, cfg.batch_size = str(part.path), module.batch_size
-        cfg.callbacks = {key: value for key, value in cfg.callbacks.items() if key in _CALLBACKS}
+        kept = (*_CALLBACKS, "ema") if module.averaged_stage else _CALLBACKS
+        cfg.callbacks = {key: value for key, value in cfg.callbacks.items() if key in kept}
         cfg.logger = {key: value for key, value in cfg.logger.items() if key == "csv"}
         trainer = build_trainer(cfg, module, part, here)
         stages.append(Stage(module, module.training_data(data), trainer, part))
@@ -48,6 +50,8 @@ def fit_stages(stages: list[Stage], method: Method, folder: RunFolder) -> None:
         stage.trainer.fit(stage.method, stage.data, ckpt_path=stage.folder.resume())
         if is_rank_zero():
             stage.folder.last.unlink(missing_ok=True)  # what the stage is for lies elsewhere, complete
-    cost = method.preparation()
+        stage.trainer.strategy.optimizers = []  # whose moments nobody needs any more
+        gc.collect()  # DDP's hooks in networks that stages share go with it
+    cost = method.preparation(folder.path)
     if cost is not None and is_rank_zero():
         write_file(folder.preparation, (json.dumps(cost, indent=1) + "\n").encode())

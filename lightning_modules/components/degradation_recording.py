@@ -26,6 +26,8 @@ class DegradationRecording(Method):
         common: Of `Method`.
     """
 
+    averaged_stage = False  # its nodes are kept as they are trained
+
     def __init__(self, path: DegradationPath, *, sigma_init: float, sigmas: NoiseLevelDistribution, **common):
         super().__init__(**common)
         self.path, self.teacher = path, path.teacher

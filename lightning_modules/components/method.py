@@ -68,6 +68,8 @@ class Method(Optimisation):
     monitor: str | None = None
     data: pl.LightningDataModule
     chosen_nfe: int | None = None  # of `sample`; None: the method's own
+    steps_before: int = 0  # training steps of the stages whose sequence of training samples this method goes on with
+    averaged_stage: bool = True  # whether callbacks.ema averages its student where it is a stage of another method
 
     def __init__(
         self,
@@ -176,7 +178,7 @@ class Method(Optimisation):
             folder: The run's, where students for other numbers may lie.
 
         Returns:
-            The name of the weights where others than those in place were taken, else None.
+            The name of the weights that are then in place, where they are others than those of the run's checkpoint, else None.
 
         Raises:
             ValueError: For a number that the run has no student for.
@@ -218,8 +220,8 @@ class Method(Optimisation):
         """What has to be trained before this method, by name and in order; each has a folder of its own in the run's."""
         return {}
 
-    def preparation(self) -> dict[str, float] | None:
-        """What the stages cost: {"steps", "images", "seconds"}; None where there are none."""
+    def preparation(self, folder: Path) -> dict[str, float] | None:
+        """What the stages of a run in `folder` cost: {"steps", "images", "seconds"}; None where there are none."""
         return None
 
     # -- what callbacks, plans and records ask ---------------------------------------------------------------------

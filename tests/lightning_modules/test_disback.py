@@ -97,7 +97,7 @@ def test_the_teacher_is_off_the_device_after_it(tmp_path, monkeypatch):
 
 
 def test_its_cards_say_what_it_cost(recorded):
-    cost = method(recorded).preparation()
+    cost = method(recorded).preparation(None)
     assert cost["steps"] == 64
     assert cost["images"] == 64 * 128
     assert 0 < cost["seconds"] < 100
@@ -175,7 +175,7 @@ def test_no_nodes_is_diff_instruct_bit_for_bit(tmp_path):
     common = {"name": "diff_instruct", "batch_size": 128, "seed": 0, "kimg": 2.048, "lr": 1e-3}
     plain = DiffInstruct(plain.teacher, **common, **OPTIONS)
     assert ours.stages() == {}
-    assert ours.preparation() is None
+    assert ours.preparation(None) is None
     for module in (ours, plain):
         fit(module, None)
     assert torch.equal(weights(ours.student), weights(plain.student))
