@@ -34,10 +34,10 @@ def compare_runs(paths: Sequence[Path], *, metric: str | None = None, weights: s
     groups = labels(options_of_runs)
     curves: dict[tuple[str, int], Curve] = {}
     left_out: list[str] = []
-    for path, config, own, group in zip(paths, configs, options_of_runs, groups, strict=True):
+    for path, config, options, group in zip(paths, configs, options_of_runs, groups, strict=True):
         try:
             seed = config.get("seed", 0)
-            _check(path, options_of_runs[0], own, curves.get((group, seed)))
+            _check(path, options_of_runs[0], options, curves.get((group, seed)))
             curve = read_curve(path, group, seed, metric=metric, weights=weights)
             curve = replace(curve, provenance=student_provenance(RunFolder(path).final_records()))
         except (ValueError, OSError) as error:
@@ -51,15 +51,15 @@ def compare_runs(paths: Sequence[Path], *, metric: str | None = None, weights: s
     return Comparison(tuple(curves.values()), groups[0], tuple(notes))
 
 
-def _check(path: Path, first: ComparableOptions, own: ComparableOptions, twin: Curve | None) -> None:
+def _check(path: Path, first: ComparableOptions, options: ComparableOptions, twin: Curve | None) -> None:
     """Check that a run's curve may stand beside those of the first one's group.
 
     Raises:
         ValueError: For a run whose curve should not stand beside those of the first one's group.
     """
     RunFolder(path).check_complete()
-    if key := measuring_difference(first, own):
-        raise ValueError(f"its {key} is {own.get(key)}, but the first run's is {first.get(key)}")
+    if key := measuring_difference(first, options):
+        raise ValueError(f"its {key} is {options.get(key)}, but the first run's is {first.get(key)}")
     if twin is not None:
         raise ValueError(f"it has the configuration and the seed of {twin.name}")
 
@@ -67,9 +67,9 @@ def _check(path: Path, first: ComparableOptions, own: ComparableOptions, twin: C
 def _differences(groups: Sequence[str], options_of_runs: Sequence[ComparableOptions], present: set[str]) -> list[str]:
     """A note for every group of another method whose common options differ from the baseline's."""
     notes = []
-    for group, own in dict(zip(groups, options_of_runs, strict=True)).items():
-        others = other_differences(options_of_runs[0], own)
-        if group in present and own.get("method.name") != options_of_runs[0].get("method.name") and others:
+    for group, options in dict(zip(groups, options_of_runs, strict=True)).items():
+        others = other_differences(options_of_runs[0], options)
+        if group in present and options.get("method.name") != options_of_runs[0].get("method.name") and others:
             notes.append(f"{group} has other options in common with {groups[0]}: {'; '.join(others)}")
     return notes
 

@@ -76,10 +76,10 @@ class FlowMeasurement:
         flows = [self._flow(k, steps) for k in range(len(self.flows))]
         distilled, options_of_runs, notes = [], [], []
         for run in runs:
-            own, value, said = self._distilled(run)
-            options_of_runs.append(own)
+            options, value, lines = self._distilled(run)
+            options_of_runs.append(options)
             distilled.append(value)
-            notes += said
+            notes += lines
         groups = labels(options_of_runs)
         real = self.evaluation.real()
         return FlowChain(
@@ -94,7 +94,7 @@ class FlowMeasurement:
         )
 
     def _flow(self, k: int, steps: Sequence[int]) -> ChainedFlow:
-        flow, own = self.flows[k], self.ends[k]
+        flow, images = self.flows[k], self.ends[k]
         options = {key: self.sampling[key] for key in ("batch_size", "device", "class_counts")}
         euler = copy.copy(flow)  # the same network and noise levels
         euler.solver, euler.solver_options = "euler", {}
@@ -103,10 +103,10 @@ class FlowMeasurement:
             name=flow.name,
             solver=flow.solver_name,
             nfe=flow.nfe(),
-            step_drift=mean_with_error(squared_distances(own, self.ends[k - 1])) if k else None,
-            end_drift=mean_with_error(squared_distances(own, self.ends[0])) if k else None,
+            step_drift=mean_with_error(squared_distances(images, self.ends[k - 1])) if k else None,
+            end_drift=mean_with_error(squared_distances(images, self.ends[0])) if k else None,
             straightness=straightness(flow, self.seeds, self.path_steps, label=f"{flow.name}, straightness", **options),
-            w2=wasserstein_distance(own[: self.matched], self.real),
+            w2=wasserstein_distance(images[: self.matched], self.real),
             simulated=scores_by_metric(simulated),
             euler={count: scores_by_metric(self.evaluation.teacher(euler, count)) for count in steps},
             provenance=simulated[0].provenance,
@@ -117,10 +117,10 @@ class FlowMeasurement:
         k = place(self.flows, run)
         method = run.method.to(self.evaluation.device)
         target, notes = method.end_teacher(), []
-        own = sample_images(method.sample, self.seeds, **self.sampling)
+        images = sample_images(method.sample, self.seeds, **self.sampling)
         regression = None
         if target is not None and target.hash == self.flows[k].hash:
-            regression = mean_with_error(squared_distances(own, self.ends[k]))
+            regression = mean_with_error(squared_distances(images, self.ends[k]))
             if how(target) != how(self.flows[k]):
                 notes.append(f"{run.folder.path} was trained on samples of {how(target)}, not {how(self.flows[k])}")
         records = self.evaluation.student(method, run.folder, run.weights)
@@ -134,26 +134,26 @@ class FlowMeasurement:
             "nfe": method.nfe,
             "weights": run.weights.name,
             "regression": regression,
-            "w2": wasserstein_distance(own[: self.matched], self.real),
+            "w2": wasserstein_distance(images[: self.matched], self.real),
             "scores": scores_by_metric(records),
             "provenance": records[0].provenance,
         }
-        return self._essence(run, k), value, notes
+        return self._group_options(run, k), value, notes
 
-    def _essence(self, run: TrainedRun, k: int) -> dict[str, str]:
+    def _group_options(self, run: TrainedRun, k: int) -> dict[str, str]:
         """What makes runs one group, wherever in the chain they stand: several teachers count by their distance to the last."""
         config = comparable_options(OmegaConf.to_container(run.config))
-        own = {
+        options = {
             key: value
             for key, value in training_options(config).items()
             if not any(key == part or key.startswith(f"{part}.") for part in _PLACE)
         }
-        own["NFE"] = str(run.method.nfe)
+        options["NFE"] = str(run.method.nfe)
         teachers = run.method.learned_teachers()
         hashes = [flow.hash for flow in self.flows[: k + 1]][::-1]
         places = [hashes.index(t.hash) if t.hash in hashes else t.name for t in teachers]
-        own["teachers"] = ",".join(p if isinstance(p, str) else f"k-{p}" if p else "k" for p in places)
-        return own
+        options["teachers"] = ",".join(p if isinstance(p, str) else f"k-{p}" if p else "k" for p in places)
+        return options
 
 
 def place(flows: Sequence[Teacher], run: TrainedRun) -> int:

@@ -32,7 +32,8 @@ class StudentPipeline(DiffusionPipeline):
         class_labels: one for all images or one each, in [0, num_classes) (None: drawn). output_type: "pil"; "np", uint8
         (B, H, W, C); or "pt", float32 (B, C, H, W) in about [-1, 1], not clipped.
 
-        Errors: ValueError for an unknown output_type, labels that do not fit, or PIL images of other than 1 or 3 channels.
+        Raises:
+            ValueError: For an unknown output_type, labels that do not fit, or PIL images of other than 1 or 3 channels.
         """
         student = self.student
         if output_type not in ("pil", "np", "pt"):

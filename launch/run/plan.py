@@ -183,7 +183,8 @@ def _missing_file_error(error: BaseException) -> FileNotFoundError | None:
 def _try_trainers(cfg: DictConfig, method: Method, data: Any, measurable: bool) -> None:
     """Build what trains the run and its stages, callbacks and loggers among it, as far as that needs no file that is missing.
 
-    Errors: those of a run, but for what this machine lacks.
+    Raises:
+        ValueError, OSError: As a run, but for what this machine lacks.
     """
     with tempfile.TemporaryDirectory() as scratch:  # some loggers write at once
         cfg = copy.deepcopy(cfg)
@@ -203,7 +204,7 @@ def _teachers(method: DictConfig) -> list[DictConfig]:
 
 
 def build_weightless(config: DictConfig, seed: int) -> Method:
-    """The method, whose networks have shapes alone. Errors: those of the method, but not for files that are missing."""
+    """Build the method with networks that have shapes alone. Its errors pass, but those of missing files."""
     config = weightless(config)
     try:
         return build_seeded(config, seed)

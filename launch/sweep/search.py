@@ -153,7 +153,8 @@ def last_monitored(folder: RunFolder, needed: bool) -> float | None:
 
     It is of the monitoring seeds, by which runs may be chosen, never of those of the final evaluation.
 
-    Errors: with `needed`, those of `read_curve`.
+    Raises:
+        ValueError, OSError: With `needed`, as `read_curve`.
     """
     try:
         return read_curve(folder.path, folder.name, seed=0).values[-1]
