@@ -69,7 +69,10 @@ def test_a_flow_beside_itself(folder, tmp_path):
     [
         ("flows=[] data=digits", ["flows=[] must be a name or a list of some, such as 'flows=[runs/A,runs/B*]'"]),
         ("flows=[runs/rf1]", ["data is missing: task=flows needs it; say data=NAME"]),
-        ("flows=[runs/rf3] data=digits", ["flows: runs/rf3 is neither a file in conf/teacher nor a run folder"]),
+        (
+            "flows=[runs/rf3] data=digits",
+            ["runs/rf3: there is no run (no runs/rf3/config.yaml)", "or a file in conf/teacher"],
+        ),
         ("flows=[runs/rf1] teacher=digits", ["there is no option teacher of task=flows"]),
         ("flows=[runs/rf1] run=runs/rf1", ["there is no option run of task=flows"]),
         (
@@ -114,5 +117,5 @@ def test_an_unfinished_flow(folder, tmp_path):
     copied(folder, tmp_path)
     (tmp_path / "runs/rf2/student.safetensors").unlink()
     evaluate(tmp_path, CHAIN, "data=digits").refused(
-        "flows: runs/rf2 has no student.safetensors; finish that run first"
+        "runs/rf2 is no teacher yet, for it has no student.safetensors; restore it"
     )
