@@ -61,7 +61,19 @@ python_use_unqualified_type_names = True
 add_module_names = False
 napoleon_custom_sections = [("Errors", "Raises")]
 # Names of types from elsewhere, whose documentation would have to be fetched: shown, not linked.
-_ELSEWHERE = (
-    "abc collections enum filelock matplotlib numpy os pathlib PIL pytorch_lightning torch tqdm zipfile".split()
-)
+_ELSEWHERE = [
+    "abc",
+    "collections",
+    "enum",
+    "filelock",
+    "matplotlib",
+    "numpy",
+    "os",
+    "pathlib",
+    "PIL",
+    "pytorch_lightning",
+    "torch",
+    "tqdm",
+    "zipfile",
+]
 nitpick_ignore_regex = [(r"py:.*", rf"({'|'.join(_ELSEWHERE)})\..*"), (r"py:.*", r".*\._\w+")]
