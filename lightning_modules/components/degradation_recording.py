@@ -46,6 +46,8 @@ class DegradationRecording(Method):
         # The ranks must agree, even if another run completes the path while they look.
         if self.trainer.strategy.broadcast(self.path.complete()):
             self.trainer.should_stop = True
+        else:
+            self._seconds()  # a missing clock shows now, not at the first node
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         noise = TrainingNoise(self.seed, batch["position"], self.image_shape)

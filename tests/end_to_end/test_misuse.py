@@ -170,7 +170,7 @@ REFUSED = {
         ("method.teachers=[digits_rf1,digits_rf9]", f"method.teachers: digits_rf9 {NEITHER}"),
         ("method.teachers=digits_rf1", "method.teachers=digits_rf1 must be a list"),
         ("method.teachers=[]", "method.teachers must name at least one teacher"),
-        ("method.teachers=[runs/half]", "method.teachers: runs/half has no student.safetensors; finish that run first"),
+        ("method.teachers=[runs/half]", "runs/half is no teacher yet, for it has no student.safetensors; finish that run first"),
         ("method.teachers=[runs/cut]", "runs/cut/student.safetensors has SHA-256 "),
         ("method.teachers=[runs/misfit]", "runs/misfit/student.safetensors does not fit this SongUNet"),
         ("method.teachers=[runs/plain,runs/large]", "plain has resolution=8, large 16", "must agree in size and classes"),
