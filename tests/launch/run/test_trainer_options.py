@@ -101,7 +101,11 @@ def test_one_limit_is_enough():
 
 
 @pytest.mark.parametrize(
-    ("profile", "says"), [("simple", "run_training_batch"), ("advanced", "training_loss"), ("torch", "aten::")]
+    [
+        ("simple", "run_training_batch"),
+        ("advanced", "training_loss"),
+        pytest.param("torch", "aten::", marks=pytest.mark.slow),
+    ],
 )
 def test_a_profile_is_written_into_the_runs_folder(profile, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
