@@ -163,7 +163,6 @@ REFUSED = {
         ("method.sigma_init=100", "method.sigma_init=100", "0.002 to 80"),
         ("method.nodes=9 method.degradation.steps=8", "method.nodes=9 do not fit", "method.degradation.steps=8"),
         ("method.labels=mine", "method.labels must be one of uniform, data"),
-        ("callbacks.clock=null", "put callbacks.clock back"),
         ("method.gan={generator:1}", "method.gan.fake is missing: method.gan needs it"),
     ],
     "teachers": [
@@ -235,7 +234,9 @@ def test_a_data_set_derived_from_another_is_found_by_its_teacher(tmp_path):
         "defaults: [image_folder, {override /evaluation@_global_.evaluation: pixels}, _self_]\npath: mine\nresolution: 16"
     )
     (tmp_path / "teacher").mkdir()
-    (tmp_path / "teacher" / "my_own.yaml").write_text("defaults: [image_folder, _self_]\nweights: null")
+    (tmp_path / "teacher" / "my_own.yaml").write_text(
+        "defaults: [digits, _self_]\nweights: null\nnetwork: {label_dropout: 0}"
+    )
     message = "no mine16 images: neither data/mine16 nor mine exists"
     evaluate(tmp_path, f"--config-dir={tmp_path}", "teacher=my_own").refused(message)
     train(tmp_path, f"hydra.searchpath=[file://{tmp_path}]", "data=my_own", "method=pretrain").refused(message)
@@ -274,6 +275,7 @@ ELSEWHERE = ("move away what is in its place", "choose another name=...")
         (runs_takes_nothing, PRETRAIN, ["the folder runs/run can't be made (No such file or directory)", *ELSEWHERE]),
         (its_config_is_a_folder, PRETRAIN, ["cannot write runs/run/config.yaml: it is a folder"]),
         (its_checkpoints_are_a_file, PRETRAIN, ["cannot write runs/run/checkpoints/last.ckpt: Not a directory"]),
+        (Path.exists, (*TINY, "method=disback", "callbacks.clock=null"), ["put callbacks.clock back"]),
         (
             one_picture,
             PICTURES,
@@ -281,7 +283,7 @@ ELSEWHERE = ("move away what is in its place", "choose another name=...")
         ),
     ],
 )
-def test_a_folder_that_cannot_be_the_runs(tmp_path, prepare, command, message):
+def test_refused_once_there_is_a_folder(tmp_path, prepare, command, message):
     prepare(tmp_path)
     before = snapshot(tmp_path)
     train(tmp_path, *command).refused(*message)
