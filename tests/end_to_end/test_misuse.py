@@ -235,7 +235,7 @@ def test_a_data_set_derived_from_another_is_found_by_its_teacher(tmp_path):
     )
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher" / "my_own.yaml").write_text(
-        "defaults: [digits, _self_]\nweights: null\nnetwork: {label_dropout: 0}"
+        "defaults: [digits, _self_]\nweights: null\nnetwork: {label_dropout: 0, attn_resolutions: []}"
     )
     message = "no mine16 images: neither data/mine16 nor mine exists"
     evaluate(tmp_path, f"--config-dir={tmp_path}", "teacher=my_own").refused(message)
