@@ -315,7 +315,14 @@ def test_a_checkpoint_with_another_number_of_branches_is_refused(rounds, tmp_pat
         ("sfd", {"branches": 4, "kimg": 20, "lr": 5e-3, "batch_size": 128}, 2, 5, "32-true"),
         pytest.param("progressive", {"branches": 2, "factor": 2}, 1, 8, "32-true", marks=pytest.mark.slow),
         pytest.param("progressive", {"branches": 4, "factor": 4}, 1, 8, "bf16-mixed", marks=pytest.mark.slow),
-        ("student", {"branches": 2, "kimg": 40, "lr": 3e-3, "batch_size": 128, "pairs": 2048}, 1, 8, "bf16-mixed"),
+        pytest.param(
+            "student",
+            {"branches": 2, "kimg": 40, "lr": 3e-3, "batch_size": 128, "pairs": 2048},
+            1,
+            8,
+            "bf16-mixed",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["sfd", "halving", "quartering in bf16-mixed", "student in bf16-mixed"],
 )

@@ -23,7 +23,11 @@ def held_out_error(module):
 
 
 @pytest.mark.parametrize(
-    ("loss", "precision"), [("l2", "32-true"), ("l1", "32-true"), ("huber", "32-true"), ("l2", "bf16-mixed")]
+    ("loss", "precision"),
+    [
+        ("l2", "32-true"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("l1", "32-true"), ("huber", "bf16-mixed"))),
+    ],
 )
 def test_one_step_learns_the_flows_map(tmp_path, loss, precision):
     module = distillation(tmp_path, loss=loss)

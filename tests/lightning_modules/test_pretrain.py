@@ -58,7 +58,7 @@ def module(**options):
     return Pretrain(teacher, name="pretrain", batch_size=256, seed=0, **options)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
 def test_it_learns_the_exact_denoiser_and_samples_the_mixture(precision):
     method = module()
     x0 = Mixture().sample(2000, torch.Generator().manual_seed(5)).float()

@@ -44,7 +44,7 @@ def straightness(module):
     return torch.stack([(whole - v).square().sum((1, 2, 3)).mean() for v in drifts]).mean().item()
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
 def test_it_learns_the_mixture_from_data(precision):
     """From a velocity of zero, whose samples are the noise itself, to near the floor of two real samples."""
     real = [Mixture().sample(1024, torch.Generator().manual_seed(seed)) for seed in (1, 2)]
@@ -57,7 +57,7 @@ def test_it_learns_the_mixture_from_data(precision):
     assert after < 0.1 * before
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
 def test_reflow_straightens_and_keeps_the_ends(tmp_path, precision):
     """2-RF of the exact 1-RF: a third of the curvature is left, and one Euler step comes nearer to the data."""
     module = reflow(tmp_path, kimg=80)
