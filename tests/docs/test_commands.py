@@ -95,7 +95,11 @@ def test_commands_run(page, tmp_path):
         if command.words[0] == "export":
             exported |= dict(word.split("=", 1) for word in command.words[1:])
         elif command.program and not command.needs:
-            run(tmp_path, command.program, *command.shrunk(), before=partial(set_environment, exported)).ok()
+            fresh = any(
+                word.startswith("hydra/launcher=") for word in command.words
+            )  # workers outlive a forked process
+            options = {"fresh": True} if fresh else {"before": partial(set_environment, exported)}
+            run(tmp_path, command.program, *command.shrunk(), **options).ok()
 
 
 def set_environment(exported):

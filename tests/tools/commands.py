@@ -8,12 +8,14 @@ from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep
+from omegaconf import OmegaConf
 
 from benchmarks.measuring import ROOT
 
 PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)]
 PROGRAMS = ("train.py", "evaluate.py")
-_NOT_IN_NAMES = "[method,method/host,data,seed,name,sweep,plan,download,trainer,teacher.network.model_channels]"
+_CONFIG = OmegaConf.load(ROOT / "conf/config.yaml")
+_NOT_IN_NAMES = ",".join([*_CONFIG.hydra.job.config.override_dirname.exclude_keys, "trainer"])
 _PICTURES = (
     "teacher.network.model_channels=8",
     "teacher.network.num_blocks=1",
@@ -59,12 +61,15 @@ class Command:
                 word if len(_values(word)) < 2 else _joined(word, _values(word)[: 2 if word == swept[0] else 1])
                 for word in self.arguments
             ]
-            arguments.append(f"hydra.job.config.override_dirname.exclude_keys={_NOT_IN_NAMES}")
+            arguments.append(f"hydra.job.config.override_dirname.exclude_keys=[{_NOT_IN_NAMES}]")
         if self.program == "evaluate.py":
             samples = (
                 any(re.match(r"(teacher|flows)=", word) for word in arguments) and "task=self_test" not in arguments
             )
             return [*arguments, *(["num_samples=40", "blocks=2"] if samples else [])]
+        arguments = [
+            word for word in arguments if not word.startswith("method.kimg=")
+        ]  # which trainer=debug has its own of
         debug = [] if any(word.startswith("trainer=") for word in arguments) else ["trainer=debug"]
         return [*arguments, *debug, *(_PICTURES if "data=image_folder" in arguments else [])]
 
