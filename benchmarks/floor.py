@@ -22,7 +22,7 @@ FLOOR = {
 
 def latest_update(method: DiffInstruct) -> str:
     """The key in FLOOR of the update that a method has just made."""
-    return "both" if method.two_sided else "generator" if method.student_updated else "fake"
+    return "both" if len(method.updating) > 1 else "generator" if method.student_updated else "fake"
 
 
 def networks_of(method: DiffInstruct) -> dict[str, nn.Module]:
