@@ -16,7 +16,7 @@ AUTO = {"trainer.micro_batch": "auto"}
 CASES = {
     "noisy targets": ("denoising_student", {"method.target_noise": 0.1}),
     "of random levels": ("pretrain", {}),
-    "paths under way": ("sfd", {}),
+    "several updates in a step": ("sfd", {}),
     "two turns": ("diff_instruct", {"method.clip": 1.0}),
 }
 

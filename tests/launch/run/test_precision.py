@@ -54,8 +54,7 @@ def test_in_mixed_precision_only_the_networks_are_low(name, tmp_path, monkeypatc
     square = losses.weighted_square
     monkeypatch.setattr(losses, "weighted_square", lambda d, e, s: kinds.update((e.dtype, s.dtype)) or square(d, e, s))
     changes = {"trainer.precision": "bf16-mixed", "trainer.micro_batch": 3, "trainer.validate_every_n_steps": 1}
-    if "progressive" not in name:  # which has no averages
-        changes["callbacks.ema"] = {"_target_": "callbacks.EMA", "averages": [{"decay": 0.9}]}
+    changes["callbacks.ema"] = {"_target_": "callbacks.EMA", "averages": [{"decay": 0.9}]}
     run = train(name, changes, inside)
     run.method.sample(torch.randn(2, 1, 8, 8), torch.tensor([0, 1]))
     assert inside.networks == {torch.bfloat16}
