@@ -57,6 +57,7 @@ class Method(Optimisation):
     Attributes:
         student: The network that is trained, read as a denoiser.
         teacher: What it is measured beside; None for a method without one.
+        sampler: Whose network a method without a teacher begins with, and whose schedule and solver sample it.
         update_cycle: Names of the trained networks that each training step updates, over and over; steps repeat it.
         monitor: A logged metric, smaller is better, by which checkpoints/best.ckpt is chosen; None: there is no best.ckpt.
         data: The image data set that the run is about, set by `training_data`.
@@ -64,6 +65,7 @@ class Method(Optimisation):
 
     student: Denoiser
     teacher: Teacher | None = None
+    sampler: Teacher | None = None
     update_cycle: Sequence[tuple[str, ...]] = (("student",),)
     monitor: str | None = None
     data: pl.LightningDataModule
@@ -293,10 +295,9 @@ class Method(Optimisation):
     @property
     def licence(self) -> str:
         """Of the student's weights: what its teachers allow, or of a student that began without any, Apache-2.0."""
-        begun = getattr(self, "sampler", None)  # a teacher's network that was trained on
-        teachers = self.learned_teachers() or [begun]
-        found = [teacher.licence for teacher in teachers if teacher is not None and (self.teacher or teacher.weights)]
-        return " and ".join(dict.fromkeys(found)) or "Apache-2.0"
+        begun = [self.sampler] if self.sampler is not None and self.sampler.weights else []
+        licences = [teacher.licence for teacher in self.learned_teachers() or begun]
+        return " and ".join(dict.fromkeys(licences)) or "Apache-2.0"
 
     # -- Lightning -------------------------------------------------------------------------------------------------
 
