@@ -72,7 +72,7 @@ def test_losses_are_the_papers(tmp_path):
         module = method(tmp_path, loss=loss)
         module.log = lambda *args, **kwargs: None
         error = module.sample(batch["noise"]) - batch["states"][:, 0]
-        torch.testing.assert_close(module.training_step(batch, 0), expected(error))
+        torch.testing.assert_close(module.loss(module.prepare(batch)), expected(error))
 
 
 def test_the_loss_is_not_rounded_at_the_top_of_a_cosine_schedule(tmp_path):
@@ -81,7 +81,7 @@ def test_the_loss_is_not_rounded_at_the_top_of_a_cosine_schedule(tmp_path):
     module = method(tmp_path, teacher, loss="l1")
     module.log = lambda *args, **kwargs: None
     noise = sample_noise(torch.arange(512), (2, 1, 1))
-    assert module.training_step({"noise": noise, "states": module.sample(noise)[:, None]}, 0) < 1e-6
+    assert module.loss(module.prepare({"noise": noise, "states": module.sample(noise)[:, None]})) < 1e-6
 
 
 def test_target_noise_changes_the_loss_by_its_variance_alone(tmp_path):
@@ -93,7 +93,7 @@ def test_target_noise_changes_the_loss_by_its_variance_alone(tmp_path):
         module = method(tmp_path, loss="l2", target_noise=target_noise)
         module.log = lambda *args, **kwargs: None
         torch.manual_seed(0)
-        losses.append(module.training_step(batch, 0).item())
+        losses.append(module.loss(module.prepare(batch)).item())
     assert losses[1] - losses[0] == pytest.approx(2 * 0.5**2 / 2, rel=0.03)
 
 

@@ -61,7 +61,7 @@ def test_the_loss_is_the_papers(tmp_path, steps):
         assert len(set(t.tolist())) == 4
         clamped = t.clamp_min(1e-3)
         error = velocity(module.student, between(noise, images, t), clamped) - (images - noise)
-    torch.testing.assert_close(module.training_step(batch, 0), error.square().sum((1, 2, 3)).mean() / 2)
+    torch.testing.assert_close(module.loss(module.prepare(batch)), error.square().sum((1, 2, 3)).mean() / 2)
 
 
 def test_a_sample_takes_as_many_evaluations_as_steps(tmp_path):

@@ -90,7 +90,7 @@ def test_its_loss_is_edms():
     method.log = lambda *args, **kwargs: None
     images = Mixture().sample(64, torch.Generator().manual_seed(1)).float()
     torch.manual_seed(3)
-    loss = method.training_step({"image": images}, 0)
+    loss = method.loss(method.prepare({"image": images}))
     torch.manual_seed(3)
     sigma = (torch.randn(64) * 0.5).exp()
     noise = torch.empty(64, 2, 1, 1).normal_()
@@ -108,7 +108,7 @@ def test_augmented_images_are_its_data_and_the_network_is_told():
     batch = {"image": Mixture().sample(64, torch.Generator().manual_seed(1)).float(), "position": torch.arange(64)}
     changed = augmented(batch, 1.0, seed=0)
     torch.manual_seed(3)
-    loss = method.training_step(batch, 0)
+    loss = method.loss(method.prepare(batch))
     torch.manual_seed(3)
     sigma = log_normal_sigmas(64, -1.0, 1.2, "cpu")
     noise = torch.empty(64, 2, 1, 1).normal_()

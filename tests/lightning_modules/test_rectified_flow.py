@@ -82,7 +82,7 @@ def test_the_loss_is_the_papers():
     z = between(noise, batch["image"], t)
     out = module.student.network(z, (999 * t).float())
     expected = (out - (batch["image"] - noise)).square().sum((1, 2, 3)).mean() / 2
-    torch.testing.assert_close(module.training_step(batch, 0), expected)
+    torch.testing.assert_close(module.loss(module.prepare(batch)), expected)
 
 
 def test_a_flow_of_augmented_images_tells_its_network():
@@ -99,7 +99,7 @@ def test_a_flow_of_augmented_images_tells_its_network():
     z = between(noise, changed["image"], t)
     out = module.student.network(z, (999 * t).float(), None, changed["augment"])
     expected = (out - (changed["image"] - noise)).square().sum((1, 2, 3)).mean() / 2
-    torch.testing.assert_close(module.training_step(batch, 0), expected)
+    torch.testing.assert_close(module.loss(module.prepare(batch)), expected)
     assert not torch.allclose(plain.straight(noise, batch["image"], Uniform(), batch)[0], out)
     with pytest.raises(ValueError, match="with teacher.network.augment_dim=9, got a .* with 0: "):
         rectified_flow(augment=0.5)
@@ -114,7 +114,7 @@ def test_reflow_takes_its_teachers_pairs(tmp_path):
     t = module.time(Uniform(), batch)
     z = between(noise, ends, t)
     expected = (module.student.network(z, (999 * t).float()) - (ends - noise)).square().sum((1, 2, 3)).mean() / 2
-    torch.testing.assert_close(module.training_step(batch, 0), expected)
+    torch.testing.assert_close(module.loss(module.prepare(batch)), expected)
 
 
 def test_any_denoiser_can_be_reflowed(tmp_path):

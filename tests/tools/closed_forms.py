@@ -194,6 +194,7 @@ def fit(
     module.gradient_clip = options.pop("gradient_clip_val", module.gradient_clip)
     bare = {
         "max_steps": module.total_steps,
+        "log_every_n_steps": 1,
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
