@@ -43,10 +43,10 @@ METHODS: dict[str, tuple[str, ...]] = {
     "diff_instruct, two_sided": ("method=diff_instruct", "method.two_sided=true"),
     "degradation": ("method=disback", "method.nodes=1"),
     "disback": ("method=disback", "method.nodes=1", "method.degradation.steps=1"),
-    "progressive": ("method=progressive",),
+    "progressive": ("method=progressive", "method.start_steps=2"),  # one round, which has no stages
     "sfd": ("method=sfd",),
     "b_dense on denoising_student": ("method=b_dense", "host=denoising_student", *_STORED),
-    "b_dense on progressive": ("method=b_dense", "host=progressive"),
+    "b_dense on progressive": ("method=b_dense", "host=progressive", "method.start_steps=2"),
     "b_dense on sfd": ("method=b_dense", "host=sfd"),
     "rectified_flow": ("method=rectified_flow",),
     "reflow": ("method=reflow", *_STORED),
