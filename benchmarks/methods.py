@@ -19,10 +19,9 @@ from benchmarks import score
 from benchmarks.cases import Case, compose_config
 from benchmarks.loader import Synthetic
 from benchmarks.measuring import clock, peak_memory, summary
-from launch.quiet import quiet
-from launch.run.build import build_seeded, build_trainer
+from launch.errors import quiet
+from launch.run.build import build_seeded, build_stages, build_trainer, fit_stages
 from launch.run.folder import RunFolder
-from launch.run.stages import build_stages, fit_stages
 from lightning_modules import Method
 from stillhouse.diffusion.denoiser import Denoiser
 

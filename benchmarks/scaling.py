@@ -13,7 +13,7 @@ import torch
 from benchmarks.cases import DIGITS, Case, compose_config, prepare
 from benchmarks.measuring import clock, summary
 from datamodules import DataFree
-from launch.quiet import quiet
+from launch.errors import quiet
 
 CASE = replace(DIGITS, warmup=10, window=10, rounds=5)
 _LIMIT = 600  # seconds for the steps behind one figure

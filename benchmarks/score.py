@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 from benchmarks.cases import CIFAR10, DIGITS, Case, compose_config, prepare
 from benchmarks.floor import FLOOR, Evaluations, Floor, latest_update
 from benchmarks.measuring import clock, summary
-from launch.quiet import quiet
+from launch.errors import quiet
 from launch.run.build import build
 
 _WARMUP = 2  # cycles; the first allocates Adam's averages

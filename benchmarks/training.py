@@ -11,7 +11,7 @@ from benchmarks.bare_loop import BareLoop
 from benchmarks.cases import Case, compose_config, prepare
 from benchmarks.measuring import clock, summary
 from datamodules import TrajectoryDataModule
-from launch.quiet import quiet
+from launch.errors import quiet
 from lightning_modules import DenoisingStudent
 from stillhouse.diffusion.random_numbers import sample_labels, sample_noise
 

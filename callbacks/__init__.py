@@ -2,7 +2,7 @@
 
 from callbacks.checkpoint import AtomicCheckpointIO, Checkpoints, check_owner, read_checkpoint
 from callbacks.clock import Clock
-from callbacks.curves import Curves, plot_curves, reference_lines
+from callbacks.curves import Curves, plot_curves
 from callbacks.ema import EMA, student_state
 from callbacks.generative_metrics import GenerativeMetrics
 from callbacks.loggers.csv_logger import CSVLogger
@@ -32,7 +32,6 @@ __all__ = [
     "check_owner",
     "plot_curves",
     "read_checkpoint",
-    "reference_lines",
     "student_state",
     "wandb_logger",
 ]

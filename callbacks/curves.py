@@ -13,10 +13,9 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from callbacks.components.intervals import interval_reached, is_last_step
 from callbacks.ema import RAW
-from callbacks.generative_metrics import GenerativeMetrics, metric_with_count
-from stillhouse.analysis.curves import read_metrics_csv
+from callbacks.generative_metrics import GenerativeMetrics
+from stillhouse.analysis.curves import read_metrics_csv, reference_lines
 from stillhouse.files import write_file
-from stillhouse.metrics.records import load_records
 
 
 class Curves(pl.Callback):
@@ -40,24 +39,6 @@ class Curves(pl.Callback):
         folder = Path(trainer.default_root_dir)
         if (folder / "metrics.csv").exists():
             plot_curves(folder / "metrics.csv", folder / "curves.png", reference_lines(folder / "monitoring.json"))
-
-
-def reference_lines(path: str | Path) -> dict[str, dict[str, float]]:
-    """The values of the teacher and of real images in a run's monitoring.json.
-
-    They are of the monitoring seeds, as the curve is: values of other seeds would not be what it approaches.
-
-    Returns:
-        {metric with its number of samples: {label: value}}, empty without the file.
-    """
-    lines: dict[str, dict[str, float]] = {}
-    for record in load_records(path) if Path(path).exists() else []:
-        count = record.fingerprint.get("num_samples")
-        if record.subject in ("teacher", "real") and isinstance(count, int):
-            label = f"teacher ({record.nfe} NFE)" if record.subject == "teacher" else "real"
-            metric = metric_with_count(record.metric, count)
-            lines.setdefault(metric, {})[label] = record.mean
-    return lines
 
 
 def plot_curves(

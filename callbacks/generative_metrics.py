@@ -10,6 +10,7 @@ from callbacks.clock import Clock
 from callbacks.components.evaluation_mode import evaluation_mode
 from callbacks.components.intervals import check_every_kimg, interval_reached
 from callbacks.ema import student_weights
+from stillhouse.analysis.curves import metric_with_count
 from stillhouse.checks import check_choice
 from stillhouse.diffusion.random_numbers import MONITOR_SEEDS
 from stillhouse.metrics.evaluation import (
@@ -146,8 +147,3 @@ class GenerativeMetrics(pl.Callback):
                     f"{metric_with_count(record.metric, self.num_samples)}/{name}": record.mean for record in records
                 }
         return values
-
-
-def metric_with_count(metric: str, num_samples: int) -> str:
-    """A metric's name with its number of samples: fid_digits of 1000 is fid_digits_1k."""
-    return f"{metric}_{num_samples // 1000}k" if num_samples % 1000 == 0 else f"{metric}_{num_samples}"

@@ -16,7 +16,7 @@ class Progress(pl.Callback):
     On a terminal: a bar with images/s and the time left. Elsewhere one line every `every_kimg` thousand images or, if that
     is None, every `every_seconds`: step, kimg done and in total, images/s since the line before, losses, time left.
     Also logs speed/images_per_second, since the row before, and with several processes speed/bytes_reduced: what each
-    process gave to all-reduce per step (`launch/run/gradient_averaging.py`), and says it once.
+    process gave to all-reduce per step (`launch/run/strategies.py`), and says it once.
     """
 
     def __init__(self, every_kimg: float | None = None, every_seconds: float = 10.0) -> None:

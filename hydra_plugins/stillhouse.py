@@ -58,7 +58,7 @@ class Search(_Stillhouse):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         from launch.errors import reported
-        from launch.sweep.launchers import check_extra
+        from launch.sweep.jobs import check_extra
 
         with reported("search"):
             check_extra("optuna", "optuna", f"sweep={config.hydra.runtime.choices.get('sweep')}")

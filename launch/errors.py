@@ -1,10 +1,12 @@
-"""Bad input ends in one line on stderr and exit code 1, not in a traceback."""
+"""What a user reads on stderr: bad input as one line, not as a traceback, and nothing of what libraries say by design."""
 
+import logging
 import os
 import re
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,6 +34,16 @@ _NO_ROOM = ("out of memory", "not enough memory", "can't allocate memory", "_ALL
 
 # Seconds in which a child process lets the first one speak, which mostly has met the same error and then ends it.
 GRACE = 3
+
+# Messages of libraries: what each says is so by design, for the reason beside it.
+_BY_DESIGN = (
+    r"Found \d+ module\(s\) in eval mode",  # students without dropout stay in eval mode
+    r"find_unused_parameters=True was specified",  # some methods need it, launch/run/processes.py
+    r"The `srun` command is available",  # one process may well run beside SLURM
+    r"Be aware that when using `ckpt_path`.*'FindMicroBatch",  # a run may go on without it
+    r".*does not have many workers",  # memory maps are slower with workers
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+)
 
 
 class JobFailed(CompactHydraException):
@@ -99,3 +111,11 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename and str(error.filename) not in text:
         text = f"{text}: {error.filename}"
     return f"{key[1]}: {text}" if key else text
+
+
+def quiet() -> None:
+    """Lightning's start-up lines (devices, tips for other products) and warnings about what is done on purpose."""
+    for library in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    for message in _BY_DESIGN:
+        warnings.filterwarnings("ignore", message=message)

@@ -54,6 +54,15 @@ def write_json(path: str | Path, content: Any) -> None:
     write_file(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
 
 
+def write_ordered_json(path: str | Path, content: Any) -> None:
+    """Write `content` as JSON with keys in their order and finite numbers alone, as `write_file` does.
+
+    Raises:
+        ValueError: For a number that is not finite.
+    """
+    write_file(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+
+
 @contextmanager
 def atomic_write(path: str | Path, sync: bool = False) -> Iterator[Path]:
     """Yield a temporary name beside `path`, and rename what the block wrote there (a file or a folder) to `path` at its end.

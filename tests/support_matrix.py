@@ -22,11 +22,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from published_files import PUBLISHED
 
 from callbacks.network_layout import all_denoisers
-from launch.run.build import build, build_seeded, build_trainer, check_fit
+from launch.run.build import build, build_seeded, build_stages, build_trainer, check_fit, fit_stages
 from launch.run.folder import RunFolder
 from launch.run.names import register_resolvers
 from launch.run.plan import plan
-from launch.run.stages import build_stages, fit_stages
 from launch.run.teachers import expand_teachers
 from lightning_modules import Method
 from stillhouse.files import write_file

@@ -11,9 +11,8 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.loggers.logger import rank_zero_experiment
 from pytorch_lightning.utilities import rank_zero_only
 
-from callbacks.generative_metrics import metric_with_count
 from callbacks.loggers.wandb_files import read_wandb_rows
-from stillhouse.analysis.curves import read_metrics_csv
+from stillhouse.analysis.curves import metric_with_count, read_metrics_csv
 from stillhouse.files import write_file
 from stillhouse.metrics.records import Record
 

@@ -15,6 +15,8 @@ from launch.evaluate.trained_run import Weights, choose_steps
 from launch.run.folder import RunFolder
 from launch.run.precision import allow_tf32
 from lightning_modules import Method
+from stillhouse.analysis.compare_quality import draw_measured
+from stillhouse.analysis.tables import records_text
 from stillhouse.checkpoints.weights import hash_state
 from stillhouse.checks import check_choice, check_memory
 from stillhouse.diffusion.teacher import Teacher
@@ -32,7 +34,7 @@ from stillhouse.metrics.extractors import FeatureExtractor
 from stillhouse.metrics.fidelity import NO_WEIGHTS_ADVICE
 from stillhouse.metrics.labels import DISTRIBUTIONS, check_class_shares, sampling_class_counts
 from stillhouse.metrics.provenance import with_provenance
-from stillhouse.metrics.records import Record, load_records, save_records
+from stillhouse.metrics.records import Record, load_records, merge_records, save_records
 from stillhouse.metrics.reference import Reference, published_reference, reference_statistics
 from stillhouse.metrics.sampling import Sampler
 from stillhouse.pictures.samples import image_shape, save_final_pictures
@@ -268,3 +270,34 @@ def check_data(settings: Mapping[str, Any], data: Any) -> None:
     """Refuse data of too few images for the metrics of `checked` settings; packs them where they are not yet."""
     if needs_images(settings):
         check_real_images(settings["metrics"], len(data.reference()), settings["num_samples"])
+
+
+RESULT_FILES = ("metrics.json", "samples.png", "interpolation.png", "quality.png")
+
+
+def write_results(
+    folder: Path, records: Sequence[Record], evaluation: Evaluation, samplers: Mapping[str, Sampler]
+) -> None:
+    """Write `RESULT_FILES`: records, added to those of other measurements that are there, and pictures.
+
+    Args:
+        folder: The place of the files.
+        records: What was measured.
+        evaluation: How.
+        samplers: What the pictures show, by title.
+
+    Raises:
+        OSError: Where the disk refuses.
+    """
+    path = folder / "metrics.json"
+    stored = load_records(path) if path.exists() else []
+    save_records(path, merge_records(stored, records))
+    evaluation.pictures(folder, dict(samplers))
+    draw_measured(folder / "quality.png", records)
+    print(f"{path} written", flush=True)
+
+
+def print_table(records: Sequence[Record]) -> None:
+    """Print the records' table, if there are any."""
+    if records:
+        print(f"\n{records_text(records)}", flush=True)

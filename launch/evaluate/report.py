@@ -2,17 +2,90 @@
 
 from collections.abc import Sequence
 from datetime import datetime
+from glob import glob
 from pathlib import Path
 from typing import Any, TypedDict
 
 from omegaconf import DictConfig
 
-from launch.evaluate.gather import gather
 from launch.evaluate.options import names, path_option
-from launch.evaluate.report_sections import sections
+from launch.run.folder import RunFolder
+from stillhouse.analysis.config_groups import comparable_options, labels, training_options
+from stillhouse.analysis.cost import read_costs
 from stillhouse.analysis.report_page import REPORT_MARK, html_page
-from stillhouse.files import check_writable, write_file
+from stillhouse.analysis.report_sections import Gathered, Measured, sections
+from stillhouse.files import check_writable, resolve_inside, write_file
 from stillhouse.metrics.provenance import revision
+from stillhouse.metrics.records import load_records, merge_records
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def gather(patterns: Sequence[str]) -> Gathered:
+    """What lies in the folders that the patterns name; a folder without a run or measurement is passed over.
+
+    Raises:
+        FileNotFoundError: Where a pattern names nothing of either kind.
+        ValueError: Where no run is complete.
+    """
+    paths: dict[Path, None] = {}
+    for pattern in patterns:
+        found = [path for path in map(Path, sorted(glob(str(pattern)))) if _holds(path)]
+        if not found:
+            raise FileNotFoundError(f"run={pattern} names no run (a folder with the config.yaml that train.py writes)")
+        paths.update(dict.fromkeys(found))
+    stored, teachers, left_out = [], [], []
+    for path in paths:
+        try:
+            if RunFolder(path).config.is_file():
+                stored.append(_read(path, left_out))
+            else:
+                teachers.append((RunFolder(path), load_records(resolve_inside(path, "metrics.json"))))
+        except (ValueError, OSError) as error:
+            left_out.append(f"{path}: {' '.join(str(error).split())}")
+    if not stored:
+        raise ValueError("\n".join(["no complete run for a report", *left_out]))
+    groups = labels([training_options(comparable_options(found["config"])) for found in stored])
+    runs = [Measured(label=group, **found) for found, group in zip(stored, groups, strict=True)]
+    return Gathered(runs, teachers, left_out)
+
+
+def _holds(path: Path) -> bool:
+    return (path / "config.yaml").is_file() or (path / "metrics.json").is_file()
+
+
+def _read(path: Path, left_out: list[str]) -> dict[str, Any]:
+    """All of `Measured` but the label; records of half-trained weights are left out, with a line.
+
+    Raises:
+        ValueError: For a run that is not complete, or has a damaged file, which it names.
+    """
+    folder = RunFolder(path)
+    config, final = folder.plain_config(), folder.final_records()
+    again, unfinished = folder.later_records()
+    left_out += [f"{path}: {line}" for line in unfinished]
+    return {
+        "folder": folder,
+        "config": config,
+        "seed": config.get("seed", 0),
+        "final": final,
+        "records": merge_records(final, again),
+        "costs": read_costs(path),
+        "samples": _samples(path),
+    }
+
+
+def _samples(folder: Path) -> bytes | None:
+    path = resolve_inside(folder, "samples.png")
+    if not path.is_file():
+        found = max((folder / "samples").glob("*.png"), default=None)  # names are numbers of the same length
+        if found is None:
+            return None
+        path = resolve_inside(folder, str(found.relative_to(folder)))
+    content = path.read_bytes()
+    if not content.startswith(_PNG):
+        raise ValueError(f"{path} is no PNG picture; restore or remove it")
+    return content
 
 
 class Options(TypedDict):

@@ -8,8 +8,7 @@ import torch
 from omegaconf import DictConfig
 
 from launch.errors import EXPECTED, one_line
-from launch.evaluate import convergence, quality
-from launch.evaluate.measure import Evaluation, checked
+from launch.evaluate.measure import RESULT_FILES, Evaluation, checked, print_table, write_results
 from launch.evaluate.options import (
     MeasurementOptions,
     WeightsOptions,
@@ -19,9 +18,11 @@ from launch.evaluate.options import (
     run_folders,
     step_counts,
 )
-from launch.evaluate.results import RESULT_FILES, print_table, write_results
 from launch.evaluate.trained_run import TrainedRun, samplers
 from launch.run.build import build
+from launch.run.folder import RunFolder
+from stillhouse.analysis.compare_convergence import write_convergence
+from stillhouse.analysis.compare_quality import write_quality
 from stillhouse.files import check_writable
 from stillhouse.metrics.records import Record, merge_records
 
@@ -131,7 +132,8 @@ def measure(
 
 def compare(folders: Sequence[Path], target: Path, records: Sequence[Record], weights: str | None) -> None:
     """Write and print the runs' convergence, and their quality against NFE where students differ in it."""
+    runs = [RunFolder(folder) for folder in folders]
     students = [record for record in records if record.subject == "student"]
     if len({record.nfe for record in students}) > 1:
-        print(f"\n{quality.report(folders, target, like=students[0], weights=weights)}")
-    print(f"\n{convergence.report(folders, target, weights=weights)}")
+        print(f"\n{write_quality(runs, target, like=students[0], weights=weights)}")
+    print(f"\n{write_convergence(runs, target, weights=weights)}")

@@ -45,7 +45,7 @@ def main(cfg: DictConfig) -> None:
     result = self_test(teacher, known_images(data), range(IMAGES), device)
     write_file(folder / "check.json", (json.dumps(content(teacher, result), indent=1) + "\n").encode())
     plot_self_test(folder / "check.png", result, teacher.name)
-    print(f"\n{report(result, folder)}")
+    print(f"\n{write_self_test(result, folder)}")
     if result.failed:
         failed = "; ".join(f"{one.name} ({one.text})" for one in result.failed)
         raise ValueError(
@@ -76,7 +76,7 @@ def content(teacher: Teacher, result: SelfTest) -> dict[str, Any]:
     }
 
 
-def report(result: SelfTest, folder: Path) -> str:
+def write_self_test(result: SelfTest, folder: Path) -> str:
     """Return the tables of denoising errors by noise level and of checks."""
     header = ["sigma", "", "error in x0", "linear", "in eps", "in v", "in velocity"]
     rows = [

@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from launch.evaluate.measure import Evaluation
+from launch.evaluate.measure import RESULT_FILES, Evaluation, print_table, write_results
 from launch.evaluate.options import (
     MeasurementOptions,
     TeacherOptions,
@@ -14,7 +14,6 @@ from launch.evaluate.options import (
     fetch_missing,
     step_counts,
 )
-from launch.evaluate.results import RESULT_FILES, print_table, write_results
 from launch.run.build import build, build_seeded
 from stillhouse.files import check_writable
 

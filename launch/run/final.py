@@ -9,14 +9,15 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from callbacks import GenerativeMetrics, WandbRun, plot_curves, reference_lines
-from launch.evaluate.convergence import compare_runs
+from callbacks import GenerativeMetrics, WandbRun, plot_curves
 from launch.evaluate.measure import Evaluation
 from launch.evaluate.trained_run import load_student, samplers
 from launch.run.folder import RunFolder
 from launch.run.plan import evaluations_before
 from lightning_modules import Method
+from stillhouse.analysis.compare_convergence import compare_runs
 from stillhouse.analysis.convergence import convergence_summary_rows
+from stillhouse.analysis.curves import reference_lines
 from stillhouse.analysis.tables import records_text
 from stillhouse.checkpoints.weights import save_weights
 from stillhouse.diffusion.random_numbers import MONITOR_SEEDS
@@ -78,7 +79,7 @@ def curve_lines(method: Method, data: Any, device: torch.device, callbacks: Sequ
 def convergence_rows(folder: RunFolder) -> list[list[str]] | None:
     """The run's row of a comparison, under its header; None for a run without a curve."""
     try:
-        return convergence_summary_rows(compare_runs([folder.path]))
+        return convergence_summary_rows(compare_runs([folder]))
     except (ValueError, OSError):
         return None
 

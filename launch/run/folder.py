@@ -10,7 +10,6 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from launch.run.earlier import REVISION, modernised
 from stillhouse.analysis.config_groups import names_in
 from stillhouse.analysis.tables import records_text
 from stillhouse.checkpoints.bounds import check_aliases
@@ -18,6 +17,26 @@ from stillhouse.file_locks import try_lock
 from stillhouse.files import check_writable, resolve_inside, write_file
 from stillhouse.metrics.records import Record, load_records
 
+# The last revision with other checkpoints, which can finish its runs: training goes on from one of today's engine alone.
+REVISION = "0d82877"
+# Names in configs of earlier revisions, as they are today: a name that is changed in conf/, or in the Python of what conf/ names,
+# has a line here, so that runs made before are read.
+_KEYS = {"law": "distribution", "time_laws": "time_distributions"}
+# The same of methods called BDense...
+_BRANCHES = {"weights": "branch_weights", "auxiliary": "branch_auxiliary", "fade": "branch_fade"}
+_MOVED = {
+    "datamodules.Planar": "datamodules.PlanePoints",
+    "lightning_modules.BDenseProgressive": "lightning_modules.ProgressiveDistillation",
+    "lightning_modules.BDenseSFD": "lightning_modules.SFD",
+    "lightning_modules.BDenseStudent": "lightning_modules.DenoisingStudent",
+    "diffusion.time_laws.": "stillhouse.diffusion.time_distributions.",
+    "diffusion.": "stillhouse.diffusion.",
+    "metrics.": "stillhouse.metrics.",
+    "networks.DiffusersFolder": "stillhouse.checkpoints.DiffusersFolder",
+    "networks.EDMPickle": "stillhouse.checkpoints.EDMPickle",
+    "networks.RectifiedFlowCheckpoint": "stillhouse.checkpoints.RectifiedFlowCheckpoint",
+    "networks.": "stillhouse.networks.",
+}
 # Of a run that has begun these may change: they move its results by rounding at most. config.yaml keeps the first values.
 FREE = (
     "trainer.micro_batch",
@@ -40,6 +59,20 @@ EARLIER = {
     "method.branch_auxiliary": None,
     "method.branch_fade": None,
 }
+
+
+def modernised(value: Any) -> Any:
+    """A stored config, or a value in it, in plain containers: with each key and `_target_` by its name of today."""
+    if isinstance(value, dict):
+        branched = str(value.get("_target_")).startswith("lightning_modules.BDense")
+        keys = _KEYS | _BRANCHES if branched else _KEYS
+        return {keys.get(key, key): _target(v) if key == "_target_" else modernised(v) for key, v in value.items()}
+    return [modernised(part) for part in value] if isinstance(value, list) else value
+
+
+def _target(name: Any) -> Any:
+    old = next((old for old in _MOVED if str(name).startswith(old)), None)
+    return name if old is None else _MOVED[old] + name[len(old) :]
 
 
 class RunFolder:
@@ -94,7 +127,7 @@ class RunFolder:
         lines = [f"{path.relative_to(self.path)} has values after {at} training steps, left out" for at in unfinished]
         return [record for record in found if not record.unfinished], lines
 
-    def report(self) -> str:
+    def results_table(self) -> str:
         """The table of the final evaluation."""
         return records_text(self.final_records())
 

@@ -17,11 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # as torch.export does
 from datamodules import TrajectoryDataModule
 from datamodules.components.disk_space import readable
 from launch.evaluate import measure
-from launch.run.build import build, build_seeded, build_trainer, check_fit
+from launch.run.build import build, build_seeded, build_stages, build_trainer, check_fit
 from launch.run.folder import RunFolder
 from launch.run.processes import process_count
 from launch.run.remote_files import RemoteFile, exists, remote_files
-from launch.run.stages import build_stages
 from lightning_modules import Method
 from stillhouse.checkpoints.weights import load_weights
 from stillhouse.diffusion.denoiser import Denoiser

@@ -29,7 +29,7 @@ from pytorch_lightning.trainer.connectors.signal_connector import _SignalConnect
 from launch.command_line import typed_options
 from launch.errors import collective
 from launch.process_environment import started_processes, under_torchrun
-from launch.run.gradient_averaging import AveragedGradients, CountedDDP
+from launch.run.strategies import AveragedGradients, CountedDDP
 from launch.signals import NOTICE, stopped_by
 from stillhouse.checks import check_counts
 

@@ -11,23 +11,21 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from launch.command_line import check_choices, chosen_by_itself
-from launch.errors import reported
+from launch.errors import quiet, reported
 from launch.evaluate.measure import check_data, checked, leave_out_measurement, needs_images
 from launch.options import check_run
 from launch.process_environment import is_rank_zero
-from launch.quiet import quiet
-from launch.run.build import build, build_seeded, build_trainer, check_fit
+from launch.run.build import Stage, build, build_seeded, build_stages, build_trainer, check_fit, fit_stages
 from launch.run.final import finish
 from launch.run.folder import RunFolder
 from launch.run.plan import plan
 from launch.run.processes import isolated_job
 from launch.run.remote_files import fetch
-from launch.run.stages import Stage, build_stages, fit_stages
 from launch.run.teachers import expand_teachers
 from launch.signals import stoppable
-from launch.sweep.launchers import at_once, placed
-from launch.sweep.pruning import Pruned, trial, watch
+from launch.sweep.jobs import at_once, placed
 from launch.sweep.search import check_measured, last_monitored
+from launch.sweep.study import Pruned, report_to_study, trial_number
 from lightning_modules import Method
 
 _NOT_STORED = ("folder", "download", "plan")  # a run may be moved, and none of these changes it
@@ -64,7 +62,7 @@ def train(cfg: DictConfig, hydra_config: DictConfig) -> float | None:
         ValueError: For options that do not fit each other, the data or an earlier part of the run.
         OSError: For missing files, or a folder that can't be written.
     """
-    folder, search = RunFolder(cfg.folder), trial(hydra_config) is not None
+    folder, search = RunFolder(cfg.folder), trial_number(hydra_config) is not None
     config = checked_config(cfg)
     folder.check(config)
     print_automatic_choices()
@@ -72,7 +70,9 @@ def train(cfg: DictConfig, hydra_config: DictConfig) -> float | None:
         print(plan(cfg))
         return None
     if folder.complete():
-        print(f"{folder.path} is complete:\n\n{folder.report()}\n\nChoose another name=... or seed=... to train again.")
+        print(
+            f"{folder.path} is complete:\n\n{folder.results_table()}\n\nChoose another name=... or seed=... to train again."
+        )
         return last_monitored(folder, search)
     if search:
         check_measured(cfg)
@@ -82,7 +82,7 @@ def train(cfg: DictConfig, hydra_config: DictConfig) -> float | None:
         fetch(config)
     run = Run.build(cfg, folder)
     if search:
-        watch(run.trainer, folder, hydra_config)
+        report_to_study(run.trainer, folder, hydra_config)
     run.fit(config)
     return None if search and folder.pruned.exists() else last_monitored(folder, search)
 

@@ -5,15 +5,42 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, get_type_hints
 
 import pytorch_lightning as pl
+import torch
+from pytorch_lightning.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 
 from callbacks import AtomicCheckpointIO
 from callbacks.network_layout import NetworkLayout
 from launch.run.micro_batch import FindMicroBatch
 from launch.run.precision import PRECISIONS, TensorFloat32, allow_tf32, check_precision, device_kind, precision_plugin
-from launch.run.profiling import PROFILES, profiler
 from lightning_modules import Method
 from stillhouse.checks import check_choice, check_counts
 from stillhouse.networks.compiling import check_compile
+
+PROFILES = ("simple", "advanced", "torch")
+_SKIPPED, _RECORDED = 3, 5  # training steps
+
+
+def profiler(profile: str | None, folder: Path) -> Profiler | None:
+    """Its files appear in folder/profile when training ends.
+
+    simple: seconds by Lightning's actions (fit-simple.txt). advanced: by Python functions in each of these (fit-advanced.txt).
+    torch: operators and, on a GPU, kernels of five training steps (fit-torch.txt), and their trace for chrome://tracing.
+
+    Raises:
+        ValueError: For another name.
+    """
+    if profile is None:
+        return None
+    check_choice("trainer.profile", profile, PROFILES)
+    place = {"dirpath": folder / "profile", "filename": profile}
+    if profile == "simple":
+        return SimpleProfiler(**place, extended=True)
+    if profile == "advanced":
+        return AdvancedProfiler(**place)
+    # Without a limit it would write a trace of every five steps; hooks for modules' names would end compilation.
+    schedule = torch.profiler.schedule(wait=_SKIPPED - 1, warmup=1, active=_RECORDED, repeat=1)
+    return PyTorchProfiler(**place, schedule=schedule, record_module_names=False)
+
 
 _ENDLESS = "the data are endless and have no epochs; method.kimg is the budget, in thousands of images"
 _SET = "launch/run/build.py sets it"

@@ -32,7 +32,7 @@ def run_grid(jobs: Jobs, overrides: Sequence[Sequence[str]], command: Sequence[s
     finally:  # also where the user stops it
         if not jobs.config.plan:
             options = ",".join(option for option in command if not IRRELEVANT.match(option))
-            report(made, jobs.folder / f"{run_name('sweep', options)}.md")
+            write_table(made, jobs.folder / f"{run_name('sweep', options)}.md")
     if any(job.error for job in made):
         sys.exit(1)
 
@@ -54,7 +54,7 @@ def _check_folders(jobs: Sequence[Job]) -> None:
             )
 
 
-def report(jobs: Sequence[Job], path: Path, *closing: str) -> None:
+def write_table(jobs: Sequence[Job], path: Path, *closing: str) -> None:
     """Print the tables of the jobs and what failed, then the lines of `closing`; in markdown they are kept in `path`."""
     measured = {id(job): record for job in jobs if (record := _measured(job))}
     tables = [table for table in (_rows(jobs, measured), _over_seeds(jobs, measured)) if len(table) > 1]

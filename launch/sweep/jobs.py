@@ -1,9 +1,15 @@
-"""The jobs of a sweep or a search: composed, handed to the launcher, and how they ended."""
+"""The jobs of a sweep or a search: composed, handed to one of Hydra's launchers, and how they ended."""
 
-from collections.abc import Sequence
+import importlib.util
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext, TaskFunction
@@ -11,7 +17,109 @@ from omegaconf import DictConfig, OmegaConf
 
 from launch.errors import EXPECTED, JobFailed, one_line
 from launch.run.folder import RunFolder
-from launch.sweep.launchers import check_launcher
+from stillhouse.file_locks import try_lock
+
+_EXTRAS = {"hydra_joblib_launcher": "joblib", "hydra_submitit_launcher": "submitit"}
+_TRAIN = Path(__file__).resolve().parents[2] / "train.py"
+_gpu: FileLock | None = None  # held until this worker ends
+
+
+def check_extra(module: str, extra: str, option: str) -> None:
+    """Check that a package is installed which an option asks for.
+
+    Raises:
+        ValueError: With the command that installs it, where `option` asks for a package that is not here.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise ValueError(f"{option} needs the package {module}: pip install -e '.[{extra}]'")
+
+
+def check_launcher(launcher: DictConfig, name: str) -> None:
+    """Check that a launcher's packages are installed.
+
+    Raises:
+        ValueError: For a launcher (hydra.launcher, chosen by `name`) whose packages are missing.
+    """
+    plugin = _plugin(launcher)
+    if plugin in _EXTRAS:
+        extra = _EXTRAS[plugin]
+        for module in (extra, f"hydra_plugins.{plugin}"):
+            check_extra(module, extra, f"hydra/launcher={name}")
+
+
+@contextmanager
+def placed(trainer: DictConfig, launcher: DictConfig) -> Iterator[None]:
+    """Around a job in the worker of a launcher: the program is train.py to what repeats or notes its command.
+
+    Under joblib each worker takes a GPU for itself, as long as it lives.
+
+    Raises:
+        ValueError: Under joblib, for a job of several processes or for more workers than GPUs.
+    """
+    plugin = _plugin(launcher)
+    if plugin not in _EXTRAS:
+        yield
+        return
+    if at_once(launcher):
+        _check_one_device(trainer)
+        if trainer.accelerator != "cpu":
+            _take_gpu(launcher.n_jobs)
+    main, argv, name = sys.modules["__main__"], sys.argv, os.environ.get("SLURM_JOB_NAME")
+    specification = main.__spec__
+    main.__spec__, sys.argv = None, [str(_TRAIN), *argv[1:]]
+    if name is not None:
+        os.environ["SLURM_JOB_NAME"] = "interactive"  # Lightning then starts the node's processes itself: srun has not
+    try:
+        yield
+    finally:
+        main.__spec__, sys.argv = specification, argv
+        if name is not None:
+            os.environ["SLURM_JOB_NAME"] = name
+
+
+def at_once(launcher: DictConfig) -> bool:
+    """Whether several jobs run at once and write to one terminal: joblib's."""
+    return _plugin(launcher) == "hydra_joblib_launcher"
+
+
+def _plugin(launcher: DictConfig) -> str:
+    return launcher._target_.split(".")[1]
+
+
+def _check_one_device(trainer: DictConfig) -> None:
+    from launch.run.processes import process_count
+
+    if trainer.devices in ("auto", -1, "-1"):  # the worker sees the one that it took
+        return
+    if process_count(trainer.devices, trainer.num_nodes, trainer.accelerator) > 1:
+        raise ValueError(
+            f"trainer.devices={trainer.devices} under hydra/launcher=joblib, where each of several jobs at once has one "
+            "device; leave the launcher out, or take hydra/launcher=submitit_slurm"
+        )
+
+
+def _take_gpu(jobs: int) -> None:
+    """Show this process one GPU that no other worker on this machine has taken.
+
+    By locks, not by the job's number: jobs take unequal time, and a worker runs several.
+    """
+    import torch
+
+    global _gpu
+    count = torch.cuda.device_count()
+    if _gpu is not None or count == 0:
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",")[:count] if visible else [str(index) for index in range(count)]
+    for name in names:
+        path = Path(tempfile.gettempdir()) / f"stillhouse-{os.getuid()}-gpu-{name.replace('/', '-')}.lock"
+        _gpu = try_lock(path, "set TMPDIR to a folder on another")
+        if _gpu is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = name  # before anything of this process has touched CUDA
+            return
+    raise ValueError(
+        f"hydra.launcher.n_jobs={jobs}, but the {count} GPUs here are taken by other workers; give n_jobs={count} at most"
+    )
 
 
 @dataclass

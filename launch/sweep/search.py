@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from launch.evaluate.measure import measures_nothing
 from launch.run.folder import RunFolder
-from launch.sweep.grid import IRRELEVANT, report
+from launch.sweep.grid import IRRELEVANT, write_table
 from launch.sweep.jobs import Job, Jobs
 from launch.sweep.study import Settings, alone, distributions, open_study, settled
 from stillhouse.analysis.curves import read_curve
@@ -43,7 +43,7 @@ def run_search(jobs: Jobs, overrides: Sequence[Override], n_trials: int, n_jobs:
         try:
             search.run(n_trials, n_jobs)
         finally:
-            search.report()
+            search.write_table()
     if any(job.error for job in search.made.values()):
         sys.exit(1)
 
@@ -103,7 +103,7 @@ class _Search:
         overrides = [*self.fixed, *(f"{key}={value}" for key, value in drawn.items())]
         return self.jobs.job(overrides, {"trial": str(trial.number)} | drawn)
 
-    def report(self) -> None:
+    def write_table(self) -> None:
         """The table of all trials, with the best one, which best.yaml holds too."""
         trials = [trial for trial in self.study.get_trials() if set(trial.params) == set(self.space)]
         rows = []
@@ -122,7 +122,7 @@ class _Search:
             write_file(self.jobs.folder / "best.yaml", text.encode())
             told = " ".join(f"{key}={value}" for key, value in options.items())
             closing = f"best: trial {found['trial']} with {best.value:.4g}, {told}, in {best.folder.path}"
-        report(rows, self.jobs.folder / "search.md", closing)
+        write_table(rows, self.jobs.folder / "search.md", closing)
 
 
 def _state(name: str):

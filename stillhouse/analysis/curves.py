@@ -13,6 +13,7 @@ from statistics import median
 
 from stillhouse.checkpoints.bounds import parse_json
 from stillhouse.files import resolve_inside
+from stillhouse.metrics.records import load_records
 
 WINDOW = 3
 COST_UNITS = ("updates", "images", "seconds")
@@ -225,3 +226,26 @@ def read_json_numbers(path: Path, *keys: str) -> dict[str, float | None]:
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); restore or remove it") from error
     return numbers
+
+
+def reference_lines(path: str | Path) -> dict[str, dict[str, float]]:
+    """Return the values of the teacher and of real images in a run's monitoring.json.
+
+    They are of the monitoring seeds, as the curve is: values of other seeds would not be what it approaches.
+
+    Returns:
+        {metric with its number of samples: {label: value}}, empty without the file.
+    """
+    lines: dict[str, dict[str, float]] = {}
+    for record in load_records(path) if Path(path).exists() else []:
+        count = record.fingerprint.get("num_samples")
+        if record.subject in ("teacher", "real") and isinstance(count, int):
+            label = f"teacher ({record.nfe} NFE)" if record.subject == "teacher" else "real"
+            metric = metric_with_count(record.metric, count)
+            lines.setdefault(metric, {})[label] = record.mean
+    return lines
+
+
+def metric_with_count(metric: str, num_samples: int) -> str:
+    """Return a metric's name with its number of samples: fid_digits of 1000 is fid_digits_1k."""
+    return f"{metric}_{num_samples // 1000}k" if num_samples % 1000 == 0 else f"{metric}_{num_samples}"

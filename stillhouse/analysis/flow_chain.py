@@ -10,10 +10,12 @@ since images of one noise are a coupling. It also holds exactly between finite s
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from stillhouse.analysis.flow_errors import Estimate
 from stillhouse.analysis.tables import describe_fingerprint, format_mean_std, markdown_table, text_table
+from stillhouse.checkpoints.bounds import parse_json
 from stillhouse.metrics.records import Record, rename_old_keys
 
 Scores = dict[str, tuple[float, float | None]]  # metric: (mean, std over blocks of seeds)
@@ -154,6 +156,21 @@ def flow_chain_from_json(content: dict[str, Any]) -> FlowChain:
         return FlowChain(flows, distilled, floor=_scores(content["floor"]), notes=tuple(content["notes"]), **plain)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"this is no measured chain of flows: {error!r}") from error
+
+
+def load_flow_chain(path: Path) -> FlowChain:
+    """Read a flows.json that `write_flow_chain` wrote.
+
+    Raises:
+        FileNotFoundError: For no file.
+        ValueError: Naming it, for a damaged one.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no measured flows at {path}; make them by evaluate.py 'flows=[...]'")
+    try:
+        return flow_chain_from_json(parse_json(path.read_bytes()))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); measure the flows again") from error
 
 
 def _plain(value: Any) -> Any:

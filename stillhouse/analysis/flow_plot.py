@@ -8,14 +8,30 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from stillhouse.analysis.flow_chain import FlowChain
+from stillhouse.analysis.flow_chain import FlowChain, flow_chain_text, flow_chain_to_json
 from stillhouse.analysis.flow_errors import Estimate
+from stillhouse.files import write_ordered_json
 from stillhouse.pictures.plots import legend_below, log_scale, save_figure
 
 _SIDE = 4.2  # inches
 _LETTERS = 40  # of the legend for each panel
 _NAME = 14  # letters of a flow's name in a line
 _DASHES = ("--", "-.", ":")
+
+
+def write_flow_chain(chain: FlowChain, folder: Path) -> str:
+    """Write flows.json and flows.png into `folder`.
+
+    Args:
+        chain: What was measured.
+        folder: The place of the files.
+
+    Returns:
+        The tables.
+    """
+    write_ordered_json(folder / "flows.json", flow_chain_to_json(chain))
+    plot_flow_chain(folder / "flows.png", chain)
+    return f"{flow_chain_text(chain)}\n\n{folder}/flows.json and flows.png written"
 
 
 def plot_flow_chain(path: str | Path, chain: FlowChain) -> Figure:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stillhouse.checkpoints.bounds import check_archive
 from stillhouse.checkpoints.weights import find_weights
-from stillhouse.networks.lpips import LPIPS, STAGES, vgg16
+from stillhouse.networks.lpips import LPIPS, STAGES, check_lpips_resize, vgg16
 
 URL = "https://download.pytorch.org/models/vgg16-397923af.pth"  # torchvision's, 528 MB
 
@@ -26,6 +26,7 @@ def load_lpips(weights: str | Path | None = None, resize: int | None = None) -> 
         OSError: for damaged ones.
         ValueError: for those of another network, or an impossible `resize`.
     """
+    check_lpips_resize(resize)  # before files are looked for
     return LPIPS(_read_vgg16(weights), _read_heads(), resize)
 
 

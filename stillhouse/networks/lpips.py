@@ -32,8 +32,7 @@ class LPIPS(nn.Module):
 
     def __init__(self, features: nn.Sequential, heads: Sequence[Tensor], resize: int | None = None):
         super().__init__()
-        if resize is not None:
-            check_counts(_SMALLEST, **{"method.lpips_resize": resize})
+        check_lpips_resize(resize)
         self.resize = resize
         self.features = features
         self.heads = nn.ParameterList(heads)
@@ -73,6 +72,19 @@ class LPIPS(nn.Module):
                 yield _unit(x)
             x = layer(x)
         yield _unit(x)
+
+
+def check_lpips_resize(resize: int | None) -> None:
+    """Refuse a size that VGG-16 does not take.
+
+    Args:
+        resize: as of `LPIPS`.
+
+    Raises:
+        ValueError: for less than 32 pixels.
+    """
+    if resize is not None:
+        check_counts(_SMALLEST, **{"method.lpips_resize": resize})
 
 
 def check_lpips_shape(shape: Sequence[int]) -> None:

@@ -4,9 +4,10 @@ import pytest
 from matplotlib.image import imread
 from tiny_module import TinyMethod, trainer
 
-from callbacks.curves import Curves, plot_curves, reference_lines
+from callbacks.curves import Curves, plot_curves
 from callbacks.generative_metrics import GenerativeMetrics
 from callbacks.loggers.csv_logger import CSVLogger
+from stillhouse.analysis.curves import reference_lines
 from stillhouse.metrics.records import Record, save_records
 
 TABLE = """step,nimg,loss/student,heldout/loss,fid/ema_0.9,fid/raw,speed/images_per_second,kid_1k/ema_0.9

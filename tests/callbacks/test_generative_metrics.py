@@ -11,8 +11,9 @@ from tiny_module import TWO, TinyMethod, identical, trainer
 
 from callbacks.checkpoint import Checkpoints, read_checkpoint
 from callbacks.ema import EMA
-from callbacks.generative_metrics import GenerativeMetrics, metric_with_count
+from callbacks.generative_metrics import GenerativeMetrics
 from callbacks.loggers.csv_logger import CSVLogger
+from stillhouse.analysis.curves import metric_with_count
 from stillhouse.diffusion.random_numbers import MONITOR_SEEDS, sample_noise
 from stillhouse.metrics.statistics import RunningGaussian, save_statistics
 

@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from wandb_tools import history
 
-from callbacks import reference_lines
+from stillhouse.analysis.curves import reference_lines
 from stillhouse.diffusion.random_numbers import MONITOR_SEEDS
 
 # -- asking -----------------------------------------------------------------------------------------------------------

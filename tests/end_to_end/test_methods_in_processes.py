@@ -19,10 +19,9 @@ from safetensors.torch import load_file
 from support_matrix import METHODS, ROOT, Case
 
 from datamodules import TrajectoryDataModule
-from launch.run.build import build, build_seeded, build_trainer
+from launch.run.build import build, build_seeded, build_stages, build_trainer, fit_stages
 from launch.run.folder import RunFolder
 from launch.run.names import register_resolvers
-from launch.run.stages import build_stages, fit_stages
 from stillhouse.checkpoints.weights import hash_state
 
 BATCH, STEPS = 8, 4

@@ -310,9 +310,9 @@ def test_a_signal_in_a_finaliser_is_not_lost():
 
 
 def soon():
-    import launch.run.rendezvous
+    import launch.run.strategies
 
-    launch.run.rendezvous.EVERY = 0.2
+    launch.run.strategies.LINE_SECONDS = 0.2
 
 
 def test_who_waits_for_other_machines_says_so_and_can_be_ended(alone, tmp_path):

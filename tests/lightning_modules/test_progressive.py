@@ -283,7 +283,7 @@ class Diary(pl.Callback):
 
 
 def train(module, folder, *callbacks, ema=None, stop=None, **options):
-    """All rounds, as launch/run/stages.py trains them; stop: (a round's number, the step in it after which it is killed)."""
+    """All rounds, as launch/run/build.py trains them; stop: (a round's number, the step in it after which it is killed)."""
     for number, one in enumerate(rounds_of(module)):
         place = folder / f"rounds/{one.steps}" if one is not module else folder
         last = place / "checkpoints/last.ckpt"

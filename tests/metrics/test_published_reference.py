@@ -8,7 +8,7 @@ import torch
 from metric_stubs import SHAPE, Stub, sampler, stub_reference
 from PIL import Image
 
-from launch.evaluate.flow_measurement import FlowMeasurement
+from launch.evaluate.flows import FlowMeasurement
 from launch.evaluate.measure import Evaluation, checked
 from launch.evaluate.trained_run import Weights
 from launch.run.folder import RunFolder

@@ -3,15 +3,15 @@ import re
 from dataclasses import replace
 
 import pytest
-from convergence_tools import curve, decay, write_run
+from convergence_tools import curve, decay, stored, write_run
 from flow_chain_tools import chain, write_chain
 from quality_tools import REAL, students, write_measured
 
-from launch.evaluate.convergence import compare_runs
-from launch.evaluate.quality import compare_quality
 from results import pages
 from results.__main__ import main
 from results.pages import README, RESULTS, measured_entries, section, updated
+from stillhouse.analysis.compare_convergence import compare_runs
+from stillhouse.analysis.compare_quality import compare_quality
 from stillhouse.analysis.convergence import convergence_from_json, convergence_markdown, convergence_to_json
 from stillhouse.analysis.flow_chain import flow_chain_from_json, flow_chain_markdown, flow_chain_to_json
 from stillhouse.analysis.quality import quality_from_json, quality_markdown, quality_to_json
@@ -78,8 +78,8 @@ def _given(content):
 @pytest.mark.parametrize(
     ("kind", "measured"),
     [
-        ("compare", lambda found: convergence_markdown(compare_runs(found))),
-        ("quality", lambda found: quality_markdown(compare_quality(found))),
+        ("compare", lambda found: convergence_markdown(compare_runs(stored(found)))),
+        ("quality", lambda found: quality_markdown(compare_quality(stored(found)))),
     ],
 )
 def test_a_comparison_is_stored_drawn_and_shown(tmp_path, kind, measured):

@@ -2,10 +2,12 @@
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from launch.run.folder import RunFolder
 from stillhouse.analysis.curves import Cost, Curve
 from stillhouse.metrics.records import Record, save_records
 
@@ -24,6 +26,11 @@ def curve(group, values, *, seed=0, every=100, preparation=NOTHING, pace=0.5, me
     updates = [every * (i + 1) for i in range(len(values))]
     costs = tuple(Cost(u, BATCH * u, pace * u) for u in updates)
     return Curve(f"{group}-seed{seed}", group, seed, metric, weights, tuple(values), costs, preparation)
+
+
+def stored(folders: Iterable[Path]) -> list[RunFolder]:
+    """What comparisons read of these folders."""
+    return [RunFolder(folder) for folder in folders]
 
 
 def write_run(folder: Path, curve: Curve, raw: bool = False, **config) -> Path:

@@ -75,9 +75,9 @@ class PlanarData:
 
 
 def write_chain(folder: Path) -> Path:
-    from launch.evaluate.flow_measurement import report
+    from stillhouse.analysis.flow_plot import write_flow_chain
 
-    report(chain(), folder)
+    write_flow_chain(chain(), folder)
     return folder / "flows.json"
 
 

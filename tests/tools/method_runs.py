@@ -11,10 +11,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from support_matrix import METHODS, ROOT, Case
 from torch import Tensor
 
-from launch.run.build import build, build_seeded, build_trainer
+from launch.run.build import build, build_seeded, build_stages, build_trainer, fit_stages
 from launch.run.folder import RunFolder
 from launch.run.names import register_resolvers
-from launch.run.stages import build_stages, fit_stages
 from lightning_modules import Method
 
 __all__ = ["METHODS", "Run", "config", "train"]

@@ -242,12 +242,12 @@ def test_misuse(folders, tmp_path):
 
 
 def test_a_copy_that_differs_by_little_more_than_rounding_is_refused():
-    """A student of two steps whose preconditioning is its teacher's but for 1e-5: pictures that differ by 1e-6."""
+    """A student of two steps whose preconditioning is its teacher's but for 1e-5: pictures that differ by some 1e-5."""
     method, cfg = made("two_steps")
     student = portable(method, cfg, 10)
     student.denoiser.preconditioning = EDM(0.5 + 1e-5)
     noise, labels = student.inputs(torch.arange(2))
-    assert 1e-7 < (student.generate(noise, labels) - method.sample(noise, labels)).abs().max() < 2.5e-5
+    assert 1e-7 < (student.generate(noise, labels) - method.sample(noise, labels)).abs().max() < 5e-5
     with pytest.raises(
         ValueError, match=r"export: the copy's (images|estimates at noise level .*) differ from those of"
     ):

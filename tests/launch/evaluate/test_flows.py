@@ -9,13 +9,13 @@ from flow_chain_tools import Constant, PlanarData, PlanarExtractor, flow, gaussi
 from matplotlib.image import imread
 from omegaconf import OmegaConf
 
-from launch.evaluate.flow_measurement import FlowMeasurement, load_chain, place, report
-from launch.evaluate.flow_paths import draw_flow_paths, planar
+from launch.evaluate.flows import FlowMeasurement, draw_flow_paths, place, planar
 from launch.evaluate.measure import Evaluation
 from launch.evaluate.trained_run import TrainedRun, Weights
 from launch.run.folder import RunFolder
 from lightning_modules import BezierDistillation, FlowDistillation
-from stillhouse.analysis.flow_chain import flow_chain_from_json, flow_chain_to_json
+from stillhouse.analysis.flow_chain import flow_chain_from_json, flow_chain_to_json, load_flow_chain
+from stillhouse.analysis.flow_plot import write_flow_chain
 from stillhouse.diffusion import bezier
 from stillhouse.diffusion.random_numbers import sample_noise
 from stillhouse.diffusion.time_distributions import Start, Uniform
@@ -142,16 +142,16 @@ def test_a_student_measured_while_it_was_trained_is_noted(flows, evaluation):
 
 def test_a_chain_survives_its_file(chain, tmp_path):
     assert flow_chain_from_json(json.loads(json.dumps(flow_chain_to_json(chain)))) == chain
-    printed = report(chain, tmp_path / "flows")
+    printed = write_flow_chain(chain, tmp_path / "flows")
     assert printed.endswith(f"{tmp_path}/flows/flows.json and flows.png written")
     assert sorted(path.name for path in (tmp_path / "flows").iterdir()) == ["flows.json", "flows.png"]
-    assert load_chain(tmp_path / "flows/flows.json") == chain
+    assert load_flow_chain(tmp_path / "flows/flows.json") == chain
     with pytest.raises(FileNotFoundError, match=f"no measured flows at {tmp_path}/none.json"):
-        load_chain(tmp_path / "none.json")
+        load_flow_chain(tmp_path / "none.json")
     for broken in ("[{]", "[]", '{"flows": [{"name": "a"}]}'):
         (tmp_path / "broken.json").write_text(broken)
         with pytest.raises(ValueError, match=r"broken.json is damaged"):
-            load_chain(tmp_path / "broken.json")
+            load_flow_chain(tmp_path / "broken.json")
 
 
 def test_misuse(flows, evaluation):
@@ -185,7 +185,7 @@ def test_paths_are_drawn_for_planar_data(flows, evaluation, tmp_path, monkeypatc
     assert planar((2, 1, 1))
     assert not planar((1, 8, 8))
     seen = []
-    monkeypatch.setattr("launch.evaluate.flow_paths.plot_paths", lambda path, panels: seen.extend(panels))
+    monkeypatch.setattr("launch.evaluate.flows.plot_paths", lambda path, panels: seen.extend(panels))
     students = [curved(flows[:2]), curved(flows[:2]), distilled(flows[0]), curved(flows[:1], order=1)]
     draw_flow_paths(tmp_path / "paths.png", flows, students, evaluation, steps=6)
     assert [panel.title for panel in seen] == [

@@ -163,7 +163,7 @@ def test_a_run_is_complete_with_its_metrics(tmp_path):
     assert not folder.complete()
     save_records(folder.metrics, [Record("run", "fid_digits", "student", 1, 2.5, 0.1, [2.4, 2.6], 100.0)])
     assert folder.complete()
-    assert "2.50 ± 0.10" in folder.report()
+    assert "2.50 ± 0.10" in folder.results_table()
 
 
 def test_differences_reach_into_nested_configs():

@@ -8,10 +8,9 @@ import pytest
 from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
 from launch.process_environment import is_rank_zero
-from launch.run.gradient_averaging import AveragedGradients, CountedDDP
 from launch.run.names import run_name
 from launch.run.processes import check_present, children_ended, choose_strategy, find_each_other, process_count
-from launch.run.rendezvous import check_machines, waiting_line
+from launch.run.strategies import AveragedGradients, CountedDDP, check_machines, waiting_line
 from launch.signals import Notice, Stopped
 
 

@@ -101,9 +101,10 @@ def test_one_limit_is_enough():
 
 
 @pytest.mark.parametrize(
+    ("profile", "says"),
     [
         ("simple", "run_training_batch"),
-        ("advanced", "training_loss"),
+        ("advanced", "(training_step)"),
         pytest.param("torch", "aten::", marks=pytest.mark.slow),
     ],
 )

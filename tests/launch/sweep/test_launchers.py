@@ -7,7 +7,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from launch.sweep import launchers
+from launch.sweep import jobs
 
 JOBLIB = OmegaConf.create(
     {"_target_": "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher", "n_jobs": 3}
@@ -24,23 +24,23 @@ def trainer(devices=1, accelerator="auto"):
 def gpus(monkeypatch, tmp_path):
     """Two of them, of which CUDA_VISIBLE_DEVICES names numbers 4 and 6; returns a function that begins a new worker."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(launchers.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(jobs.tempfile, "gettempdir", lambda: str(tmp_path))
     held = []
 
     def worker():
-        held.append(launchers._gpu)
-        monkeypatch.setattr(launchers, "_gpu", None)
+        held.append(jobs._gpu)
+        monkeypatch.setattr(jobs, "_gpu", None)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
 
     worker()
     yield worker
-    for lock in (*held, launchers._gpu):
+    for lock in (*held, jobs._gpu):
         if lock is not None:
             lock.release()
 
 
 def taken(devices=1):
-    with launchers.placed(trainer(devices), JOBLIB):
+    with jobs.placed(trainer(devices), JOBLIB):
         return os.environ["CUDA_VISIBLE_DEVICES"]
 
 
@@ -55,14 +55,14 @@ def test_each_worker_of_joblib_keeps_a_gpu_of_its_own(gpus):
 
 def test_a_gpu_is_free_again_when_its_worker_has_ended(gpus):
     assert taken() == "4"
-    launchers._gpu.release()
-    launchers._gpu = None
+    jobs._gpu.release()
+    jobs._gpu = None
     gpus()
     assert taken() == "4"
 
 
 def test_jobs_on_the_cpu_take_none(gpus):
-    with launchers.placed(trainer(accelerator="cpu"), JOBLIB):
+    with jobs.placed(trainer(accelerator="cpu"), JOBLIB):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,6"
 
 
@@ -75,9 +75,9 @@ def test_in_a_worker_the_program_is_train_py_and_slurms_ranks_are_not_lightnings
     monkeypatch.setenv("SLURM_JOB_NAME", "train")
     main, argv = sys.modules["__main__"], sys.argv
     specification = main.__spec__
-    with launchers.placed(trainer(8), SUBMITIT):
-        assert sys.argv[0] == str(launchers._TRAIN)
-        assert launchers._TRAIN.is_file()
+    with jobs.placed(trainer(8), SUBMITIT):
+        assert sys.argv[0] == str(jobs._TRAIN)
+        assert jobs._TRAIN.is_file()
         assert main.__spec__ is None
         assert os.environ["SLURM_JOB_NAME"] == "interactive"
     assert (sys.argv, main.__spec__, os.environ["SLURM_JOB_NAME"]) == (argv, specification, "train")
@@ -85,5 +85,5 @@ def test_in_a_worker_the_program_is_train_py_and_slurms_ranks_are_not_lightnings
 
 def test_without_a_launcher_nothing_changes():
     argv = sys.argv
-    with launchers.placed(trainer(8), BASIC):
+    with jobs.placed(trainer(8), BASIC):
         assert sys.argv is argv

@@ -4,8 +4,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from launch.run.folder import RunFolder
-from launch.sweep.pruning import trial
 from launch.sweep.search import check_measured, last_monitored
+from launch.sweep.study import trial_number
 
 HEAD = "step,nimg,progress/student_updates,speed/training_seconds,loss/student,fid_digits_20/raw\n"
 
@@ -29,7 +29,7 @@ def test_a_run_without_a_curve_has_none_and_fails_in_a_search_alone(tmp_path, co
     ("sweeper", "expected"), [({"params": None}, None), ({"trial": None}, None), ({"trial": 3}, 3)]
 )
 def test_a_job_knows_its_trial(sweeper, expected):
-    assert trial(OmegaConf.create({"sweeper": sweeper})) == expected
+    assert trial_number(OmegaConf.create({"sweeper": sweeper})) == expected
 
 
 @pytest.mark.parametrize(

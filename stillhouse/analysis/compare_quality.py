@@ -3,8 +3,6 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from launch.evaluate.convergence import dumped
-from launch.run.folder import RunFolder
 from stillhouse.analysis.config_groups import comparable_options, labels, training_options
 from stillhouse.analysis.quality import (
     Quality,
@@ -15,17 +13,21 @@ from stillhouse.analysis.quality import (
     quality_to_json,
 )
 from stillhouse.analysis.quality_plot import plot_quality
+from stillhouse.analysis.stored_runs import StoredRun
 from stillhouse.analysis.tables import shorten_hash
-from stillhouse.files import resolve_inside, write_file
+from stillhouse.files import resolve_inside, write_ordered_json
 from stillhouse.metrics.records import Record, load_records
 
 
-def compare_quality(paths: Sequence[Path], *, like: Record | None = None, weights: str | None = None) -> Quality:
-    """The values in metrics.json and evaluation/metrics.json of runs, and in metrics.json of teachers (no config.yaml).
+def compare_quality(folders: Sequence[StoredRun], *, like: Record | None = None, weights: str | None = None) -> Quality:
+    """Compare the values in metrics.json and evaluation/metrics.json of runs, and in metrics.json of teachers (no config.yaml).
 
-    Runs that differ by their seed or number of steps alone are one group. like: a record of the metric and fingerprint
-    to take (None: the first student's). weights: the copy to take where a run has several at one NFE (None: that of its
-    final evaluation). What is left out, the notes say.
+    Runs that differ by their seed or number of steps alone are one group. The notes say what is left out.
+
+    Args:
+        folders: Of runs and of measured teachers.
+        like: A record of the metric and fingerprint to compare by (None: the first student's).
+        weights: The copy to compare where a run has several at one NFE (None: that of its final evaluation).
 
     Raises:
         FileNotFoundError: For a folder without measurements.
@@ -33,23 +35,25 @@ def compare_quality(paths: Sequence[Path], *, like: Record | None = None, weight
     """
     notes: list[str] = []
     measured: dict[Path, tuple[list[Record], list[Record]]] = {}
-    for path in paths:
+    names: dict[Path, str] = {}
+    for folder in folders:
+        names[folder.path] = folder.name
         try:
-            measured[path] = _stored(path, notes)
+            measured[folder.path] = _stored(folder, notes)
         except ValueError as error:
-            notes.append(f"{path} left out: {error}")
+            notes.append(f"{folder.path} left out: {error}")
     like = like or next((r for final, again in measured.values() for r in (*final, *again) if _student(r)), None)
     if like is None:
         raise ValueError("\n".join(["no value of a student; measure runs by evaluate.py run=...", *notes]))
 
     values: dict[tuple, QualityValue] = {}
-    groups = _groups(paths)
+    groups = _groups(folders)
     for path, (final, again) in measured.items():
         notes += _unlike(path, "student" if path in groups else "teacher", (*final, *again), like)
         for record in _chosen(final, again, like, weights) if path in groups else ():
             group, seed = groups[path]
             value = QualityValue(
-                RunFolder(path).name,
+                names[path],
                 group,
                 seed,
                 record.nfe,
@@ -79,13 +83,13 @@ def compare_quality(paths: Sequence[Path], *, like: Record | None = None, weight
     return Quality(like.metric, like.comparable, tuple(values.values()), floor, tuple(dict.fromkeys(notes)))
 
 
-def _stored(path: Path, notes: list[str]) -> tuple[list[Record], list[Record]]:
+def _stored(folder: StoredRun, notes: list[str]) -> tuple[list[Record], list[Record]]:
     """(records of a run's final evaluation, or of a teacher; those that evaluate.py made of a run's final weights).
 
     Raises:
         ValueError: For a run that is not complete or for damaged records.
     """
-    folder = RunFolder(path)
+    path = folder.path
     if not folder.config.is_file():
         if not folder.metrics.is_file():
             raise FileNotFoundError(f"{path} holds neither a run nor a measured teacher; give folders that do")
@@ -95,10 +99,10 @@ def _stored(path: Path, notes: list[str]) -> tuple[list[Record], list[Record]]:
     return final, again
 
 
-def _groups(paths: Iterable[Path]) -> dict[Path, tuple[str, int]]:
-    """The runs' labels and seeds."""
-    runs = [path for path in dict.fromkeys(paths) if RunFolder(path).config.is_file()]
-    configs = [RunFolder(path).plain_config() for path in runs]
+def _groups(folders: Iterable[StoredRun]) -> dict[Path, tuple[str, int]]:
+    """Return the runs' labels and seeds."""
+    runs = {folder.path: folder for folder in folders if folder.config.is_file()}
+    configs = [run.plain_config() for run in runs.values()]
     groups = labels([training_options(comparable_options(config)) for config in configs])
     seeds = [config.get("seed", 0) for config in configs]
     return dict(zip(runs, zip(groups, seeds, strict=True), strict=True))
@@ -147,18 +151,31 @@ def _listed(counts: Iterable[int]) -> str:
     return ", ".join(map(str, sorted(set(counts))))
 
 
-def report(paths: Sequence[Path], folder: Path, *, like: Record | None = None, weights: str | None = None) -> str:
-    """Write quality.json and quality.png into `folder`; returns the table, or why there is none."""
+def write_quality(
+    folders: Sequence[StoredRun], target: Path, *, like: Record | None = None, weights: str | None = None
+) -> str:
+    """Write quality.json and quality.png into the folder `target`.
+
+    Args:
+        folders: Of runs and of measured teachers.
+        target: The place of the files.
+        like: As for `compare_quality`.
+        weights: As for `compare_quality`.
+
+    Returns:
+        The table, or why there is none.
+    """
     try:
-        quality = compare_quality(paths, like=like, weights=weights)
+        quality = compare_quality(folders, like=like, weights=weights)
     except ValueError as error:
         return f"quality against NFE not compared: {error}"
-    write_file(folder / "quality.json", dumped(quality_to_json(quality)))
-    draw(folder / "quality.png", quality)
-    return f"{quality_text(quality)}\n\n{folder}/quality.json and quality.png written"
+    write_ordered_json(target / "quality.json", quality_to_json(quality))
+    draw_quality(target / "quality.png", quality)
+    return f"{quality_text(quality)}\n\n{target}/quality.json and quality.png written"
 
 
-def draw(path: Path, quality: Quality) -> None:
+def draw_quality(path: Path, quality: Quality) -> None:
+    """Draw the compared values into `path`."""
     plot_quality(path, quality.metric, quality.lines, floor=quality.floor)
 
 

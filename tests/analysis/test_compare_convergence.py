@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from convergence_tools import curve, decay, write_run
+from convergence_tools import curve, decay, stored, write_run
 
-from launch.evaluate.convergence import compare_runs, report
+from stillhouse.analysis.compare_convergence import compare_runs, write_convergence
 from stillhouse.analysis.config_groups import comparable_options, labels, measuring_difference, other_differences
 from stillhouse.analysis.convergence import convergence_from_json
 from stillhouse.analysis.curves import Cost
@@ -142,7 +142,7 @@ def runs(tmp_path, monkeypatch):
 
 
 def test_the_first_run_named_is_of_the_baseline(runs):
-    forth, back = compare_runs(runs), compare_runs(runs[::-1])
+    forth, back = compare_runs(stored(runs)), compare_runs(stored(runs[::-1]))
     assert (forth.baseline, back.baseline) == ("base", "fast")
     assert [c.seed for c in forth.groups["fast"]] == [0, 1, 2]
     assert forth.speed_up("fast", 1.0, "updates").median == pytest.approx(13.09)
@@ -154,12 +154,12 @@ def test_the_report_is_printed_and_written(runs, tmp_path):
     teacher = {"metric": "fid_digits", "subject": "teacher", "nfe": 19, "mean": 0.1, "std": None, "values": [0.1]}
     record = Record("digits", **teacher, images_per_second=None, fingerprint={"num_samples": 2000})
     save_records(runs[4] / "monitoring.json", [record])
-    printed = report(runs, tmp_path / "out")
+    printed = write_convergence(stored(runs), tmp_path / "out")
     assert "13.1x (13.1 .. 13.1)" in printed
     assert printed.endswith(f"{tmp_path}/out/convergence.json and convergence.png written")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["convergence.json", "convergence.png"]
     content = json.loads((tmp_path / "out/convergence.json").read_text())
-    assert convergence_from_json(content) == compare_runs(runs)
+    assert convergence_from_json(content) == compare_runs(stored(runs))
 
 
 def test_incomparable_runs_are_left_out_with_the_reason(runs):
@@ -169,7 +169,7 @@ def test_incomparable_runs_are_left_out_with_the_reason(runs):
     (runs[4] / "metrics.csv").write_text(text.replace("2k/", "5k/"))
     other = write_run(runs[0].parent / "other", curve("fast", [1.0] * 3, seed=9), data={"name": "cifar10"})
     twin = write_run(runs[0].parent / "twin", curve("base", [0.5, 0.25, 0.2]))
-    comparison = compare_runs([*runs, other, twin])
+    comparison = compare_runs(stored([*runs, other, twin]))
     assert [c.name for c in comparison.curves] == ["base-seed0", "fast-seed0", "fast-seed2"]
     assert comparison.notes == (
         "runs/base-seed1 left out of the comparison: it is not complete; the command that started it resumes it",
@@ -185,15 +185,15 @@ def test_without_a_baseline_there_is_nothing_to_compare(runs, tmp_path):
     for path in runs[:3]:
         (path / "metrics.csv").unlink()
     with pytest.raises(ValueError, match="no curve of the baseline base\nruns/base-seed0 left out"):
-        compare_runs(runs)
-    printed = report(runs, tmp_path / "out")
+        compare_runs(stored(runs))
+    printed = write_convergence(stored(runs), tmp_path / "out")
     assert printed.startswith("convergence not compared: no curve of the baseline base\n")
     assert len(printed.splitlines()) == 4
     assert not (tmp_path / "out").exists()
 
 
 def test_one_group_is_drawn_alone(runs, tmp_path):
-    printed = report(runs[:3], tmp_path)
+    printed = write_convergence(stored(runs[:3]), tmp_path)
     assert "Times faster" not in printed
     assert (tmp_path / "convergence.png").stat().st_size > 1000
 
@@ -201,10 +201,12 @@ def test_one_group_is_drawn_alone(runs, tmp_path):
 def test_groups_with_other_common_options_are_noted(runs):
     path = write_run(runs[0].parent / "lr", curve("faster", decay(0.4)), batch_size=32)
     base = write_run(runs[0].parent / "first", curve("base", decay(0.2)), batch_size=16)
-    assert compare_runs([base, path]).notes == ("faster has other options in common with base: batch_size 32, not 16",)
+    assert compare_runs(stored([base, path])).notes == (
+        "faster has other options in common with base: batch_size 32, not 16",
+    )
 
 
 def test_weights_can_be_chosen(runs):
     with_raw = write_run(runs[0].parent / "raw", curve("other", decay(0.4)), raw=True)
-    assert compare_runs([with_raw, *runs], weights="raw").curves[0].weights == "raw"
-    assert len(compare_runs([with_raw, *runs], weights="raw").notes) == 6
+    assert compare_runs(stored([with_raw, *runs]), weights="raw").curves[0].weights == "raw"
+    assert len(compare_runs(stored([with_raw, *runs]), weights="raw").notes) == 6

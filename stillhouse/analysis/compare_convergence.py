@@ -1,12 +1,10 @@
 """Run folders to a comparison of their convergence."""
 
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from launch.run.folder import RunFolder
 from stillhouse.analysis.config_groups import (
     ComparableOptions,
     comparable_options,
@@ -16,32 +14,36 @@ from stillhouse.analysis.config_groups import (
 )
 from stillhouse.analysis.convergence import Comparison, convergence_text, convergence_to_json
 from stillhouse.analysis.convergence_plot import plot_convergence
-from stillhouse.analysis.curves import Curve, read_curve
-from stillhouse.files import resolve_inside, write_file
+from stillhouse.analysis.curves import Curve, read_curve, reference_lines
+from stillhouse.analysis.stored_runs import StoredRun
+from stillhouse.files import resolve_inside, write_ordered_json
 from stillhouse.metrics.provenance import student_provenance
 
 
-def compare_runs(paths: Sequence[Path], *, metric: str | None = None, weights: str | None = None) -> Comparison:
-    """The comparison of the runs' curves; the first run's group is the baseline, the notes say which runs are left out.
+def compare_runs(runs: Sequence[StoredRun], *, metric: str | None = None, weights: str | None = None) -> Comparison:
+    """Compare the runs' curves; the first run's group is the baseline, and the notes say which runs are left out.
 
-    metric: such as fid_digits_2k (None: that of the first curve). weights: as for `read_curve`.
+    Args:
+        runs: Folders of runs.
+        metric: Such as fid_digits_2k (None: that of the first curve).
+        weights: As for `read_curve`.
 
     Raises:
         ValueError: Where no run, or none of the baseline, has a curve.
     """
-    configs = [RunFolder(path).plain_config() for path in paths]
+    configs = [run.plain_config() for run in runs]
     options_of_runs = [comparable_options(config) for config in configs]
     groups = labels(options_of_runs)
     curves: dict[tuple[str, int], Curve] = {}
     left_out: list[str] = []
-    for path, config, options, group in zip(paths, configs, options_of_runs, groups, strict=True):
+    for run, config, options, group in zip(runs, configs, options_of_runs, groups, strict=True):
         try:
             seed = config.get("seed", 0)
-            _check(path, options_of_runs[0], options, curves.get((group, seed)))
-            curve = read_curve(path, group, seed, metric=metric, weights=weights)
-            curve = replace(curve, provenance=student_provenance(RunFolder(path).final_records()))
+            _check(run, options_of_runs[0], options, curves.get((group, seed)))
+            curve = read_curve(run.path, group, seed, metric=metric, weights=weights)
+            curve = replace(curve, provenance=student_provenance(run.final_records()))
         except (ValueError, OSError) as error:
-            left_out.append(f"{path} left out of the comparison: {error}")
+            left_out.append(f"{run.path} left out of the comparison: {error}")
             continue
         metric = curve.metric
         curves[group, seed] = curve
@@ -51,13 +53,13 @@ def compare_runs(paths: Sequence[Path], *, metric: str | None = None, weights: s
     return Comparison(tuple(curves.values()), groups[0], tuple(notes))
 
 
-def _check(path: Path, first: ComparableOptions, options: ComparableOptions, twin: Curve | None) -> None:
+def _check(run: StoredRun, first: ComparableOptions, options: ComparableOptions, twin: Curve | None) -> None:
     """Check that a run's curve may stand beside those of the first one's group.
 
     Raises:
         ValueError: For a run whose curve should not stand beside those of the first one's group.
     """
-    RunFolder(path).check_complete()
+    run.check_complete()
     if key := measuring_difference(first, options):
         raise ValueError(f"its {key} is {options.get(key)}, but the first run's is {first.get(key)}")
     if twin is not None:
@@ -74,27 +76,30 @@ def _differences(groups: Sequence[str], options_of_runs: Sequence[ComparableOpti
     return notes
 
 
-def report(paths: Sequence[Path], folder: Path, *, weights: str | None = None) -> str:
-    """Write convergence.json and convergence.png into `folder`; returns the tables, or why there are none."""
+def write_convergence(runs: Sequence[StoredRun], folder: Path, *, weights: str | None = None) -> str:
+    """Write convergence.json and convergence.png into `folder`.
+
+    Args:
+        runs: Folders of runs.
+        folder: The place of the files.
+        weights: As for `read_curve`.
+
+    Returns:
+        The tables, or why there are none.
+    """
     try:
-        comparison = compare_runs(paths, weights=weights)
+        comparison = compare_runs(runs, weights=weights)
     except ValueError as error:
         return f"convergence not compared: {error}"
-    write_file(folder / "convergence.json", dumped(convergence_to_json(comparison)))
-    draw(folder / "convergence.png", comparison, paths)
+    write_ordered_json(folder / "convergence.json", convergence_to_json(comparison))
+    draw_convergence(folder / "convergence.png", comparison, runs)
     return f"{convergence_text(comparison)}\n\n{folder}/convergence.json and convergence.png written"
 
 
-def draw(path: Path, comparison: Comparison, paths: Sequence[Path]) -> None:
-    """The picture, with the teacher's value on the seeds of the curves."""
-    from callbacks.curves import reference_lines  # which imports Lightning
-
+def draw_convergence(path: Path, comparison: Comparison, runs: Sequence[StoredRun]) -> None:
+    """Draw the curves of `runs` into `path`, with the teacher's value on the seeds of the curves."""
     lines: dict[str, float] = {}
-    for folder in reversed(paths):
+    for run in reversed(runs):
         with suppress(ValueError, OSError):  # of a run that is left out
-            lines |= reference_lines(resolve_inside(folder, "monitoring.json")).get(comparison.metric, {})
+            lines |= reference_lines(resolve_inside(run.path, run.monitoring.name)).get(comparison.metric, {})
     plot_convergence(path, comparison, {k: v for k, v in lines.items() if k.startswith("teacher")})
-
-
-def dumped(content: dict) -> bytes:
-    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()

@@ -2,20 +2,71 @@
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launch.evaluate import convergence as convergence_files
-from launch.evaluate import quality
-from launch.evaluate.gather import Gathered
+from stillhouse.analysis.compare_convergence import compare_runs, draw_convergence
+from stillhouse.analysis.compare_quality import compare_quality, draw_quality
 from stillhouse.analysis.config_groups import comparable_options, measuring_difference, options_that_differ
 from stillhouse.analysis.convergence import convergence_notes, convergence_tables
 from stillhouse.analysis.cost import RunCost, cost_rows, plot_cost
 from stillhouse.analysis.quality import quality_heading, quality_rows
 from stillhouse.analysis.report_page import Block, Gallery, Heading, Notes, Picture, Section, Table, Text
+from stillhouse.analysis.stored_runs import StoredRun
 from stillhouse.analysis.tables import describe_fingerprint, group_by_fingerprint, seed_rows
 from stillhouse.metrics.records import Record
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A complete run.
+
+    Attributes:
+        folder: The run's.
+        config: Its config, plain.
+        seed: Its seed.
+        label: Of the runs that differ from it by their seed or number of steps alone.
+        final: The records of its final evaluation.
+        records: The same with those that evaluate.py made later, of the final weights.
+        costs: See `read_costs`.
+        samples: The PNG of its final samples, else of the last ones during training.
+    """
+
+    folder: StoredRun
+    config: dict[str, Any]
+    seed: int
+    label: str
+    final: list[Record]
+    records: list[Record]
+    costs: dict[str, float | None]
+    samples: bytes | None
+
+    @property
+    def name(self) -> str:
+        """The name of the run's folder."""
+        return self.folder.name
+
+    @property
+    def student(self) -> Record | None:
+        """The first record of the final evaluation's student."""
+        return next((record for record in self.final if record.subject == "student"), None)
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What a report is made of.
+
+    Attributes:
+        runs: The complete runs.
+        teachers: Folders of teachers that evaluate.py measured, with their records.
+        left_out: A line for each folder that is left out, with the reason.
+    """
+
+    runs: list[Measured]
+    teachers: list[tuple[StoredRun, list[Record]]]
+    left_out: list[str]
 
 
 def sections(gathered: Gathered) -> list[Section]:
@@ -53,7 +104,7 @@ def _fingerprints(gathered: Gathered) -> list[tuple[str, list[tuple[str, int | N
         if record.subject == "student"
     }
     others = [record for run in gathered.runs for record in run.records if record.subject != "student"]
-    others += [record for records in gathered.teachers.values() for record in records]
+    others += [record for _, records in gathered.teachers for record in records]
     labelled |= {id(record): (record.name, None, record) for record in others}
     tables = group_by_fingerprint(record for _, _, record in labelled.values())
     return [(line, [labelled[id(record)] for record in records]) for line, records in tables]
@@ -63,11 +114,11 @@ def quality_against_nfe(gathered: Gathered) -> list[Block]:
     """For the first metric of each fingerprint that students were measured by."""
     blocks: list[Block] = []
     for like in _first_students(gathered):
-        paths = [run.path for run in gathered.runs if any(record.kind == like.kind for record in run.records)]
-        paths += [p for p, records in gathered.teachers.items() if any(record.kind == like.kind for record in records)]
-        compared = quality.compare_quality(paths, like=like)
+        folders = [run.folder for run in gathered.runs if any(record.kind == like.kind for record in run.records)]
+        folders += [f for f, records in gathered.teachers if any(record.kind == like.kind for record in records)]
+        compared = compare_quality(folders, like=like)
         heading = quality_heading(compared)
-        picture = _drawn(partial(quality.draw, quality=compared))
+        picture = _drawn(partial(draw_quality, quality=compared))
         blocks += [
             Heading(heading),
             Picture(picture, f"Plot: {heading}", "Less is better for fid and kid; bars are one standard deviation."),
@@ -109,22 +160,22 @@ def convergence(gathered: Gathered) -> list[Block]:
         first = comparable_options(waiting[0].config)
         together = [run for run in waiting if measuring_difference(first, comparable_options(run.config)) is None]
         waiting = [run for run in waiting if run not in together]
-        blocks += _compared([run.path for run in together])
+        blocks += _compared([run.folder for run in together])
     return blocks
 
 
-def _compared(paths: list[Path]) -> list[Block]:
+def _compared(runs: list[StoredRun]) -> list[Block]:
     """The baseline is the first run's group that has a curve."""
     why = []
-    for number, path in enumerate(paths):
+    for number, run in enumerate(runs):
         try:
-            convergence_files.compare_runs([path])
+            compare_runs([run])
         except ValueError as error:
             why.append(" ".join(str(error).split()))
             continue
-        ordered = [path, *paths[:number], *paths[number + 1 :]]
-        comparison = convergence_files.compare_runs(ordered)
-        picture = _drawn(partial(convergence_files.draw, comparison=comparison, paths=ordered))
+        ordered = [run, *runs[:number], *runs[number + 1 :]]
+        comparison = compare_runs(ordered)
+        picture = _drawn(partial(draw_convergence, comparison=comparison, runs=ordered))
         (heading, rows), *more = convergence_tables(comparison)
         caption = (
             "Lines: medians over seeds of smoothed curves; bands: from the least to the greatest; dots: measurements."

@@ -4,9 +4,10 @@ import json
 import math
 
 import pytest
+from convergence_tools import stored
 from quality_tools import FINGERPRINT, REAL, measured, students, teachers, write_measured
 
-from launch.evaluate.quality import compare_quality, draw_measured, report
+from stillhouse.analysis.compare_quality import compare_quality, draw_measured, write_quality
 from stillhouse.analysis.config_groups import training_options
 from stillhouse.analysis.quality import QualityPoint, quality_from_json, quality_to_json
 from stillhouse.metrics.records import save_records
@@ -32,7 +33,7 @@ def runs(tmp_path):
 
 
 def test_runs_trained_for_one_number_each_are_one_line(runs):
-    quality = compare_quality(runs)
+    quality = compare_quality(stored(runs))
     found = lines(quality)
     assert list(found) == ["sfd", "progressive", "teacher digits (heun)", "teacher digits (euler)"]
     assert found["sfd"] == {
@@ -54,7 +55,7 @@ def test_other_options_and_lists_of_steps_split_groups(tmp_path):
     runs = [
         write_measured(tmp_path / f"r{i}", students({1 + i: 0.5}), **{"lr": 0.2} | o) for i, o in enumerate(options)
     ]
-    assert [sorted(points) for points in lines(compare_quality(runs)).values()] == [[1, 2], [3], [4]]
+    assert [sorted(points) for points in lines(compare_quality(stored(runs))).values()] == [[1, 2], [3], [4]]
     watched = {"evaluation.training.every_kimg": "2", "callbacks.metrics.every_kimg": "2"}
     assert training_options({"method.steps": "4", "teacher.steps": "4", **watched}) == {"teacher.steps": "4"}
 
@@ -64,7 +65,7 @@ def test_unlike_fingerprints_never_meet(tmp_path):
     other = write_measured(tmp_path / "b", students({1: 0.5, 4: 0.3}, extractor_hash="f" * 64), seed=1)
     kid = write_measured(tmp_path / "c", students({1: 0.5}, metric="kid_digits"), seed=2)
     save_records(tmp_path / "t/metrics.json", teachers({3: 1.0}, num_samples=200))
-    quality = compare_quality([first, other, kid, tmp_path / "t"])
+    quality = compare_quality(stored([first, other, kid, tmp_path / "t"]))
     assert lines(quality) == {"sfd": {1: (0.5, None, (0,))}}
     assert quality.floor is None
     assert quality.notes == (
@@ -74,7 +75,7 @@ def test_unlike_fingerprints_never_meet(tmp_path):
         f"{tmp_path}/t at 3 NFE left out: num_samples 200, not 2000",
     )
     like = measured("student", 9, 0.0, num_samples=200)
-    assert lines(compare_quality([first, tmp_path / "t"], like=like)) == {
+    assert lines(compare_quality(stored([first, tmp_path / "t"]), like=like)) == {
         "sfd": {1: (0.2, None, (0,)), 2: (0.1, None, (0,))},
         "teacher digits (heun)": {3: (1.0, None, ())},
     }
@@ -83,15 +84,15 @@ def test_unlike_fingerprints_never_meet(tmp_path):
 def test_weights_are_those_of_the_final_evaluation_or_the_ones_asked_for(tmp_path):
     again = [*students({1: 0.6, 2: 0.4}, weights="raw"), *students({2: 0.3}), *students({4: 0.2}, weights="raw")]
     run = write_measured(tmp_path / "a", students({1: 0.5}), again)
-    final = compare_quality([run])
+    final = compare_quality(stored([run]))
     assert {v.nfe: (v.mean, v.weights) for v in final.values} == {1: (0.5, "ema"), 2: (0.3, "ema"), 4: (0.2, "raw")}
-    assert {v.nfe: v.mean for v in compare_quality([run], weights="raw").values} == {1: 0.6, 2: 0.4, 4: 0.2}
+    assert {v.nfe: v.mean for v in compare_quality(stored([run]), weights="raw").values} == {1: 0.6, 2: 0.4, 4: 0.2}
 
 
 def test_the_first_of_two_values_at_one_place_is_taken(tmp_path):
     first = write_measured(tmp_path / "a", [*students({1: 0.5}), *teachers({19: 0.16})], end_steps=1)
     twin = write_measured(tmp_path / "b", [*students({2: 0.3, 1: 0.4}), *teachers({19: 0.2})], end_steps=2)
-    quality = compare_quality([first, twin, first])
+    quality = compare_quality(stored([first, twin, first]))
     assert lines(quality)["sfd"] == {1: (0.5, None, (0,)), 2: (0.3, None, (0,))}
     assert lines(quality)["teacher digits (heun)"] == {19: (0.16, None, ())}
     assert quality.notes == (
@@ -103,26 +104,28 @@ def test_the_first_of_two_values_at_one_place_is_taken(tmp_path):
 def test_runs_without_measurements_are_noted_and_other_folders_refused(runs, tmp_path):
     (runs[1] / "metrics.json").unlink()
     (runs[2] / "metrics.json").write_text("[{]")
-    quality = compare_quality(runs[:3])
+    quality = compare_quality(stored(runs[:3]))
     assert lines(quality)["sfd"] == {1: (0.5, None, (0,))}
     unfinished, damaged = quality.notes
     assert unfinished == f"{runs[1]} left out: it is not complete; the command that started it resumes it"
     assert damaged.startswith(f"{runs[2]} left out: {runs[2]}/metrics.json is damaged")
     with pytest.raises(FileNotFoundError, match=f"{tmp_path}/none holds neither a run nor a measured teacher"):
-        compare_quality([runs[0], tmp_path / "none"])
+        compare_quality(stored([runs[0], tmp_path / "none"]))
     with pytest.raises(ValueError, match="no value of a student; measure runs .*\n.*not complete"):
-        compare_quality([runs[1], runs[-1]])
+        compare_quality(stored([runs[1], runs[-1]]))
     with pytest.raises(ValueError, match="no student's fid_digits with one fingerprint\n"):
-        compare_quality(runs[:1], like=measured("student", 1, 0.0, num_samples=3))
+        compare_quality(stored(runs[:1]), like=measured("student", 1, 0.0, num_samples=3))
 
 
 def test_the_report_is_printed_and_written(runs, tmp_path):
-    printed = report(runs, tmp_path / "out")
+    printed = write_quality(stored(runs), tmp_path / "out")
     assert printed.startswith("fid_digits against NFE (ema): mean ± standard deviation over training seeds")
     assert printed.endswith(f"{tmp_path}/out/quality.json and quality.png written")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["quality.json", "quality.png"]
-    assert quality_from_json(json.loads((tmp_path / "out/quality.json").read_text())) == compare_quality(runs)
-    assert report(runs[-1:], tmp_path / "none").startswith("quality against NFE not compared: no value of a student")
+    assert quality_from_json(json.loads((tmp_path / "out/quality.json").read_text())) == compare_quality(stored(runs))
+    assert write_quality(stored(runs[-1:]), tmp_path / "none").startswith(
+        "quality against NFE not compared: no value of a student"
+    )
     assert not (tmp_path / "none").exists()
 
 
@@ -138,10 +141,10 @@ def test_one_measurement_is_drawn_where_it_has_several_numbers(tmp_path):
 
 
 def test_damaged_comparisons_are_refused(runs):
-    content = quality_to_json(compare_quality(runs))
+    content = quality_to_json(compare_quality(stored(runs)))
     with pytest.raises(ValueError, match="this is no comparison of quality against NFE"):
         quality_from_json({**content, "values": [{"name": "a"}]})
     with pytest.raises(ValueError, match="two values of one group have the same seed and NFE"):
         quality_from_json({**content, "values": 2 * content["values"][:1]})
     assert content["lines"][1]["points"][0] == {"nfe": 1, "mean": 0.55, "std": None, "seeds": [0]}
-    assert compare_quality(runs).lines[1].points[0] == QualityPoint(1, 0.55, None, (0,))
+    assert compare_quality(stored(runs)).lines[1].points[0] == QualityPoint(1, 0.55, None, (0,))

@@ -10,7 +10,7 @@ from process_tools import in_two_processes
 from torch import nn
 from torch.utils.data import DataLoader
 
-from launch.run.gradient_averaging import AveragedGradients, CountedDDP, buckets
+from launch.run.strategies import AveragedGradients, CountedDDP, buckets
 from stillhouse.checkpoints.weights import hash_state
 
 STEPS = 6
