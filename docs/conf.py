@@ -37,6 +37,7 @@ html_title = "Stillhouse"
 html_static_path = ["static"]
 html_css_files = ["stillhouse.css"]
 html_show_sourcelink = False
+html_sidebars = {"data": [], "idea": []}  # pages of no section
 html_theme_options = {
     "navigation_with_keys": False,
     "show_toc_level": 2,
