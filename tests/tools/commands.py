@@ -71,7 +71,9 @@ class Command:
             word for word in arguments if not word.startswith("method.kimg=")
         ]  # which trainer=debug has its own of
         debug = [] if any(word.startswith("trainer=") for word in arguments) else ["trainer=debug"]
-        return [*arguments, *debug, *(_PICTURES if "data=image_folder" in arguments else [])]
+        # In debug's few steps the values of an EDM teacher's images span more than those of the flows beside it.
+        steps = ["teacher.steps=10"] if "method=bezier" in arguments else []
+        return [*arguments, *debug, *steps, *(_PICTURES if "data=image_folder" in arguments else [])]
 
 
 def _values(word: str) -> list[str]:
