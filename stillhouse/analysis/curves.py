@@ -234,7 +234,7 @@ def reference_lines(path: str | Path) -> dict[str, dict[str, float]]:
     They are of the monitoring seeds, as the curve is: values of other seeds would not be what it approaches.
 
     Returns:
-        {metric with its number of samples: {label: value}}, empty without the file.
+        Values by metric, with its number of samples, and by label; empty without the file.
     """
     lines: dict[str, dict[str, float]] = {}
     for record in load_records(path) if Path(path).exists() else []:
