@@ -14,17 +14,18 @@ class Progress(pl.Callback):
     """Shows progress in images on standard error of rank zero, in place of Lightning's bar.
 
     On a terminal: a bar with images/s and the time left. Elsewhere one line every `every_kimg` thousand images or, if that
-    is None, every `every_seconds`: step, kimg done and in total, images/s since the line before, losses, time left.
+    is None, every `every_seconds`: step, kimg done and in total, images/s since the line before, losses, time left; first of
+    all, in a stage of a method, the stage's name.
     Also logs speed/images_per_second, since the row before, and with several processes speed/bytes_reduced: what each
     process gave to all-reduce per step (`launch/run/strategies.py`), and says it once.
     """
 
-    def __init__(self, every_kimg: float | None = None, every_seconds: float = 10.0) -> None:
+    def __init__(self, every_kimg: float | None = None, every_seconds: float = 10.0, stage: str = "") -> None:
         if every_kimg is not None:
             check_every_kimg("Progress", every_kimg)
         if every_seconds < 0:
             raise ValueError(f"Progress: every_seconds must not be negative, got {every_seconds}")
-        self.every_kimg, self.every_seconds = every_kimg, every_seconds
+        self.every_kimg, self.every_seconds, self.stage = every_kimg, every_seconds, stage
         self._bar: tqdm | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -37,6 +38,7 @@ class Progress(pl.Callback):
             self._bar = tqdm(
                 total=self._total,
                 initial=pl_module.nimg,
+                desc=self.stage or None,
                 unit="img",
                 unit_scale=True,
                 mininterval=0.5,
@@ -82,6 +84,7 @@ class Progress(pl.Callback):
         left = f"{tqdm.format_interval((self._total - done) / rate)} left" if self._total and rate else ""
         total = f"/{self._total / 1000:.1f}" if self._total else ""
         fields = [
+            self.stage,
             f"step {trainer.global_step}",
             f"{done / 1000:.1f}{total} kimg",
             f"{_rate(self._line, now):.0f} img/s",

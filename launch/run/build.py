@@ -157,6 +157,8 @@ def build_stages(config: DictConfig, method: Method, data: Any, folder: RunFolde
         cfg.folder, cfg.batch_size = str(part.path), module.batch_size
         kept = (*_STAGE_CALLBACKS, "ema") if module.averaged_stage else _STAGE_CALLBACKS
         cfg.callbacks = {key: value for key, value in cfg.callbacks.items() if key in kept}
+        if cfg.callbacks.get("progress"):
+            OmegaConf.update(cfg.callbacks, "progress.stage", name, force_add=True)
         cfg.logger = {key: value for key, value in cfg.logger.items() if key == "csv"}
         trainer = build_trainer(cfg, module, part, here)
         stages.append(Stage(module, module.training_data(data), trainer, part))

@@ -62,6 +62,11 @@ def test_a_line_every_n_seconds(tmp_path, capsys, monkeypatch):
     assert [line[0] for line in lines(capsys)] == ["3", "6", "8"]
 
 
+def test_a_stage_has_its_name_before_each_line(tmp_path, capsys):
+    trainer(tmp_path, 1, [Progress(every_kimg=0.1, stage="rounds/4")]).fit(TinyMethod(batch_size=100))
+    assert capsys.readouterr().err.startswith("rounds/4 | step 1 | 0.1/0.1 kimg | ")
+
+
 def test_resumed_runs_count_on(tmp_path, capsys):
     trainer(tmp_path, 2, [Checkpoints(2)]).fit(TinyMethod(100))
     callbacks = [Progress(every_kimg=0.4), Checkpoints(2)]
