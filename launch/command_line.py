@@ -6,10 +6,11 @@ Hydra composes a config before the program's own code runs, and reports errors i
 import difflib
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra._internal import utils
 from hydra.core.global_hydra import GlobalHydra
@@ -39,13 +40,24 @@ def run(main: Callable[[], Any]) -> None:
     utils.run_and_report = lambda function: hydras(lambda: _reported(function))
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _end_without_reader()
     finally:
         utils.run_and_report = hydras
+
+
+def _end_without_reader() -> NoReturn:
+    """End silently, as other programs do whose output nobody reads any more: `--help | head`."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the exit
+    sys.exit(128 + signal.SIGPIPE)
 
 
 def _reported(function: Callable[[], Any]) -> Any:
     try:
         return function()
+    except BrokenPipeError:
+        _end_without_reader()
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
         from launch.errors import JobFailed
 

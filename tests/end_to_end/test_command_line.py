@@ -51,6 +51,16 @@ def asked(script, *arguments):
     return ended.stdout, {line.split("|")[-1].strip() for line in ended.stderr.splitlines() if "import time" in line}
 
 
+@pytest.mark.parametrize("options", [["--help"], ["--cfg", "job"]])
+def test_help_may_go_to_a_reader_that_ends_first(tmp_path, options):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, str(ROOT / "train.py"), *options]
+    ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, cwd=tmp_path, timeout=120)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (141, b"")
+
+
 def test_help_shows_the_choices_without_loading_torch(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out, modules = asked("train.py", "--help")
