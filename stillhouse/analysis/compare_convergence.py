@@ -72,7 +72,7 @@ def _differences(groups: Sequence[str], options_of_runs: Sequence[ComparableOpti
     for group, options in dict(zip(groups, options_of_runs, strict=True)).items():
         others = other_differences(options_of_runs[0], options)
         if group in present and options.get("method.name") != options_of_runs[0].get("method.name") and others:
-            notes.append(f"{group} has other options in common with {groups[0]}: {'; '.join(others)}")
+            notes.append(f"{group} differs from {groups[0]} in options that both have: {'; '.join(others)}")
     return notes
 
 

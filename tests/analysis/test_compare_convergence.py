@@ -202,7 +202,7 @@ def test_groups_with_other_common_options_are_noted(runs):
     path = write_run(runs[0].parent / "lr", curve("faster", decay(0.4)), batch_size=32)
     base = write_run(runs[0].parent / "first", curve("base", decay(0.2)), batch_size=16)
     assert compare_runs(stored([base, path])).notes == (
-        "faster has other options in common with base: batch_size 32, not 16",
+        "faster differs from base in options that both have: batch_size 32, not 16",
     )
 
 
