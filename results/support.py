@@ -1,4 +1,4 @@
-"""What works with what, as a table for the README."""
+"""What works with what, as a table for docs/data.md."""
 
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,7 @@
 """Every method on every data set with a teacher of every family: two training steps and a sample of each.
 
-python tests/support_matrix.py runs all of them and writes results/support.json, of which the README's table is made. The test
-suite runs a part that has every pair of two choices. Networks are shrunken; data are small files in their published layouts.
+python tests/support_matrix.py runs all of them and writes results/support.json, of which the table in docs/data.md is made. The
+test suite runs a part that has every pair of two choices. Networks are shrunken; data are small files in their published layouts.
 """
 
 import json

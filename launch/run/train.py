@@ -111,7 +111,7 @@ def print_automatic_choices() -> None:
     if not is_rank_zero():
         return
     if recipe := chosen_by_itself("recipe"):
-        print(f"recipe={recipe}, the published settings of this method and data (conf/recipe)", flush=True)
+        print(f"recipe={recipe}, the settings for this method and data (conf/recipe)", flush=True)
     if (teacher := chosen_by_itself("teacher")) not in (None, "none"):
         print(
             f"teacher={teacher}, by the data; teacher=NAME (conf/teacher) or teacher=runs/NAME chooses another",
