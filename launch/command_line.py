@@ -109,7 +109,7 @@ def check_choices() -> None:
     for override in OverridesParser.create().parse_overrides(typed_options()):
         group, name = override.key_or_group, override.value() if not override.is_delete() else None
         options = choices(group)
-        if options and isinstance(name, str) and not _found(group, name):
+        if options and isinstance(name, str) and not _exists(group, name):
             raise ValueError(_missing_choice(group, name, options, [override]))
 
 
@@ -143,11 +143,11 @@ def chosen_by_itself(group: str) -> str | None:
     hydra = HydraConfig.get()
     name = hydra.runtime.choices.get(group)
     typed = any(override.lstrip("+~").startswith(f"{group}=") for override in typed_options())
-    return name if not typed and name and _found(group, name) else None
+    return name if not typed and name and _exists(group, name) else None
 
 
-def _found(group: str, name: str) -> bool:
-    """Whether a composed config has found this choice, also in folders that hydra.searchpath adds, or as a run's folder."""
+def _exists(group: str, name: str) -> bool:
+    """Whether a composed config has this choice, also in folders that hydra.searchpath adds, or as a run's folder."""
     sources = HydraConfig.get().runtime.config_sources
     folders = [Path(source.path) for source in sources if source.schema == "file"]
     known = GlobalHydra.instance().config_loader().repository.config_exists(f"{group}/{name}")
@@ -207,10 +207,10 @@ def nearest(key: str, names: Iterable[str]) -> list[str]:
     names = sorted(set(names) - {key})
     parent, _, leaf = key.rpartition("/")[2].rpartition(".")  # a group may have been inside of another one
     beside = {name.rpartition(".")[2]: name for name in names if name.rpartition(".")[0] == parent}
-    found = [beside[near] for near in difflib.get_close_matches(leaf, beside, _SHOWN, _ALIKE)]
-    found += sorted((name for name in names if name.rpartition(".")[2] == leaf), key=lambda name: name.count("."))
-    found = found or difflib.get_close_matches(key, names, _SHOWN, 0.8)
-    return list(dict.fromkeys(found))[:_SHOWN]
+    matches = [beside[near] for near in difflib.get_close_matches(leaf, beside, _SHOWN, _ALIKE)]
+    matches += sorted((name for name in names if name.rpartition(".")[2] == leaf), key=lambda name: name.count("."))
+    matches = matches or difflib.get_close_matches(key, names, _SHOWN, 0.8)
+    return list(dict.fromkeys(matches))[:_SHOWN]
 
 
 def _dotted(node: Any, prefix: str = "") -> Iterator[str]:
@@ -249,13 +249,13 @@ def _program() -> str:
 
 def _given() -> list[Override]:
     """The command's options, as far as they can be read."""
-    found = []
+    overrides = []
     for argument in _arguments().overrides:
         try:
-            found += OverridesParser.create().parse_overrides([argument])
+            overrides += OverridesParser.create().parse_overrides([argument])
         except HydraException:
             continue
-    return found
+    return overrides
 
 
 def choices(group: str) -> list[str]:

@@ -1,7 +1,7 @@
 """Whether the values of a config are of the types that their takers' annotations name, and their takers allowed.
 
 `true` is no number, a number no text, and where a number stands it is finite. Hydra reads `no` and `off` as texts, which Python
-would take for true.
+would read as true.
 """
 
 import difflib
@@ -31,7 +31,7 @@ _LISTED = 20
 
 
 class UnknownOption(ValueError):
-    """An option (`key`) that is none of those that its `owner` takes."""
+    """An option (`key`) that is none of those that its `owner` has."""
 
     def __init__(self, key: str, name: str, known: Sequence[str], owner: str):
         names = [one for one in known if not one.startswith("_")]
@@ -45,12 +45,12 @@ def check_node(node: DictConfig) -> None:
     """A node with a `_target_`, and all nodes in it, none of which is built.
 
     Raises:
-        ValueError: For a target that may not be built, an option that it does not take, or one of the wrong type.
+        ValueError: For a target that may not be built, an option that it does not have, or one of the wrong type.
     """
     key = _key(node)
     target = _target(str(node[_TARGET]), key)
-    own = {_TARGET: str, _PARTIAL: bool}
-    _check_members(node, own | parameters(target), key, target.__name__)
+    hydra_keys = {_TARGET: str, _PARTIAL: bool}
+    _check_members(node, hydra_keys | parameters(target), key, target.__name__)
 
 
 def check_targets(node: Any) -> None:
@@ -68,17 +68,17 @@ def check_targets(node: Any) -> None:
 
 @cache
 def parameters(target: Any) -> dict[str, Any]:
-    """The options that a class or function takes by name, with their types; of a class also those it hands to its bases."""
-    found: dict[str, Any] = {}
+    """The options that a class or function accepts by name, with their types; of a class also those it hands to its bases."""
+    types_by_name: dict[str, Any] = {}
     for function in _constructors(target) if isinstance(target, type) else [target]:
         hints = typing.get_type_hints(function)
         options = [p for p in inspect.signature(function).parameters.values() if p.name != "self"]
-        found = {
+        types_by_name = {
             p.name: hints.get(p.name, Any) for p in options if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-        } | found
+        } | types_by_name
         if not any(p.kind == p.VAR_KEYWORD for p in options):
             break
-    return found
+    return types_by_name
 
 
 def _constructors(target: type) -> Iterator[Any]:
@@ -263,10 +263,10 @@ def _source(node: DictConfig, name: Any) -> str:
     """The option that a value is set by: that which an interpolation names, and so on."""
     key, root = _joined(_key(node), name), node._get_root()
     while isinstance(node, DictConfig) and name in node:
-        found = re.fullmatch(r"\$\{(\w[\w.]*)\}", str(node._get_node(name)._value()))
-        if not found:
+        reference = re.fullmatch(r"\$\{(\w[\w.]*)\}", str(node._get_node(name)._value()))
+        if not reference:
             break
-        key = found[1]
+        key = reference[1]
         parent, _, name = key.rpartition(".")
         node = OmegaConf.select(root, parent) if parent else root
     return key

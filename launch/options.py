@@ -64,8 +64,8 @@ def check_run(cfg: DictConfig) -> None:
 
 
 def _recipe(name: str) -> Any:
-    found = GlobalHydra.instance().config_loader().repository.load_config(f"recipe/{name}")
-    return found.config if found else OmegaConf.create()
+    recipe = GlobalHydra.instance().config_loader().repository.load_config(f"recipe/{name}")
+    return recipe.config if recipe else OmegaConf.create()
 
 
 def check_options(cfg: DictConfig, options: type, owner: str) -> None:

@@ -29,7 +29,7 @@ _APART = 1  # seconds; one Ctrl-C may come twice, from the terminal and from who
 
 
 class Stopped(BaseException):
-    """The run ends here because of a signal. No Exception: nothing on the way may take it for a failure and go on."""
+    """The run ends here because of a signal. No Exception: nothing on the way may treat it as a failure and go on."""
 
 
 class Notice:
@@ -144,7 +144,7 @@ NOTICE = Notice()
 def stoppable(job: str) -> Iterator[None]:
     """Within the block a signal ends the process in order; rank zero says how `job` goes on.
 
-    The exit code of SIGUSR1 is 0, or 1 where SLURM didn't take the job back. A sweep ends too: the same command goes on with
+    The exit code of SIGUSR1 is 0, or 1 where SLURM didn't requeue the job. A sweep ends too: the same command goes on with
     its unfinished jobs.
     """
     decides = is_rank_zero()

@@ -47,7 +47,7 @@ from stillhouse.metrics.images import from_uint8
 from stillhouse.pictures.paths import bezier_panel, coupling_panel, flow_panel, planar_points, plot_paths
 from stillhouse.pictures.points import PLANE
 
-MATCHED = 2000  # samples that W2 is taken of, at most: its time grows with their cube
+MATCHED = 2000  # samples that W2 is computed from, at most: its time grows with their cube
 _PLACE = ("teacher", "method.teacher", "method.teachers")  # where in a chain a run stands
 LINES = 48  # paths in a panel of paths.png
 CLOUD = 1000  # points of the data behind them
@@ -86,7 +86,12 @@ class FlowMeasurement:
         self.real = real_images(packed, self.matched)
 
     def run(self, steps: Sequence[int], runs: Iterable[TrainedRun]) -> FlowChain:
-        """steps: numbers of Euler steps to score every flow at. runs: taken one at a time."""
+        """Measure the flows, then the runs distilled from them, one at a time.
+
+        Args:
+            steps: Numbers of Euler steps to score every flow at.
+            runs: With their students in place.
+        """
         self.ends = [sample_images(flow.sample, self.seeds, **self.sampling) for flow in self.flows]
         flows = [self._flow(k, steps) for k in range(len(self.flows))]
         distilled, options_of_runs, notes = [], [], []
@@ -128,7 +133,7 @@ class FlowMeasurement:
         )
 
     def _distilled(self, run: TrainedRun) -> tuple[dict[str, str], dict[str, Any], list[str]]:
-        """(what its group depends on, all of `DistilledRun` but the group, notes)."""
+        """Return what the run's group depends on, all of `DistilledRun` but the group, and remarks."""
         k = place(self.flows, run)
         method = run.method.to(self.evaluation.device)
         target, notes = method.end_teacher(), []
@@ -136,8 +141,10 @@ class FlowMeasurement:
         regression = None
         if target is not None and target.hash == self.flows[k].hash:
             regression = mean_with_error(squared_distances(images, self.ends[k]))
-            if how(target) != how(self.flows[k]):
-                notes.append(f"{run.folder.path} was trained on samples of {how(target)}, not {how(self.flows[k])}")
+            if sampled_by(target) != sampled_by(self.flows[k]):
+                notes.append(
+                    f"{run.folder.path} was trained on samples of {sampled_by(target)}, not {sampled_by(self.flows[k])}"
+                )
         records = self.evaluation.student(method, run.folder, run.weights)
         if records[0].unfinished:
             step, total = (records[0].training[key] for key in ("step", "total"))
@@ -172,23 +179,27 @@ class FlowMeasurement:
 
 
 def place(flows: Sequence[Teacher], run: TrainedRun) -> int:
-    """The index of the flow that a run's student was distilled from; ValueError for one that isn't in the chain."""
+    """Return the index of the flow that a run's student was distilled from.
+
+    Raises:
+        ValueError: For a flow that isn't in the chain.
+    """
     teacher = run.method.teacher
-    found = [k for k, flow in enumerate(flows) if teacher is not None and flow.hash == teacher.hash]
-    if not found:
+    places = [k for k, flow in enumerate(flows) if teacher is not None and flow.hash == teacher.hash]
+    if not places:
         name = "none" if teacher is None else f"{teacher.name} ({teacher.hash[:8]})"
         known = ", ".join(f"{flow.name} ({flow.hash[:8]})" for flow in flows)
         raise ValueError(f"distilled: the teacher of {run.folder.path} is {name}, not one of the flows {known}")
-    return found[-1]
+    return places[-1]
 
 
-def how(teacher: Teacher) -> str:
-    """By which solver and how many evaluations a teacher is sampled."""
+def sampled_by(teacher: Teacher) -> str:
+    """Return by which solver and how many evaluations a teacher is sampled."""
     return f"{teacher.solver_name} at {teacher.nfe()} NFE"
 
 
 def real_images(packed: Any, count: int) -> Tensor:
-    """That many images (count, C, H, W), float32 in [-1, 1], evenly spread over a packed data set."""
+    """Return `count` images (count, C, H, W), float32 in [-1, 1], evenly spread over a packed data set."""
     return from_uint8(packed.fetch(np.arange(count) * len(packed) // count)[0])
 
 
@@ -243,22 +254,30 @@ def main(cfg: DictConfig) -> None:
 
 
 def planar(shape: Sequence[int]) -> bool:
+    """Return whether images of this shape (C, H, W) are points of the plane."""
     return tuple(shape) == PLANE
 
 
 def draw_flow_paths(
     path: Path, flows: Sequence[Teacher], students: Iterable[Method], evaluation: Evaluation, steps: int
 ) -> None:
-    """One panel for the pairs that the first flow is trained on, one per flow, one per kind of curves among the students.
+    """Draw paths of planar data: the pairs that the first flow is trained on, each flow, each kind of curves among the students.
 
-    All but the first panel share their noise.
+    All panels but the first share their noise.
+
+    Args:
+        path: The picture.
+        flows: The chain.
+        students: Distilled from its flows.
+        evaluation: With the data.
+        steps: Of a path.
     """
     packed = evaluation.data.reference()
     cloud = planar_points(real_images(packed, min(CLOUD, len(packed))))
     seeds = torch.arange(LINES, device=evaluation.device)
     noise, labels = sample_noise(seeds, evaluation.shape), sample_labels(seeds, evaluation.data.num_classes)
-    drawn = sample_labels(seeds, len(packed)).cpu().numpy()
-    images = from_uint8(packed.fetch(drawn)[0].to(noise.device))
+    chosen = sample_labels(seeds, len(packed)).cpu().numpy()
+    images = from_uint8(packed.fetch(chosen)[0].to(noise.device))
     panels = [coupling_panel("noise and data, paired at random", noise, images, cloud)]
     for k, flow in enumerate(flows, 1):
         flow.to(evaluation.device)

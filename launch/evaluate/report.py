@@ -22,7 +22,7 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def gather(patterns: Sequence[str]) -> Gathered:
-    """What lies in the folders that the patterns name; a folder without a run or measurement is passed over.
+    """Read what lies in the folders that the patterns name, but for those without a run or measurement.
 
     Raises:
         FileNotFoundError: Where a pattern names nothing of either kind.
@@ -30,10 +30,10 @@ def gather(patterns: Sequence[str]) -> Gathered:
     """
     paths: dict[Path, None] = {}
     for pattern in patterns:
-        found = [path for path in map(Path, sorted(glob(str(pattern)))) if _holds(path)]
-        if not found:
+        matches = [path for path in map(Path, sorted(glob(str(pattern)))) if _holds(path)]
+        if not matches:
             raise FileNotFoundError(f"run={pattern} names no run (a folder with the config.yaml that train.py writes)")
-        paths.update(dict.fromkeys(found))
+        paths.update(dict.fromkeys(matches))
     stored, teachers, left_out = [], [], []
     for path in paths:
         try:
@@ -45,8 +45,8 @@ def gather(patterns: Sequence[str]) -> Gathered:
             left_out.append(f"{path}: {' '.join(str(error).split())}")
     if not stored:
         raise ValueError("\n".join(["no complete run for a report", *left_out]))
-    groups = labels([training_options(comparable_options(found["config"])) for found in stored])
-    runs = [Measured(label=group, **found) for found, group in zip(stored, groups, strict=True)]
+    groups = labels([training_options(comparable_options(values["config"])) for values in stored])
+    runs = [Measured(label=group, **values) for values, group in zip(stored, groups, strict=True)]
     return Gathered(runs, teachers, left_out)
 
 
@@ -78,10 +78,10 @@ def _read(path: Path, left_out: list[str]) -> dict[str, Any]:
 def _samples(folder: Path) -> bytes | None:
     path = resolve_inside(folder, "samples.png")
     if not path.is_file():
-        found = max((folder / "samples").glob("*.png"), default=None)  # names are numbers of the same length
-        if found is None:
+        newest = max((folder / "samples").glob("*.png"), default=None)  # names are numbers of the same length
+        if newest is None:
             return None
-        path = resolve_inside(folder, str(found.relative_to(folder)))
+        path = resolve_inside(folder, str(newest.relative_to(folder)))
     content = path.read_bytes()
     if not content.startswith(_PNG):
         raise ValueError(f"{path} is no PNG picture; restore or remove it")

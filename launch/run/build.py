@@ -107,12 +107,12 @@ def build_trainer(config: DictConfig, method: Method, folder: RunFolder, here: b
         check_memory(share, f"batch_size={config.batch_size} (lower it): the images and noise of a step")
     options["strategy"] = choose_strategy(options["strategy"], processes)
     owner = identity(OmegaConf.to_container(config, resolve=True), method.name)
-    options, own = lightning_options(options, method, folder.path, here, owner)
+    options, first = lightning_options(options, method, folder.path, here, owner)
     if not here:
         accelerator = "cpu" if options["accelerator"] in ("gpu", "cuda") else options["accelerator"]
         options |= {"accelerator": accelerator, "devices": 1, "num_nodes": 1, "strategy": "auto"}
     # Those of the options first: what they switch on for a step is off when the others measure after it.
-    callbacks = own + [callback for callback in build(config.callbacks).values() if callback is not None]
+    callbacks = first + [callback for callback in build(config.callbacks).values() if callback is not None]
     loggers = [logger for logger in build(config.logger).values() if logger is not None]
     try:
         trainer = pl.Trainer(
@@ -139,6 +139,15 @@ def build_trainer(config: DictConfig, method: Method, folder: RunFolder, here: b
 
 @dataclass(frozen=True)
 class Stage:
+    """A method that is trained before the run's.
+
+    Attributes:
+        method: What is trained.
+        data: What it trains on.
+        trainer: Of the run's kind.
+        folder: runs/NAME/STAGE.
+    """
+
     method: Method
     data: pl.LightningDataModule
     trainer: pl.Trainer
@@ -166,7 +175,7 @@ def build_stages(config: DictConfig, method: Method, data: Any, folder: RunFolde
 
 
 def fit_stages(stages: list[Stage], method: Method, folder: RunFolder) -> None:
-    """Train what is missing, and note what it cost in preparation.json."""
+    """Train the stages that are missing, and write what they cost into preparation.json."""
     for stage in stages:
         stage.trainer.fit(stage.method, stage.data, ckpt_path=stage.folder.resume())
         if is_rank_zero():

@@ -94,48 +94,59 @@ class RunFolder:
         return self.path.resolve().name
 
     def begun(self) -> bool:
-        """Whether there is training to lose, also of a stage: what failed before its first checkpoint may be used again."""
+        """Return whether training could be lost, also a stage's: what failed before its first checkpoint may be used again."""
         trained = ("checkpoints/last.ckpt", "*.safetensors")  # of the run and of its stages
         return self.metrics.exists() or any(any(self.path.rglob(pattern)) for pattern in trained)
 
     def complete(self) -> bool:
-        """The final evaluation is written last."""
+        """Return whether the run has reached its end: the final evaluation is written last."""
         return self.metrics.exists()
 
     def resume(self) -> Path | None:
-        """The checkpoint that training goes on from, None at the beginning."""
+        """Return the checkpoint that training goes on from, None at the beginning."""
         return self.last if self.last.exists() else None
 
     def check_complete(self) -> None:
-        """Errors: ValueError for a run that is not."""
+        """Check that the run has reached its end.
+
+        Raises:
+            ValueError: Where it has not.
+        """
         if not self.complete():
             raise ValueError("it is not complete; the command that started it resumes it")
 
     def final_records(self) -> list[Record]:
-        """Of the final evaluation. Errors: ValueError for a run that is not complete, and for damaged ones."""
+        """Return the records of the final evaluation.
+
+        Raises:
+            ValueError: For a run that is not complete, and for damaged records.
+        """
         self.check_complete()
         return load_records(resolve_inside(self.path, self.metrics.name))
 
     def later_records(self) -> tuple[list[Record], list[str]]:
-        """(those that evaluate.py made of the final weights; lines on others that are left out, made while training went on).
+        """Return the records that evaluate.py made of the final weights, and a line for each of a half-trained student, left out.
 
-        Errors: ValueError for damaged ones.
+        Raises:
+            ValueError: For damaged records.
         """
         path = resolve_inside(self.path, "evaluation/metrics.json")
-        found = load_records(path) if path.is_file() else []
-        unfinished = {f"{r.training['step']} of {r.training['total']}": None for r in found if r.unfinished}
+        records = load_records(path) if path.is_file() else []
+        unfinished = {f"{r.training['step']} of {r.training['total']}": None for r in records if r.unfinished}
         lines = [f"{path.relative_to(self.path)} has values after {at} training steps, left out" for at in unfinished]
-        return [record for record in found if not record.unfinished], lines
+        return [record for record in records if not record.unfinished], lines
 
     def results_table(self) -> str:
-        """The table of the final evaluation."""
+        """Return the table of the final evaluation."""
         return records_text(self.final_records())
 
     def stored_config(self) -> dict[str, Any]:
-        """Its plain values, to the letter as train.py wrote them.
+        """Return the plain values of config.yaml, to the letter as train.py wrote them.
 
-        Errors: FileNotFoundError where the folder holds no run; ValueError for a config that can't be read or is none of a
-        run, and for one with interpolations: those of a stranger could show this machine's environment.
+        Raises:
+            FileNotFoundError: Where the folder holds no run.
+            ValueError: For a config that can't be read or is none of a run, and for one with interpolations: those of a stranger
+                could show this machine's environment.
         """
         if not self.config.is_file():
             raise FileNotFoundError(f"{self.path} holds no run (no config.yaml); give a folder that train.py made")
@@ -143,29 +154,38 @@ class RunFolder:
         try:
             check_aliases(self.config.read_text())
             plain = OmegaConf.to_container(OmegaConf.load(self.config))
-            found = re.search(r"\$\{[^}]*\}?", json.dumps(plain))
+            interpolation = re.search(r"\$\{[^}]*\}?", json.dumps(plain))
         except Exception as error:
             reason = str(error) if type(error) is ValueError else type(error).__name__
             raise ValueError(f"{self.config} can't be read ({reason}); restore or remove it") from error
-        if found:
+        if interpolation:
             raise ValueError(
-                f"{self.config} holds {found[0]}, which is not resolved: the config of a run has plain values; put one there"
+                f"{self.config} holds {interpolation[0]}, which is not resolved: the config of a run has plain values; "
+                "put one there"
             )
         if odd := _odd(plain):
             raise ValueError(f"{self.config} is not the config of a run ({odd}); restore or remove it")
         return plain
 
     def plain_config(self) -> dict[str, Any]:
-        """The stored values, with the classes of earlier revisions by their names of today; errors as `stored_config`."""
+        """Return the stored values, with the names of earlier revisions as they are today.
+
+        Raises:
+            ValueError, FileNotFoundError: As `stored_config`.
+        """
         return modernised(self.stored_config())
 
     def read_config(self) -> DictConfig:
-        """The same as a config."""
+        """Return `plain_config` as a config."""
         return OmegaConf.create(self.plain_config())
 
     def check(self, config: dict[str, Any]) -> None:
-        """Errors: ValueError where a run with another config is here, showing the first difference with both values, and where
-        there is a config.yaml of something else; OSError where a run that is not complete could not be written to.
+        """Check that a run of this config may begin or go on here.
+
+        Raises:
+            ValueError: Where a run with another config is here, with the first difference and both values, and where there is a
+                config.yaml of something else.
+            OSError: Where a run that is not complete could not be written to.
         """
         outer = next(
             (p for p in self.path.parents if (p / "checkpoints").is_dir() and (p / "config.yaml").is_file()), None
@@ -206,9 +226,10 @@ class RunFolder:
 
     @contextmanager
     def held(self, config: dict[str, Any]) -> Iterator[None]:
-        """`claim` it, and keep other processes out: a second job of a sweep, or the same command twice.
+        """`claim` the folder, and keep other processes out: a second job of a sweep, or the same command twice.
 
-        Errors: ValueError where another process trains this run.
+        Raises:
+            ValueError: Where another process trains this run.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         lock = try_lock(self.path / "lock")
@@ -235,9 +256,11 @@ def _odd(config: Any) -> str:
 
 
 def identity(config: Mapping[str, Any], method: str) -> dict[str, str]:
-    """What a checkpoint says of its run: the method's name, and a hash of the options that its weights come from.
+    """Return what a checkpoint says of its run: the method's name, and a hash of the options that its weights come from.
 
-    config: the run's, plain. A stage has the config of the run that it is a part of, and a method of its own.
+    Args:
+        config: The run's, plain; of a stage that of the run which it is a part of.
+        method: The name of what is trained; a stage has another method than its run.
     """
     chosen = {key: config.get(key) for key in ("method", "seed", "batch_size")}
     chosen["data"] = (config.get("data") or {}).get("name")
@@ -253,7 +276,7 @@ def _without_places(value: Any) -> Any:
 
 
 def differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted key, old value, new value) of every leaf that differs between two plain configs; absent counts as None.
+    """Return (dotted key, old value, new value) of every leaf that differs between two plain configs; absent counts as None.
 
     Lists of other named configs differ by their names.
     """

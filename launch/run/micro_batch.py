@@ -1,4 +1,4 @@
-"""trainer.micro_batch=auto: the largest part of a batch whose passes the device's memory holds, found by trying."""
+"""trainer.micro_batch=auto: the largest part of a batch whose passes the device's memory holds, by trying."""
 
 import gc
 import sys
@@ -19,22 +19,22 @@ class FindMicroBatch(pl.Callback):
     """Before the first step of a start, tries the passes of a step with the whole share, then with half, and so on.
 
     Nothing of the run changes by it but `method.micro_batch`: no weight, no random number, no place in the data. All processes
-    take what the one with the least room can. A resumed run begins with what it had, so that it repeats the same sums.
+    use what the one with the least room can. A resumed run begins with what it had, so that it repeats the same sums.
     """
 
     def __init__(self) -> None:
-        self._found: int | None = None
+        self._size: int | None = None
         self._done = False
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Method, batch: Any, batch_idx: int) -> None:
         if self._done:
             return
         share = len(next(iter(batch.values())))
-        size = min(self._found or share, share)
+        size = min(self._size or share, share)
         clock = Clock.find(trainer)
         with clock.stopped() if clock else nullcontext():
             size = self._largest(trainer, pl_module, batch, size)
-        pl_module.micro_batch = self._found = size
+        pl_module.micro_batch = self._size = size
         self._done = True
         if trainer.is_global_zero:
             passes = -(-share // size)
@@ -73,10 +73,10 @@ class FindMicroBatch(pl.Callback):
         return False
 
     def state_dict(self) -> dict[str, Any]:
-        return {"micro_batch": self._found}
+        return {"micro_batch": self._size}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._found = state_dict["micro_batch"]
+        self._size = state_dict["micro_batch"]
 
 
 def _fresh(trainer: pl.Trainer) -> list[torch.Tensor]:

@@ -45,8 +45,8 @@ def published(teacher: str, otherwise: str) -> str:
 
 def network_for(data: str) -> str:
     """The network in conf/teacher/network that suits a data set of conf/data: by its size and its number of classes."""
-    found = _configs().load_config(f"data/{data}")
-    config = found.config if found else {}
+    stored = _configs().load_config(f"data/{data}")
+    config = stored.config if stored else {}
     config = config.get("data", config)  # of a run
     if config.get("resolution") == 1:
         return "mlp"

@@ -103,10 +103,10 @@ class Networks:
 
     @classmethod
     def of(cls, method: Method, averages: int) -> "Networks":
-        own = [module for module in method.modules() if isinstance(module, Denoiser)]
-        trained = sum(any(p.requires_grad for p in part.parameters()) for part in own)
+        denoisers = [module for module in method.modules() if isinstance(module, Denoiser)]
+        trained = sum(any(p.requires_grad for p in part.parameters()) for part in denoisers)
         teachers = [network for network in method.frozen_networks() if isinstance(network, Teacher)]
-        return cls(trained, len(own) - trained + len(teachers), averages)
+        return cls(trained, len(denoisers) - trained + len(teachers), averages)
 
     @property
     def held(self) -> int:
@@ -121,14 +121,14 @@ class Networks:
 def _disk(method: Method, training: Any, size: int, networks: Networks) -> dict[str, int]:
     """Bytes by what they are for; size: of one network."""
     checkpoint = size * networks.in_checkpoint
-    found = {"last.ckpt, best.ckpt": 2 * checkpoint} if method.monitor else {"last.ckpt": checkpoint}
-    found["student.safetensors"] = size
-    found |= method.stored_bytes(size)
+    sizes = {"last.ckpt, best.ckpt": 2 * checkpoint} if method.monitor else {"last.ckpt": checkpoint}
+    sizes["student.safetensors"] = size
+    sizes |= method.stored_bytes(size)
     if isinstance(training, TrajectoryDataModule):
         stores = [*training.train_stores, *training.held_out_stores]
         samples = sum(len(store) for store in stores)
-        found[f"{samples:,} stored samples, unless they are there"] = sum(store.estimate() for store in stores)
-    return found
+        sizes[f"{samples:,} stored samples, unless they are there"] = sum(store.estimate() for store in stores)
+    return sizes
 
 
 def evaluations_before(method: Method, training: Any) -> float:
@@ -203,23 +203,21 @@ def _teachers(method: DictConfig) -> list[DictConfig]:
 
 
 def build_weightless(config: DictConfig, seed: int) -> Method:
-    """Build the method with networks that have shapes alone. Its errors pass, but those of missing files."""
+    """Build the method with networks that have shapes alone; of its errors those of missing files do not pass."""
     config = weightless(config)
     try:
         return build_seeded(config, seed)
     except Exception as error:
         if _missing_file_error(error) is None or "lpips" not in str(config.get("loss")):
             raise
-        config.loss = (
-            "l2"  # what LPIPS is for was checked before its weights were looked for, and `missing` tells of them
-        )
+        config.loss = "l2"  # what LPIPS is for was checked before its weights were looked for, and `missing` lists them
         return build_seeded(config, seed)
 
 
 def weightless(method: DictConfig) -> DictConfig:
     """The method's config with the networks of its teachers built on the meta device: shapes without memory.
 
-    Weights that are there are checked against the network, and not kept; those that are not are `missing`'s to tell.
+    Weights that are there are checked against the network, and not kept; `missing` lists those that are not.
     """
     method = copy.deepcopy(method)
     OmegaConf.resolve(method)
@@ -237,12 +235,12 @@ def weightless(method: DictConfig) -> DictConfig:
 
 def _saved_bytes(network: nn.Module, data: Any) -> int:
     """Bytes that autograd keeps of one image's evaluation, beside the weights."""
-    own = {p.untyped_storage()._cdata for p in network.parameters()}
+    weights = {p.untyped_storage()._cdata for p in network.parameters()}
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
+        if storage._cdata not in weights:
             kept[storage._cdata] = storage.nbytes()  # what several layers keep is there once
         return tensor
 

@@ -76,9 +76,9 @@ def check_precision(precision: str, device: str, capability: tuple[int, int]) ->
         lacks, instead = "an NVIDIA GPU of compute capability 8.0 or higher", "16-mixed or 32-true"
     else:
         return
-    found = f"a GPU of capability {capability[0]}.{capability[1]}" if device == "cuda" else "a CPU"
+    present = f"a GPU of capability {capability[0]}.{capability[1]}" if device == "cuda" else "a CPU"
     raise ValueError(
-        f"trainer.precision={precision} needs {lacks}, and this is {found}: set trainer.precision={instead}"
+        f"trainer.precision={precision} needs {lacks}, and this is {present}: set trainer.precision={instead}"
     )
 
 

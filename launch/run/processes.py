@@ -33,9 +33,9 @@ from launch.run.strategies import AveragedGradients, CountedDDP
 from launch.signals import NOTICE, stopped_by
 from stillhouse.checks import check_counts
 
-# Seconds until a process that failed must have ended: launch/errors.py lets it wait, and a busy machine takes its time.
+# Seconds until a process that failed must have ended: launch/errors.py lets it wait, and a busy machine is slow.
 _PATIENCE = 60
-# Seconds in which a process finds out by itself that another one has gone, as collectives tell it; then it is ended.
+# Seconds in which a process notices that another one has gone, by its collectives; then it is ended.
 _UNNOTICED = 10
 _DDP_ENVIRONMENT = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -88,7 +88,7 @@ _NOT_HERE = {  # by the beginning of the name
 
 
 def choose_strategy(strategy: str, processes: int) -> str | Strategy:
-    """What pl.Trainer takes for `trainer.strategy`: for several processes with the way that they find each other.
+    """Return what pl.Trainer gets for `trainer.strategy`: for several processes with the way that they find each other.
 
     auto: "auto" of a single process, `AveragedGradients` of several.
 
@@ -216,18 +216,18 @@ def _watch(launchers: Sequence[Any], job: str, left: threading.Event) -> None:
 
 
 def _released(launchers: Sequence[Any]) -> list[subprocess.Popen]:
-    """The launchers' children, which are then no longer watched."""
+    """The launchers' children, which are then no longer looked after."""
     children: list[subprocess.Popen] = []
     for launcher in launchers:
-        watched = getattr(launcher, "children", [])
-        children += watched
-        watched.clear()
+        started = getattr(launcher, "children", [])
+        children += started
+        started.clear()
     return children
 
 
 @contextmanager
 def isolated_job(*trainers: pl.Trainer) -> Iterator[None]:
-    """Make the child processes of a DDP run repeat this job alone, in its folder, and leave no trace for the next one.
+    """Make the child processes of a DDP run repeat this job alone, in its folder, and leave nothing for the next one.
 
     trainers: all that the job uses, one after the other; the first starts the children, who do the same.
 

@@ -37,12 +37,16 @@ def exists(path: Path) -> bool:
 
 def remote_files(config: dict[str, Any]) -> list[RemoteFile]:
     """Each file with an address in a resolved config, once: in nodes with `url` and one of `file`, `path` and `weights`."""
-    found = {source.file: source for source in (*_walk(config, "", None), *_perceptual(config.get("method") or {}))}
-    return list(found.values())
+    files = {source.file: source for source in (*_walk(config, "", None), *_perceptual(config.get("method") or {}))}
+    return list(files.values())
 
 
 def fetch(config: dict[str, Any]) -> None:
-    """Download what is missing, in the first process alone; errors as `download`."""
+    """Download what is missing, in the first process alone.
+
+    Raises:
+        OSError, ValueError: As `download`.
+    """
     for source in remote_files(config) if is_rank_zero() else ():
         if source.missing:
             print(f"{source.option}: fetching {source.url} to {source.file}", flush=True)

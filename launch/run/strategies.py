@@ -67,12 +67,12 @@ def announced(num_nodes: int, num_processes: int) -> Iterator[None]:
 
 
 def waiting_line(num_nodes: int, num_processes: int) -> str:
-    """What the first process of a machine waits for."""
+    """Return the line on what the first process of a machine waits for."""
     names = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
     if started_processes():
         names = ("MASTER_ADDR", "MASTER_PORT", "RANK" if "RANK" in os.environ else "SLURM_PROCID")
-    found = ", ".join(f"{name}={os.environ.get(name, 0)}" for name in names)
-    return f"waiting for the {num_nodes * num_processes} processes of trainer.num_nodes={num_nodes} machines ({found}): {_HOW}"
+    address = ", ".join(f"{name}={os.environ.get(name, 0)}" for name in names)
+    return f"waiting for the {num_nodes * num_processes} processes of trainer.num_nodes={num_nodes} machines ({address}): {_HOW}"
 
 
 def _wait(reading: int, met: threading.Event, line: str) -> None:
@@ -100,8 +100,8 @@ class Launcher(_SubprocessScriptLauncher):
         self.children, self.procs = self.procs, []
 
 
-class Counted(DDPStrategy):
-    """What both strategies share: the bytes of gradients that a process has given to all-reduce, and a word between hosts.
+class CountingStrategy(DDPStrategy):
+    """What both strategies share: the bytes of gradients that a process has given to all-reduce, and agreement between hosts.
 
     A ring of N processes sends 2 (N - 1) / N times these bytes from each of them. Where a backend pads or compresses, or what
     other collectives cost (a few bytes for logs and checkpoints), is not in this figure.
@@ -115,17 +115,17 @@ class Counted(DDPStrategy):
     def setup_distributed(self) -> None:
         with announced(self.num_nodes, self.num_processes):
             super().setup_distributed()
-        # Words between hosts would wait for the device in NCCL's queue.
+        # Flags between hosts would wait for the device in NCCL's queue.
         self._hosts = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
     def on_any_rank(self, flags: Sequence[bool]) -> list[bool]:
-        """Which of `flags`, as many on each rank, hold on any of them. Hosts ask each other; no device is waited for."""
-        word = torch.tensor(flags, dtype=torch.uint8)
-        dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self._hosts)
-        return word.bool().tolist()
+        """Return which of `flags`, as many on each rank, hold on any of them. Hosts agree on it; no device is waited for."""
+        union = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(union, op=dist.ReduceOp.MAX, group=self._hosts)
+        return union.bool().tolist()
 
 
-class CountedDDP(Counted):
+class CountedDDP(CountingStrategy):
     """Lightning's DDP strategy, counted: buckets are reduced while the backward pass goes on."""
 
     def configure_ddp(self) -> None:
@@ -133,17 +133,17 @@ class CountedDDP(Counted):
         self.model.register_comm_hook(None, self._reduce)
 
     def _reduce(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        """As DDP's own: divides first, then sums."""
+        """Divide first, then sum, as DDP does."""
         flat = bucket.buffer()
         self.bytes_reduced += flat.nbytes
         flat.div_(self.world_size)
         return dist.all_reduce(flat, async_op=True).get_future().then(lambda future: future.value()[0])
 
 
-class AveragedGradients(Counted):
+class AveragedGradients(CountingStrategy):
     """Averages, after each backward pass, the gradients of the parameters that the pass reached on any rank; no others.
 
-    So where the networks of a method are trained in turns, a turn costs its own network's bytes alone, and a backward pass
+    So where updates of several networks follow each other, one costs the bytes of its network alone, and a backward pass
     inside of `block_backward_sync` costs none. DDP with find_unused_parameters=True sends zeros for all other networks in
     each pass: twice the bytes for diff_instruct, whose two networks are of one size (benchmarks, part scaling). What
     DDP has and this has not: its buckets travel while the backward pass goes on. Here they travel after it, so
@@ -169,8 +169,8 @@ class AveragedGradients(Counted):
 
     def setup(self, trainer: pl.Trainer) -> None:
         super().setup(trainer)
-        found = {p: None for o in self.optimizers for group in o.param_groups for p in group["params"]}
-        self._parameters = [parameter for parameter in found if parameter.requires_grad]
+        trained = {p: None for o in self.optimizers for group in o.param_groups for p in group["params"]}
+        self._parameters = [parameter for parameter in trained if parameter.requires_grad]
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(lambda _, place=place: self._reached.add(place))
             for place, parameter in enumerate(self._parameters)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationKeyError
@@ -54,7 +55,18 @@ def _is_teacher(cfg: DictConfig) -> bool:
 
 
 def teacher_config(name: Any, option: str) -> DictConfig:
-    """The config of one teacher by its name, which stands in `option`; errors as in `expand_teachers`."""
+    """Return the config of a teacher.
+
+    Args:
+        name: Of a file in conf/teacher, or a run's folder.
+        option: The option that gives the name, for the message.
+
+    Raises:
+        ValueError: For a name that is neither, or a student that is no teacher.
+        FileNotFoundError: For a run without a finished student.
+    """
+    if isinstance(name, str) and "/" in name and not _is_group(f"teacher/{name.partition('/')[0]}"):
+        _run_folder(option, "teacher", name)
     try:
         config = compose(config_name=f"teacher/{name}").get("teacher") if isinstance(name, str) and name else None
     except (MissingConfigException, ConfigCompositionException):
@@ -64,6 +76,10 @@ def teacher_config(name: Any, option: str) -> DictConfig:
     return config
 
 
+def _is_group(path: str) -> bool:
+    return GlobalHydra.instance().config_loader().repository.group_exists(path)
+
+
 def from_run(group: str, name: str) -> dict[str, Any]:
     """The config that group=name adds where `name` is a run's folder: its student as `teacher`, or its `data` and `evaluation`.
 
@@ -71,14 +87,24 @@ def from_run(group: str, name: str) -> dict[str, Any]:
         ValueError: for what is no run folder, a damaged config, and a student that can't be sampled by its teacher's solver.
         FileNotFoundError: for a run without a finished student.
     """
-    folder = RunFolder(name)
-    if not folder.config.is_file():
-        raise ValueError(
-            f"{group}={name}: there is no run (no {folder.config}); give a folder that train.py made, or a file in conf/{group}"
-        )
+    folder = _run_folder(group, group, name)
     if group == "teacher":
         return {"teacher": _student(folder)}
     return {key: value for key, value in folder.plain_config().items() if key in ("data", "evaluation")}
+
+
+def _run_folder(option: str, group: str, name: str) -> RunFolder:
+    """Return the run's folder `name` that `option` gives in place of a file in conf/GROUP.
+
+    Raises:
+        ValueError: For what is no run folder.
+    """
+    folder = RunFolder(name)
+    if not folder.config.is_file():
+        raise ValueError(
+            f"{option}={name}: there is no run (no {folder.config}); give a folder that train.py made, or a file in conf/{group}"
+        )
+    return folder
 
 
 def _student(folder: RunFolder) -> dict[str, Any]:

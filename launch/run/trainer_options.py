@@ -169,10 +169,10 @@ def lightning_options(
             )
         method.gradient_clip = norm
     form = NetworkLayout(options.pop("compile"), options.pop("channels_last"))
-    own = [TensorFloat32()] if precision == "tf32" else []
-    own += [form] if form.compile or form.channels_last else []
-    own += [FindMicroBatch()] if micro_batch == "auto" else []
+    callbacks = [TensorFloat32()] if precision == "tf32" else []
+    callbacks += [form] if form.compile or form.channels_last else []
+    callbacks += [FindMicroBatch()] if micro_batch == "auto" else []
     return options | {
         "plugins": [plugin, AtomicCheckpointIO(owner)],
         "profiler": profiler(options.pop("profile"), folder),
-    }, own
+    }, callbacks

@@ -109,10 +109,10 @@ def _over_seeds(jobs: Sequence[Job], measured: dict[int, Record]) -> list[list[s
             groups.setdefault((others, record.kind, record.nfe), []).append(record)
     columns = _columns(measured)
     rows = [["options", "", "seeds", "NFE", *columns.values()]]
-    for (others, own, nfe), records in groups.items():
+    for (others, measured_kind, nfe), records in groups.items():
         if len(records) > 1:
             means = [record.mean for record in records]
             value = f"{format_mean_std(mean(means), stdev(means))}"
             rows.append([" ".join(others) or "all", "", str(len(means)), str(nfe)])
-            rows[-1] += [value if kind == own else "–" for kind in columns]
+            rows[-1] += [value if kind == measured_kind else "–" for kind in columns]
     return rows

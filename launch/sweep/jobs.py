@@ -49,9 +49,9 @@ def check_launcher(launcher: DictConfig, name: str) -> None:
 
 @contextmanager
 def placed(trainer: DictConfig, launcher: DictConfig) -> Iterator[None]:
-    """Around a job in the worker of a launcher: the program is train.py to what repeats or notes its command.
+    """Around a job in the worker of a launcher: the program is train.py to what repeats or records its command.
 
-    Under joblib each worker takes a GPU for itself, as long as it lives.
+    Under joblib each worker reserves a GPU, as long as it lives.
 
     Raises:
         ValueError: Under joblib, for a job of several processes or for more workers than GPUs.
@@ -63,7 +63,7 @@ def placed(trainer: DictConfig, launcher: DictConfig) -> Iterator[None]:
     if at_once(launcher):
         _check_one_device(trainer)
         if trainer.accelerator != "cpu":
-            _take_gpu(launcher.n_jobs)
+            _reserve_gpu(launcher.n_jobs)
     main, argv, name = sys.modules["__main__"], sys.argv, os.environ.get("SLURM_JOB_NAME")
     specification = main.__spec__
     main.__spec__, sys.argv = None, [str(_TRAIN), *argv[1:]]
@@ -98,10 +98,10 @@ def _check_one_device(trainer: DictConfig) -> None:
         )
 
 
-def _take_gpu(jobs: int) -> None:
-    """Show this process one GPU that no other worker on this machine has taken.
+def _reserve_gpu(jobs: int) -> None:
+    """Show this process one GPU that no other worker on this machine has reserved.
 
-    By locks, not by the job's number: jobs take unequal time, and a worker runs several.
+    By locks, not by the job's number: jobs last unequally long, and a worker runs several.
     """
     import torch
 
@@ -124,7 +124,15 @@ def _take_gpu(jobs: int) -> None:
 
 @dataclass
 class Job:
-    """overrides: its whole command. options: what tells it from the others. error: why it failed; value: what it returned."""
+    """One job of a sweep.
+
+    Attributes:
+        overrides: Its whole command.
+        options: Those by which it differs from the other jobs.
+        folder: Its run's.
+        error: Why it failed.
+        value: What it returned.
+    """
 
     overrides: tuple[str, ...]
     options: dict[str, str]
@@ -134,7 +142,7 @@ class Job:
 
     @property
     def state(self) -> str:
-        """failed, complete, pruned, interrupted (the same command resumes it) or not begun."""
+        """Its state: failed, complete, pruned, interrupted (the same command resumes it) or not begun."""
         if self.error is not None:
             return "failed"
         if self.folder.complete():
@@ -166,19 +174,19 @@ class Jobs:
         return Job(tuple(overrides), options, RunFolder(place))
 
     def launch(self, jobs: Sequence[Job], first: int = 0) -> None:
-        """Run them, with numbers from `first` on, and note in each what came of it."""
+        """Run jobs, numbered from `first` on, and store in each its error or value."""
         try:
             returns = self._launcher.launch([job.overrides for job in jobs], initial_job_idx=first)
-        except Exception as error:  # of the launcher: a worker that died takes its answer with it
+        except Exception as error:  # of the launcher: the answer of a worker that died is lost
             for job in jobs:
                 if not job.folder.complete():
                     job.error = f"its launcher stopped: {type(error).__name__}: {one_line(error)}"
             return
         for job, returned in zip(jobs, returns, strict=True):
-            _note(job, returned)
+            _store_outcome(job, returned)
 
 
-def _note(job: Job, returned: JobReturn) -> None:
+def _store_outcome(job: Job, returned: JobReturn) -> None:
     if returned.status == JobStatus.COMPLETED:
         job.value = returned.return_value
         return

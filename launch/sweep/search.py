@@ -1,4 +1,4 @@
-"""A search over options (conf/sweep): trials that Optuna draws, what each minimises, and when one is given up."""
+"""A search over options (conf/sweep): trials that Optuna samples, what each minimises, and when one is given up."""
 
 import math
 import sys
@@ -21,7 +21,7 @@ from stillhouse.files import write_file
 def run_search(jobs: Jobs, overrides: Sequence[Override], n_trials: int, n_jobs: int, settings: Settings) -> None:
     """Bring the study in the search's folder to `n_trials` trials, complete or pruned, `n_jobs` at a time.
 
-    Trials that were killed come first, and resume. One that fails is told so, and another is drawn at the next call.
+    Trials that were killed come first, and resume. One that fails is stored as such, and another is sampled at the next call.
 
     Raises:
         ValueError: For impossible settings or another study.
@@ -36,9 +36,9 @@ def run_search(jobs: Jobs, overrides: Sequence[Override], n_trials: int, n_jobs:
     fixed = [one.input_line for one in overrides if not one.is_sweep_override()]
     with alone(jobs.folder):
         study = open_study(jobs.folder)
-        drawn_from = {key: str(value) for key, value in space.items()}
+        searched = {key: str(value) for key, value in space.items()}
         chosen = dict(line.split("=", 1) for line in fixed if "=" in line and not IRRELEVANT.match(line))
-        settled(study, drawn_from | chosen)
+        settled(study, searched | chosen)
         search = _Search(jobs, study, space, fixed, settings)
         try:
             search.run(n_trials, n_jobs)
@@ -58,18 +58,18 @@ class _Search:
         for trial in self.study.get_trials():
             if trial.state.name == "RUNNING" and set(trial.params) == set(self.space):
                 killed.append(trial.number)
-            elif not trial.state.is_finished():  # killed while it was drawn
+            elif not trial.state.is_finished():  # killed while it was sampled
                 self.study.tell(trial.number, state=_state("FAIL"))
             settled_before += trial.state.name in ("COMPLETE", "PRUNED")
         left = max(n_trials - settled_before, 0)
         while killed or left > 0:
             numbers = [killed.pop(0) for _ in range(min(n_jobs, len(killed)))]
             while len(numbers) < min(n_jobs, left):
-                numbers.append(self._draw())
+                numbers.append(self._sample())
             left -= len(numbers)
             self._launch(numbers)
 
-    def _draw(self) -> int:
+    def _sample(self) -> int:
         number = len(self.study.get_trials(deepcopy=False))
         self.study.sampler = self.settings.sampler(number)
         return self.study.ask(self.space).number
@@ -79,7 +79,7 @@ class _Search:
         batch: dict[tuple, list[int]] = {}
         for number in numbers:
             self.made[number] = self._job(trials[number])
-            # The same draw twice is one run, which two jobs at once would fight for.
+            # The same sample twice is one run, which two jobs at once would fight for.
             batch.setdefault(self.made[number].overrides, []).append(number)
         launched = [self.made[same[0]] for same in batch.values()]
         for job in launched:
@@ -88,9 +88,9 @@ class _Search:
         for job, same in zip(launched, batch.values(), strict=True):
             for number in same:
                 self.made[number].error, self.made[number].value = job.error, job.value
-                self._tell(number, job)
+                self._store_outcome(number, job)
 
-    def _tell(self, number: int, job: Job) -> None:
+    def _store_outcome(self, number: int, job: Job) -> None:
         if job.state == "pruned":
             self.study.tell(number, state=_state("PRUNED"))
         elif job.state == "complete" and job.value is not None and math.isfinite(job.value):
@@ -99,9 +99,9 @@ class _Search:
             self.study.tell(number, state=_state("FAIL"))
 
     def _job(self, trial) -> Job:
-        drawn = {key: _text(trial.params[key]) for key in self.space}
-        overrides = [*self.fixed, *(f"{key}={value}" for key, value in drawn.items())]
-        return self.jobs.job(overrides, {"trial": str(trial.number)} | drawn)
+        sampled = {key: _text(trial.params[key]) for key in self.space}
+        overrides = [*self.fixed, *(f"{key}={value}" for key, value in sampled.items())]
+        return self.jobs.job(overrides, {"trial": str(trial.number)} | sampled)
 
     def write_table(self) -> None:
         """The table of all trials, with the best one, which best.yaml holds too."""
@@ -117,11 +117,11 @@ class _Search:
         closing = "no trial is complete yet"
         if best is not None:
             options = {key: value for key, value in best.options.items() if key != "trial"}
-            found = {"run": str(best.folder.path), "trial": int(best.options["trial"]), "value": best.value}
-            text = yaml.safe_dump(found | {"options": options}, sort_keys=False)
+            summary = {"run": str(best.folder.path), "trial": int(best.options["trial"]), "value": best.value}
+            text = yaml.safe_dump(summary | {"options": options}, sort_keys=False)
             write_file(self.jobs.folder / "best.yaml", text.encode())
-            told = " ".join(f"{key}={value}" for key, value in options.items())
-            closing = f"best: trial {found['trial']} with {best.value:.4g}, {told}, in {best.folder.path}"
+            chosen = " ".join(f"{key}={value}" for key, value in options.items())
+            closing = f"best: trial {summary['trial']} with {best.value:.4g}, {chosen}, in {best.folder.path}"
         write_table(rows, self.jobs.folder / "search.md", closing)
 
 

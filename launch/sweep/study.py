@@ -29,7 +29,7 @@ NAME = "search"
 
 @dataclass(frozen=True)
 class Settings:
-    """How trials are drawn and given up; conf/hydra/sweeper/search.yaml explains each.
+    """How trials are sampled and given up; conf/hydra/sweeper/search.yaml explains each.
 
     Raises:
         ValueError: For an impossible one.
@@ -48,7 +48,7 @@ class Settings:
             raise ValueError(f"hydra.sweeper.pruner_warmup={self.pruner_warmup} must be a fraction, from 0 to 1")
 
     def pruner_for(self, images: int) -> "optuna.pruners.BasePruner":
-        """For runs of `images`."""
+        """Return the pruner for runs of that many images."""
         import optuna
 
         if self.pruner is None:
@@ -56,7 +56,7 @@ class Settings:
         return optuna.pruners.MedianPruner(self.n_startup_trials, n_warmup_steps=round(self.pruner_warmup * images))
 
     def sampler(self, number: int) -> "optuna.samplers.BaseSampler":
-        """That of trial `number`: with one of its own a study that goes on draws what it would have drawn at once."""
+        """Return the sampler of trial `number`: one for each, so that a study that goes on samples as it would have at once."""
         import optuna
 
         with warnings.catch_warnings():
@@ -98,7 +98,7 @@ def distributions(overrides: Iterable[Override]) -> dict[str, Any]:
     Raises:
         ValueError: For anything else.
     """
-    from optuna import distributions as found
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     made = {}
     for override in overrides:
@@ -111,28 +111,32 @@ def distributions(overrides: Iterable[Override]) -> dict[str, Any]:
                 raise ValueError(f"the tag {', '.join(sorted(unknown))} means nothing here; there is log")
             if isinstance(value, IntervalSweep):
                 whole = isinstance(value.start, int) and isinstance(value.end, int)
-                kind = found.IntDistribution if whole else found.FloatDistribution
+                kind = IntDistribution if whole else FloatDistribution
                 made[key] = kind(value.start, value.end, log="log" in value.tags)
             elif isinstance(value, RangeSweep) and not value.shuffle and not value.tags:
                 made[key] = _ordered(list(override.sweep_iterator()), value.step)
             else:
-                made[key] = found.CategoricalDistribution(list(dict.fromkeys(override.sweep_string_iterator())))
+                made[key] = CategoricalDistribution(list(dict.fromkeys(override.sweep_string_iterator())))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{override.input_line}: {error}") from error
     return made
 
 
 def _ordered(values: list, step: float) -> Any:
-    from optuna import distributions as found
+    from optuna.distributions import FloatDistribution, IntDistribution
 
     if not values:
         raise ValueError("this range is empty")
-    kind = found.IntDistribution if all(isinstance(value, int) for value in values) else found.FloatDistribution
+    kind = IntDistribution if all(isinstance(value, int) for value in values) else FloatDistribution
     return kind(min(values), max(values), step=abs(step))
 
 
 def settled(study: "optuna.Study", identity: dict[str, Any]) -> None:
-    """Note what the study searches, the first time; errors: ValueError where it was begun with something else."""
+    """Store what the study searches over, the first time, and compare it with that later.
+
+    Raises:
+        ValueError: Where the study was begun with something else.
+    """
     stored = study.user_attrs.get("identity")
     if stored is None:
         study.set_user_attr("identity", identity)
@@ -189,8 +193,8 @@ class Pruning(pl.Callback):
         total = trainer.max_steps * pl_module.batch_size
         if run_on_rank_zero(lambda: self._hopeless(value, nimg, total)) and not is_last_step(trainer):
             if trainer.is_global_zero:
-                note = {"nimg": nimg, column: value, "trial": self.number}
-                write_file(self.run.pruned, (json.dumps(note, indent=1) + "\n").encode())
+                reached = {"nimg": nimg, column: value, "trial": self.number}
+                write_file(self.run.pruned, (json.dumps(reached, indent=1) + "\n").encode())
             raise Pruned(f"pruned after {nimg / 1000:g} of {total / 1000:g} kimg, at {column} {value:.4g}")
 
     def _hopeless(self, value: float, nimg: int, total: int) -> bool:

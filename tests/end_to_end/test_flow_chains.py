@@ -71,7 +71,7 @@ def test_a_flow_beside_itself(folder, tmp_path):
         ("flows=[runs/rf1]", ["data is missing: task=flows needs it; say data=NAME"]),
         (
             "flows=[runs/rf3] data=digits",
-            ["runs/rf3: there is no run (no runs/rf3/config.yaml)", "or a file in conf/teacher"],
+            ["flows=runs/rf3: there is no run (no runs/rf3/config.yaml)", "or a file in conf/teacher"],
         ),
         ("flows=[runs/rf1] teacher=digits", ["there is no option teacher of task=flows"]),
         ("flows=[runs/rf1] run=runs/rf1", ["there is no option run of task=flows"]),
