@@ -68,7 +68,7 @@ def plan(cfg: DictConfig) -> str:
         "missing": missing(cfg, config, data, training is data, without_evaluation) or ["nothing"],
         **({"data": [table]} if (table := data.class_table()) is not None else {}),
         "parameters": [
-            f"{count:,} of the student ({type(student).__name__}), {networks.trained} such networks trained"
+            f"{count:,} of the student ({type(student).__name__}), trained networks of this kind: {networks.trained}"
         ],
         "memory of each device, an estimate"
         + (f" in {cfg.trainer.precision}" if mixed else " in float32 (bf16-mixed: about half of the activations)"): [

@@ -34,7 +34,7 @@ def planned(*arguments: str) -> str:
 def test_a_run_that_lacks_everything_is_told_so(tmp_path):
     text = planned("method=disback", "data=ffhq64", "trainer.devices=8")
     assert "100,000 steps of 256 images (32 on each of 8 devices), 25,600 kimg" in text
-    assert "61,805,571 of the student (SongUNet), 2 such networks trained" in text
+    assert "61,805,571 of the student (SongUNet), trained networks of this kind: 2" in text
     for missing in ("edm-ffhq-64x64-uncond-vp", "no ffhq64 images", "weights-inception-2015-12-05-6726825d.pth"):
         assert sum(missing in line for line in text.partition("parameters")[0].splitlines()) == 1, text
     # Two networks with gradients and moments, an average of one, and one target.
