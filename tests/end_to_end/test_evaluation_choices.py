@@ -44,9 +44,9 @@ def test_a_run_without_a_measurement_is_complete_and_all_else_copes(folder):
     planned = train(folder, *PICTURES, "evaluation=none", "name=planned", "plan=true").ok()
     assert "missing\n  nothing" in planned.out
     evaluate(folder, f"run={RUN}").refused(
-        "evaluation=none measures nothing: it was trained so; choose another one by +evaluation=pixels"
+        "evaluation=none measures nothing: it was trained so; choose another one by evaluation=pixels"
     )
-    ended = evaluate(folder, f"run={RUN}", "+evaluation=pixels", "num_samples=20", "blocks=1").ok()
+    ended = evaluate(folder, f"run={RUN}", "evaluation=pixels", "num_samples=20", "blocks=1").ok()
     assert "fd_pixels" in ended.out
-    evaluate(folder, "run=[runs/*]", "report=report.html").ok()
+    evaluate(folder, "task=report", "run=[runs/*]", "target=report.html").ok()
     assert "not measured (run)" in (folder / "report.html").read_text()
