@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from callbacks import EMA, Clock
 from lightning_modules.components.branches import BranchedMethod
 from lightning_modules.components.method import Method
 from stillhouse.checkpoints import load_weights, read_card, save_weights
@@ -191,8 +190,7 @@ class ProgressiveDistillation(BranchedMethod):
         if self.steps != self.rounds[-1]:
             if (checkpoint := self._run_folder / "checkpoints" / "last.ckpt").exists():
                 raise ValueError(_ONE_TRAINING.format(checkpoint))
-            if Clock.find(self.trainer) is None:
-                raise ValueError("progressive distillation counts the seconds of its rounds: put callbacks.clock back")
+            self.training_seconds()  # a missing clock shows now, not at the end of the round
         taught = self.teacher.denoiser.network.state_dict()
         if self.steps_before:
             previous = self.rounds[self.rounds.index(self.steps) - 1]
@@ -213,10 +211,12 @@ class ProgressiveDistillation(BranchedMethod):
         """Keeps a round's student, also where all that a kill left to do was to keep it."""
         if self.steps == self.rounds[-1] or self.trainer.global_step < self.total_steps:
             return
-        averages = next((callback for callback in self.trainer.callbacks if isinstance(callback, EMA)), None)
+        averages = next(
+            (callback for callback in self.trainer.callbacks if hasattr(callback, "applied")), None
+        )  # callbacks.EMA
         with averages.applied(self) if averages else nullcontext():
             if self.trainer.is_global_zero:
-                seconds = Clock.find(self.trainer).seconds()
+                seconds = self.training_seconds()
                 images = self.total_steps * self.batch_size
                 card = {
                     "method": self.name,

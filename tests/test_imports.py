@@ -42,7 +42,6 @@ PROGRAMS = {
 # By file, the beginnings of what it imports all the same.
 EXCEPTIONS = {
     "callbacks/requeue.py": ("launch.signals.",),  # a program catches signals before it has imported anything heavy
-    "lightning_modules/progressive.py": ("callbacks.EMA",),  # until its rounds are stages
 }
 # Frameworks that a room does without.
 FOREIGN = {

@@ -47,7 +47,7 @@ class DegradationRecording(Method):
         if self.trainer.strategy.broadcast(self.path.complete()):
             self.trainer.should_stop = True
         else:
-            self._seconds()  # a missing clock shows now, not at the first node
+            self.training_seconds()  # a missing clock shows now, not at the first node
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         noise = TrainingNoise(self.seed, batch["position"], self.image_shape)
@@ -62,14 +62,7 @@ class DegradationRecording(Method):
         """Keeps a node before any checkpoint of its step is written: a kill between the two loses none."""
         step = self.trainer.global_step
         if step in self.path.steps and self.trainer.is_global_zero:
-            self.path.save(step, self.student.network, step * self.batch_size, self._seconds())
-
-    def _seconds(self) -> float:
-        """Seconds of training, from the callback that counts them, whichever it is."""
-        clock = next((callback for callback in self.trainer.callbacks if hasattr(callback, "seconds")), None)
-        if clock is None:
-            raise ValueError("this method counts its seconds: put callbacks.clock back")
-        return clock.seconds()
+            self.path.save(step, self.student.network, step * self.batch_size, self.training_seconds())
 
     def on_train_end(self) -> None:
         self.trainer.strategy.barrier()  # rank zero may still be writing the last node

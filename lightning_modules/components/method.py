@@ -226,6 +226,17 @@ class Method(Optimisation):
         """What the stages of a run in `folder` cost: {"steps", "images", "seconds"}; None where there are none."""
         return None
 
+    def training_seconds(self) -> float:
+        """Seconds of training so far, as callbacks.clock counts them.
+
+        Raises:
+            ValueError: Where it is left out.
+        """
+        clock = next((callback for callback in self.trainer.callbacks if hasattr(callback, "seconds")), None)
+        if clock is None:
+            raise ValueError(f"method={self.name} counts its seconds: put callbacks.clock back")
+        return clock.seconds()
+
     # -- what callbacks, plans and records ask ---------------------------------------------------------------------
 
     @property

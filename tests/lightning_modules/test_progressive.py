@@ -417,7 +417,7 @@ def test_a_run_whose_rounds_were_one_training_is_refused(tmp_path):
 
 
 def test_rounds_need_a_clock(tmp_path):
-    with pytest.raises(ValueError, match="seconds of its rounds: put callbacks.clock back"):
+    with pytest.raises(ValueError, match="counts its seconds: put callbacks.clock back"):
         fit(rounds_of(method(**SHORT))[0], MixtureData(32), default_root_dir=tmp_path / "rounds/8")
 
 
