@@ -14,7 +14,8 @@ CASES = {name: (name, {}) for name in METHODS} | {
 
 def assert_close(ours, theirs):
     """But for rounding, of which the second step sees the first one's."""
-    assert len(ours.gradients) == len(theirs.gradients) >= STEPS
+    last_round = theirs.method.steps_before  # of progressive distillation, whose earlier ones were stages
+    assert len(ours.gradients) == len(theirs.gradients) >= STEPS - last_round
     for a, b in zip(ours.gradients, theirs.gradients, strict=True):
         size = max(float(g.abs().max()) for g in b)
         for x, y in zip(a, b, strict=True):
