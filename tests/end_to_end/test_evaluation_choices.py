@@ -34,6 +34,7 @@ def test_pictures_are_measured_without_weights_under_another_name(folder):
     assert [row["step"] for row in read_csv(folder / "runs/pixels/metrics.csv") if row["fd_pixels_20/ema_500kimg"]]
 
 
+@pytest.mark.slow
 def test_a_run_without_a_measurement_is_complete_and_all_else_copes(folder):
     train(folder, *PICTURES, "evaluation=none").ok()
     assert json.loads((folder / RUN / "metrics.json").read_text()) == {"measured": "nothing, by evaluation=none"}

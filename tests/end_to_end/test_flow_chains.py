@@ -15,6 +15,9 @@ def options(given, name, *changes):
     return (f"name={name}", *(o for o in given if not o.startswith(("name=", "teacher.weights="))), *changes)
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Two flows, the second made from the first, and a student of the second at two seeds."""

@@ -189,6 +189,7 @@ def test_the_table_is_printed_where_writing_fails(folder, tmp_path):
     assert [row for row in rows if row[1:] == ["student"]] == [["a1", "student"], ["a2", "student"]]
 
 
+@pytest.mark.slow
 def test_a_finished_training_does_not_end_at_a_cache_that_can_not_be_written(finished, tmp_path):
     with_data(finished, tmp_path, "measured", "statistics")
     (tmp_path / "data/measured").write_text("a file where a folder should be")
@@ -203,6 +204,7 @@ def stop(original, *args):
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_is_marked_and_its_values_are_no_result(finished, tmp_path):
     with_data(finished, tmp_path)
     train(tmp_path, *STUDENT, before=partial(in_call, "lightning_modules:DenoisingStudent.training_step", 8, stop))

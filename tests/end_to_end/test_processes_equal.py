@@ -24,6 +24,9 @@ from safetensors.torch import load_file
 OPTIONS = (*STUDENT, "method.lr=3e-4")
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
@@ -114,7 +117,6 @@ def killed(original, *args):
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
-@pytest.mark.slow
 def test_a_killed_run_leaves_no_process_and_goes_on_exactly(two, tmp_path):
     folder, _ = two
     with_data(folder, tmp_path)
@@ -129,7 +131,6 @@ def test_a_killed_run_leaves_no_process_and_goes_on_exactly(two, tmp_path):
     assert_same_run(tmp_path / RUN, folder / RUN)
 
 
-@pytest.mark.slow
 def test_errors_are_said_once_and_a_sweep_goes_on(one, tmp_path):
     """Three jobs of two processes: both fail, the second fails, none fails."""
     with_data(one, tmp_path)

@@ -36,6 +36,7 @@ def test_one_step_learns_the_flows_map(tmp_path, loss, precision):
     assert held_out_error(module) < 0.15 * before
 
 
+@pytest.mark.slow
 def test_two_steps_come_nearer_to_the_data_than_the_flow_in_two(tmp_path):
     module = distillation(tmp_path, steps=2, kimg=80)
     real = Mixture().sample(512, torch.Generator().manual_seed(1))
