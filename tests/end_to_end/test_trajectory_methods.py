@@ -148,14 +148,13 @@ def test_a_killed_run_ends_as_one_left_alone(finished, tmp_path, name, before):
 
 @pytest.mark.slow
 def test_what_there_is_of_a_killed_run_can_be_measured(finished, options, tmp_path):
-    finished.begin(tmp_path, "dense_progressive")
     """In the last round; before it there is nothing to measure, which is said."""
+    finished.begin(tmp_path, "dense_progressive")
     train(tmp_path, *options["dense_progressive"], before=kill_at(PROGRESSIVE, 5)).killed()
     refused = evaluate(tmp_path, "run=runs/dense_progressive", "device=cpu")
     refused.refused("no checkpoint at runs/dense_progressive/checkpoints/last.ckpt")
-    train(
-        tmp_path, *options["dense_progressive"], before=kill_at(PROGRESSIVE, 8)
-    ).killed()  # 2 + 5 steps, from step 3 on
+    # The second round's 5 steps again, and 4 of the last one's.
+    train(tmp_path, *options["dense_progressive"], before=kill_at(PROGRESSIVE, 10)).killed()
     evaluate(tmp_path, "run=runs/dense_progressive", "steps=[1,2,4]", "device=cpu").ok()
     assert list(student_records(tmp_path / "runs/dense_progressive/evaluation/metrics.json")) == [1, 2, 4]
 
