@@ -117,11 +117,8 @@ class DhariwalUNet(Network):
         dropout: float = 0.1,
         label_dropout: float = 0.0,
     ):
-        super().__init__()
+        super().__init__(resolution, in_channels, out_channels)
         check_counts(
-            resolution=resolution,
-            in_channels=in_channels,
-            out_channels=out_channels,
             model_channels=model_channels,
             emb_mult=emb_mult,
             num_blocks=num_blocks,
@@ -142,9 +139,6 @@ class DhariwalUNet(Network):
                     "which has attention; change it, model_channels or attn_resolutions"
                 )
         heads = {size: channels // channels_per_head if size in attn_resolutions else 0 for size, channels in levels}
-        self.resolution = resolution
-        self.in_channels = in_channels
-        self.out_channels = out_channels
         self.num_classes = num_classes
         self.augment_dim = augment_dim
 

@@ -78,11 +78,8 @@ class DiffusersUNet(Network):
         flip_sin_to_cos: bool = False,
         freq_shift: int = 1,
     ):
-        super().__init__()
+        super().__init__(resolution, in_channels, out_channels)
         check_counts(
-            resolution=resolution,
-            in_channels=in_channels,
-            out_channels=out_channels,
             model_channels=model_channels,
             num_blocks=num_blocks,
             norm_groups=norm_groups,
@@ -93,9 +90,6 @@ class DiffusersUNet(Network):
         attn_resolutions = check_integers("attn_resolutions", attn_resolutions)
         check_levels(resolution, channel_mult, attn_resolutions)
         check_multiple(math.lcm(4, norm_groups), model_channels=model_channels)
-        self.resolution = resolution
-        self.in_channels = in_channels
-        self.out_channels = out_channels
         sizes = [resolution >> level for level in range(len(channel_mult))]
         attention = ["Attn" if size in attn_resolutions else "" for size in sizes]
         # By the names of diffusers' config.json, with which published weights are compared.

@@ -57,11 +57,8 @@ class MLP(Network):
         label_dropout: float = 0.0,
         embedding: str = "positional",
     ):
-        super().__init__()
+        super().__init__(resolution, in_channels, out_channels)
         check_counts(
-            resolution=resolution,
-            in_channels=in_channels,
-            out_channels=out_channels,
             width=width,
             num_blocks=num_blocks,
         )
@@ -71,9 +68,6 @@ class MLP(Network):
         check_choice("embedding", embedding, tuple(EMBEDDINGS))
         if resolution != 1:
             raise ValueError(f"an MLP reads images of one pixel: resolution must be 1, got {resolution}; take a U-Net")
-        self.resolution = resolution
-        self.in_channels = in_channels
-        self.out_channels = out_channels
         self.num_classes = num_classes
         self.encoder_resolution, self.encoder_channels = 1, width  # of what `encode` gives
 

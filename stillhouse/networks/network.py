@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from stillhouse.checks import check_inputs
+from stillhouse.checks import check_counts, check_inputs
 
 
 class Network(nn.Module):
@@ -12,25 +12,34 @@ class Network(nn.Module):
 
     A subclass has the encoder and the decoder as `_encode` and `_decode`, and sets the attributes below.
 
-    Attributes:
-        embed: the embedding, of noise labels, class labels and augmentation labels; it has linear layers `layer1` and `layer2`.
+    Args:
         resolution: of the images, which are square.
         in_channels: of the input.
         out_channels: of the output.
+
+    Attributes:
+        embed: the embedding, of noise labels, class labels and augmentation labels; it has linear layers `layer1` and `layer2`.
         num_classes: 0 without labels.
         augment_dim: of the augmentation's labels, 0 without.
         encoder_channels: of the features at the end of the encoder.
         encoder_resolution: of these features.
+
+    Raises:
+        ValueError: for options that are not positive integers.
     """
 
     embed: nn.Module
-    resolution: int
-    in_channels: int
-    out_channels: int
-    num_classes: int = 0
+    num_classes: int = 0  # not set below: which attributes a network has of its own enters the hash of its form
     augment_dim: int = 0
     encoder_channels: int
     encoder_resolution: int
+
+    def __init__(self, resolution: int, in_channels: int, out_channels: int):
+        super().__init__()
+        check_counts(resolution=resolution, in_channels=in_channels, out_channels=out_channels)
+        self.resolution = resolution
+        self.in_channels = in_channels
+        self.out_channels = out_channels
 
     def forward(
         self,

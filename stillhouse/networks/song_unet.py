@@ -153,11 +153,8 @@ class SongUNet(Network):
         decoder: str = "standard",
         resample_filter: Sequence[int] = (1, 1),
     ):
-        super().__init__()
+        super().__init__(resolution, in_channels, out_channels)
         check_counts(
-            resolution=resolution,
-            in_channels=in_channels,
-            out_channels=out_channels,
             model_channels=model_channels,
             emb_mult=emb_mult,
             num_blocks=num_blocks,
@@ -175,9 +172,6 @@ class SongUNet(Network):
         check_choice("resample_filter", taps, RESAMPLE_FILTERS)
         check_levels(resolution, channel_mult, attn_resolutions)
         check_multiple(4, model_channels=model_channels)
-        self.resolution = resolution
-        self.in_channels = in_channels
-        self.out_channels = out_channels
         self.num_classes = num_classes
         self.augment_dim = augment_dim
 

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from stillhouse.networks import BranchedConv2d
 from stillhouse.networks.embeddings import Embedding
+from stillhouse.networks.network import Network
 
 
 class ResidualBlock(nn.Module):
@@ -21,10 +22,10 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(F.silu(self.norm2(h)))
 
 
-class ResidualNet(nn.Module):
+class ResidualNet(Network):
     """`num_blocks` residual blocks of `width` features.
 
-    The attributes are what a `Denoiser` and the methods ask of a network; `encode` is for a discriminator alone.
+    `Network` checks the inputs and has the attributes that a `Denoiser` and the methods ask of a network; here are its layers.
 
     Args:
         resolution: Pixels of a side.
@@ -36,8 +37,6 @@ class ResidualNet(nn.Module):
         label_dropout: Share of the labels that training hides, so that the network also samples without labels.
     """
 
-    augment_dim = 0  # it is not told of EDM's augmentations
-
     def __init__(
         self,
         resolution: int,
@@ -48,10 +47,9 @@ class ResidualNet(nn.Module):
         num_blocks: int = 4,
         label_dropout: float = 0.0,
     ):
-        super().__init__()
+        super().__init__(resolution, in_channels, out_channels)
         if width % 4:
             raise ValueError(f"teacher.network.width must be a multiple of 4, got {width}")
-        self.resolution, self.in_channels, self.out_channels = resolution, in_channels, out_channels
         self.num_classes = num_classes
         self.encoder_resolution, self.encoder_channels = resolution, width
         self.embed = Embedding("positional", width, width, num_classes, 0, label_dropout)
@@ -59,14 +57,11 @@ class ResidualNet(nn.Module):
         self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(num_blocks))
         self.head = BranchedConv2d(width, out_channels, 3, padding=1)
 
-    def encode(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Features (B, width, H, W); inputs as of `forward`."""
-        embedding = self.embed(noise_labels, class_labels, None)
+    def _encode(self, x: Tensor, emb: Tensor) -> tuple[Tensor]:
         x = self.stem(x)
         for block in self.blocks:
-            x = block(x, embedding)
-        return x
+            x = block(x, emb)
+        return (x,)
 
-    def forward(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Output like x (B, C, H, W), for the preconditioning's c_noise (B,) and labels (B,), int64, or None."""
-        return self.head(F.silu(self.encode(x, noise_labels, class_labels)))
+    def _decode(self, features: tuple[Tensor], emb: Tensor) -> Tensor:
+        return self.head(F.silu(features[-1]))
