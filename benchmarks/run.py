@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks import branching, features, loader, methods, packing, scaling, score, training
 from benchmarks.cases import CIFAR10, DIGITS
 from benchmarks.measuring import ROOT, machine, slug
-from stillhouse.files import write_file
+from stillhouse.files import write_json
 from stillhouse.metrics.provenance import revision
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
@@ -143,7 +143,7 @@ def record(results: dict[str, dict[str, Any]], folder: Path) -> Path:
     """Write the parts measured now into the machine's file; other parts stay there as they were."""
     path = folder / f"benchmarks-{slug(next(iter(results.values()))['machine'])}.json"
     stored = json.loads(path.read_text()) if path.exists() else {}
-    write_file(path, (json.dumps(stored | results, indent=1) + "\n").encode())
+    write_json(path, stored | results)
     return path
 
 

@@ -49,18 +49,18 @@ def write_file(path: str | Path, data: bytes) -> None:
         raise OSError(f"cannot write {path}: {error}; free some space there or choose another folder") from error
 
 
-def write_json(path: str | Path, content: Any) -> None:
-    """Write `content` as JSON with sorted keys, as `write_file` does."""
-    write_file(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+def write_json(path: str | Path, content: Any, *, indent: int = 1, **options: Any) -> None:
+    """Write `content` as JSON, as `write_file` does; options: of `json.dumps`, such as sort_keys or allow_nan."""
+    write_file(path, (json.dumps(content, indent=indent, **options) + "\n").encode())
 
 
 def write_ordered_json(path: str | Path, content: Any) -> None:
-    """Write `content` as JSON with keys in their order and finite numbers alone, as `write_file` does.
+    """Write `content` as results are: JSON with keys in their order and finite numbers alone.
 
     Raises:
         ValueError: For a number that is not finite.
     """
-    write_file(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+    write_json(path, content, indent=2, allow_nan=False)
 
 
 @contextmanager

@@ -106,7 +106,7 @@ def pack_encoded(
                 **digests,
                 **block_hashes(hashes),
             }
-            write_json(partial_folder / "meta.json", content)
+            write_json(partial_folder / "meta.json", content, sort_keys=True)
             decoder.report(meta["name"])
     return EncodedImages(folder)
 

@@ -242,7 +242,7 @@ class FileDataModule(ImageDataModule):
                 f"{way_out(self.folder)}, or set data.name"
             )
         with suppress(OSError):  # where it can't be kept the next process compares again
-            write_json(self.folder / "meta.json", {**meta, "source_stamp": stamp})
+            write_json(self.folder / "meta.json", {**meta, "source_stamp": stamp}, sort_keys=True)
 
 
 class PixelDataModule(FileDataModule):

@@ -78,7 +78,7 @@ def pack(
                 "labels_sha256": None if labels is None else hashes["labels.npy"].whole,
             }
             content = {"format": FORMAT, **meta, **provenance(), **sizes, **digests, **block_hashes(hashes)}
-            write_json(partial / "meta.json", content)
+            write_json(partial / "meta.json", content, sort_keys=True)
     return PackedImages(folder)
 
 

@@ -149,7 +149,7 @@ def _record_progress(path: Path, files: dict[str, _GrowingFile], identity: str, 
     for file in files.values():
         file.sync()  # the record must never be ahead of the bytes
     written = {name: [file.hashes.size, file.hashes.whole] for name, file in files.items()}
-    write_json(path, {"identity": identity, "images": done, "files": written})
+    write_json(path, {"identity": identity, "images": done, "files": written}, sort_keys=True)
 
 
 def _resumed(path: Path, files: dict[str, _GrowingFile], identity: str | None) -> int:

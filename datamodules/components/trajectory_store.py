@@ -166,7 +166,7 @@ class TrajectoryStore:
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.folder)
-        write_json(self.folder / "meta.json", {"teacher_name": self.teacher.name, **self.description})
+        write_json(self.folder / "meta.json", {"teacher_name": self.teacher.name, **self.description}, sort_keys=True)
         self.teacher.to(device)
 
     def _sample(self, shard: int, device: torch.device | str, done: Callable[[int], object]) -> Iterator[np.ndarray]:

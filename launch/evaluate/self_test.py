@@ -1,6 +1,5 @@
 """task=self_test: test a teacher's noise levels, labels and pixel range, as a table, JSON and a picture."""
 
-import json
 from pathlib import Path
 from typing import Any, NotRequired
 
@@ -13,7 +12,7 @@ from launch.evaluate.teacher import teacher_folder
 from launch.run.build import build, build_seeded, check_teacher
 from stillhouse.analysis.tables import text_table
 from stillhouse.diffusion.teacher import Teacher
-from stillhouse.files import check_writable, write_file
+from stillhouse.files import check_writable, write_json
 from stillhouse.metrics.images import from_uint8
 from stillhouse.metrics.self_test import SelfTest, self_test
 from stillhouse.pictures.self_test import plot_self_test
@@ -43,7 +42,7 @@ def main(cfg: DictConfig) -> None:
     teacher, data = build_seeded(cfg.teacher, cfg.seed), build(cfg.data)
     check_teacher(teacher, data)
     result = self_test(teacher, known_images(data), range(IMAGES), device)
-    write_file(folder / "check.json", (json.dumps(content(teacher, result), indent=1) + "\n").encode())
+    write_json(folder / "check.json", content(teacher, result))
     plot_self_test(folder / "check.png", result, teacher.name)
     print(f"\n{write_self_test(result, folder)}")
     if result.failed:

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from launch.run.trainer_options import check_options, lightning_options
 from lightning_modules import Method
 from stillhouse.checks import check_counts, check_memory
 from stillhouse.diffusion.teacher import Teacher
-from stillhouse.files import write_file
+from stillhouse.files import write_json
 
 _STAGE_CALLBACKS = ("clock", "checkpoints", "guard", "progress", "requeue")  # nothing of a stage is sampled
 
@@ -184,4 +183,4 @@ def fit_stages(stages: list[Stage], method: Method, folder: RunFolder) -> None:
         gc.collect()  # DDP's hooks in networks that stages share go with it
     cost = method.preparation(folder.path)
     if cost is not None and is_rank_zero():
-        write_file(folder.preparation, (json.dumps(cost, indent=1) + "\n").encode())
+        write_json(folder.preparation, cost)

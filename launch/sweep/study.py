@@ -1,6 +1,5 @@
 """A search's study in Optuna: SQLite in the search's folder, and the callback by which each of its jobs reports to it."""
 
-import json
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from launch.run.folder import RunFolder
 from stillhouse.analysis.curves import curve_column_names
 from stillhouse.checks import check_counts
 from stillhouse.file_locks import try_lock
-from stillhouse.files import write_file
+from stillhouse.files import write_json
 from stillhouse.ranks import run_on_rank_zero
 
 if TYPE_CHECKING:
@@ -194,7 +193,7 @@ class Pruning(pl.Callback):
         if run_on_rank_zero(lambda: self._hopeless(value, nimg, total)) and not is_last_step(trainer):
             if trainer.is_global_zero:
                 reached = {"nimg": nimg, column: value, "trial": self.number}
-                write_file(self.run.pruned, (json.dumps(reached, indent=1) + "\n").encode())
+                write_json(self.run.pruned, reached)
             raise Pruned(f"pruned after {nimg / 1000:g} of {total / 1000:g} kimg, at {column} {value:.4g}")
 
     def _hopeless(self, value: float, nimg: int, total: int) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from stillhouse.checkpoints.bounds import parse_json
-from stillhouse.files import write_file
+from stillhouse.files import write_ordered_json
 
 SUBJECTS = ("teacher", "student", "real")
 NOTHING = {"measured": "nothing, by evaluation=none"}  # metrics.json of a run that ends without a measurement
@@ -107,8 +107,7 @@ def merge_records(old: Iterable[Record], new: Iterable[Record]) -> list[Record]:
 
 def save_records(path: str | Path, records: Iterable[Record]) -> None:
     """Write records as JSON, whole or not at all; an empty list as the statement that nothing was measured."""
-    text = json.dumps([asdict(record) for record in records] or NOTHING, indent=2, allow_nan=False)
-    write_file(path, (text + "\n").encode())
+    write_ordered_json(path, [asdict(record) for record in records] or NOTHING)
 
 
 def load_records(path: str | Path) -> list[Record]:

@@ -182,7 +182,7 @@ def of_a2(path, data):
 def test_the_table_is_printed_where_writing_fails(folder, tmp_path):
     """Of everything that was measured before it."""
     copied(folder, tmp_path)
-    broken = partial(in_call, "stillhouse.metrics.records:write_file", 1, full, of_a2)
+    broken = partial(in_call, "stillhouse.metrics.records:write_ordered_json", 1, full, of_a2)
     ended = evaluate(tmp_path, "run=[runs/a1,runs/a2]", *SMALL, before=broken)
     ended.refused("cannot write runs/a2/evaluation/metrics.json: no space")
     rows = [line.split()[:2] for line in ended.out[ended.out.index("fingerprint") :].splitlines()]
