@@ -90,7 +90,7 @@ class DiffInstruct(Method):
         )
 
     def trained_networks(self) -> dict[str, nn.Module]:
-        guide = nn.ModuleList([self.fake_score, self.gan] if self.gan else [self.fake_score])
+        guide = nn.ModuleList([self.fake_score, self.gan]) if self.gan else self.fake_score
         return {"student": self.student, "fake_score": guide}
 
     def frozen_networks(self) -> list[Any]:

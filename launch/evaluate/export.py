@@ -20,7 +20,7 @@ from launch.run.build import build
 from launch.run.teachers import students_teacher
 from lightning_modules import Method
 from stillhouse.checkpoints.weights import PROJECT_ROOT, hash_state, save_weights
-from stillhouse.diffusion.preconditioning import PRECONDITIONINGS, described
+from stillhouse.diffusion.preconditioning import PRECONDITIONINGS, description_of
 from stillhouse.diffusion.random_numbers import sample_noise
 from stillhouse.files import atomic_write, check_writable, resolve_inside
 from stillhouse.metrics.records import Record, load_records, merge_records
@@ -118,7 +118,7 @@ def portable(method: Method, stored: DictConfig, num_classes: int) -> Student:
     network = dict(students_teacher(stored)["network"])
     network = {"name": str(network.pop("_target_")).rpartition(".")[2], **network}
     # The student's own, which may be another one than its teacher's.
-    preconditioning = described(method.sampled_student().preconditioning)
+    preconditioning = description_of(method.sampled_student().preconditioning)
     for part, known in ((network, NETWORKS), (preconditioning, PRECONDITIONINGS)):
         if part["name"] not in known:
             raise ValueError(

@@ -12,7 +12,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from stillhouse.diffusion.denoiser import Denoiser
-from stillhouse.diffusion.preconditioning import made
+from stillhouse.diffusion.preconditioning import from_description
 from stillhouse.diffusion.random_numbers import sample_labels, sample_noise
 from stillhouse.diffusion.sampling import Sampling
 from stillhouse.networks.dhariwal_unet import DhariwalUNet
@@ -39,7 +39,7 @@ class Student(ModelMixin, ConfigMixin):
         num_classes: int,
     ):
         super().__init__()
-        self.denoiser = Denoiser(_made_network(network), made(preconditioning))
+        self.denoiser = Denoiser(_made_network(network), from_description(preconditioning))
         self.path = Sampling(**sampling)
         self.num_classes = num_classes
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from copy import copy
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -20,8 +20,18 @@ from stillhouse.ranks import average_over_ranks
 Batch = dict[str, Tensor]
 
 
+class MicroBatch(NamedTuple):
+    """The micro-batch in work: its share of the batch's images, and whether it is the first and the last one of the batch."""
+
+    share: float = 1.0
+    first: bool = True
+    last: bool = True
+
+
 class Optimisation(pl.LightningModule):
-    """What `Method` (method.py) hands on to Lightning; a method's author need not read it.
+    """The half of `Method` (method.py) that Lightning calls; a method's author need not read it.
+
+    It calls the other half's `trained_networks`, `prepare`, `loss` and `after_update`.
 
     micro_batch: the most images of one backward pass on each device; None for all of the device's share. Micro-batches are as
     equal as possible, their losses are weighted by their share of the images, and the optimiser steps once.
@@ -32,28 +42,16 @@ class Optimisation(pl.LightningModule):
     micro_batch: int | None = None
     gradient_clip: float | None = None
     update_cycle: Sequence[tuple[str, ...]]
+    _current = MicroBatch()
 
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.means: dict[str, Tensor | float] = {}
-        self._share, self._first, self._last = 1.0, True, True  # of the micro-batch in work
         self._step = 0  # the training step under way
         self._memory_trial: dict[nn.Parameter, Tensor] | None = None  # gradients of `try_memory`
 
-    # -- of a method -----------------------------------------------------------------------------------------------
-
-    def trained_networks(self) -> dict[str, nn.Module]:
-        raise NotImplementedError
-
-    def loss(self, batch: Batch) -> Tensor:
-        raise NotImplementedError(f"{type(self).__name__} has neither a loss nor a train_on")
-
-    def prepare(self, batch: Batch) -> Batch:
-        return batch
-
-    def after_update(self) -> None:
-        pass
+    # -- a training step -------------------------------------------------------------------------------------------
 
     def train_on(self, batch: Batch) -> Tensor:
         """One training step; returns its loss. A method with several updates in a step calls `update` for each."""
@@ -63,8 +61,6 @@ class Optimisation(pl.LightningModule):
     def updating(self) -> tuple[str, ...]:
         """The networks that the training step under way updates; between steps, those that the latest one updated."""
         return self.update_cycle[self._step % len(self.update_cycle)]
-
-    # -- a training step -------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self._step = self.trainer.global_step  # the optimiser counts on before the step is over
@@ -103,8 +99,8 @@ class Optimisation(pl.LightningModule):
         total: Tensor | float = 0.0
         for micro_batch in self.micro_batches(batch):
             value = (loss or self.loss)(micro_batch)
-            if self._share < 1:
-                value = self._share * value
+            if self._current.share < 1:
+                value = self._current.share * value
             self._backward(value)
             total = total + value.detach()
         if self._memory_trial is None:
@@ -114,8 +110,8 @@ class Optimisation(pl.LightningModule):
 
     def log_mean(self, name: str, value: Tensor | float) -> None:
         """Log a mean over the batch, given that over the micro-batch in work (of any shape, without a graph)."""
-        if self._share < 1:
-            value = self._share * value + (0 if self._first else self.means[name])
+        if self._current.share < 1:
+            value = self._current.share * value + (0 if self._current.first else self.means[name])
         self.means[name] = value
 
     def micro_batches(self, batch: Batch) -> Iterator[Batch]:
@@ -127,9 +123,9 @@ class Optimisation(pl.LightningModule):
             return
         ends = [size * i // count for i in range(count + 1)]
         for i, (start, end) in enumerate(pairwise(ends)):
-            self._share, self._first, self._last = (end - start) / size, i == 0, i == count - 1
+            self._current = MicroBatch((end - start) / size, i == 0, i == count - 1)
             yield {name: values[start:end] for name, values in batch.items()}
-        self._share, self._first, self._last = 1.0, True, True
+        self._current = MicroBatch()
 
     def _backward(self, loss: Tensor) -> None:
         """Of several micro-batches the last one's pass averages over processes, for all."""
@@ -141,7 +137,7 @@ class Optimisation(pl.LightningModule):
             self._memory_trial |= {weight: gradient for weight, gradient in gradients if gradient is not None}
             return
         strategy = self.trainer.strategy
-        alone = nullcontext if self._last else getattr(strategy, "block_backward_sync", nullcontext)
+        alone = nullcontext if self._current.last else getattr(strategy, "block_backward_sync", nullcontext)
         with alone(), torch.autocast(self.device.type, enabled=False):
             self.manual_backward(loss)
 
@@ -214,8 +210,7 @@ class Optimisation(pl.LightningModule):
             for key in self._state():
                 delattr(self, key)
             vars(self).update(before)
-            self._memory_trial = None
-            self._share, self._first, self._last = 1.0, True, True
+            self._memory_trial, self._current = None, MicroBatch()
 
     def _state(self) -> dict[str, Any]:
         """The plain attributes: no modules, no buffers, nothing of Lightning's."""

@@ -248,7 +248,7 @@ class Consistency(Preconditioning):
 
     def __init__(self, of: Preconditioning | dict[str, Any], sigma_min: float = 0.002):
         super().__init__()
-        self.of = made(of) if isinstance(of, dict) else of
+        self.of = from_description(of) if isinstance(of, dict) else of
         if not sigma_min > 0:
             raise ValueError(f"sigma_min must be positive, got {sigma_min}")
         if self.of(torch.tensor([1e-4])).skip.item() < 0.99:
@@ -269,18 +269,18 @@ class Consistency(Preconditioning):
         return self.of.prior_std(sigma)
 
     def options(self) -> dict[str, Any]:
-        return {"of": described(self.of), "sigma_min": self.sigma_min}
+        return {"of": description_of(self.of), "sigma_min": self.sigma_min}
 
 
 PRECONDITIONINGS = {cls.__name__: cls for cls in (EDM, VP, VE, Epsilon, ResidualEpsilon, V, X0, Velocity, Consistency)}
 
 
-def described(preconditioning: Preconditioning) -> dict[str, Any]:
-    """Describe a preconditioning by its class's name and its options, as JSON can say them; see `made`."""
+def description_of(preconditioning: Preconditioning) -> dict[str, Any]:
+    """Describe a preconditioning by its class's name and its options, as JSON can say them; see `from_description`."""
     return {"name": type(preconditioning).__name__, **preconditioning.options()}
 
 
-def made(description: dict[str, Any]) -> Preconditioning:
-    """Make the preconditioning that was `described`."""
+def from_description(description: dict[str, Any]) -> Preconditioning:
+    """Make the preconditioning that `description_of` describes."""
     options = dict(description)
     return PRECONDITIONINGS[options.pop("name")](**options)

@@ -162,7 +162,7 @@ def test_a_description_as_json_makes_the_same_preconditioning():
     ours += [P.Velocity(), P.Consistency(P.EDM(0.7), 0.01)]
     assert {type(one) for one in ours} == set(P.PRECONDITIONINGS.values())
     for one in ours:
-        again = P.made(json.loads(json.dumps(P.described(one))))
+        again = P.from_description(json.loads(json.dumps(P.description_of(one))))
         assert all(torch.equal(a, b) for a, b in zip(one(sigma), again(sigma), strict=True))
 
 

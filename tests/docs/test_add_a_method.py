@@ -23,7 +23,7 @@ from end_to_end_tools import (
 from torch import nn
 
 from closed_forms import CorrectedByLevel, Mixture, MixtureData, energy_distance, exact_teacher, fit
-from stillhouse.diffusion.preconditioning import EDM, X0, Consistency, described, made
+from stillhouse.diffusion.preconditioning import EDM, X0, Consistency, description_of, from_description
 from stillhouse.diffusion.random_numbers import sample_noise
 
 EXAMPLE = ROOT / "docs/examples/add_a_method"
@@ -55,8 +55,8 @@ def test_the_preconditioning_is_the_published_one_and_the_identity_at_the_lowest
     torch.testing.assert_close(c.skip, data**2 / ((sigma - low) ** 2 + data**2))
     torch.testing.assert_close(c.out, data * (sigma - low) / (sigma**2 + data**2).sqrt())
     assert (c.skip[0], c.out[0]) == (1, 0)
-    again = made(json.loads(json.dumps(described(Consistency(EDM(0.3), 0.01)))))
-    assert described(again) == {"name": "Consistency", "of": {"name": "EDM", "sigma_data": 0.3}, "sigma_min": 0.01}
+    again = from_description(json.loads(json.dumps(description_of(Consistency(EDM(0.3), 0.01)))))
+    assert description_of(again) == {"name": "Consistency", "of": {"name": "EDM", "sigma_data": 0.3}, "sigma_min": 0.01}
     with pytest.raises(ValueError, match="X0 can't be read as a consistency function: at small noise"):
         Consistency(X0(), 0.002)
 
