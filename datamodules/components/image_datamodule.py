@@ -23,9 +23,8 @@ _WORD = 0xFFFFFFFF
 def flips(seed: int, positions: Tensor) -> Tensor:
     """Fair coins, bool (B,), a function of the seed and the global positions (B,), int64, on every device."""
     key = derive_seed(seed, RunKey.FLIPS)
-    low, high = torch.full_like(positions, key & _WORD), torch.full_like(positions, key >> 32)
-    zero = torch.zeros_like(positions)
-    return philox((positions & _WORD, positions >> 32 & _WORD, zero, zero), (low, high))[0] >> 31 == 1
+    words = philox((positions & _WORD, positions >> 32 & _WORD, 0, 0), (key & _WORD, key >> 32))
+    return words[0] >> 31 == 1
 
 
 def _fetch(packed: PackedImages, labelled: bool, position: int, indices: np.ndarray) -> Batch:

@@ -14,6 +14,7 @@ student is measured on noise that it was trained on.
 import math
 from collections.abc import Sequence
 from enum import IntEnum
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -55,22 +56,26 @@ class SampleStream(IntEnum):
     LABEL = 0xFFFFFFFF
 
 
-def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+Word = Tensor | int
+"""Of 32 bits: an int64 tensor with values in [0, 2^32), or one number for all."""
+
+
+def philox(counter: Sequence[Word], key: Sequence[Word]) -> tuple[Word, Word, Word, Word]:
     """Generate four random 32-bit words per counter, by Philox4x32-10.
 
     Args:
-        counter: four broadcastable int64 tensors with values in [0, 2^32).
-        key: two such tensors.
+        counter: four words, whose tensors broadcast against each other. Numbers cost a device nothing.
+        key: two words.
 
     Returns:
-        Four int64 tensors with values in [0, 2^32).
+        Four words; tensors unless all arguments are numbers.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
         # int64 products wrap, but their 64 bits are those of the unsigned product.
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = (p1 >> 32 & _MASK) ^ c1 ^ k0, p1 & _MASK, (p0 >> 32 & _MASK) ^ c3 ^ k1, p0 & _MASK
+        c0, c1, c2, c3 = (p1 >> 32 & _MASK) ^ (c1 ^ k0), p1 & _MASK, (p0 >> 32 & _MASK) ^ (c3 ^ k1), p0 & _MASK
         k0, k1 = k0 + 0x9E3779B9 & _MASK, k1 + 0xBB67AE85 & _MASK
     return c0, c1, c2, c3
 
@@ -78,10 +83,8 @@ def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Te
 def _words(seeds: Tensor, blocks: int, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if seeds.dtype != torch.int64 or seeds.ndim != 1:
         raise ValueError(f"seeds must be a 1-D int64 tensor, got {seeds.dtype} of shape {tuple(seeds.shape)}")
-    block = torch.arange(blocks, device=seeds.device).expand(len(seeds), blocks)
-    zero = torch.zeros_like(block)
     seed = seeds[:, None]
-    return philox((block, zero + stream, zero, zero), (seed & _MASK, seed >> 32 & _MASK))
+    return philox((torch.arange(blocks, device=seeds.device), stream, 0, 0), (seed & _MASK, seed >> 32 & _MASK))
 
 
 def sample_noise(seeds: Tensor, shape: Sequence[int], stream: int = 0) -> Tensor:
@@ -136,10 +139,8 @@ def position_uniforms(seed: int, positions: Tensor, stream: int, count: int = 4)
 def _position_words(seed: int, positions: Tensor, blocks: int, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     key = derive_seed(seed, RunKey.POSITIONS)
     position = positions[:, None]
-    block = torch.arange(blocks, device=positions.device).expand(len(positions), blocks)
-    constant = torch.zeros_like(block)
-    counter = (block, constant + stream, position & _MASK, position >> 32 & _MASK)
-    return philox(counter, (constant + (key & _MASK), constant + (key >> 32)))
+    counter = (torch.arange(blocks, device=positions.device), stream, position & _MASK, position >> 32 & _MASK)
+    return philox(counter, (key & _MASK, key >> 32))
 
 
 def _normals(words: Sequence[Tensor], size: int) -> Tensor:
@@ -147,8 +148,8 @@ def _normals(words: Sequence[Tensor], size: int) -> Tensor:
     # Box-Muller in double precision, so that devices agree after rounding to float32.
     u = [(w.double() + 0.5) * 2.0**-32 for w in words]
     pairs = [(torch.sqrt(-2 * torch.log(u[i])), 2 * math.pi * u[i + 1]) for i in (0, 2)]
-    normals = torch.stack([f(angle) * radius for radius, angle in pairs for f in (torch.cos, torch.sin)], dim=-1)
-    return normals.flatten(1)[:, :size].float()
+    normals = [(f(angle) * radius).float() for radius, angle in pairs for f in (torch.cos, torch.sin)]
+    return torch.stack(normals, dim=-1).flatten(1)[:, :size]
 
 
 def sample_labels(seeds: Tensor, num_classes: int, class_counts: Sequence[int] | None = None) -> Tensor | None:
@@ -176,6 +177,7 @@ def sample_uniforms(seeds: Tensor) -> Tensor:
     return (_words(seeds, 1, SampleStream.UNIFORM)[0][:, 0].double() + 0.5) * 2.0**-32
 
 
+@lru_cache(maxsize=64)
 def derive_seed(*numbers: int) -> int:
     """Derive a 63-bit seed from any tuple of non-negative integers; other tuples have other seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
