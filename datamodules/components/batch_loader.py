@@ -15,6 +15,7 @@ from datamodules.components.sample_order import EpochOrder, RankBatches, fixed_b
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 """CPU cores that this process may use."""
 
+CPU = torch.device("cpu")
 Batch = dict[str, Tensor]
 Fetch = Callable[[int, np.ndarray], Batch]
 """(position of the first item, items) -> batch on the CPU; with workers the function is pickled."""
@@ -43,7 +44,7 @@ class BatchLoader:
     Args:
         fetch: Loads a batch.
         batches: Called at the start of each iteration; gives (position of the first item, items) of each batch.
-        pin_memory: As of torch's DataLoader.
+        device: Where the batches go: to a CUDA device they are `copied_ahead`, from pinned memory.
         num_workers: Processes that fetch, at most one per core.
     """
 
@@ -51,12 +52,12 @@ class BatchLoader:
         self,
         fetch: Fetch,
         batches: Callable[[], Iterable[tuple[int, np.ndarray]]],
-        pin_memory: bool = False,
+        device: torch.device = CPU,
         num_workers: int = 0,
     ):
         self.fetch = fetch
         self.batches = batches
-        self.pin_memory = pin_memory
+        self.device = device
         self.num_workers = num_workers
 
     def state_dict(self) -> dict[str, Any]:
@@ -67,14 +68,44 @@ class BatchLoader:
         pass
 
     def __iter__(self) -> Iterator[Batch]:
-        yield from DataLoader(
+        on_gpu = self.device.type == "cuda"
+        batches = DataLoader(
             _WholeBatches(self.fetch),
             batch_sampler=self.batches(),
             collate_fn=_unchanged,
             num_workers=min(self.num_workers, CORES),
-            pin_memory=self.pin_memory,
+            pin_memory=on_gpu,
             generator=torch.Generator(),  # otherwise each iteration would draw from the global random state
         )
+        yield from copied_ahead(batches, self.device) if on_gpu else batches
+
+
+def copied_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Copy pinned batches to a CUDA device by a stream of its own, each while the one before it is in use.
+
+    A batch is given out once the copy of the next one is under way, since Lightning asks for a batch before it works on the
+    previous one: so nothing waits for the copy that was just begun.
+    """
+    stream = torch.cuda.Stream(device)
+    ahead: tuple[Batch, torch.cuda.Event] | None = None
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            copies = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
+            copied = stream.record_event()
+        if ahead is not None:
+            yield _arrived(*ahead, device)
+        ahead = copies, copied
+    if ahead is not None:
+        yield _arrived(*ahead, device)
+
+
+def _arrived(batch: Batch, copied: torch.cuda.Event, device: torch.device) -> Batch:
+    """Let the device's current stream, not the host, wait for a copy, and keep its memory until that stream is done with it."""
+    stream = torch.cuda.current_stream(device)
+    stream.wait_event(copied)
+    for values in batch.values():
+        values.record_stream(stream)
+    return batch
 
 
 class FixedLoader(BatchLoader):
@@ -95,10 +126,10 @@ def batches_seen(trainer: pl.Trainer | None) -> int:
     return before + trainer.fit_loop.epoch_loop.batch_progress.total.processed
 
 
-def _placement(trainer: pl.Trainer | None) -> tuple[int, int, bool]:
+def _placement(trainer: pl.Trainer | None) -> tuple[int, int, torch.device]:
     if trainer is None:
-        return 0, 1, False
-    return trainer.global_rank, trainer.world_size, trainer.strategy.root_device.type == "cuda"
+        return 0, 1, CPU
+    return trainer.global_rank, trainer.world_size, trainer.strategy.root_device
 
 
 def endless_loader(
@@ -117,18 +148,18 @@ def endless_loader(
     Raises:
         ValueError: For a batch that the processes cannot divide evenly.
     """
-    rank, world_size, pin_memory = _placement(trainer)
+    rank, world_size, device = _placement(trainer)
     order = EpochOrder(count, seed)
     RankBatches(order, batch_size, rank, world_size)  # an impossible batch size is refused now
 
     def batches() -> RankBatches:
         return RankBatches(order, batch_size, rank, world_size, start=batches_seen(trainer))
 
-    return BatchLoader(fetch, batches, pin_memory, num_workers)
+    return BatchLoader(fetch, batches, device, num_workers)
 
 
 def fixed_loader(trainer: pl.Trainer | None, fetch: Fetch, count: int, batch_size: int) -> FixedLoader:
     """Every item once, in order, divided evenly over the processes; arguments and errors as for `endless_loader`."""
-    rank, world_size, pin_memory = _placement(trainer)
+    rank, world_size, device = _placement(trainer)
     batches: Any = fixed_batches(count, batch_size, rank, world_size)
-    return FixedLoader(fetch, lambda: batches, pin_memory)
+    return FixedLoader(fetch, lambda: batches, device)

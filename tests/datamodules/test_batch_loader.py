@@ -1,11 +1,14 @@
 import logging
 import warnings
+from contextlib import contextmanager
+from itertools import islice
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
+from datamodules.components.batch_loader import copied_ahead
 from datamodules.digits import Digits
 
 STEPS = 18
@@ -115,3 +118,60 @@ def test_two_ranks_side_by_side_see_the_batch_of_one(root, tmp_path, uninterrupt
 def test_a_batch_that_does_not_divide_is_refused(root):
     with pytest.raises(Exception, match=r"batch_size=127 \(global\) cannot be divided evenly over 2 devices"):
         train(root, Tiny(), 2, batch_size=127, devices=2, strategy="ddp_fork")
+
+
+def test_a_batch_is_given_out_while_the_next_is_copied_by_another_stream(monkeypatch):
+    log = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def record_event(self):
+            return log[-1].split()[1]
+
+        def wait_event(self, batch):
+            log.append(f"{self.name} waits for {batch}")
+
+    class Values:
+        def __init__(self, batch):
+            self.batch = batch
+
+        def to(self, device, non_blocking):
+            assert active[-1] == "copies"
+            assert non_blocking
+            log.append(f"copied {self.batch}")
+            return self
+
+        def record_stream(self, stream):
+            log.append(f"{self.batch} kept for {stream.name}")
+
+    active = ["main"]
+
+    @contextmanager
+    def entered(stream):
+        active.append(stream.name)
+        yield
+        active.pop()
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("copies"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    for batch in copied_ahead([{"image": Values(i)} for i in range(3)], torch.device("cuda")):
+        log.append(f"used {batch['image'].batch}")
+    assert [line for line in log if "kept" not in line] == [
+        *("copied 0", "copied 1", "main waits for 0", "used 0"),
+        *("copied 2", "main waits for 1", "used 1"),
+        *("main waits for 2", "used 2"),
+    ]
+    assert [line for line in log if "kept" in line] == [f"{i} kept for main" for i in range(3)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_on_a_gpu_are_those_on_the_cpu(root):
+    data = Digits(root=str(root), batch_size=128, seed=4)
+    batches = [data.train_dataloader() for _ in range(2)]
+    batches[1].device = torch.device("cuda")
+    for here, there in islice(zip(*batches, strict=True), 5):
+        assert there["image"].is_cuda
+        assert {k: v.cpu().tolist() for k, v in there.items()} == {k: v.tolist() for k, v in here.items()}
