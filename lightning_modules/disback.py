@@ -134,10 +134,11 @@ class DisBack(DiffInstruct):
     def load_target(self) -> None:
         """Put T_node into the one network that all targets share: the teacher itself stays off the device until the end."""
         network = self.target.denoiser.network
-        if self.node == self.nodes:
-            network.load_state_dict(self.teacher.denoiser.network.state_dict())
-        else:
-            self.path.load(self.path.steps[self.nodes - self.node - 1], network)
+        with self.target.exact_weights():
+            if self.node == self.nodes:
+                network.load_state_dict(self.teacher.denoiser.network.state_dict())
+            else:
+                self.path.load(self.path.steps[self.nodes - self.node - 1], network)
 
     def after_update(self) -> None:
         if self.path:

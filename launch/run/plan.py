@@ -57,6 +57,7 @@ def plan(cfg: DictConfig) -> str:
     kept = held * activations // (2 if mixed else 1)
     averages = len(cfg.callbacks.ema.averages) if cfg.callbacks.get("ema") else 0
     networks = Networks.of(method, averages)
+    weights = int(_FLOAT * count * networks.held(mixed))
     before, each = evaluations_before(method, training), method.evaluations
     kimg = method.total_steps * cfg.batch_size / 1000
     lines = {
@@ -72,7 +73,7 @@ def plan(cfg: DictConfig) -> str:
         ],
         "memory of each device, an estimate"
         + (f" in {cfg.trainer.precision}" if mixed else " in float32 (bf16-mixed: about half of the activations)"): [
-            f"{readable(_FLOAT * count * networks.held)} for weights, gradients, Adam's moments, averages and frozen networks",
+            f"{readable(weights)} for weights, gradients, Adam's moments, averages and frozen networks",
             f"{readable(kept)} for what one evaluation of {held} images keeps for its backward pass",
         ],
         "disk": [
@@ -108,10 +109,9 @@ class Networks:
         teachers = [network for network in method.frozen_networks() if isinstance(network, Teacher)]
         return cls(trained, len(denoisers) - trained + len(teachers), averages)
 
-    @property
-    def held(self) -> int:
-        """Their weights, gradients and moments, in sizes of one network."""
-        return self.trained * (2 + _MOMENTS) + self.frozen + self.averages
+    def held(self, mixed: bool) -> float:
+        """Their weights, gradients and moments, in sizes of one network; mixed: frozen weights rounded to 2 bytes beside."""
+        return self.trained * (2 + _MOMENTS) + self.frozen * (1.5 if mixed else 1) + self.averages
 
     @property
     def in_checkpoint(self) -> int:

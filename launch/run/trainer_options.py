@@ -11,7 +11,16 @@ from pytorch_lightning.profilers import AdvancedProfiler, Profiler, PyTorchProfi
 from callbacks import AtomicCheckpointIO
 from callbacks.network_layout import NetworkLayout
 from launch.run.micro_batch import FindMicroBatch
-from launch.run.precision import PRECISIONS, TensorFloat32, allow_tf32, check_precision, device_kind, precision_plugin
+from launch.run.precision import (
+    AUTOCAST,
+    PRECISIONS,
+    RoundedTeachers,
+    TensorFloat32,
+    allow_tf32,
+    check_precision,
+    device_kind,
+    precision_plugin,
+)
 from lightning_modules import Method
 from stillhouse.checks import check_choice, check_counts
 from stillhouse.networks.compiling import check_compile
@@ -170,6 +179,7 @@ def lightning_options(
         method.gradient_clip = norm
     form = NetworkLayout(options.pop("compile"), options.pop("channels_last"))
     callbacks = [TensorFloat32()] if precision == "tf32" else []
+    callbacks += [RoundedTeachers(AUTOCAST[precision])] if precision in AUTOCAST else []
     callbacks += [form] if form.compile or form.channels_last else []
     callbacks += [FindMicroBatch()] if micro_batch == "auto" else []
     return options | {

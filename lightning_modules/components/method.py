@@ -125,7 +125,10 @@ class Method(Optimisation):
         return {"student": self.student}
 
     def frozen_networks(self) -> list[Teacher]:
-        """What training evaluates and does not train; it is moved to the device."""
+        """What training steps evaluate and do not train; it is moved to the device.
+
+        In mixed precision a teacher's weights are rounded meanwhile: replace them within its `exact_weights`.
+        """
         return [self.teacher] if self.teacher is not None else []
 
     def learning_rate(self, network: str) -> float:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from stillhouse.diffusion.preconditioning import Preconditioning
 from stillhouse.diffusion.sampling import Sampling
 from stillhouse.diffusion.solvers import SOLVERS, check_solver, evaluations
 from stillhouse.files import check_folder_name
+from stillhouse.networks.network import autocast_weights
 
 # Of a noise level: float64 in several tensors of the schedule, and its text, by which samples are known.
 _LEVEL_BYTES = 300
@@ -82,6 +84,8 @@ class Teacher:
         self.denoiser = Denoiser(network, preconditioning).eval().requires_grad_(False)
         self.sigmas()  # an impossible step count is refused now, not after an hour
         self._hash: str | None = None
+        self._rounded_to: torch.dtype | None = None
+        self._exact: list[tuple[nn.Parameter, Tensor]] = []  # weights that are rounded now, and their values
 
     def __deepcopy__(self, memo: dict) -> "Teacher":
         return self
@@ -113,9 +117,9 @@ class Teacher:
             settings = {
                 k: v for k, v in vars(preconditioning).items() if isinstance(v, int | float) and k != "training"
             }
-            text = json.dumps(
-                [hash_state(self.denoiser.network), type(preconditioning).__name__, settings], sort_keys=True
-            )
+            with self.exact_weights():
+                weights = hash_state(self.denoiser.network)
+            text = json.dumps([weights, type(preconditioning).__name__, settings], sort_keys=True)
             self._hash = hashlib.sha256(text.encode()).hexdigest()
         return self._hash
 
@@ -129,8 +133,37 @@ class Teacher:
 
     def to(self, device: torch.device | str) -> "Teacher":
         """Move the denoiser, in place. Returns the teacher."""
-        self.denoiser.to(device)
+        with self.exact_weights():
+            self.denoiser.to(device)
         return self
+
+    def round_weights(self, dtype: torch.dtype | None) -> None:
+        """Keep the weights that autocast would round to `dtype` at each evaluation in it, from now on; None: exact ones again.
+
+        Evaluations under autocast give the same bits, without reading and rounding all weights each time. Others are
+        possible within `exact_weights`.
+        """
+        for parameter, exact in self._exact:
+            parameter.data = exact
+        self._rounded_to, self._exact = dtype, []
+        if dtype is not None:
+            self._exact = [(p, p.data) for p in autocast_weights(self.denoiser.network)]
+            with torch.inference_mode(False):
+                for parameter, exact in self._exact:
+                    parameter.data = exact.to(dtype)
+
+    @contextmanager
+    def exact_weights(self) -> Iterator[None]:
+        """Give the weights back as they are within the block, which may replace them."""
+        dtype = self._rounded_to
+        if dtype is None:
+            yield
+            return
+        self.round_weights(None)
+        try:
+            yield
+        finally:
+            self.round_weights(dtype)
 
     def student(self, label_dropout: bool = True) -> Denoiser:
         """Make a trainable copy of the denoiser.
@@ -204,7 +237,8 @@ class Teacher:
         solve = SOLVERS[self.solver].solve
         states = solve(denoiser, x, sigmas, labels if self.conditional else None, **self.solver_options)
         while True:
-            with torch.no_grad():  # around each step alone: a generator must not leak the mode to its consumer
+            # Around each step alone: a generator must not leak the mode to its consumer.
+            with torch.no_grad(), self.exact_weights():
                 state = next(states, None)
             if state is None:
                 return

@@ -1,6 +1,6 @@
 """The contract of the networks that a `Denoiser` reads."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
@@ -81,3 +81,11 @@ class Network(nn.Module):
 
     def _decode(self, features: Sequence[Tensor], emb: Tensor) -> Tensor:
         raise NotImplementedError
+
+
+def autocast_weights(network: Network) -> Iterator[nn.Parameter]:
+    """List the weights that autocast rounds: those of convolutions and matrix products outside of the embedding."""
+    exact = set(network.embed.modules())
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear) and module not in exact:
+            yield from module.parameters(recurse=False)

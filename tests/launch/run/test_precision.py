@@ -13,6 +13,7 @@ from launch.run.precision import PRECISIONS, TensorFloat32, TrainingAutocast, ch
 from lightning_modules.components.optimisation import Optimisation
 from stillhouse.diffusion import losses
 from stillhouse.diffusion.denoiser import Denoiser
+from stillhouse.diffusion.teacher import Teacher
 
 WIDE = (torch.float32, torch.float64)
 
@@ -102,6 +103,38 @@ def test_metrics_in_training_are_those_of_the_same_weights_in_float32(tmp_path, 
     method = train("diff_instruct", {"trainer.precision": "bf16-mixed"}, samples).method
     assert not samples.low
     assert torch.equal(samples.drawn, method.sample(torch.ones(2, 1, 8, 8), torch.tensor([0, 1])))
+
+
+@pytest.mark.parametrize("name", ["diff_instruct", "disback", "sfd"])
+def test_frozen_weights_that_are_rounded_once_train_the_same_bits(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    noise, label = torch.ones(2, 1, 8, 8), torch.tensor([0, 1])
+    seen = set()
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            (teacher,) = pl_module.frozen_networks()
+            network = teacher.denoiser.network
+            seen.update((network.stem.weight.dtype, network.embed.layer1.weight.dtype, network.stem.bias.dtype))
+            seen.add(teacher.sample(noise, label, steps=2).dtype)  # a callback is outside of autocast
+            teacher._hash = None
+            seen.add(teacher.hash)
+
+    changes = {"trainer.precision": "bf16-mixed"} | (
+        {"method.nodes": 2, "method.interval": 1} if name == "disback" else {}
+    )
+    rounded = train(name, changes, Look()).method
+    (teacher,) = rounded.frozen_networks()
+    network = teacher.denoiser.network
+    assert seen >= {torch.float32, torch.bfloat16}
+    assert {weight.dtype for weight in network.parameters()} == {torch.float32}
+    teacher._hash = None
+    assert teacher.hash in seen
+    if name == "disback":  # its last target is the teacher, put there in the middle of the training
+        assert teacher.hash == rounded.teacher.hash
+    monkeypatch.setattr(Teacher, "round_weights", lambda self, dtype: None)
+    plain = train(name, changes | {"name": "plain"}).method
+    assert all(torch.equal(a, b) for a, b in zip(rounded.parameters(), plain.parameters(), strict=True))
 
 
 # -- what a device lacks ----------------------------------------------------------------------------------------------
