@@ -1,6 +1,5 @@
 """DisBack: distribution backtracking (Zhang et al., arXiv 2408.15991) on Diff-Instruct."""
 
-import copy
 import hashlib
 import math
 from pathlib import Path
@@ -91,8 +90,7 @@ class DisBack(DiffInstruct):
                 "lr": self.fake_lr if degradation["lr"] is None else degradation["lr"],
             }
             self.path = self.degradation_path(store)
-            self.target = copy.copy(teacher)
-            self.target.denoiser = copy.deepcopy(teacher.denoiser)
+            self.target = teacher.replica()
 
     def degradation_path(self, store: str) -> DegradationPath:
         """The path of this teacher, generator and settings in the folder `store`."""

@@ -87,7 +87,7 @@ class ProgressiveDistillation(BranchedMethod):
             )
         self.teacher = teacher
         self.student = teacher.student().eval()  # no dropout, as released
-        self.guide = teacher.student().eval().requires_grad_(False)  # the round's teacher
+        self.guide = teacher.replica()  # the round's teacher
         self.widen_student(factor)
         self.weighting, self.clip = weighting, clip
         self.grid = teacher.sigmas(start_steps)
@@ -120,8 +120,8 @@ class ProgressiveDistillation(BranchedMethod):
     # -- training of a round ---------------------------------------------------------------------------------------
 
     def frozen_networks(self) -> list[Teacher]:
-        """None: the original teacher stays where it is, and its copy teaches the first round."""
-        return []
+        """The round's teacher, which in the first round is a copy of the original one."""
+        return [self.guide]
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -146,7 +146,7 @@ class ProgressiveDistillation(BranchedMethod):
         levels = sigmas[:, :, None, None, None].unbind(1)
         state, targets = x, []
         for step in range(1, self.substeps + 1):
-            estimate = self.guide(state, sigmas[:, step - 1], labels)
+            estimate = self.guide.denoiser(state, sigmas[:, step - 1], labels)
             state = euler_step(state, estimate, levels[step - 1], levels[step])
             if step % self.stride == 0:
                 targets.append((levels[0] * state - levels[step] * x) / (levels[0] - levels[step]))
@@ -194,10 +194,10 @@ class ProgressiveDistillation(BranchedMethod):
         taught = self.teacher.denoiser.network.state_dict()
         if self.steps_before:
             previous = self.rounds[self.rounds.index(self.steps) - 1]
-            load_weights(kept_student(self._run_folder, previous), self.guide.network)
-            taught = self.guide.network.state_dict()
+            load_weights(kept_student(self._run_folder, previous), self.guide.denoiser.network)
+            taught = self.guide.denoiser.network.state_dict()
         else:
-            self.guide.network.load_state_dict(taught)
+            self.guide.denoiser.network.load_state_dict(taught)
         with torch.no_grad():
             for name, value in plain_state(self.student.network).items():
                 value.copy_(taught[name])
@@ -234,6 +234,8 @@ class ProgressiveDistillation(BranchedMethod):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if "round" in checkpoint and checkpoint["global_step"] < self.ends[-1]:
             raise ValueError(_ONE_TRAINING.format("this checkpoint"))
+        weights = checkpoint["state_dict"]  # which in earlier versions held the round's teacher, too
+        checkpoint["state_dict"] = {name: value for name, value in weights.items() if not name.startswith("guide.")}
         super().on_load_checkpoint(checkpoint)
 
     # -- sampling --------------------------------------------------------------------------------------------------
@@ -244,7 +246,7 @@ class ProgressiveDistillation(BranchedMethod):
 
     def sampled_student(self) -> Denoiser:
         """The student of the chosen round: an earlier one's is put in the place of the last round's teacher."""
-        return self.student if self.chosen_nfe in (None, self.steps) else self.guide
+        return self.student if self.chosen_nfe in (None, self.steps) else self.guide.to(self.device).denoiser
 
     def exported(self) -> dict[str, Tensor]:
         return plain_state(self.sampled_student().network)
@@ -257,7 +259,7 @@ class ProgressiveDistillation(BranchedMethod):
         if nfe not in self.rounds or not kept.exists():
             there = [n for n in self.rounds if n == self.steps or kept_student(folder, n).exists()]
             raise ValueError(f"steps={nfe}: {folder} has students of {', '.join(map(str, there))} steps")
-        load_weights(kept.resolve(), self.guide.network)
+        load_weights(kept.resolve(), self.guide.denoiser.network)
         self.chosen_nfe = nfe
         return read_card(kept).get("weights", "raw")
 

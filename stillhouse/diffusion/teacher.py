@@ -178,6 +178,14 @@ class Teacher:
                 module.label_dropout = 0.0
         return denoiser
 
+    def replica(self) -> "Teacher":
+        """Make a teacher with a denoiser of its own, for weights that are replaced in training."""
+        replica = copy.copy(self)
+        with self.exact_weights():
+            replica.denoiser = copy.deepcopy(self.denoiser)
+        replica._rounded_to, replica._exact, replica._hash = None, [], None
+        return replica
+
     def sigmas(self, steps: int | None = None, through: Sequence[float] = ()) -> Tensor:
         """Make the sampling noise levels.
 

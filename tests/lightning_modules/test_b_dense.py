@@ -244,7 +244,7 @@ class Rounds(pl.Callback):
         self.left, self.begun = {}, {}
 
     def on_train_start(self, trainer, module):
-        self.begun[module.steps] = (copied(module.student), copied(module.guide))
+        self.begun[module.steps] = (copied(module.student), copied(module.guide.denoiser))
 
     def on_train_end(self, trainer, module):
         self.left[module.steps] = copied(module.student)
@@ -270,7 +270,7 @@ def test_a_round_begins_with_all_branches_at_the_last_end_point(rounds):
         groups = student[name].unflatten(0, (4, 2))
         assert torch.equal(groups, left[name].unflatten(0, (4, 2))[3].expand_as(groups))
         assert torch.equal(guide[name], groups[3])
-    assert branches_of(module.guide.network) == 1
+    assert branches_of(module.guide.denoiser.network) == 1
     body = [name for name in left if "last" not in name]
     assert all(torch.equal(left[name], student[name]) and torch.equal(left[name], guide[name]) for name in body)
 

@@ -92,7 +92,7 @@ def test_one_step_with_the_target_lands_where_the_teachers_steps_do(family, fact
     target = module.targets(x, sigmas, None)[:, -1]
     assert target.dtype == torch.float64
     for i in range(len(x)):
-        *_, last = euler(module.guide, x[i : i + 1], sigmas[i])
+        *_, last = euler(module.guide.denoiser, x[i : i + 1], sigmas[i])
         (state,) = euler(lambda *_, i=i: target[i : i + 1], x[i : i + 1], sigmas[i, [0, -1]])
         torch.testing.assert_close(state, last, rtol=0, atol=1e-10)
 
@@ -101,7 +101,7 @@ def test_the_target_is_the_papers_in_its_own_variables():
     """z_t = a_t x + s_t e on the cosine schedule: two DDIM steps, inverted; at i = 1 the teacher's last estimate."""
     n = 8
     module = first_round(teacher_of("v"), start_steps=2 * n)
-    module.guide = Exact()
+    module.guide.denoiser = Exact()
     x, sigmas = of_levels(module, copies=1)
     low, high = math.atan(math.exp(-10)), math.atan(math.exp(10))
 
@@ -129,11 +129,11 @@ def test_the_target_lies_between_the_teachers_two_estimates():
     """(1 - g) D(x) + g D(x'): g = (1 - s''/s') / (1 - s''/s), about a half away from small noise, and 1 in the last step."""
     n = 32
     module = first_round(teacher_of("v"), start_steps=2 * n)
-    module.guide = Exact()
+    module.guide.denoiser = Exact()
     x, sigmas = of_levels(module)
-    first = module.guide(x, sigmas[:, 0])
-    second = module.guide(
-        torch.cat([next(euler(module.guide, x[i : i + 1], sigmas[i])) for i in range(len(x))]), sigmas[:, 1]
+    first = module.guide.denoiser(x, sigmas[:, 0])
+    second = module.guide.denoiser(
+        torch.cat([next(euler(module.guide.denoiser, x[i : i + 1], sigmas[i])) for i in range(len(x))]), sigmas[:, 1]
     )
     g = (1 - sigmas[:, 2] / sigmas[:, 1]) / (1 - sigmas[:, 2] / sigmas[:, 0])
     mixed = first + g[:, None, None, None] * (second - first)
@@ -210,7 +210,7 @@ def test_a_student_starts_with_a_small_loss_whatever_its_teacher_predicts():
         module = first_round(teacher_of(family))
         loss = module.loss(batch(512))
         exact = first_round(teacher_of(family))
-        exact.guide = Exact()
+        exact.guide.denoiser = Exact()
         exact.student.branches = lambda x, sigma, labels: Mixture()(x, sigma)[:, None]
         assert 0 < loss.item() < 0.05
         torch.testing.assert_close(loss, exact.loss(batch(512)), rtol=1e-2, atol=0)
@@ -219,7 +219,7 @@ def test_a_student_starts_with_a_small_loss_whatever_its_teacher_predicts():
 def test_labels_reach_the_student_and_its_teacher():
     module = first_round(exact_teacher(network=BranchingCorrected, steps=16))
     labels, seen = torch.tensor([2, 0, 1, 1]), []
-    for denoiser in (module.guide, module.student):
+    for denoiser in (module.guide.denoiser, module.student):
         denoiser.network.register_forward_hook(lambda _, args, out: seen.append(args[2]))
     module.loss(batch(4) | {"label": labels})
     assert len(seen) == 3
@@ -273,7 +273,7 @@ class Diary(pl.Callback):
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         self.days.append({"positions": batch["position"], "known": len(trainer.optimizers[0].state), "nfe": module.nfe})
-        self.days[-1] |= {"guide": copied(module.guide), "student": copied(module.student)}
+        self.days[-1] |= {"guide": copied(module.guide.denoiser), "student": copied(module.student)}
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
         self.days[-1]["lr"] = optimizer.param_groups[0]["lr"]
@@ -347,7 +347,7 @@ def test_every_rounds_student_is_kept_and_sampled_with_as_many_evaluations(round
     noise = sample_noise(torch.arange(8), (2, 1, 1))
     chosen, seen = method(**SHORT), []
     chosen.student.load_state_dict(module.student.state_dict())
-    for denoiser in (chosen.student, chosen.guide):
+    for denoiser in (chosen.student, chosen.guide.denoiser):
         denoiser.network.register_forward_hook(lambda _, args, out: seen.append(args[1][0]))
     for one, end in zip((*rounds_of(chosen), chosen), (4, 8, 16, 24, 24), strict=False):
         seen.clear()
@@ -365,7 +365,7 @@ def test_every_rounds_student_is_kept_and_sampled_with_as_many_evaluations(round
     assert (cost["steps"], cost["images"]) == (16, 16 * 32)
     assert cost["seconds"] > 0
     checkpoint = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
-    assert {name.split(".")[0] for name in checkpoint["state_dict"]} == {"student", "guide"}
+    assert {name.split(".")[0] for name in checkpoint["state_dict"]} == {"student"}
 
 
 def test_students_that_are_not_there_are_refused(rounds, tmp_path):
@@ -409,7 +409,9 @@ def test_the_averaged_student_teaches_the_next_round(tmp_path):
 def test_a_run_whose_rounds_were_one_training_is_refused(tmp_path):
     with pytest.raises(ValueError, match="this checkpoint was written when all rounds .* choose another name="):
         method(**SHORT).on_load_checkpoint({"round": 2, "global_step": 9})
-    method(**SHORT).on_load_checkpoint({"round": 3, "global_step": 24})
+    done = {"round": 3, "global_step": 24, "state_dict": {"student.weight": 0, "guide.weight": 0}}
+    method(**SHORT).on_load_checkpoint(done)
+    assert list(done["state_dict"]) == ["student.weight"]  # a round's teacher comes from its file
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/last.ckpt").touch()
     with pytest.raises(ValueError, match="last.ckpt was written when all rounds .* choose another name="):
