@@ -92,6 +92,8 @@ def table(result: dict[str, Any]) -> str:
     """A part's figures for people: median (least .. greatest)."""
     if "methods" in result:
         return methods.table(result)
+    if "beside_fastgen" in result:
+        return _beside_fastgen(result)
     if "parts" in result:
         return "\n\n".join(map(table, result["parts"]))
     lines = [result["title"], f"  {_conditions(result)}"]
@@ -120,6 +122,28 @@ def table(result: dict[str, Any]) -> str:
             f"  Counted in {_UPDATES[update]}: {counted}. Adam's part of the floor: {1 - evaluations / floor:.1%}."
         )
     return "\n".join(lines)
+
+
+def _beside_fastgen(result: dict[str, Any]) -> str:
+    """What `benchmarks.fastgen` has measured."""
+    threads = f"{result['threads']} thread{'s' * (result['threads'] > 1)}"
+    size, version = f"{result['parameters'] / 1e6:.3g} M parameters", (result["fastgen"] or "of an unknown commit")[:7]
+    mix = " to ".join(map(str, result["mix"].values()))
+    names = {"fake": "fake-score update", "generator": "generator update", "mix": f"mean at {mix}"}
+    rounds = result["beside_fastgen"]["mix"]["ratio"]["repeats"]
+    lines = [
+        result["title"],
+        f"  {result['device']}, {threads} of each, batch {result['batch_size']}, {size}; FastGen {version}",
+        f"  Seconds of an update with its optimiser's step, in {rounds} rounds of turns; ratio: ours over FastGen's in a round",
+        f"  {'':<22}{'FastGen':<24}{'ours':<24}ratio",
+    ]
+    for kind, name in names.items():
+        figures = (result["beside_fastgen"][kind][column] for column in ("fastgen", "ours", "ratio"))
+        cells = [f"{each['median']:.3g} ({each['min']:.3g} .. {each['max']:.3g})" for each in figures]
+        lines.append(f"  {name:<22}{cells[0]:<24}{cells[1]:<24}{cells[2]}")
+    peaks = {name: f"{gib:.1f} GiB" for name, gib in result["peak_gib"].items()}
+    lines.append(f"  {'peak of memory':<22}{peaks['fastgen']:<24}{peaks['ours']}")
+    return "\n".join(lines + ([f"  Ours with {' '.join(result['options'])}"] if result["options"] else []))
 
 
 def _added(operations: dict[str, int]) -> str:
