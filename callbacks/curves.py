@@ -4,11 +4,10 @@ import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytorch_lightning as pl
-from matplotlib.figure import Figure
 from pytorch_lightning.utilities import rank_zero_only
 
 from callbacks.components.intervals import interval_reached, is_last_step
@@ -16,6 +15,9 @@ from callbacks.ema import RAW
 from callbacks.generative_metrics import GenerativeMetrics
 from stillhouse.analysis.curves import read_metrics_csv, reference_lines
 from stillhouse.files import write_file
+
+if TYPE_CHECKING:  # training does without it until something is plotted
+    import matplotlib.figure
 
 
 class Curves(pl.Callback):
@@ -43,7 +45,7 @@ class Curves(pl.Callback):
 
 def plot_curves(
     csv_path: str | Path, png_path: str | Path, reference_lines: Mapping[str, Mapping[str, float]] | None = None
-) -> Figure:
+) -> "matplotlib.figure.Figure":
     """Plot a metrics.csv against kimg, one panel for the losses and one per generative metric.
 
     Losses are the columns loss, loss/... and heldout/...; a generative metric has one column for each kind of weights, such as
@@ -57,6 +59,8 @@ def plot_curves(
     Returns:
         The figure.
     """
+    from matplotlib.figure import Figure
+
     rows = read_metrics_csv(Path(csv_path))
     curves = {
         key: [(float(r["nimg"]) / 1000, float(r[key])) for r in rows if r[key]] for key in (rows[0] if rows else ())

@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 BANDWIDTHS = (
@@ -205,6 +204,8 @@ def wasserstein_distance(a: Tensor, b: Tensor) -> float:
     """
     if a.shape != b.shape:
         raise ValueError(f"sets {tuple(a.shape)} and {tuple(b.shape)} cannot be paired one to one")
+    from scipy.optimize import linear_sum_assignment  # takes half a second, and few measure it
+
     costs = torch.cdist(a.flatten(1).double(), b.flatten(1).double(), compute_mode="donot_use_mm_for_euclid_dist") ** 2
     rows, columns = linear_sum_assignment(costs.numpy())
     return costs[rows, columns].mean().sqrt().item()

@@ -4,7 +4,6 @@ import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -142,7 +141,8 @@ def save_interpolations(
 
 
 def _font() -> ImageFont.FreeTypeFont:
-    # matplotlib carries this font, so titles look the same on every machine.
+    import matplotlib  # it carries this font, so titles look the same on every machine
+
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), _FONT_SIZE)
 
 

@@ -3,17 +3,18 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from stillhouse.files import write_file
+
+if TYPE_CHECKING:  # training does without it until something is plotted
+    import matplotlib.axes
+    import matplotlib.figure
 
 _LOG_SPAN = 5
 
 
-def log_scale(axes: Axes, values: Sequence[float]) -> None:
+def log_scale(axes: "matplotlib.axes.Axes", values: Sequence[float]) -> None:
     """Make the y axis logarithmic, with plain numbers, if the values are positive and span more than a factor of 5."""
     if min(values) > 0 and max(values) > _LOG_SPAN * min(values):
         axes.set_yscale("log")
@@ -21,13 +22,15 @@ def log_scale(axes: Axes, values: Sequence[float]) -> None:
         axes.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "235" else "")
 
 
-def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str], letters: int) -> None:
+def legend_below(
+    figure: "matplotlib.figure.Figure", handles: Sequence[Any], labels: Sequence[str], letters: int
+) -> None:
     """Put a legend below the panels, in as many columns as fit; `letters`: in a line as wide as the figure."""
     columns = min(len(labels), max(1, letters // (8 + max(map(len, labels)))))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
-def save_figure(figure: Figure, path: str | Path) -> None:
+def save_figure(figure: "matplotlib.figure.Figure", path: str | Path) -> None:
     """Write the figure as PNG, whole or not at all."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)

@@ -1,16 +1,18 @@
 """Scatter plots of points of the plane, which are images of shape (2, 1, 1), over the real points."""
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from stillhouse.diffusion.interpolation import slerp
 from stillhouse.diffusion.random_numbers import sample_labels, sample_noise
+
+if TYPE_CHECKING:  # training does without it until something is plotted
+    import matplotlib.axes
+    import matplotlib.figure
 
 PLANE = (2, 1, 1)
 _SIDE = 3.6  # inches of a panel
@@ -19,7 +21,7 @@ _EDGE = 1.13
 _REAL, _SAMPLE = "0.75", "C0"
 
 
-def plot_points(panels: Mapping[str, Tensor], real: Tensor) -> Figure:
+def plot_points(panels: Mapping[str, Tensor], real: Tensor) -> "matplotlib.figure.Figure":
     """Plot samples in colour over the real points in grey.
 
     Args:
@@ -43,7 +45,7 @@ def plot_interpolations(
     *,
     num_classes: int,
     steps: int = 200,
-) -> Figure:
+) -> "matplotlib.figure.Figure":
     """Plot what each sampler makes of the great circles between the noise of pairs of seeds, one curve for each pair.
 
     A curve is as continuous as the sampler: dots at its ends, thin dots between, joined by a line that shows jumps. A pair
@@ -70,19 +72,23 @@ def plot_interpolations(
     return figure
 
 
-def figure_pixels(figure: Figure) -> np.ndarray:
+def figure_pixels(figure: "matplotlib.figure.Figure") -> np.ndarray:
     """A figure as uint8 RGB (H, W, 3), for loggers."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
 
 
-def _panels(count: int) -> tuple[Figure, np.ndarray]:
+def _panels(count: int) -> tuple["matplotlib.figure.Figure", np.ndarray]:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(_SIDE * count, _SIDE + 0.3), layout="constrained")
     return figure, figure.subplots(1, count, sharex=True, sharey=True, squeeze=False)[0]
 
 
-def _prepare(axes: Axes, title: str, real: Tensor, outside: int = 0) -> None:
+def _prepare(axes: "matplotlib.axes.Axes", title: str, real: Tensor, outside: int = 0) -> None:
     axes.scatter(*real.flatten(1).cpu().T.numpy(), s=3, color=_REAL, linewidths=0, zorder=1)
     axes.set(xlim=(-_LIMIT, _LIMIT), ylim=(-_LIMIT, _LIMIT), aspect="equal")
     axes.set_title(f"{title}\n({outside} outside)" if outside else title, fontsize="medium")
