@@ -25,7 +25,7 @@ from launch.run.folder import RunFolder
 from lightning_modules import Method
 from stillhouse.diffusion.denoiser import Denoiser
 
-_CYCLE = 2  # steps after which every method here has done all that it does: both updates of score distillation
+CYCLE = 2  # steps after which every method here has done all that it does: both updates of score distillation
 # Samples of the teacher, few and coarse.
 _STORED = (
     "method.pairs=4",
@@ -146,28 +146,12 @@ def measure_one(case: Case, name: str, options: Sequence[str], precision: str) -
         RuntimeError: Where the method's `evaluations` are not what was counted.
     """
     quiet()
-    steps, timer = _CYCLE * (1 + case.cycle_rounds), StepTimer()
+    steps, timer = CYCLE * (1 + case.cycle_rounds), StepTimer()
     with TemporaryDirectory(prefix="stillhouse-benchmark-") as folder:
-        cfg = config(case, folder, *options, f"trainer.precision={precision}")
-        images = synthetic(cfg.data, folder)
-        method, run = build_seeded(cfg.method, cfg.seed), RunFolder(cfg.folder)
-        if hasattr(
-            method, "pairs"
-        ):  # stored samples of the teacher: in batches of the training's size, whose peak it is
-            method.pairs |= dict.fromkeys(("shard_size", "sampling_batch"), cfg.batch_size)
-        data = method.training_data(images)
-        if name == "degradation":
-            method.recording["steps"] = steps + 1
-        stages = build_stages(cfg, method, images, run)
-        if name == "degradation":
-            method, data, trainer = stages[0].method, stages[0].data, stages[0].trainer
-        else:
-            fit_stages(stages, method, run)
-            method.total_steps = steps
-            trainer = build_trainer(cfg, method, run)
+        method, data, trainer = prepared(config(case, folder, *options, f"trainer.precision={precision}"), name, steps)
         trainer.callbacks.append(timer)
         trainer.fit(method, data)
-    figures = summarised(timer.steps[_CYCLE:steps])
+    figures = summarised(timer.steps[CYCLE:steps])
     counted, declared = (sum(counts.values()) for counts in (figures["evaluations_per_image"], method.evaluations))
     if not math.isclose(counted, declared):
         raise RuntimeError(
@@ -181,6 +165,23 @@ def measure_one(case: Case, name: str, options: Sequence[str], precision: str) -
         **figures,
         "peak_gib": peak_memory() / 2**30,
     }
+
+
+def prepared(cfg: DictConfig, name: str, steps: int) -> tuple[Method, pl.LightningDataModule, pl.Trainer]:
+    """A method of `METHODS`, its data, and a trainer of `steps` steps; stages before it are trained."""
+    images = synthetic(cfg.data, cfg.data.root)
+    method, run = build_seeded(cfg.method, cfg.seed), RunFolder(cfg.folder)
+    if hasattr(method, "pairs"):  # stored samples of the teacher: in batches of the training's size, whose peak it is
+        method.pairs |= dict.fromkeys(("shard_size", "sampling_batch"), cfg.batch_size)
+    data = method.training_data(images)
+    if name == "degradation":
+        method.recording["steps"] = steps + 1
+    stages = build_stages(cfg, method, images, run)
+    if name == "degradation":
+        return stages[0].method, stages[0].data, stages[0].trainer
+    fit_stages(stages, method, run)
+    method.total_steps = steps
+    return method, data, build_trainer(cfg, method, run)
 
 
 def config(case: Case, folder: str, *options: str) -> DictConfig:
@@ -207,7 +208,7 @@ def synthetic(data: DictConfig, folder: str) -> Synthetic:
 
 def summarised(steps: list[tuple[float, Evaluations]]) -> dict[str, Any]:
     """Seconds of a step, mean of each cycle, and of each kind of update; network evaluations per image of the training."""
-    cycles = [steps[i : i + _CYCLE] for i in range(0, len(steps), _CYCLE)]
+    cycles = [steps[i : i + CYCLE] for i in range(0, len(steps), CYCLE)]
     kinds: dict[frozenset, list[float]] = {}
     for seconds, evaluations in steps:
         kinds.setdefault(frozenset(evaluations.items()), []).append(seconds)
