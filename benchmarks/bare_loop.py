@@ -26,7 +26,7 @@ class BareLoop:
         self.device, self.distance = method.device, method.distance
         self.student = copy.deepcopy(method.student)
         self.parameters = list(self.student.parameters())
-        self.optimizer = method.adam(self.parameters, fused=True)
+        self.optimizer = method.build_optimizer(self.parameters, fused=True)
         self.average = [p.detach().clone() for p in self.parameters]
         self.sigma = torch.tensor(method.sigmas[0].item(), device=self.device)
         self.prior_std = self.student.preconditioning.prior_std(self.sigma)

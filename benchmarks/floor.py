@@ -46,7 +46,8 @@ class Floor:
         networks = networks_of(method)
         self.networks = {**networks, **{name: copy.deepcopy(networks[name]) for name in ("student", "fake_score")}}
         self.optimizers = {
-            name: method.adam(self.networks[name].parameters(), fused=True) for name in ("student", "fake_score")
+            name: method.build_optimizer(self.networks[name].parameters(), fused=True)
+            for name in ("student", "fake_score")
         }
         network, seeds = networks["student"], torch.arange(method.batch_size, device=self.device)
         self.noise = sample_noise(seeds, (network.in_channels, network.resolution, network.resolution))

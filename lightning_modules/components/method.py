@@ -33,11 +33,14 @@ from torch import Tensor, nn
 
 from lightning_modules.components.optimisation import Batch, Optimisation
 from stillhouse.checkpoints.weights import checked_load
+from stillhouse.checks import check_choice
 from stillhouse.diffusion.denoiser import Denoiser
 from stillhouse.diffusion.random_numbers import seed_step
 from stillhouse.diffusion.sampling import Sampling
 from stillhouse.diffusion.teacher import Teacher
 from stillhouse.networks.compiling import eager
+
+OPTIMIZERS = ("adam", "radam")
 
 
 def check_nfe(nfe: int | None, *possible: int) -> int:
@@ -81,6 +84,7 @@ class Method(Optimisation):
         seed: int,
         kimg: float,
         lr: float,
+        optimizer: str = "adam",
         betas: tuple[float, float] = (0.9, 0.999),
         warmup_kimg: float = 0.0,
         weight_decay: float = 0.0,
@@ -93,7 +97,8 @@ class Method(Optimisation):
             seed: Of the run.
             kimg: Training budget in thousands of images.
             lr: Peak learning rate, reached linearly over the first `warmup_kimg`.
-            betas: Adam's.
+            optimizer: "adam", or "radam": rectified Adam (arXiv 1908.03265), whose first steps need no warm-up.
+            betas: Decay rates of the first and second moment.
             warmup_kimg: In thousands of images.
             weight_decay: Decoupled, as in AdamW.
 
@@ -107,12 +112,14 @@ class Method(Optimisation):
         for option, value in (("warmup_kimg", warmup_kimg), ("weight_decay", weight_decay)):
             if value < 0:
                 raise ValueError(f"method.{option} must not be negative, got {value!r}")
+        check_choice("method.optimizer", optimizer, OPTIMIZERS)
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"method.betas must be two numbers in [0, 1), got {betas!r}")
         self.name = name
         self.batch_size = batch_size
         self.seed = seed
         self.lr = lr
+        self.optimizer = optimizer
         self.betas = tuple(betas)
         self.weight_decay = weight_decay
         self.warmup_nimg = 1000 * warmup_kimg
@@ -318,13 +325,17 @@ class Method(Optimisation):
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         # A fused step would undo the loss scale only after the gradients are limited.
         fused = not (self.gradient_clip and self.scaler)
-        return [self.adam(network.parameters(), fused) for network in self.trained_networks().values()]
+        return [self.build_optimizer(network.parameters(), fused) for network in self.trained_networks().values()]
 
-    def adam(self, parameters: Iterable[nn.Parameter], fused: bool) -> torch.optim.Optimizer:
-        options = {"lr": self.lr, "betas": self.betas, "fused": fused}
+    def build_optimizer(self, parameters: Iterable[nn.Parameter], fused: bool) -> torch.optim.Optimizer:
+        """The optimiser of one network; fused: in one kernel, where torch has such a form of it."""
+        options = {"lr": self.lr, "betas": self.betas}
+        if self.optimizer == "radam":
+            decay = {"weight_decay": self.weight_decay, "decoupled_weight_decay": True}
+            return torch.optim.RAdam(parameters, foreach=True, **decay, **options)
         if self.weight_decay:
-            return torch.optim.AdamW(parameters, weight_decay=self.weight_decay, **options)
-        return torch.optim.Adam(parameters, **options)
+            return torch.optim.AdamW(parameters, weight_decay=self.weight_decay, fused=fused, **options)
+        return torch.optim.Adam(parameters, fused=fused, **options)
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
         """Loads a checkpoint's weights.
