@@ -185,8 +185,34 @@ def derive_seed(*numbers: int) -> int:
 
 def seed_step(seed: int, rank: int, step: int) -> None:
     """Seed torch's global generators (CPU and current CUDA device) for one training step of one process."""
-    value = derive_seed(seed, rank, step)
+    _seed_torch(derive_seed(seed, rank, step))
+
+
+def _seed_torch(value: int) -> None:
     # torch.manual_seed asks after every kind of device, which takes a hundred times as long where there is none.
     torch.default_generator.manual_seed(value)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(value)
+
+
+class SharedMasks:
+    """Equal dropout masks, and equally hidden labels, in several passes of a network: each block begins with the same state.
+
+        masks = SharedMasks()
+        with masks:
+            output = student(x, t)
+        with masks, torch.no_grad():
+            target = student(y, r)
+
+    The state of torch's global generators (CPU and current CUDA device) is made of a number that the CPU's one gives, so
+    another object has other masks, a step that is repeated after `seed_step` the same ones, and no device is waited for.
+    """
+
+    def __init__(self) -> None:
+        self._seed = int(torch.randint(2**63 - 1, (), device="cpu"))
+
+    def __enter__(self) -> None:
+        _seed_torch(self._seed)
+
+    def __exit__(self, *exception: object) -> None:
+        pass

@@ -4,6 +4,7 @@ import torch
 from scipy import stats
 
 from stillhouse.diffusion.random_numbers import (
+    SharedMasks,
     derive_seed,
     philox,
     position_noise,
@@ -95,3 +96,30 @@ def test_uniform_numbers_of_positions():
     assert all(stats.kstest(u.numpy(), "uniform").pvalue > 0.01 for u in four)
     assert (torch.corrcoef(four) - torch.eye(4, dtype=torch.float64)).abs().max() < 0.06
     assert torch.equal(torch.stack(position_uniforms(3, torch.tensor([5]), 1)), four[:, 5:6])
+
+
+def test_blocks_with_shared_masks_drop_the_same_features(monkeypatch):
+    """Each object has masks of its own, a function of the step; a CUDA device is seeded and never asked."""
+    seeded, dropout = [], torch.nn.Dropout(0.5)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "manual_seed", seeded.append)
+    x = torch.ones(4, 100)
+
+    def step(number):
+        seed_step(0, 0, number)
+        passes = []
+        for masks in (SharedMasks(), SharedMasks()):
+            with masks:
+                passes.append((dropout(x), torch.rand(3)))
+            with masks, torch.no_grad():
+                again = dropout(x), torch.rand(3)
+            assert all(map(torch.equal, passes[-1], again))
+        return passes
+
+    first, other, repeated = step(0), step(1), step(0)
+    values = [numbers for passes in (first, other) for _, numbers in passes]
+    assert all(not torch.equal(a, b) for i, a in enumerate(values) for b in values[:i])
+    assert all(map(torch.equal, [n for _, n in first], [n for _, n in repeated]))
+    assert len(seeded) == 15
+    assert seeded[1:3] != seeded[3:5]
+    assert seeded[1] == seeded[2] == seeded[11]
