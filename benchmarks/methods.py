@@ -40,6 +40,8 @@ METHODS: dict[str, tuple[str, ...]] = {
     "denoising_student": ("method=denoising_student", *_STORED),
     "diff_instruct": ("method=diff_instruct",),
     "diff_instruct, two_sided": ("method=diff_instruct", "method.two_sided=true"),
+    "sid": ("method=sid",),
+    "sid, checkpointing": ("method=sid", "method.checkpointing=true"),
     "degradation": ("method=disback", "method.nodes=1"),
     "disback": ("method=disback", "method.nodes=1", "method.degradation.steps=1"),
     "progressive": ("method=progressive", "method.start_steps=2"),  # one round, which has no stages

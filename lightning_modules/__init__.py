@@ -10,6 +10,7 @@ from lightning_modules.pretrain import Pretrain
 from lightning_modules.progressive import ProgressiveDistillation
 from lightning_modules.rectified_flow import RectifiedFlow, Reflow
 from lightning_modules.sfd import SFD
+from lightning_modules.sid import SiD
 
 __all__ = [
     "SFD",
@@ -23,4 +24,5 @@ __all__ = [
     "ProgressiveDistillation",
     "RectifiedFlow",
     "Reflow",
+    "SiD",
 ]

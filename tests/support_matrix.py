@@ -1,14 +1,15 @@
 """Every method on every data set with a teacher of every family: two training steps and a sample of each.
 
-python tests/support_matrix.py runs all of them and writes results/support.json, of which the table in docs/data.md is made. The
-test suite runs a part that has every pair of two choices. Networks are shrunken; data are small files in their published layouts.
+python tests/support_matrix.py [METHOD ...] runs all of them, or those of some methods ("b_dense sfd" is one), and writes
+results/support.json, of which the table in docs/data.md is made. The test suite runs a part that has every pair of two choices.
+Networks are shrunken; data are small files in their published layouts.
 """
 
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,7 @@ METHODS = {
         "method.nodes=1",
         "method.degradation={steps:2,lr:null,batch_size:4,seed:0,spacing:geometric}",
     ],
+    "sid": ["method.fake_updates=1"],
     "progressive": ["method.start_steps=4", "method.end_steps=1"],
     "sfd": ["method.steps=2"],
     "b_dense sfd": ["method.steps=2"],
@@ -108,7 +110,7 @@ class Case:
             options.append("data.conditional=false")  # published DDPMs know no classes
             options += ["method.weighting=snr"] if "progressive" in self.method else []  # the others diverge for eps
             options += (
-                ["method.sigma_init=2.5"] if self.method in ("diff_instruct", "disback") else []
+                ["method.sigma_init=2.5"] if self.method in ("diff_instruct", "disback", "sid") else []
             )  # below their highest
         cfg = compose("config", [*options, f"name={'-'.join((method, host, self.family))}"])
         with open_dict(cfg):
@@ -213,26 +215,35 @@ def published(data: str, folder: Path) -> Iterator[list[str]]:
         os.chdir(here)
 
 
-def main() -> None:
+def main(methods: Sequence[str]) -> None:
+    """Run all cases, or those of some methods, and write what came out; of other methods the file keeps what it has."""
     import logging
     import warnings
 
     from results.collect import origin
 
+    if unknown := set(methods) - set(METHODS):
+        raise SystemExit(f"unknown methods: {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
+
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     register_resolvers()
+    path = ROOT / "results/support.json"
     outcomes: dict[str, Any] = {}
+    if methods:
+        stored = json.loads(path.read_text())["outcomes"]
+        outcomes = {name: stored[name] for name in METHODS if name in stored and name not in methods}
     with tempfile.TemporaryDirectory() as folder, initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         for data in PUBLISHED:
             with published(data, Path(folder) / data) as options:
                 for case in cases():
-                    if case.data == data:
+                    if case.data == data and case.method in (methods or METHODS):
                         found = outcome(case, options)
                         print(case.method, case.data, case.family, found, flush=True)
                         outcomes.setdefault(case.method, {}).setdefault(case.data, {})[case.family] = found
-    content = {**origin(), "steps": STEPS, "outcomes": outcomes}
-    write_file(ROOT / "results/support.json", (json.dumps(content, indent=1) + "\n").encode())
+    ordered = {name: outcomes[name] for name in METHODS if name in outcomes}
+    content = {**origin(), "steps": STEPS, "outcomes": ordered}
+    write_file(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def outcome(case: Case, data_options: list[str]) -> str:
@@ -244,4 +255,4 @@ def outcome(case: Case, data_options: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

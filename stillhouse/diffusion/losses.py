@@ -103,3 +103,23 @@ def score_gradient(images: Tensor, fake: Tensor, target: Tensor, weighting: str)
         return difference
     size = (images.float() - target.float()).abs().flatten(1).mean(1).clamp_min(1e-8)
     return difference / (size.view(-1, *[1] * (images.ndim - 1)) * images[0].numel())
+
+
+def score_identity_loss(images: Tensor, fake: Tensor, target: Tensor, alpha: float) -> Tensor:
+    """Compute SiD's loss of a generator, <T - F, T - y - alpha (T - F)> / w (arXiv 2404.04057, equation 23; released code).
+
+    w is the mean of |y - T| over a sample's pixels, at least 1e-5, without gradient.
+
+    Args:
+        images: y, the generator's (B, C, H, W).
+        fake: F, the fake score's estimate of y from noised images, of that shape.
+        target: T, the teacher's from the same noised images.
+        alpha: at 1/2 the loss is (|T - y|^2 - |F - y|^2) / 2w.
+
+    Returns:
+        (B,), float32, which may be negative.
+    """
+    images, fake, target = images.float(), fake.float(), target.float()
+    difference = target - fake
+    size = (images - target).detach().abs().flatten(1).mean(1).clamp_min(1e-5)
+    return (difference * (target - images - alpha * difference)).flatten(1).sum(1) / size

@@ -48,6 +48,7 @@ METHODS = {
         *("method.weights=[[1,0],[1,0],[0.5,0.5]]", "method.final_weights=[[0,1],[1,0],[0.1,0.9]]"),
         *("method.drift=0.5", "method.lr=2e-5", *PAIRS),
     ),
+    "sid": ("method=sid", *SCORE),
     "disback": ("method=disback", "method.nodes=2", "method.interval=2", *SCORE, *DEGRADATION),
 }
 FLOWS = {"flow": 3, "straight": 5, "distilled": 1, "bezier": 1, "joint": 1}  # network evaluations of a sample
@@ -94,6 +95,7 @@ def slow(*case):
         ("disback", "lightning_modules.components.degradation_path:save_weights", 2, ("/degradation", 6, 8)),  # a node
         slow("disback", DISBACK, 1, None),  # between the stages
         slow("disback", DISBACK, 8, ("", 6, 13)),  # after a switch of targets
+        slow("sid", "lightning_modules:SiD.training_step", 8, ("", 6, 13)),
         slow("flow", "lightning_modules:RectifiedFlow.training_step", 8, ("", 6, 13)),
         slow("straight", "lightning_modules:Reflow.training_step", 8, ("", 6, 13)),
         slow("distilled", "lightning_modules:FlowDistillation.training_step", 8, ("", 6, 13)),
