@@ -1,30 +1,35 @@
 """torch.compile and the channels-last memory format for training: faster, and the same results but for rounding."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytorch_lightning as pl
 import torch
+from torch import nn
 
 from stillhouse.diffusion.denoiser import Denoiser
+from stillhouse.diffusion.distance import Distance
 from stillhouse.diffusion.teacher import Teacher
-from stillhouse.networks.compiling import compile_network, undo_compilation
+from stillhouse.networks import Discriminator
+from stillhouse.networks.compiling import compile_network, eager, undo_compilation, uses_cuda_graphs
 
 
 class NetworkLayout(pl.Callback):
     """Compiles a method's networks and lays them out channels-last for training, and undoes both when it ends.
 
-    Frozen networks too. Stored teacher samples are made before and final measurements after; measurements in training run
-    uncompiled.
+    Frozen networks too. Stored teacher samples are made before and final measurements after; validation and measurements in
+    training run uncompiled.
     """
 
     def __init__(self, compile: bool | str = False, channels_last: bool = False):
         """Choose the form of the networks.
 
         Args:
-            compile: true, or the name of a torch.compile backend.
+            compile: true, a mode of torch.compile, or the name of one of its backends.
             channels_last: whether images and convolutions have their channels innermost in memory.
         """
         self.compile, self.channels_last = compile, channels_last
+        self._validation = ExitStack()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Here, since the processes agree next on how gradients lie in memory."""
@@ -32,16 +37,30 @@ class NetworkLayout(pl.Callback):
             set_memory_format(pl_module, torch.channels_last)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for denoiser in all_denoisers(pl_module) if self.compile else ():
-            compile_network(denoiser.network, self.compile)
+        for network in all_networks(pl_module) if self.compile else ():
+            compile_network(network, self.compile)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for optimizer in trainer.optimizers:
             align_optimizer_state(optimizer)
 
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: object) -> None:
+        if uses_cuda_graphs(self.compile):
+            # What networks returned in the step before may be overwritten: nothing of it is alive but numbers made of it.
+            torch.compiler.cudagraph_mark_step_begin()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for network in all_networks(pl_module) if self.compile else ():
+            self._validation.enter_context(eager(network))
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._validation.close()
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        for denoiser in all_denoisers(pl_module) if self.compile else ():
-            undo_compilation(denoiser.network)
+        if self.compile:
+            for network in all_networks(pl_module):
+                undo_compilation(network)
+            torch.compiler.reset()  # frees the graphs' memory, and the next training of this process begins like the first
         if stage == "fit" and self.channels_last:
             set_memory_format(pl_module, torch.contiguous_format)
 
@@ -51,6 +70,14 @@ def all_denoisers(method: pl.LightningModule) -> Iterator[Denoiser]:
     registered = [module for module in method.modules() if isinstance(module, Denoiser)]
     frozen = [network.denoiser for network in method.frozen_networks() if isinstance(network, Teacher)]
     yield from {id(denoiser): denoiser for denoiser in (*registered, *frozen)}.values()
+
+
+def all_networks(method: pl.LightningModule) -> Iterator[nn.Module]:
+    """The networks that a method evaluates in training: the denoisers', a discriminator, and LPIPS."""
+    yield from {denoiser.network: None for denoiser in all_denoisers(method)}
+    yield from (module for module in method.modules() if isinstance(module, Discriminator))
+    distances = [network for network in method.frozen_networks() if isinstance(network, Distance)]
+    yield from (distance.network for distance in distances if distance.network is not None)
 
 
 def set_memory_format(method: pl.LightningModule, memory_format: torch.memory_format) -> None:

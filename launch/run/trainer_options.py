@@ -23,7 +23,7 @@ from launch.run.precision import (
 )
 from lightning_modules import Method
 from stillhouse.checks import check_choice, check_counts
-from stillhouse.networks.compiling import check_compile
+from stillhouse.networks.compiling import check_compile, uses_cuda_graphs
 
 PROFILES = ("simple", "advanced", "torch")
 _SKIPPED, _RECORDED = 3, 5  # training steps
@@ -177,6 +177,11 @@ def lightning_options(
                 "gradient; set one of them to null"
             )
         method.gradient_clip = norm
+    if here and device != "cuda" and uses_cuda_graphs(options["compile"]):
+        raise ValueError(
+            f"trainer.compile={options['compile']} records CUDA graphs, which need an NVIDIA GPU, and this is a CPU: set "
+            "trainer.compile=true, or max-autotune-no-cudagraphs"
+        )
     form = NetworkLayout(options.pop("compile"), options.pop("channels_last"))
     callbacks = [TensorFloat32()] if precision == "tf32" else []
     callbacks += [RoundedTeachers(AUTOCAST[precision])] if precision in AUTOCAST else []

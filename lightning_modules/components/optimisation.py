@@ -1,7 +1,7 @@
 """The optimisation engine: how a method's loss becomes updates of its networks, the same for one network and for several.
 
-An update is: gradients to zero; the batch in micro-batches, a backward pass each; gradients averaged over processes; their norm
-limited; one step of each optimiser concerned. Lightning's precision plugins scale the loss, its strategies average.
+An update is: the batch in micro-batches, a backward pass each; gradients averaged over processes; their norm limited; one step of
+each optimiser concerned; gradients dropped. Lightning's precision plugins scale the loss, its strategies average.
 """
 
 import math
@@ -93,9 +93,6 @@ class Optimisation(pl.LightningModule):
             The mean loss over the batch, a scalar without a graph.
         """
         optimizers = self._wrapped_optimizers(self.updating)
-        if self._memory_trial is None:
-            for optimizer in optimizers:
-                optimizer.zero_grad()
         total: Tensor | float = 0.0
         for micro_batch in self.micro_batches(batch):
             value = (loss or self.loss)(micro_batch)
@@ -106,6 +103,9 @@ class Optimisation(pl.LightningModule):
         if self._memory_trial is None:
             with torch.autocast(self.device.type, enabled=False):
                 self._take_step(optimizers, last)
+            # At once and not in these networks' next update: their memory is free until then, also for a CUDA graph to overwrite.
+            for optimizer in optimizers:
+                optimizer.zero_grad()
         return total
 
     def log_mean(self, name: str, value: Tensor | float) -> None:

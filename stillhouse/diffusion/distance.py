@@ -41,25 +41,25 @@ class Distance:
     ):
         check_choice("method.loss", loss, DISTANCES)
         self.loss = loss
-        self._lpips: LPIPS | None = None
+        self.network: LPIPS | None = None  # of "lpips" and "lpips+l2"
         if loss not in REGRESSIONS:
             check_lpips_shape(shape)
-            self._lpips = load_lpips(lpips_weights, lpips_resize)
+            self.network = load_lpips(lpips_weights, lpips_resize)
 
     def __deepcopy__(self, memo: dict) -> "Distance":
         return self
 
     def __call__(self, output: Tensor, target: Tensor) -> Tensor:
         """Compare images (B, C, H, W) in about [-1, 1], differentiably in both: (B,), float32."""
-        if self._lpips is None:
+        if self.network is None:
             return regression(output, target, self.loss)
-        distance = self._lpips(output, target)
+        distance = self.network(output, target)
         if self.loss == "lpips+l2":
             distance = distance + (output.float() - target.float()).square().flatten(1).mean(1)
         return distance
 
     def to(self, device: torch.device | str) -> "Distance":
         """Move LPIPS' weights, if there are any, in place. Returns the distance."""
-        if self._lpips is not None:
-            self._lpips.to(device)
+        if self.network is not None:
+            self.network.to(device)
         return self

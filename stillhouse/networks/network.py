@@ -47,6 +47,7 @@ class Network(nn.Module):
         noise_labels: Tensor,
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
+        encoded: bool = False,
     ) -> Tensor:
         """Evaluate the network.
 
@@ -55,16 +56,18 @@ class Network(nn.Module):
             noise_labels: the preconditioning's c_noise (B,).
             class_labels: int64 (B,) in [0, num_classes); None is the zero vector.
             augment_labels: (B, augment_dim); None is the zero vector.
+            encoded: whether to stop at the end of the encoder.
 
         Returns:
-            The output (B, out_channels, resolution, resolution).
+            The output (B, out_channels, resolution, resolution); where `encoded`, the features that `encode` gives.
 
         Raises:
             ValueError: for other inputs, and labels where there are no classes.
         """
         check_inputs(self, x, noise_labels, class_labels, augment_labels)
         emb = self.embed(noise_labels, class_labels, augment_labels)
-        return self._decode(self._encode(x, emb), emb)
+        features = self._encode(x, emb)
+        return features[-1] if encoded else self._decode(features, emb)
 
     def encode(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """Compute the features at the end of the encoder, which a discriminator reads; arguments as of `forward`.
@@ -72,8 +75,7 @@ class Network(nn.Module):
         Returns:
             (B, encoder_channels, encoder_resolution, encoder_resolution).
         """
-        check_inputs(self, x, noise_labels, class_labels, None)
-        return self._encode(x, self.embed(noise_labels, class_labels, None))[-1]
+        return self(x, noise_labels, class_labels, encoded=True)  # a call, which is what torch compiles
 
     def _encode(self, x: Tensor, emb: Tensor) -> Sequence[Tensor]:
         """Compute the features that the decoder reads, the last of them those at the end of the encoder."""

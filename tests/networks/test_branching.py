@@ -257,13 +257,3 @@ def test_odd_requests_are_refused():
     assert branches_of(exact) == 1
     with pytest.raises(ValueError, match="branches=2: the output of ExactNetwork is no BranchedConv2d"):
         widen(exact, 2)
-
-
-@pytest.mark.slow
-def test_each_way_of_reading_is_one_graph():
-    torch._dynamo.reset()
-    network = tiny("skip", 3)
-    compiled = torch.compile(network, fullgraph=True, backend="eager")
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(*inputs(network)), evaluated(network))
-        torch.testing.assert_close(groups_of(compiled), groups_of(network))

@@ -1,4 +1,4 @@
-"""What holds for every network: samples apart, labels, dropout, gradients, formats, precision, graphs, misuse."""
+"""What holds for every network: samples apart, labels, dropout, gradients, formats, precision, misuse."""
 
 import copy
 
@@ -137,28 +137,12 @@ def test_encode_gives_what_the_decoder_gets(kind):
         network.encode(given[0][:, :, :4], given[1])
 
 
-@pytest.mark.parametrize("kind", ["ncsnpp", pytest.param("adm", marks=pytest.mark.slow)])
-def test_training_and_encoding_are_one_graph_each(kind):
-    torch._dynamo.reset()
-    network = tiny(kind, augment_dim=9, label_dropout=0.1, **({"decoder": "skip"} if kind == "ncsnpp" else {})).train()
-    given = inputs(network)
-    torch.compile(network, fullgraph=True, backend="eager")(*given, torch.randn(6, 9))
-    network.zero_grad()
-    encode = torch.compile(network.encode, fullgraph=True, backend="eager")
-    encode(*given).square().sum().backward()
+@pytest.mark.parametrize("kind", ["ncsnpp", "adm"])
+def test_encoding_trains_the_encoder_alone(kind):
+    network = tiny(kind)
+    network.encode(*inputs(network)).square().sum().backward()
     trained = {name.split(".")[0] for name, parameter in network.named_parameters() if parameter.grad is not None}
     assert trained == {"embed", "stem", "encoder"}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["skip", "adm"])
-@torch.no_grad()
-def test_compiled_under_autocast_gives_the_same(kind):
-    torch._dynamo.reset()
-    network = tiny(kind)
-    compiled = torch.compile(network, fullgraph=True, backend="eager")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(compiled(*inputs(network)), network(*inputs(network)))
 
 
 MISUSE = [

@@ -2,7 +2,6 @@ import copy
 
 import pytest
 import torch
-import torch._dynamo.testing  # not loaded with torch
 from network_tools import inputs
 from network_tools import tiny as plain_network
 
@@ -109,19 +108,6 @@ def test_a_copy_has_a_number_of_its_own():
     set_steps(twin, 5)
     assert torch.equal(evaluated(network), out)
     assert not torch.equal(evaluated(twin), out)
-
-
-@pytest.mark.slow
-def test_another_number_needs_no_other_graph():
-    torch._dynamo.reset()
-    network = trained("ddpmpp")
-    counted = torch._dynamo.testing.CompileCounter()
-    compiled = torch.compile(network, fullgraph=True, backend=counted)
-    for count in (2, 5, 7):
-        set_steps(network, count)
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(*inputs(network)), evaluated(network))
-    assert counted.frame_count == 1
 
 
 def test_follows_the_networks_precision_and_ignores_autocast():
