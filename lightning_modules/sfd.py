@@ -92,6 +92,8 @@ class SFD(BranchedMethod):
         high = teacher.sigmas()[0].item()
         counts = {count: (count + self.afs) * substeps for count in self.choices}
         self.grids = {count: karras_grid(fine, sigma_min, high, rho) for count, fine in counts.items()}
+        for count, grid in self.grids.items():  # the same on the device: a copy in each step would wait for it
+            self.register_buffer(f"levels{count}", grid.float(), persistent=False)
 
     @property
     def evaluations(self) -> dict[str, float]:
@@ -121,7 +123,7 @@ class SFD(BranchedMethod):
         labels = noise.labels(self.teacher.num_classes)
         condition = {} if labels is None else {"label": labels}
         grid = self.grids[steps]
-        sigmas = grid.float().to(self.device)
+        sigmas = self.get_buffer(f"levels{steps}")
         x = noise.latents.double() * self.teacher.denoiser.preconditioning.prior_std(grid[0]).item()
         path = self.teacher_path(x, grid, labels)
         losses, means = [], []

@@ -168,8 +168,8 @@ def sample_labels(seeds: Tensor, num_classes: int, class_counts: Sequence[int] |
     word = _words(seeds, 1, SampleStream.LABEL)[0][:, 0]
     if class_counts is None:
         return (word * num_classes) >> 32
-    ends = torch.tensor(class_counts, device=seeds.device).cumsum(0)
-    return torch.searchsorted(ends, (word * ends[-1]) >> 32, right=True)
+    ends = torch.tensor(class_counts).cumsum(0)
+    return torch.searchsorted(ends.to(word.device, non_blocking=True), (word * sum(class_counts)) >> 32, right=True)
 
 
 def sample_uniforms(seeds: Tensor) -> Tensor:
