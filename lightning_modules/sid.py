@@ -12,6 +12,7 @@ from stillhouse.diffusion.losses import noised, score_identity_loss
 from stillhouse.diffusion.sampling import one_step
 from stillhouse.diffusion.teacher import Teacher
 from stillhouse.diffusion.training_noise import TrainingNoise
+from stillhouse.networks.network import weights_frozen
 
 _OTHERS = ("weighting", "two_sided", "gan")
 
@@ -60,8 +61,8 @@ class SiD(DiffInstruct):
     def generator_loss(self, noise: TrainingNoise, labels: Tensor | None) -> Tensor:
         images = one_step(self.student, noise.latents, self.sigma_init, labels)
         sigma = noise.sigma(self.generator_sigmas)
-        with torch.enable_grad():
-            leaf = images.detach().requires_grad_()  # so that no weight of either score gets a gradient
+        with weights_frozen(self.fake_score), torch.enable_grad():
+            leaf = images.detach().requires_grad_()
             x = noised(leaf, sigma, noise.noise)
             fake = self.evaluate(self.fake_score, x, sigma, labels)
             target = self.evaluate(self.target.denoiser, x, sigma, labels)

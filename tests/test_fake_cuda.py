@@ -66,6 +66,7 @@ CASES = {name: (name, {}) for name in METHODS} | {
     "disback, gan": ("disback", {"method.gan": GAN}),
     "disback, switches": ("disback", {"method.two_sided": True, "method.interval": 3}),
     "disback, converged": ("disback", {"method.two_sided": True, "method.switch": "converged"}),
+    "sid, checkpointing": ("sid", {"method.checkpointing": True}),
     "sfd, several steps": ("sfd", {"method.steps": [1, 2], "method.teacher_afs": True}),
     "rectified_flow, augmented": ("rectified_flow", AUGMENTED),
     "flow_distill, two steps": ("flow_distill", {"method.steps": 2}),
@@ -122,7 +123,8 @@ def trainings():
     for data, precision in product(("checkerboard", "digits"), ("bf16-mixed", "32-true", "16-mixed")):
         for case, (name, changes) in CASES.items():
             lacks_labels = data == "checkerboard" and "method.augment" in changes
-            if lacks_labels or ("method.gan" in changes and precision == "16-mixed"):
+            no_loss_scale = "method.gan" in changes or name == "sid"
+            if lacks_labels or (no_loss_scale and precision == "16-mixed"):
                 continue
             quick = case in QUICK and (data, precision) == ("checkerboard", "bf16-mixed")
             id = f"{case}-{data}-{precision}"

@@ -11,6 +11,7 @@ from stillhouse.diffusion.losses import noised
 from stillhouse.diffusion.noise_levels import NoiseLevelDistribution
 from stillhouse.diffusion.training_noise import TrainingNoise
 from stillhouse.networks import Discriminator
+from stillhouse.networks.network import weights_frozen
 
 
 class GANOptions(TypedDict):
@@ -52,18 +53,11 @@ class DiffusedGAN(nn.Module):
         self, score: Denoiser, images: Tensor, random: TrainingNoise, labels: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Weighted d softplus(-logit) / d images, (B, C, H, W), and the loss: none of it reaches score or classifier."""
-        weights = [p for network in (score, self.discriminator) for p in network.parameters() if p.requires_grad]
-        try:
-            for p in weights:
-                p.requires_grad_(False)  # a compiled backward pass would compute their gradients too
-            with torch.enable_grad():
-                leaf = images.detach().requires_grad_()
-                logits = self.logits(score, leaf, random.gan_sigma(self.sigmas), random.gan_noise, labels)
-                loss = F.softplus(-logits).sum()
-                gradient = torch.autograd.grad(loss, leaf)[0]
-        finally:
-            for p in weights:
-                p.requires_grad_(True)
+        with weights_frozen(score, self.discriminator), torch.enable_grad():
+            leaf = images.detach().requires_grad_()
+            logits = self.logits(score, leaf, random.gan_sigma(self.sigmas), random.gan_noise, labels)
+            loss = F.softplus(-logits).sum()
+            gradient = torch.autograd.grad(loss, leaf)[0]
         return self.generator * gradient, loss.detach() / len(images)
 
     def classification(

@@ -1,6 +1,7 @@
 """The contract of the networks that a `Denoiser` reads."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
@@ -91,3 +92,16 @@ def autocast_weights(network: Network) -> Iterator[nn.Parameter]:
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear) and module not in exact:
             yield from module.parameters(recurse=False)
+
+
+@contextmanager
+def weights_frozen(*networks: nn.Module) -> Iterator[None]:
+    """Take gradients by inputs alone within the block: a compiled backward pass would compute those by the weights too."""
+    weights = [p for network in networks for p in network.parameters() if p.requires_grad]
+    for p in weights:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in weights:
+            p.requires_grad_(True)
