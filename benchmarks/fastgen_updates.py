@@ -1,9 +1,8 @@
 """The two updates of DMD2 in NVIDIA's FastGen, from a checkout of it: of the fake score, and of the generator.
 
-FastGen is Apache-2.0, and nothing of it is kept here. It needs packages of its own at import, beside torch, torchvision,
-omegaconf, hydra-core, wandb and requests: attrs loguru einops ftfy pandas psutil scipy boto3 webdataset imageio av timm
-opencv-python-headless sentencepiece accelerate diffusers==0.35.1 transformers==4.49.0, and older ones than ours of numpy (<2)
-and setuptools (<81): mostly an environment beside ours. So this module imports torch alone.
+FastGen is Apache-2.0, and nothing of it is kept here. Beside torch, torchvision, omegaconf and hydra-core its DMD2 at this size
+takes attrs. The packages of its other networks, data and logs, old ones of some, are imported and not used: stand-ins take their
+places (with them and with the packages the updates give the same weights, to the last bit).
 """
 
 import sys
@@ -12,7 +11,25 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.stand_ins import stand_in
 from benchmarks.turns import CYCLE, Turns, update_options
+
+# What FastGen imports for other things than these updates; the second ones are used by packages that these need, if there.
+_UNUSED = (
+    "accelerate",
+    "av",
+    "boto3",
+    "botocore",
+    "cv2",
+    "diffusers",
+    "einops",
+    "ftfy",
+    "imageio",
+    "loguru",
+    "sentencepiece",
+)
+_UNUSED += ("timm", "transformers", "wandb", "webdataset")
+_UNUSED_IF_ABSENT = ("pandas", "psutil", "requests", "scipy")
 
 
 def check_checkout(folder: str | Path) -> Path:
@@ -45,6 +62,7 @@ class FastGenUpdates:
 
     def __init__(self, folder: str | Path, *, device: str, batch_size: int, precision: str, gan: bool = False):
         sys.path.insert(0, str(check_checkout(folder)))
+        stand_in(_UNUSED, _UNUSED_IF_ABSENT)
         from fastgen.callbacks.callback import CallbackDict
         from fastgen.configs.methods.config_dmd2 import create_config
         from fastgen.trainer import Trainer
