@@ -21,7 +21,10 @@ _LIMIT = 600  # seconds for the steps behind one figure
 
 @dataclass(frozen=True)
 class Setting:
-    """processes: with one thread each. batches: the global batch, in batches of the config."""
+    """How many processes train, and on what.
+
+    processes: with a thread each, and a GPU where they compute on those. batches: the global batch, in the config's batches.
+    """
 
     processes: int
     batches: int = 1
@@ -45,7 +48,7 @@ class WindowTimer(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if trainer.global_step in self.marks:
-            self.seconds = clock() - self.seconds
+            self.seconds = clock(pl_module.device) - self.seconds
             self.sent = getattr(trainer.strategy, "bytes_reduced", 0) - self.sent
 
 
@@ -84,8 +87,8 @@ def measure(case: Case = CASE, *overrides: str) -> dict[str, Any]:
     }
 
 
-def run(case: Case, setting: Setting, overrides: tuple[str, ...]) -> dict[str, Any]:
-    """Train once in a setting; rank 0's figures."""
+def run(case: Case, setting: Setting, overrides: tuple[str, ...], accelerator: str = "cpu") -> dict[str, Any]:
+    """Train once in a setting, each process on a device of its own; rank 0's figures."""
     context = multiprocessing.get_context("forkserver")  # a fresh interpreter for each would spend its time on imports
     context.set_forkserver_preload(["benchmarks.scaling"])
     with socket.socket() as s:
@@ -93,7 +96,7 @@ def run(case: Case, setting: Setting, overrides: tuple[str, ...]) -> dict[str, A
         port = s.getsockname()[1]
     figures = context.SimpleQueue()
     with TemporaryDirectory(prefix="stillhouse-benchmark-") as folder:
-        common = (case, setting, overrides, folder, port, figures)
+        common = (case, setting, overrides, accelerator, folder, port, figures)
         ranks = [context.Process(target=_work, args=(rank, *common)) for rank in range(setting.processes)]
         for process in ranks:
             process.start()
@@ -106,15 +109,27 @@ def run(case: Case, setting: Setting, overrides: tuple[str, ...]) -> dict[str, A
 
 
 def _work(
-    rank: int, case: Case, setting: Setting, overrides: tuple[str, ...], folder: str, port: int, figures: Any
+    rank: int,
+    case: Case,
+    setting: Setting,
+    overrides: tuple[str, ...],
+    accelerator: str,
+    folder: str,
+    port: int,
+    figures: Any,
 ) -> None:
     if setting.processes > 1:  # as torchrun starts them
-        place = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        place = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "GROUP_RANK": 0,
+            **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), setting.processes),
+        }
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "benchmark"}
         os.environ |= {key: str(value) for key, value in place.items()}
     torch.set_num_threads(1)
     quiet()
-    options = ("method=diff_instruct", "trainer.accelerator=cpu", "callbacks.progress=null")
+    options = ("method=diff_instruct", f"trainer.accelerator={accelerator}", "callbacks.progress=null")
     cfg = compose_config(case, folder, *options, f"trainer.devices={setting.processes}", *overrides)
     cfg.batch_size *= setting.batches
     cfg.trainer.strategy = setting.strategy

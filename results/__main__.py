@@ -4,6 +4,7 @@ python -m results record results/NAME.json runs/A runs/B     # the final records
 python -m results compare results/NAME.json runs/A runs/B    # how fast they converged, and results/NAME.png
 python -m results quality results/NAME.json runs/A runs/B    # how good at how many evaluations, and the picture
 python -m results flows results/NAME.json runs/flows/flows.json    # what evaluate.py measured of a chain of flows
+python -m results gpu results/benchmarks_gpu-CARD.json DIR    # the stages that python -m benchmarks.gpu --out DIR wrote
 python -m results update                                     # write the table into README.md
 """
 
@@ -23,6 +24,8 @@ def main(arguments: list[str]) -> None:
             _COLLECTED[kind](Path(target), [Path(folder) for folder in folders])
         case ["flows", target, measured]:
             collect.flows(Path(target), Path(measured))
+        case ["gpu", target, folder]:
+            collect.gpu(Path(target), Path(folder))
         case ["update"]:
             write_file(README, updated(README.read_text()).encode())
         case _:

@@ -4,6 +4,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.all_stages import SHARES
+from benchmarks.gpu.report import contents
 from benchmarks.measuring import machine
 from launch.run.folder import RunFolder
 from stillhouse.analysis.compare_convergence import compare_runs, draw_convergence
@@ -46,6 +48,18 @@ def flows(target: Path, measured: Path) -> None:
     chain = load_flow_chain(measured)
     write_ordered_json(target, {**origin(), "flows": flow_chain_to_json(chain)})
     plot_flow_chain(target.with_suffix(".png"), chain)
+
+
+def gpu(target: Path, folder: Path) -> None:
+    """Write the stages that `python -m benchmarks.gpu` wrote into `folder` into `target`.
+
+    Raises:
+        ValueError: Where there are none.
+    """
+    stages = contents(list(SHARES), folder)
+    if not stages:
+        raise ValueError(f"{folder} holds no stage of `python -m benchmarks.gpu --out {folder}`")
+    write_ordered_json(target, {"recorded": {"date": date.today().isoformat(), "commit": revision()}, "stages": stages})
 
 
 def origin() -> dict[str, Any]:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.all_stages import SHARES
+from benchmarks.gpu.report import report
 from benchmarks.measuring import ROOT
 from benchmarks.run import table
 from results.support import support_table
@@ -40,6 +42,8 @@ def section(path: Path, pictures: str = "results") -> str:
     content = json.loads(path.read_text())
     if "outcomes" in content:
         return support_table(content, ROOT / "conf/recipe")
+    if "stages" in content:
+        return report(list(SHARES), content["stages"])
     if "records" in content:
         return f"{records_markdown([Record(**entry) for entry in content['records']])}\n\n{_source(path, content)}"
     for key, against, tables in _KINDS:

@@ -40,7 +40,10 @@ def main(argv: Sequence[str] | None = None, begun: float | None = None) -> None:
     command = shlex.join(["python", "-m", "benchmarks.gpu", *(sys.argv[1:] if argv is None else argv)])
 
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking for a GPU must not touch it before processes are forked
-    from benchmarks.gpu.run import run  # takes seconds, which an error in the command need not
+    try:
+        from benchmarks.gpu.run import run  # takes seconds, which an error in the command need not
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {error}; docs/how_to/gpu.md says what to bring to a bare machine")
 
     sys.exit(run(options, command, begun))
 

@@ -31,27 +31,14 @@ class _Passes(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for name, network in networks(pl_module):
-            network.register_forward_hook(self._hook(name, pl_module))
-            if hasattr(network, "encode"):
-                network.encode = self._counted(name, network.encode, pl_module)
+            network.register_forward_hook(self._hook(name, pl_module), with_kwargs=True)
 
-    def _hook(self, name: str, method: pl.LightningModule) -> Callable[[nn.Module, tuple, Tensor], None]:
-        def count(network: nn.Module, inputs: tuple, output: Tensor) -> None:
-            self.rows[name] += len(inputs[0]) * _weight(name, method, output)
+    def _hook(self, name: str, method: pl.LightningModule) -> Callable[[nn.Module, tuple, dict, Tensor], None]:
+        def count(network: nn.Module, inputs: tuple, options: dict, output: Tensor) -> None:
+            passes = 1 if not output.requires_grad else 3 if name in method.updating else 2
+            self.rows[name + ENCODER * bool(options.get("encoded"))] += passes * len(inputs[0])
 
         return count
-
-    def _counted(self, name: str, encode: Callable[..., Tensor], method: pl.LightningModule) -> Callable[..., Tensor]:
-        def encoded(*inputs: Tensor) -> Tensor:
-            output = encode(*inputs)
-            self.rows[name + ENCODER] += len(inputs[0]) * _weight(name, method, output)
-            return output
-
-        return encoded
-
-
-def _weight(name: str, method: pl.LightningModule, output: Tensor) -> int:
-    return 1 if not output.requires_grad else 3 if name in method.updating else 2
 
 
 @cache
@@ -66,7 +53,7 @@ def forward_passes(method: str, accelerator: str) -> dict[str, float]:
         passes = _Passes()
         trainer.callbacks.append(passes)
         trainer.fit(built, data)
-    images = built.batch_size * _CYCLES * CYCLE
+    images = built.batch_size * trainer.global_step
     return {name: rows / images for name, rows in passes.rows.items()}
 
 
@@ -81,15 +68,16 @@ class CountOperations(pl.Callback):
         self.operations: dict[str, int] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for name, network in networks(pl_module):
-            self.operations[name], self.operations[name + ENCODER] = operations(network, pl_module.device)
+        with trainer.precision_plugin.train_step_context():  # which frozen networks' weights may need
+            for name, network in networks(pl_module):
+                self.operations[name], self.operations[name + ENCODER] = operations(network, pl_module.device)
 
 
 _known: dict[Any, tuple[int, int]] = {}  # by network, of which one process sees the same many times
 
 
 def operations(network: nn.Module, device: torch.device) -> tuple[int, int]:
-    """Floating point operations of a network, and of its encoder alone (0 without one), for one image."""
+    """Floating point operations of a network, and of its encoder alone, for one image."""
     key = (type(network), network.resolution, sum(p.numel() for p in network.parameters()))
     if key not in _known:
         image = torch.zeros(1, network.in_channels, network.resolution, network.resolution, device=device)
@@ -97,7 +85,7 @@ def operations(network: nn.Module, device: torch.device) -> tuple[int, int]:
         with eager(network), torch.no_grad():
             _known[key] = (
                 _counted(lambda: network(*inputs)),
-                _counted(lambda: network.encode(*inputs)) if hasattr(network, "encode") else 0,
+                _counted(lambda: network.encode(*inputs)),
             )
     return _known[key]
 

@@ -22,18 +22,25 @@ _COMPILED = "bf16-mixed, compiled"
 
 
 def entries(setting: Setting) -> Iterator[Entry]:
-    """Every method in bfloat16 first, which most will use; what takes compilation last."""
+    """Every method in bfloat16 first, which most will use, and one compiled; the others that are compiled last."""
     methods = [name for name in ALL_METHODS if name != "degradation"]  # which is not sampled, and is a part of disback
-    for form in ("bf16-mixed", "32-true", "16-mixed") if not setting.dry else ("bf16-mixed",):
-        for method in methods:
-            yield Entry(
-                f"{method}, {form}", {"method": method, "form": form, "precision": form, "compile": False}, 30, 2
-            )
-    # The shortest to compile first. On a CPU that takes inductor half a minute for each.
-    backend, compiled = (True, methods) if not setting.dry else ("aot_eager", ["rectified_flow"])
-    for method in sorted(compiled, key=lambda name: name not in ("pretrain", "diff_instruct", "sfd")):
-        options = {"method": method, "form": _COMPILED, "precision": "bf16-mixed", "compile": backend}
-        yield Entry(f"{method}, {_COMPILED}", options, 120, 10)
+    if setting.dry:
+        yield from (_entry(method, "bf16-mixed") for method in methods)
+        yield _entry("rectified_flow", "bf16-mixed", _COMPILED, "aot_eager")  # a CPU takes inductor half a minute
+        return
+    yield from (_entry(method, "bf16-mixed") for method in methods)
+    chosen = dict.fromkeys(("diff_instruct", "pretrain", "sfd", *methods))
+    first, *others = (_entry(method, "bf16-mixed", _COMPILED, True) for method in chosen)
+    yield first
+    yield from (_entry(method, precision) for precision in ("32-true", "16-mixed") for method in methods)
+    yield from others
+    yield from (_entry(method, "bf16-mixed", "bf16-mixed, CUDA graphs", "reduce-overhead") for method in chosen)
+
+
+def _entry(method: str, precision: str, form: str | None = None, compile: bool | str = False) -> Entry:
+    form = form or precision
+    options = {"method": method, "form": form, "precision": precision, "compile": compile}
+    return Entry(f"{method}, {form}", options, *((120, 10) if compile else (30, 2)))
 
 
 class _ThirdCycle(pl.Callback):

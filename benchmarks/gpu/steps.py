@@ -44,6 +44,7 @@ def entries(setting: Setting) -> Iterator[Entry]:
         _entry("diff_instruct", precision="tf32"),
         _entry("diff_instruct", channels_last=True),
         _entry("diff_instruct", compile=True, channels_last=True),
+        _entry("diff_instruct", compile="reduce-overhead"),
         *(_entry("diff_instruct", batch=batch) for batch in (512, 256)),
         *(_entry("diff_instruct", batch=batch, compile=True) for batch in (512, 256)),
         *(_entry(method, "imagenet64", 64) for method in _LARGE),
@@ -52,6 +53,7 @@ def entries(setting: Setting) -> Iterator[Entry]:
         *(_entry(method, batch=512) for method in chosen),
         *(_entry(method, channels_last=True) for method in chosen),
         *(_entry(method, precision=precision) for precision in ("tf32", "32-true") for method in chosen),
+        *(_entry(method, compile="reduce-overhead") for method in chosen),
         *(_entry(method, batch=256) for method in chosen),
         *(_entry(method, batch=batch, compile=True) for batch in (512, 256) for method in chosen),
     ):
@@ -78,7 +80,7 @@ def _entry(
     }
     form = ", ".join([precision, *([_form(options)] if compile or channels_last else [])])
     large = architecture == "imagenet64"
-    limit, least = (240.0 if large else 150.0, 30.0) if compile is True else (90.0 if large else 45.0, 5.0)
+    limit, least = (240.0 if large else 150.0, 30.0) if compile else (90.0 if large else 45.0, 5.0)
     return Entry(
         f"{method}, {architecture}, batch {batch}, {form}", options, limit, 1.0 if architecture == "tiny" else least
     )

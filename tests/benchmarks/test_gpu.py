@@ -16,10 +16,12 @@ from benchmarks.gpu import worker as worker_module
 from benchmarks.gpu.__main__ import arguments
 from benchmarks.gpu.all_stages import DRY_SHARES, SHARES
 from benchmarks.gpu.flops import forward_passes, operations
-from benchmarks.gpu.report import report
+from benchmarks.gpu.report import write_report
 from benchmarks.gpu.stages import NOT_REACHED, Budget, Entry, Setting, Stage, run_stages
 from benchmarks.gpu.worker import FAILED, NO_MEMORY, PASSED, REFUSED, TOO_SLOW, Refused, Worker, attempt
 from benchmarks.measuring import ROOT
+from results.__main__ import main as results_main
+from results.pages import section as results_section
 from stillhouse.networks import MLP
 
 MACHINE = {
@@ -96,7 +98,7 @@ def test_time_is_shared_and_what_a_stage_leaves_goes_to_the_next(tmp_path):
     assert stages.measured == [*"ab", *"fgh"]
     stages.run(shares, 100)
     assert stages.measured == [*"cd"]
-    assert "Skipped: there is no such thing here." in report(list(shares), tmp_path)
+    assert "Skipped: there is no such thing here." in write_report(list(shares), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +115,7 @@ def test_an_error_becomes_a_row_and_does_not_end_the_run(error, status, tmp_path
     stages.run(shares, 100)
     assert stages.rows("broken") == {"a": status, "b": status}
     assert stages.rows("sound") == {"c": PASSED}
-    text = report(list(shares), tmp_path)
+    text = write_report(list(shares), tmp_path)
     assert f"entry a: {status}." in text
     assert "| c | 1.5 |" in text
     row = json.loads((tmp_path / "broken.json").read_text())["entries"][0]
@@ -169,7 +171,7 @@ def test_operations_and_passes_are_those_of_the_formulas():
     assert forward_passes("diff_instruct", "cpu") == {"student": 2.0, "fake_score": 2.0, "teacher": 0.5}
     # With a GAN: the encoder of a generated and a real image with its weights' gradients, and of one with the image's.
     with_gan = forward_passes("diff_instruct, GAN", "cpu")
-    assert with_gan["fake_score's encoder"] == (3 + 3 + 2) / 2
+    assert with_gan == {"student": 2.0, "fake_score": 2.0, "teacher": 0.5, "fake_score's encoder": (3 + 3 + 2) / 2}
 
 
 def test_peaks_are_found_by_the_cards_names():
@@ -248,3 +250,5 @@ def test_a_dry_run_on_a_bare_machine_leaves_files_that_can_be_read_back(tmp_path
         assert {row["status"] for row in rows} <= {PASSED, NOT_REACHED}, rows
         assert rows[0]["status"] == PASSED
         assert content["title"][1:] in text
+    results_main(["gpu", str(tmp_path / "benchmarks_gpu.json"), str(tmp_path)])
+    assert results_section(tmp_path / "benchmarks_gpu.json") in text
