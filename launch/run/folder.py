@@ -42,6 +42,7 @@ FREE = (
     "trainer.micro_batch",
     "trainer.compile",
     "trainer.channels_last",
+    "trainer.benchmark",
     "trainer.profile",
     "logger.tensorboard._target_",
     "data.verify",

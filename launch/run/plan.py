@@ -19,8 +19,10 @@ from datamodules.components.disk_space import readable
 from launch.evaluate import measure
 from launch.run.build import build, build_seeded, build_stages, build_trainer, check_fit
 from launch.run.folder import RunFolder
+from launch.run.precision import device_kind
 from launch.run.processes import process_count
 from launch.run.remote_files import RemoteFile, exists, remote_files
+from launch.run.trainer_options import choose_channels_last
 from lightning_modules import Method
 from stillhouse.checkpoints.weights import load_weights
 from stillhouse.diffusion.denoiser import Denoiser
@@ -71,6 +73,7 @@ def plan(cfg: DictConfig) -> str:
         "parameters": [
             f"{count:,} of the student ({type(student).__name__}), trained networks of this kind: {networks.trained}"
         ],
+        "layout": [_layout(cfg.trainer)],
         "memory of each device, an estimate"
         + (f" in {cfg.trainer.precision}" if mixed else " in float32 (bf16-mixed: about half of the activations)"): [
             f"{readable(weights)} for weights, gradients, Adam's moments, averages and frozen networks",
@@ -87,6 +90,17 @@ def plan(cfg: DictConfig) -> str:
         ],
     }
     return "\n".join(line for head, body in lines.items() for line in (head, *(f"  {one}" for one in body)))
+
+
+def _layout(trainer: DictConfig) -> str:
+    """How images lie in memory, with what decides it."""
+    chosen = trainer.accelerator in ("gpu", "cuda")  # for another machine, if there is none here
+    device = "cuda" if chosen else device_kind(trainer.accelerator)[0]
+    innermost = choose_channels_last(trainer.channels_last, device, trainer.precision, trainer.compile)
+    where = f", for {trainer.precision} on a {'GPU' if device == 'cuda' else 'CPU'}" + (
+        ", compiled" if trainer.compile else ""
+    )
+    return f"{'channels-last' if innermost else 'contiguous'} (trainer.channels_last={trainer.channels_last}{where})"
 
 
 def _images_held(micro_batch: int | str | None, share: int) -> int:

@@ -71,17 +71,28 @@ def round_teachers(method: Method, dtype: torch.dtype | None) -> None:
             network.round_weights(dtype)
 
 
-class TensorFloat32(pl.Callback):
-    """Allows TF32 inside of training steps; it must come before all callbacks that compute."""
+class TrainingKernels(pl.Callback):
+    """Lets a GPU choose faster kernels inside of training steps; it must come before all callbacks that compute."""
+
+    def __init__(self, tf32: bool, benchmark: bool):
+        """Say what is allowed.
+
+        Args:
+            tf32: TF32 in matrix products and convolutions.
+            benchmark: cuDNN tries its algorithms for each shape of a convolution, and takes the fastest from then on.
+        """
+        self.tf32, self.benchmark = tf32, benchmark
 
     def on_train_batch_start(self, *args: Any) -> None:
-        allow_tf32(True)
+        allow_tf32(self.tf32)
+        torch.backends.cudnn.benchmark = self.benchmark
 
     def on_train_batch_end(self, *args: Any) -> None:
         allow_tf32(False)
+        torch.backends.cudnn.benchmark = False
 
     def on_exception(self, *args: Any) -> None:
-        allow_tf32(False)
+        self.on_train_batch_end()
 
 
 def allow_tf32(allowed: bool) -> None:

@@ -15,7 +15,7 @@ from launch.run.precision import (
     AUTOCAST,
     PRECISIONS,
     RoundedTeachers,
-    TensorFloat32,
+    TrainingKernels,
     allow_tf32,
     check_precision,
     device_kind,
@@ -102,7 +102,8 @@ class OwnOptions(TypedDict, total=False):
     precision: Literal[PRECISIONS]
     micro_batch: int | Literal["auto"] | None
     compile: bool | str
-    channels_last: bool
+    channels_last: bool | Literal["auto"]
+    benchmark: bool
     gradient_clip_val: float | None
     profile: Literal[PROFILES] | None
     log_every_n_steps: int
@@ -139,6 +140,22 @@ def check_options(options: dict[str, Any]) -> None:
                 f"{error}; null for the device's whole share, auto to find the largest that fits"
             ) from None
     check_compile("trainer.compile", options["compile"])
+    check_choice("trainer.channels_last", options["channels_last"], ("auto", True, False))
+
+
+def choose_channels_last(value: bool | str, device: str, precision: str, compiled: bool | str) -> bool:
+    """Whether images and convolutions have their channels innermost in memory; auto: where that is known to be faster.
+
+    On a CPU oneDNN computes convolutions in low precision in that layout. On a GPU cuDNN does so too, but PyTorch's group norm
+    copies its input to the contiguous one (up to 2.14 at least), unless it is compiled.
+
+    Args:
+        value: `trainer.channels_last`.
+        device: "cpu" or "cuda".
+        precision: One of `PRECISIONS`.
+        compiled: `trainer.compile`.
+    """
+    return value if value != "auto" else precision in AUTOCAST and (device == "cpu" or bool(compiled))
 
 
 def lightning_options(
@@ -182,8 +199,10 @@ def lightning_options(
             f"trainer.compile={options['compile']} records CUDA graphs, which need an NVIDIA GPU, and this is a CPU: set "
             "trainer.compile=true, or max-autotune-no-cudagraphs"
         )
-    form = NetworkLayout(options.pop("compile"), options.pop("channels_last"))
-    callbacks = [TensorFloat32()] if precision == "tf32" else []
+    compiled = options.pop("compile")
+    form = NetworkLayout(compiled, choose_channels_last(options.pop("channels_last"), device, precision, compiled))
+    benchmark = options.pop("benchmark") and not options.get("deterministic")
+    callbacks = [TrainingKernels(precision == "tf32", benchmark)] if device == "cuda" else []
     callbacks += [RoundedTeachers(AUTOCAST[precision])] if precision in AUTOCAST else []
     callbacks += [form] if form.compile or form.channels_last else []
     callbacks += [FindMicroBatch()] if micro_batch == "auto" else []

@@ -43,7 +43,7 @@ ROWS = {
         ("+data.flip=yes", f"data.flip=yes: {TRUTH}"),
         ("plan=no", f"plan=no: {TRUTH}"),
         ("download=maybe", f"download=maybe: {TRUTH}"),
-        ("trainer.channels_last=yes", f"trainer.channels_last=yes: {TRUTH}"),
+        ("trainer.channels_last=maybe", "trainer.channels_last=maybe: give true or false or auto"),
         ("+trainer.deterministic=maybe", "trainer.deterministic=maybe: give true or false, warn or null"),
         # numbers
         ("method.kimg=true", f"method.kimg=true: {NUMBER}"),

@@ -32,13 +32,15 @@ def planned(*arguments: str) -> str:
 
 
 def test_a_run_that_lacks_everything_is_told_so(tmp_path):
-    text = planned("method=disback", "data=ffhq64", "trainer.devices=8")
+    elsewhere = ("trainer.accelerator=gpu", "trainer.precision=bf16-mixed", "trainer.compile=reduce-overhead")
+    text = planned("method=disback", "data=ffhq64", "trainer.devices=8", *elsewhere)
+    assert "channels-last (trainer.channels_last=auto, for bf16-mixed on a GPU, compiled)" in text
     assert "100,000 steps of 256 images (32 on each of 8 devices), 25,600 kimg" in text
     assert "61,805,571 of the student (SongUNet), trained networks of this kind: 2" in text
     for missing in ("edm-ffhq-64x64-uncond-vp", "no ffhq64 images", "weights-inception-2015-12-05-6726825d.pth"):
         assert sum(missing in line for line in text.partition("parameters")[0].splitlines()) == 1, text
-    # Two networks with gradients and moments, an average of one, and one target.
-    assert f"{61_805_571 * 4 * (2 * 4 + 1 + 1) / 1e9:.3g} GB for weights" in text
+    # Two networks with gradients and moments, an average of one, and one target with its rounded weights.
+    assert f"{61_805_571 * 4 * (2 * 4 + 1 + 1.5) / 1e9:.3g} GB for weights" in text
     assert f"{61_805_571 * 4 * 5 / 1e9:.3g} GB degradation path of 5 nodes" in text
     assert f"{2 * 5000 * 256:,} before the first step" in text
     assert "2,500 per kimg: 1,000 student, 1,000 fake score, 500 teacher" in text
@@ -47,6 +49,7 @@ def test_a_run_that_lacks_everything_is_told_so(tmp_path):
 
 def test_stored_samples_are_counted_with_their_evaluations():
     text = planned()
+    assert "contiguous (trainer.channels_last=auto, for 32-true on a CPU)" in text
     assert "nothing" in text.partition("parameters")[0]
     assert f"{(8192 + 1024) * 19:,} before the first step" in text
     assert "9,216 stored samples" in text

@@ -9,7 +9,7 @@ from pytorch_lightning.plugins.precision import Precision
 from callbacks.network_layout import all_denoisers
 from launch.run.build import build_seeded, build_trainer
 from launch.run.folder import RunFolder
-from launch.run.precision import PRECISIONS, TensorFloat32, TrainingAutocast, check_precision, precision_plugin
+from launch.run.precision import PRECISIONS, TrainingAutocast, TrainingKernels, check_precision, precision_plugin
 from lightning_modules.components.optimisation import Optimisation
 from stillhouse.diffusion import losses
 from stillhouse.diffusion.denoiser import Denoiser
@@ -100,7 +100,8 @@ def test_metrics_in_training_are_those_of_the_same_weights_in_float32(tmp_path, 
             self.drawn = pl_module.sample(torch.ones(2, 1, 8, 8), torch.tensor([0, 1]))
 
     samples = Samples()
-    method = train("diff_instruct", {"trainer.precision": "bf16-mixed"}, samples).method
+    same_layout = {"trainer.channels_last": False}  # after training the networks have the usual one again
+    method = train("diff_instruct", {"trainer.precision": "bf16-mixed"} | same_layout, samples).method
     assert not samples.low
     assert torch.equal(samples.drawn, method.sample(torch.ones(2, 1, 8, 8), torch.tensor([0, 1])))
 
@@ -180,10 +181,19 @@ def test_a_gan_is_not_trained_with_a_loss_scale():
     assert type(precision_plugin("tf32", "cuda", method)) is Precision
 
 
-def test_tf32_is_on_in_training_steps_alone(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "inside"),
+    [
+        ({"precision": "tf32"}, [True, True, True]),
+        ({"benchmark": False}, [False, False, False]),
+        ({"deterministic": "warn"}, [False, False, False]),
+    ],
+)
+def test_faster_kernels_are_for_training_steps_alone(options, inside, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("launch.run.trainer_options.device_kind", lambda accelerator: ("cuda", (8, 0)))
     backends = [(torch.backends.cuda.matmul, "allow_tf32"), (torch.backends.cudnn, "allow_tf32")]
+    backends += [(torch.backends.cudnn, "benchmark")]
     before = [getattr(*backend) for backend in backends]
     seen = {}
 
@@ -195,14 +205,15 @@ def test_tf32_is_on_in_training_steps_alone(tmp_path, monkeypatch):
             seen["after"] = [getattr(*backend) for backend in backends]
 
     try:
-        run = train("sfd", {"trainer.precision": "tf32"}, Look())
-        assert any(isinstance(callback, TensorFloat32) for callback in run.trainer.callbacks)
-        assert seen == {"step": [True, True], "after": [False, False]}
+        run = train("sfd", {f"trainer.{option}": value for option, value in options.items()}, Look())
+        assert any(isinstance(callback, TrainingKernels) for callback in run.trainer.callbacks)
+        assert seen == {"step": inside, "after": [False, False, False]}
         cfg = config("sfd", {})
         torch.backends.cudnn.allow_tf32 = True  # torch's own default
         build_trainer(cfg, build_seeded(cfg.method, 0), RunFolder(cfg.folder))
-        assert [getattr(*backend) for backend in backends] == [False, False]
+        assert [getattr(*backend) for backend in backends] == [False, False, False]
     finally:
+        torch.use_deterministic_algorithms(False)
         for (owner, name), value in zip(backends, before, strict=True):
             setattr(owner, name, value)
 
@@ -227,7 +238,7 @@ def scaled(monkeypatch, scale):
 def test_a_loss_scale_changes_nothing_but_is_undone_before_clipping(changes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     changes = changes | {"trainer.micro_batch": 3, "method.kimg": 0.02, "method.lr": 1e-2}
-    plain = train("diff_instruct", changes | {"trainer.precision": "bf16-mixed"})
+    plain = train("diff_instruct", changes | {"trainer.precision": "bf16-mixed", "trainer.channels_last": False})
     scaled(monkeypatch, 2.0**12)
     other = train("diff_instruct", changes)
     assert plain.trainer.global_step == other.trainer.global_step == 4

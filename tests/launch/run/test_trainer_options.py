@@ -11,10 +11,11 @@ from omegaconf import OmegaConf, open_dict
 
 from launch.run.build import build_seeded, build_trainer
 from launch.run.folder import FREE, RunFolder
-from launch.run.trainer_options import REFUSED
+from launch.run.trainer_options import REFUSED, choose_channels_last
 
 OFFERED = {"accelerator", "strategy", "devices", "num_nodes", "precision", "gradient_clip_val", "log_every_n_steps"}
-PASSED_ON = {"gradient_clip_algorithm", "deterministic", "benchmark", "inference_mode", "detect_anomaly"}
+OFFERED |= {"benchmark"}
+PASSED_ON = {"gradient_clip_algorithm", "deterministic", "inference_mode", "detect_anomaly"}
 
 
 def trainer(name="pretrain", **options):
@@ -57,6 +58,7 @@ def test_others_reach_lightning(option):
         ({"compile": 1}, r"trainer.compile must be true, false"),
         ({"compile": "max-autotune"}, r"trainer.compile=max-autotune records CUDA graphs, .* set trainer.compile=true"),
         ({"compile": "cudagraphs"}, r"trainer.compile=cudagraphs records CUDA graphs, .* and this is a CPU"),
+        ({"channels_last": "yes"}, r"trainer.channels_last must be one of auto, True, False, got 'yes'"),
         ({"profile": "vtune"}, r"trainer.profile must be one of simple, advanced, torch, got 'vtune'"),
         ({"gradient_clip_val": 0}, r"trainer.gradient_clip_val must be a positive number, or null for no limit, got 0"),
         ({"gradient_clip_algorithm": "value"}, r"trainer.gradient_clip_algorithm needs trainer.gradient_clip_val"),
@@ -69,6 +71,16 @@ def test_others_reach_lightning(option):
 def test_misuse(options, message):
     with pytest.raises(ValueError, match=message):
         trainer(**options)
+
+
+def test_channels_are_innermost_where_that_is_faster():
+    assert choose_channels_last("auto", "cpu", "bf16-mixed", False)
+    assert not choose_channels_last("auto", "cpu", "32-true", True)
+    assert not choose_channels_last("auto", "cuda", "bf16-mixed", False)
+    assert choose_channels_last("auto", "cuda", "16-mixed", "reduce-overhead")
+    assert not choose_channels_last("auto", "cuda", "tf32", True)
+    for value in (True, False):
+        assert choose_channels_last(value, "cuda", "32-true", False) is value
 
 
 # -- clipping ---------------------------------------------------------------------------------------------------------
