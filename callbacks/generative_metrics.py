@@ -11,7 +11,7 @@ from callbacks.components.evaluation_mode import evaluation_mode
 from callbacks.components.intervals import check_every_kimg, interval_reached
 from callbacks.ema import student_weights
 from stillhouse.analysis.curves import metric_with_count
-from stillhouse.checks import check_choice
+from stillhouse.checks import check_choice, check_integers
 from stillhouse.diffusion.random_numbers import MONITOR_SEEDS
 from stillhouse.metrics.evaluation import (
     check_evaluation,
@@ -31,8 +31,9 @@ class GenerativeMetrics(pl.Callback):
     The final evaluation has other seeds, so that a run chosen by its curves is not tuned on those.
 
     Logs fid_digits_1k/ema_0.999 and the like: metric and extractor, number of samples (values of different numbers can't be
-    compared), weights; beside them progress/student_updates and speed/training_seconds (by Clock), to compare how fast methods
-    converge. Sampling is in float32, shared by all processes, and leaves random state and modes as they were.
+    compared), weights. With `nfe` fid_digits_1k_2nfe/ema_0.999 is of samples of two network evaluations, where the method's own
+    number is another one. Beside them progress/student_updates and speed/training_seconds (by Clock), to compare how fast
+    methods converge. Sampling is in float32, shared by all processes, and leaves random state and modes as they were.
 
     It must come after EMA among the trainer's callbacks.
     """
@@ -44,6 +45,7 @@ class GenerativeMetrics(pl.Callback):
         extractor: FeatureExtractor,
         metrics: Sequence[str] = ("fid",),
         ema_names: Sequence[str] | None = None,
+        nfe: Sequence[int] | None = None,
         batch_size: int = 500,
         cache_folder: str | None = "data/statistics",
         reference: Mapping[str, Any] | None = None,
@@ -57,6 +59,7 @@ class GenerativeMetrics(pl.Callback):
             extractor: of features.
             metrics: some of stillhouse.metrics.evaluation.METRICS.
             ema_names: averages by name, "raw" for the trained weights; None: the first average.
+            nfe: network evaluations of a sample, each number measured; None: the method's own number.
             batch_size: images that are sampled at once.
             cache_folder: where statistics of the data set's images are kept; None: they are computed in every run.
             reference: published statistics in place of the data set's images, as evaluation.reference.
@@ -70,6 +73,7 @@ class GenerativeMetrics(pl.Callback):
             check_real_features(metrics)
         self.every_kimg = check_every_kimg("GenerativeMetrics", every_kimg)
         self.num_samples, self.extractor, self.metrics = num_samples, extractor, list(metrics)
+        self.nfe = None if nfe is None else check_integers("callbacks.metrics.nfe", nfe)
         self.ema_names, self.batch_size, self.cache_folder = ema_names, batch_size, cache_folder
         check_choice("GenerativeMetrics: labels", labels, DISTRIBUTIONS)
         self.published, self.labels = reference, labels
@@ -90,6 +94,8 @@ class GenerativeMetrics(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         student_weights(trainer, self, self.ema_names)
+        for count in self.nfe or ():
+            pl_module.sampling(count)  # what the student is not trained for is refused before training
         self._class_counts = sampling_class_counts(self.labels, pl_module.data)
         if self.published is not None:
             self._reference = published_reference(self.published, self.extractor)
@@ -119,31 +125,37 @@ class GenerativeMetrics(pl.Callback):
 
     def evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         """Measure now, on every rank; returns the values by the names under which they are logged."""
-        data = pl_module.data
+        data, own = pl_module.data, pl_module.chosen_nfe
+        # By number of evaluations, what is added to a metric's name.
+        counts = {count: "" if count == pl_module.nfe else f"_{count}nfe" for count in self.nfe or ()} or {own: ""}
         values = {}
         with evaluation_mode(pl_module):
             for name, applied in student_weights(trainer, self, self.ema_names).items():
-                with applied(pl_module):
-                    records = measure_sampler(
-                        pl_module.sample,
-                        name=pl_module.name,
-                        subject="student",
-                        nfe=pl_module.nfe,
-                        reference=self._reference,
-                        extractor=self.extractor,
-                        num_samples=self.num_samples,
-                        blocks=1,
-                        shape=(data.channels, data.resolution, data.resolution),
-                        num_classes=data.num_classes,
-                        batch_size=self.batch_size,
-                        device=pl_module.device,
-                        metrics=self.metrics,
-                        weights=name,
-                        class_counts=self._class_counts,
-                        first_seed=MONITOR_SEEDS,
-                        progress=False,
-                    )
-                values |= {
-                    f"{metric_with_count(record.metric, self.num_samples)}/{name}": record.mean for record in records
-                }
+                for count, suffix in counts.items():
+                    pl_module.chosen_nfe = count
+                    with applied(pl_module):
+                        records = measure_sampler(
+                            pl_module.sample,
+                            name=pl_module.name,
+                            subject="student",
+                            nfe=pl_module.nfe,
+                            reference=self._reference,
+                            extractor=self.extractor,
+                            num_samples=self.num_samples,
+                            blocks=1,
+                            shape=(data.channels, data.resolution, data.resolution),
+                            num_classes=data.num_classes,
+                            batch_size=self.batch_size,
+                            device=pl_module.device,
+                            metrics=self.metrics,
+                            weights=name,
+                            class_counts=self._class_counts,
+                            first_seed=MONITOR_SEEDS,
+                            progress=False,
+                        )
+                    values |= {
+                        f"{metric_with_count(record.metric, self.num_samples)}{suffix}/{name}": record.mean
+                        for record in records
+                    }
+        pl_module.chosen_nfe = own
         return values

@@ -46,6 +46,7 @@ class OnTheWay(TypedDict, total=False):
 
     every_kimg: float
     num_samples: int
+    nfe: Sequence[int] | None
 
 
 class EvaluationOptions(TypedDict, total=False):

@@ -51,6 +51,7 @@ FREE = (
 EARLIER = {
     "evaluation.labels": "uniform",
     "callbacks.metrics.labels": "uniform",
+    "callbacks.metrics.nfe": None,
     "data.background": "white",
     "data.class_order": "text",
     "data.depth": "refuse",

@@ -91,6 +91,41 @@ def test_values_are_those_of_the_averages_of_that_step(tmp_path):
         assert float(t.callback_metrics[name]) == pytest.approx(column[7], rel=1e-6)
 
 
+def test_several_numbers_of_evaluations(tmp_path):
+    """The method's own number keeps its name; a number that the student is not trained for is refused before training."""
+
+    class Twice(TinyMethod):
+        nfe = property(lambda self: self.chosen_nfe or 1, lambda self, value: None)
+
+        def sampling(self, nfe):
+            if nfe > 2:
+                raise ValueError(f"steps={nfe}: the student takes 1, 2, and no other number")
+
+        def sample(self, noise, labels=None):
+            return super().sample(super().sample(noise) if self.nfe == 2 else noise)
+
+    def both(nfe):
+        module = Twice(batch_size=100)
+        module.data.reference = Real
+        measuring = callback(nfe=nfe)
+        t = trainer(tmp_path, 4, [measuring])
+        t.fit(module)
+        assert module.chosen_nfe is None
+        return t, module, measuring
+
+    t, module, measuring = both([2, 1])
+    values = measuring.evaluate(t, module)
+    assert list(values) == ["fid_pixels_130_2nfe/raw", "fid_pixels_130/raw"]
+    one, *_ = both(None)
+    assert float(one.callback_metrics["fid_pixels_130/raw"]) == pytest.approx(values["fid_pixels_130/raw"], rel=1e-6)
+    module.chosen_nfe, measuring.nfe = 2, None
+    assert measuring.evaluate(t, module) == {"fid_pixels_130/raw": values["fid_pixels_130_2nfe/raw"]}
+    with pytest.raises(ValueError, match="steps=3: the student takes 1, 2, and no other number"):
+        both([1, 3])
+    with pytest.raises(ValueError, match=r"callbacks.metrics.nfe\[0\] must be an integer of at least 1, got 0"):
+        both([0])
+
+
 def test_batch_size_does_not_matter(tmp_path):
     for batch_size in (16, 64):
         fit(tmp_path / str(batch_size), 4, callback(batch_size=batch_size))

@@ -89,7 +89,7 @@ ROWS = {
         ("teacher.network.channel_mult=3", "teacher.network.channel_mult=3: give a list of whole numbers"),
         ("evaluation.metrics=5", "evaluation.metrics=5: give a list of texts, text or null"),
         ("callbacks.ema.averages=[{decay:x}]", f"callbacks.ema.averages[0].decay=x: {NUMBER}"),
-        ("evaluation.training=null", "evaluation.training=null: give {every_kimg: ..., num_samples: ...}"),
+        ("evaluation.training=null", "evaluation.training=null: give {every_kimg: ..., num_samples: ..., nfe: ...}"),
         # what is built
         ("evaluation.extractor=5", "evaluation.extractor=5: give a config of type FeatureExtractor"),
         ("teacher.network=5", "teacher.network=5: give a config of type Module"),
@@ -107,7 +107,7 @@ ROWS = {
         ("+evaluation.foo=1", "evaluation.foo is unknown: evaluation takes extractor, "),
         (
             "+evaluation.training.foo=1",
-            "evaluation.training.foo is unknown: evaluation.training takes every_kimg, num_samples",
+            "evaluation.training.foo is unknown: evaluation.training takes every_kimg, num_samples, nfe",
         ),
         ("+callbacks.curves.foo=1", "callbacks.curves.foo is unknown: Curves takes no options"),
         ("+logger.tensorboard.foo=1", "logger.tensorboard.foo is unknown: TensorBoard takes "),
