@@ -44,6 +44,8 @@ METHODS: dict[str, tuple[str, ...]] = {
     "sid, checkpointing": ("method=sid", "method.checkpointing=true"),
     "degradation": ("method=disback", "method.nodes=1"),
     "disback": ("method=disback", "method.nodes=1", "method.degradation.steps=1"),
+    "ect": ("method=ect",),
+    "ect, teacher_step=heun": ("method=ect", "method.teacher_step=heun"),
     "progressive": ("method=progressive", "method.start_steps=2"),  # one round, which has no stages
     "sfd": ("method=sfd",),
     "b_dense on denoising_student": ("method=b_dense", "host=denoising_student", *_STORED),

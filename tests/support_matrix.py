@@ -46,6 +46,7 @@ METHODS = {
         "method.degradation={steps:2,lr:null,batch_size:4,seed:0,spacing:geometric}",
     ],
     "sid": ["method.fake_updates=1"],
+    "ect": [],
     "progressive": ["method.start_steps=4", "method.end_steps=1"],
     "sfd": ["method.steps=2"],
     "b_dense sfd": ["method.steps=2"],

@@ -76,8 +76,13 @@ def regression(output: Tensor, target: Tensor, kind: str) -> Tensor:
     square = error.square().sum(-1)
     if kind == "l2":
         return square / 2
-    c = 0.00054 * error.shape[-1]
-    return square / ((square + c**2).sqrt() + c)  # the same without cancellation
+    return pseudo_huber(square, 0.00054 * error.shape[-1])
+
+
+def pseudo_huber(square: Tensor, c: float) -> Tensor:
+    """Compute sqrt(square + c^2) - c of squared norms, c >= 0, without cancellation; c = 0: the norm, with gradient 0 at 0."""
+    root = (square + c**2).clamp_min(torch.finfo(square.dtype).tiny).sqrt()
+    return square / (root + c)
 
 
 def score_gradient(images: Tensor, fake: Tensor, target: Tensor, weighting: str) -> Tensor:

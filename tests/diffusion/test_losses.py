@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from stillhouse.diffusion.losses import REGRESSIONS, regression
+from stillhouse.diffusion.losses import REGRESSIONS, pseudo_huber, regression
 
 SHAPE = (3, 8, 8)
 D = 192
@@ -66,3 +66,17 @@ def test_hubers_gradient_is_the_difference_over_its_root():
 def test_another_kind_is_refused():
     with pytest.raises(ValueError, match="^unknown regression loss 'lpips'; choose one of l1, l2, huber$"):
         regression(*pair(1.0, 1), "lpips")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("c", [0.0, 1e-8, 0.06])
+def test_pseudo_huber_of_any_width(dtype, c):
+    """At no difference neither it nor its gradient is NaN, also for c = 0, where it is the norm."""
+    error = torch.tensor([[0.0, 0.0], [3e-4, 4e-4], [3.0, 4.0]], dtype=dtype, requires_grad=True)
+    distance = pseudo_huber(error.square().sum(1), c)
+    distance.sum().backward()
+    norm = error.detach().double().norm(dim=1)
+    root = (norm**2 + c**2).sqrt()
+    torch.testing.assert_close(distance.double(), norm**2 / (root + c).clamp_min(1e-30), rtol=1e-5, atol=0)
+    expected = error.detach().double() / root.clamp_min(1e-30)[:, None]
+    torch.testing.assert_close(error.grad.double(), expected, rtol=1e-5, atol=0)

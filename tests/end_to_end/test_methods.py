@@ -1,4 +1,4 @@
-"""Flows and score distillation from the command line: what runs leave, kills, stages, and students as teachers.
+"""Flows, score distillation and consistency tuning from the command line: what runs leave, kills, stages, teachers.
 
 test_trajectory_methods.py has progressive distillation and SFD; test_methods_in_processes.py all methods in two processes.
 """
@@ -50,6 +50,8 @@ METHODS = {
     ),
     "sid": ("method=sid", *SCORE),
     "disback": ("method=disback", "method.nodes=2", "method.interval=2", *SCORE, *DEGRADATION),
+    # Its third stage begins after training step 10; dropout masks are drawn.
+    "ect": ("method=ect", "method.stage_kimg=0.08", "method.lr=1e-3", "teacher.network.dropout=0.2"),
 }
 FLOWS = {"flow": 3, "straight": 5, "distilled": 1, "bezier": 1, "joint": 1}  # network evaluations of a sample
 PATH = Path("data/degradation")
@@ -99,6 +101,7 @@ def slow(*case):
         slow("flow", "lightning_modules:RectifiedFlow.training_step", 8, ("", 6, 13)),
         slow("straight", "lightning_modules:Reflow.training_step", 8, ("", 6, 13)),
         slow("distilled", "lightning_modules:FlowDistillation.training_step", 8, ("", 6, 13)),
+        slow("ect", "lightning_modules:ECT.training_step", 8, ("", 6, 13)),
         slow("joint", "lightning_modules:BezierDistillation.training_step", 8, ("", 6, 13)),
     ],
 )

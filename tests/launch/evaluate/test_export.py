@@ -49,6 +49,8 @@ CASES = {
     ),
     "diff_instruct": (("method=diff_instruct", "data=cifar10", *RGB), None),
     "disback": (("method=disback", *TINY), None),
+    "ect": (("method=ect", *TINY), None),
+    "ect_in_two": (("method=ect", *TINY), 2),
     "progressive": (("method=progressive", "method.start_steps=8", "method.end_steps=2", *TINY), None),
     "two_steps": (("method=progressive", "method.start_steps=8", "method.end_steps=2", *TINY), None),
     "own_reading": (("method=progressive", "method.start_steps=8", "method.end_steps=2", *TINY), None),

@@ -153,7 +153,7 @@ def test_weights_that_are_there_are_checked(tmp_path):
 METHODS = {
     **{
         name: [f"method={name}"]
-        for name in ("pretrain", "denoising_student", "diff_instruct", "disback", "progressive", "sfd")
+        for name in ("pretrain", "denoising_student", "diff_instruct", "disback", "ect", "progressive", "sfd")
     },
     **{name: [f"method={name}"] for name in ("rectified_flow", "reflow", "flow_distill", "bezier")},
     **{f"b_dense {host}": ["method=b_dense", f"host={host}"] for host in ("denoising_student", "progressive", "sfd")},

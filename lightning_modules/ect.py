@@ -1,0 +1,200 @@
+"""Easy consistency tuning: a diffusion model becomes a consistency model (ECT, Geng et al., arXiv 2406.14548)."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from lightning_modules.components.method import Method
+from stillhouse.checks import check_choice, check_counts
+from stillhouse.diffusion.losses import noised, pseudo_huber
+from stillhouse.diffusion.noise_levels import LogNormal
+from stillhouse.diffusion.random_numbers import SharedMasks, TrainingStream, position_noise, position_uniforms
+from stillhouse.diffusion.sampling import Sampling
+from stillhouse.diffusion.schedules import karras_grid
+from stillhouse.diffusion.teacher import Teacher
+
+WEIGHTINGS = ("step", "c_out")
+TEACHER_STEPS = {None: 0, "euler": 1, "heun": 2}  # evaluations of the teacher
+
+
+class ECT(Method):
+    """min_f E w(t, r) d(f(x_t, t), sg f(x_r, r)) at noise levels t > r that come nearer to each other from stage to stage:
+
+        ln t ~ N(p_mean, p_std^2),   r = max(0, t [1 - q^-(a+1) (1 + k sigmoid(-b t))]) in stage a = 0, 1, ...
+
+    f = D_student begins as the teacher, and f(x, 0) = x. x_t = x0 + t z and x_r = x0 + r z share an image x0 and noise z; with
+    `teacher_step` x_r is the teacher's step from x_t (distillation). d(a, b) = sqrt(|a - b|^2 + c^2) - c over all pixels. Both
+    passes have equal dropout masks, and sg is the student itself without a gradient, no average of it.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        *,
+        p_mean: float = -1.1,
+        p_std: float = 2.0,
+        q: float = 2.0,
+        k: float = 8.0,
+        b: float = 1.0,
+        stage_kimg: float | None = None,
+        max_ratio: float | None = None,
+        weighting: str = "step",
+        c: float = 0.0,
+        teacher_step: str | None = None,
+        lr_decay_kimg: float | None = None,
+        middle: float | Sequence[float] = 0.821,
+        **common,
+    ):
+        """Args beside those of `Method`.
+
+        Args:
+            teacher: Its network is the student's beginning; its highest noise level is where sampling starts.
+            p_mean: Of ln t.
+            p_std: Of ln t.
+            q: Above 1, by which the distance t - r is divided from stage to stage.
+            k: How much larger the distance is at small t.
+            b: How fast that fades with t.
+            stage_kimg: Length of a stage in thousands of images; None: there is one.
+            max_ratio: The greatest 1 - q^-(a+1), below 1: it ends the stages. None: no limit.
+            weighting: w, "step": 1 / (t - r), or "c_out": 1 / c_out(t)^2.
+            c: Of the pseudo-Huber distance; 0: the Euclidean one.
+            teacher_step: None: consistency training. "euler" or "heun": x_r is one such step of the teacher from x_t.
+            lr_decay_kimg: Thousands of images after which the learning rate falls as their inverse square root, as EDM2's does
+                (arXiv 2312.02696); None: it stays.
+            middle: The noise level of the second of two evaluations of a sample, or the levels of those after the first one,
+                descending. Samples of other numbers of evaluations have levels of Karras' spacing (EDM, equation 5).
+
+        Raises:
+            ValueError: For options out of range.
+        """
+        super().__init__(**common)
+        for option, value, least in (
+            ("p_std", p_std, 0),
+            ("q", q, 1),
+            ("stage_kimg", stage_kimg, 0),
+            ("lr_decay_kimg", lr_decay_kimg, 0),
+        ):
+            if value is not None and not value > least:
+                raise ValueError(f"method.{option} must be above {least}, got {value!r}")
+        for option, value in (("k", k), ("b", b), ("c", c)):
+            if value < 0:
+                raise ValueError(f"method.{option} must not be negative, got {value!r}")
+        if max_ratio is not None and not 0 < max_ratio < 1:
+            raise ValueError(f"method.max_ratio must lie between 0 and 1, got {max_ratio!r}; null: no limit")
+        check_choice("method.weighting", weighting, WEIGHTINGS)
+        check_choice("method.teacher_step", teacher_step, tuple(TEACHER_STEPS))
+        self.teacher = self.sampler = teacher
+        self.student = teacher.student(label_dropout=False).train()
+        self.noise_levels = LogNormal(p_mean, p_std)
+        self.q, self.k, self.b, self.max_ratio = q, k, b, max_ratio
+        self.stage_nimg = 1000 * stage_kimg if stage_kimg else None
+        self.decay_nimg = 1000 * lr_decay_kimg if lr_decay_kimg else None
+        self.weighting, self.c, self.teacher_step = weighting, c, teacher_step
+        levels = teacher.sigmas(max(teacher.steps, 2))
+        self.highest, self.lowest = levels[0].item(), levels[-2].item()
+        self.middle = check_middle(middle, self.highest)
+
+    def frozen_networks(self) -> list[Teacher]:
+        return [self.teacher] if self.teacher_step else []
+
+    def learned_teachers(self) -> list[Teacher]:
+        return self.frozen_networks()
+
+    @property
+    def evaluations(self) -> dict[str, float]:
+        counts = {"student": 1.0, "student without gradient": 1.0}
+        return counts | ({"teacher": float(TEACHER_STEPS[self.teacher_step])} if self.teacher_step else {})
+
+    def lr_scale(self) -> float:
+        seen = self.nimg + self.batch_size
+        decay = max(seen / self.decay_nimg, 1.0) ** -0.5 if self.decay_nimg else 1.0
+        return super().lr_scale() * decay
+
+    # -- training --------------------------------------------------------------------------------------------------
+
+    @property
+    def stage(self) -> int:
+        """a, a function of the images seen so far."""
+        return int(self.nimg // self.stage_nimg) if self.stage_nimg else 0
+
+    def relative_step(self, t: Tensor) -> Tensor:
+        """(t - r) / t in (0, 1] at noise levels t; 1 where r is zero."""
+        shrinkage = self.q ** -(self.stage + 1)
+        if self.max_ratio is not None:
+            shrinkage = max(shrinkage, 1 - self.max_ratio)
+        return (shrinkage * (1 + self.k * torch.sigmoid(-self.b * t))).clamp(max=1)
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        images, position, labels = batch["image"], batch["position"], batch.get("label")
+        (uniform,) = position_uniforms(self.seed, position, TrainingStream.UNIFORMS, 1)
+        z = position_noise(self.seed, position, images.shape[1:], TrainingStream.NORMALS)
+        # In float64: both sides of the loss are nearly equal. Networks see float32 all the same.
+        t = self.noise_levels(uniform).double()
+        relative = self.relative_step(t)
+        step, r = t * relative, t * (1 - relative)
+        x_t = noised(images.double(), t, z)
+        masks = SharedMasks()
+        with masks:
+            output = self.student(x_t, t, labels)
+        with torch.no_grad():
+            x_r = x_t - _per_image(step) * self.direction(x_t, t, r, z, labels)
+            with masks:
+                estimate = self.student(x_r, torch.where(r > 0, r, t), labels)
+            target = torch.where(_per_image(r > 0), estimate, x_r)
+        distance = pseudo_huber((output - target).square().flatten(1).sum(1), self.c)
+        weight = 1 / step if self.weighting == "step" else self.student.preconditioning.loss_weight(t)
+        loss = (weight * distance).mean().float()
+        self.log_mean("loss/student", loss.detach())
+        self.log_mean("consistency/distance", distance.detach().mean().float())
+        self.log_mean("consistency/relative_step", relative.mean().float())
+        self.log_mean("consistency/stage", float(self.stage))
+        return loss
+
+    def direction(self, x_t: Tensor, t: Tensor, r: Tensor, z: Tensor, labels: Tensor | None) -> Tensor:
+        """What x changes by from t to r, per unit of noise level: z, or the slope of the teacher's step."""
+        if self.teacher_step is None:
+            return z
+        slope = self.slope(x_t, t, labels)
+        if self.teacher_step == "euler":
+            return slope
+        # To r = 0 Heun's step is Euler's, as in EDM's sampler.
+        inside = _per_image(r > 0)
+        end = torch.where(inside, x_t - _per_image(t - r) * slope, x_t)
+        return torch.where(inside, (slope + self.slope(end, torch.where(r > 0, r, t), labels)) / 2, slope)
+
+    def slope(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
+        """dx/dsigma of the teacher's probability-flow ODE (EDM, equation 3)."""
+        labels = labels if self.teacher.conditional else None
+        return (x - self.teacher.denoiser(x, sigma, labels)) / _per_image(sigma)
+
+    # -- sampling --------------------------------------------------------------------------------------------------
+
+    def sampling(self, nfe: int | None = None) -> Sampling:
+        nfe = 1 if nfe is None else nfe
+        check_counts(steps=nfe)
+        lower = self.middle
+        if nfe != 1 + len(lower):
+            lower = karras_grid(nfe, self.lowest, self.highest)[1:-1].tolist()
+        scale = self.student.preconditioning.prior_std(torch.tensor(self.highest)).item()
+        return Sampling([self.highest, *lower, 0.0], scale, "renoising")
+
+
+def check_middle(middle: float | Sequence[float], highest: float) -> list[float]:
+    """The levels of `method.middle` as a list.
+
+    Raises:
+        ValueError: For levels that do not descend from below the highest one to above zero.
+    """
+    levels = [float(level) for level in (middle if isinstance(middle, Sequence) else [middle])]
+    path = [highest, *levels, 0.0]
+    if not levels or not all(a > b for a, b in pairwise(path)):
+        raise ValueError(
+            f"method.middle must be a noise level between 0 and {highest:g}, or descending ones, got {middle!r}"
+        )
+    return levels
+
+
+def _per_image(values: Tensor) -> Tensor:
+    return values[:, None, None, None]
