@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from launch.allocator import keep_freed_memory
 from launch.evaluate.measure import EvaluationOptions, measures_nothing
 from launch.run.build import build
 from launch.run.remote_files import fetch
@@ -117,6 +118,8 @@ def compute_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        keep_freed_memory()
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

@@ -10,6 +10,7 @@ from pytorch_lightning.profilers import AdvancedProfiler, Profiler, PyTorchProfi
 
 from callbacks import AtomicCheckpointIO
 from callbacks.network_layout import NetworkLayout
+from launch.allocator import keep_freed_memory
 from launch.run.micro_batch import FindMicroBatch
 from launch.run.precision import (
     AUTOCAST,
@@ -180,6 +181,8 @@ def lightning_options(
     if here:
         check_precision(precision, device, capability)
     allow_tf32(False)  # but in training steps that ask for it
+    if here and device == "cpu":
+        keep_freed_memory()
     plugin = precision_plugin(precision, device, method)
     micro_batch = options.pop("micro_batch")
     method.micro_batch = micro_batch if micro_batch != "auto" else None
