@@ -20,9 +20,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the files are written")
     parser.add_argument("--minutes", type=float, default=9.0, help="after which it ends (default: 9)")
-    parser.add_argument(
-        "--device", choices=("cuda", "cpu"), help="cpu: a shrunken dry run (default: cuda where there is one)"
-    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a shrunken dry run")
     parser.add_argument("--only", metavar="STAGE,STAGE", help="these stages alone")
     parser.add_argument("--retry", action="store_true", help="repeat entries that failed, too")
     parser.add_argument("--fastgen", type=Path, metavar="DIR", help="a checkout of NVIDIA's FastGen, to measure beside")

@@ -35,16 +35,14 @@ def peak_tflops(card: str) -> float | None:
     return next((peak for name, peak in _PEAKS if re.search(rf"\b(?:{name})\b(?! (?:D|Laptop|Max-Q))", card)), None)
 
 
-def facts(device: str | None) -> dict[str, Any]:
-    """The device to measure on and what stands there. device: "cuda" or "cpu"; None: a GPU where there is one.
+def facts(device: str) -> dict[str, Any]:
+    """The device to measure on, "cuda" or "cpu", and what stands there.
 
     Raises:
         ValueError: Where a GPU is asked for and there is none.
     """
-    present = torch.cuda.is_available()
-    if device == "cuda" and not present:
-        raise ValueError("--device cuda: torch sees no GPU here; --device cpu is a dry run")
-    device = device or ("cuda" if present else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("torch sees no GPU here; --device cpu is a dry run")
     found = {"device": device, **machine(), "lightning": _version("pytorch-lightning"), "gpus": 0, "peak_tflops": None}
     if device == "cuda":
         card = torch.cuda.get_device_properties(0)

@@ -30,6 +30,11 @@ def run(options: argparse.Namespace, command: str, begun: float) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     with Worker(options.out / "worker.log") as worker:
         machine = worker.call(devices.facts, options.device, seconds=_FACTS)
+        if machine["status"] != PASSED and options.device == "cuda":
+            # Had something here touched the GPU, no forked process could.
+            worker.stop()
+            worker.start_method = "spawn"
+            machine = worker.call(devices.facts, options.device, seconds=_FACTS)
         if machine.pop("status") != PASSED:
             return _refuse(machine["message"])
         for name in ("wall_seconds", "load"):

@@ -22,17 +22,17 @@ _COMPILED = "bf16-mixed, compiled"
 
 
 def entries(setting: Setting) -> Iterator[Entry]:
-    """Every method in bfloat16 first, which most will use, and one compiled; the others that are compiled last."""
+    """Every method in bfloat16 first, which most will use, then in float32, and one compiled; the other compiled ones last."""
     methods = [name for name in ALL_METHODS if name != "degradation"]  # which is not sampled, and is a part of disback
     if setting.dry:
         yield from (_entry(method, "bf16-mixed") for method in methods)
         yield _entry("rectified_flow", "bf16-mixed", _COMPILED, "aot_eager")  # a CPU takes inductor half a minute
         return
-    yield from (_entry(method, "bf16-mixed") for method in methods)
-    chosen = dict.fromkeys(("diff_instruct", "pretrain", "sfd", *methods))
+    yield from (_entry(method, precision) for precision in ("bf16-mixed", "32-true") for method in methods)
+    chosen = dict.fromkeys(("pretrain", "diff_instruct", "sfd", *methods))
     first, *others = (_entry(method, "bf16-mixed", _COMPILED, True) for method in chosen)
     yield first
-    yield from (_entry(method, precision) for precision in ("32-true", "16-mixed") for method in methods)
+    yield from (_entry(method, "16-mixed") for method in methods)
     yield from others
     yield from (_entry(method, "bf16-mixed", "bf16-mixed, CUDA graphs", "reduce-overhead") for method in chosen)
 
@@ -40,7 +40,7 @@ def entries(setting: Setting) -> Iterator[Entry]:
 def _entry(method: str, precision: str, form: str | None = None, compile: bool | str = False) -> Entry:
     form = form or precision
     options = {"method": method, "form": form, "precision": precision, "compile": compile}
-    return Entry(f"{method}, {form}", options, *((120, 10) if compile else (30, 2)))
+    return Entry(f"{method}, {form}", options, *((120, 10) if compile else (30, 3)))
 
 
 class _ThirdCycle(pl.Callback):

@@ -139,7 +139,7 @@ def measure(setting: Setting, options: dict[str, Any], seconds: float) -> Row:
     """Train one method for some windows of steps."""
     until = time.monotonic() + 0.8 * seconds
     name, batch, compiled = options["method"], options["batch_size"], options["compile"]
-    passes = forward_passes(name, setting.accelerator)
+    passes = forward_passes(name)
     with TemporaryDirectory(prefix="stillhouse-benchmark-") as folder:
         cfg = config(
             ARCHITECTURES[options["architecture"]],

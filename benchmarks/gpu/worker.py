@@ -1,5 +1,6 @@
 """A process that measures, so that a crash, a hang or a broken CUDA context costs one entry and not the run."""
 
+import ctypes
 import gc
 import multiprocessing
 import os
@@ -23,6 +24,8 @@ Row = dict[str, Any]
 # After these every CUDA call of the process fails.
 _BROKEN = ("device-side assert", "illegal memory access", "illegal instruction", "misaligned address", "launch failure")
 _LETTERS = 300  # of an error's message
+_PATIENCE = 20.0  # seconds for a killed process to go, which a driver may hold
+_DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 
 
 class Refused(Exception):
@@ -33,10 +36,14 @@ class Worker:
     """A process that is started when it is needed, and anew after one that died, hung or lost its CUDA context.
 
     It has a process group of its own, whose processes end with it. What it prints goes into `log`.
+
+    Attributes:
+        start_method: "fork", in a moment, from a process that has imported everything and has touched no GPU; "spawn" imports
+            everything again.
     """
 
     def __init__(self, log: Path):
-        self.log = log
+        self.log, self.start_method = log, "fork"
         self._process: Any = None
 
     def call(self, function: Callable[..., Row], *arguments: Any, seconds: float) -> Row:
@@ -63,8 +70,7 @@ class Worker:
     def _start(self) -> None:
         if self._process is not None:
             return
-        # In a moment, since this process has imported everything; it must have touched no GPU, nor computed with threads.
-        context = multiprocessing.get_context("fork")
+        context = multiprocessing.get_context(self.start_method)
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, str(self.log)))
         self._process.start()
@@ -76,7 +82,7 @@ class Worker:
         with suppress(ProcessLookupError, PermissionError):  # it has gone, or has not yet a group of its own
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
-        self._process.join()
+        self._process.join(_PATIENCE)
         self._connection.close()
         self._process = None
 
@@ -88,7 +94,9 @@ class Worker:
 
 
 def _serve(connection: Any, log: str) -> None:
-    os.setsid()
+    os.setpgid(0, 0)
+    if sys.platform == "linux":  # a killed parent's worker must not go on using the GPU
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     with open(log, "a") as file:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()

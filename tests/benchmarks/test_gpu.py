@@ -168,9 +168,9 @@ def test_operations_and_passes_are_those_of_the_formulas():
     weights = [module.weight for module in network.modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))]
     assert operations(network, torch.device("cpu"))[0] == sum(2 * weight.numel() for weight in weights)
     # Fake score: the student's images, then forward and backward. Generator: student forward and backward, both scores.
-    assert forward_passes("diff_instruct", "cpu") == {"student": 2.0, "fake_score": 2.0, "teacher": 0.5}
+    assert forward_passes("diff_instruct") == {"student": 2.0, "fake_score": 2.0, "teacher": 0.5}
     # With a GAN: the encoder of a generated and a real image with its weights' gradients, and of one with the image's.
-    with_gan = forward_passes("diff_instruct, GAN", "cpu")
+    with_gan = forward_passes("diff_instruct, GAN")
     assert with_gan == {"student": 2.0, "fake_score": 2.0, "teacher": 0.5, "fake_score's encoder": (3 + 3 + 2) / 2}
 
 
