@@ -43,7 +43,7 @@ def entries(setting: Setting) -> Iterator[Entry]:
         _entry("diff_instruct", precision="32-true"),
         _entry("diff_instruct", precision="tf32"),
         _entry("diff_instruct", channels_last=True),
-        _entry("diff_instruct", compile=True, channels_last=True),
+        _entry("diff_instruct", compile=True, channels_last=False),
         _entry("diff_instruct", compile="reduce-overhead"),
         *(_entry("diff_instruct", batch=batch) for batch in (512, 256)),
         *(_entry("diff_instruct", batch=batch, compile=True) for batch in (512, 256)),
@@ -68,8 +68,10 @@ def _entry(
     batch: int = 128,
     precision: str = "bf16-mixed",
     compile: bool | str = False,
-    channels_last: bool = False,
+    channels_last: bool | None = None,
 ) -> Entry:
+    """channels_last: None for what trainer.channels_last=auto is on a GPU."""
+    channels_last = bool(compile) if channels_last is None else channels_last
     options = {
         "method": method,
         "architecture": architecture,
