@@ -50,29 +50,29 @@ class FakeCuda(TorchDispatchMode):
     as it would a float.
 
     Args:
-        may_wait: Functions, as "module.function", within which the host may wait, each with the reason.
+        may_wait: Functions, as "module.function", within which the host may wait, each with the reason and what the device then
+            answers.
         hot: Functions within which it may not, where they are called by one of those; the innermost one decides.
-        value: What the device answers where the host may wait.
 
     Attributes:
         step: The training step under way, which a test counts.
         waits: In which steps the host waited, by function.
     """
 
-    def __init__(self, may_wait: Mapping[str, str] = {}, hot: Collection[str] = (), value: int = 1):
+    def __init__(self, may_wait: Mapping[str, tuple[str, int]] = {}, hot: Collection[str] = ()):
         super().__init__()
-        self.may_wait, self.hot, self.value = may_wait, hot, value
+        self.may_wait, self.hot = may_wait, hot
         self.step, self.waits = 0, defaultdict[str, set[int]](set)
 
-    def wait(self, what: str) -> None:
-        """Say that the host waits."""
+    def wait(self, what: str) -> int:
+        """Say that the host waits; gives the device's answer."""
         for frame in _frames():
             name = f"{frame.f_globals.get('__name__')}.{frame.f_code.co_name}"
             if name in self.hot:
                 break
             if name in self.may_wait:
                 self.waits[name].add(self.step)
-                return
+                return self.may_wait[name][1]
         raise HostWaits(f"{_place()}: the host waits for the device ({what})")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -88,16 +88,16 @@ class FakeCuda(TorchDispatchMode):
             to_device = _on_device(args[0]) if target is None else target.type == "cuda"
             blocking = not (kwargs.get("non_blocking") or (op is _aten.copy_ and len(args) > 2 and args[2]))
             if _on_device(source) and not to_device:
-                self.wait("a copy to the CPU")
+                value = self.wait("a copy to the CPU")
                 with unset_fake_temporarily():
                     if op is _aten.copy_:
-                        return args[0].fill_(self.value)
-                    return torch.full(source.shape, self.value, dtype=kwargs.get("dtype") or source.dtype)
+                        return args[0].fill_(value)
+                    return torch.full(source.shape, value, dtype=kwargs.get("dtype") or source.dtype)
             if not _on_device(source) and blocking:
                 self.wait("a copy to the device without non_blocking")
         elif op is _aten._local_scalar_dense:
-            self.wait("a value of the device")
-            return float(self.value) if args[0].is_floating_point() else self.value
+            value = self.wait("a value of the device")
+            return float(value) if args[0].is_floating_point() else value
         elif op in _ANSWERS:
             self.wait(f"{op}: the result depends on values of the device")
         elif op in _INDEXING:
