@@ -19,7 +19,12 @@ def entries(setting: Setting) -> Iterator[Entry]:
     counts = [n for n in (2, 4, 8, 16) if n < setting.gpus]
     for count in dict.fromkeys((1, setting.gpus, *counts)):
         for strategy in _STRATEGIES if count > 1 else ("auto",):
-            yield Entry(f"{count} GPUs, {strategy}", {"gpus": count, "strategy": strategy}, limit=120, least=25)
+            yield Entry(
+                f"{count} GPU{'s' * (count > 1)}, {strategy}",
+                {"gpus": count, "strategy": strategy},
+                limit=120,
+                least=25,
+            )
 
 
 def measure(setting: Setting, options: dict[str, Any], seconds: float) -> Row:

@@ -197,7 +197,9 @@ def run_stage(
         write()
         outcome = f"{row['status']}: {row['message']}" if row.get("message") else row["status"]
         took = f"{row['wall_seconds']:.1f} s, " if "wall_seconds" in row else ""
-        say(f"{stage.name} {number}/{len(todo)} {entry.name}: {outcome} ({took}{budget.left():.0f} s left)")
+        say(
+            f"{stage.name} {number}/{len(todo)} {entry.name}: {outcome} ({took}{budget.left():.0f} s left for {stage.name})"
+        )
 
 
 def _row(entry: Entry, row: Row) -> Row:

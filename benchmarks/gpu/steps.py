@@ -27,7 +27,7 @@ _LARGE = ("diff_instruct", "sfd", "pretrain")  # methods measured in the largest
 
 
 def entries(setting: Setting) -> Iterator[Entry]:
-    """First score distillation compiled, then every method as most will run it, then the other forms."""
+    """First score distillation, plain and compiled, then every method as most will run it, then the other forms."""
     if setting.dry:
         for method in ("diff_instruct, GAN", "sfd", "bezier"):
             yield _entry(method, "tiny", 8)
@@ -37,8 +37,9 @@ def entries(setting: Setting) -> Iterator[Entry]:
     chosen = list(dict.fromkeys((*_LARGE, *others)))
     seen: set[str] = set()
     for entry in (
+        _entry("diff_instruct"),
         _entry("diff_instruct", compile=True),
-        *(_entry(method) for method in ("diff_instruct", *others)),
+        *(_entry(method) for method in others),
         *(_entry(method, compile=True) for method in _LARGE),
         _entry("diff_instruct", precision="32-true"),
         _entry("diff_instruct", precision="tf32"),
