@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -19,6 +20,7 @@ from stillhouse.analysis.compare_quality import draw_measured
 from stillhouse.analysis.tables import records_text
 from stillhouse.checkpoints.weights import hash_state
 from stillhouse.checks import check_choice, check_memory
+from stillhouse.diffusion.sampling import Sampling
 from stillhouse.diffusion.teacher import Teacher
 from stillhouse.files import write_cache
 from stillhouse.metrics.evaluation import (
@@ -136,13 +138,15 @@ class Evaluation:
         teacher = self.teacher(method.teacher) if method.teacher else []
         return teacher + students + self.real()
 
-    def student(self, method: Method, folder: RunFolder, weights: Weights) -> list[Record]:
-        """Records of a method's student as it samples now."""
+    def student(
+        self, method: Method, folder: RunFolder, weights: Weights, sampling: Sampling | None = None
+    ) -> list[Record]:
+        """Records of a method's student as it samples now, or by another path from noise to images."""
         records = measure_sampler(
-            method.sample,
+            partial(method.sample, sampling=sampling) if sampling else method.sample,
             name=folder.name,
             subject="student",
-            nfe=method.nfe,
+            nfe=sampling.nfe if sampling else method.nfe,
             shape=self.shape,
             weights=weights.name,
             teacher=method.teacher.name if method.teacher else None,

@@ -8,6 +8,7 @@ import torch
 from omegaconf import DictConfig
 
 from launch.errors import EXPECTED, one_line
+from launch.evaluate import middle
 from launch.evaluate.measure import RESULT_FILES, Evaluation, checked, print_table, write_results
 from launch.evaluate.options import (
     MeasurementOptions,
@@ -23,6 +24,7 @@ from launch.run.build import build
 from launch.run.folder import RunFolder
 from stillhouse.analysis.compare_convergence import write_convergence
 from stillhouse.analysis.compare_quality import write_quality
+from stillhouse.checks import check_choice
 from stillhouse.files import check_writable
 from stillhouse.metrics.records import Record, merge_records
 
@@ -34,6 +36,7 @@ class Options(MeasurementOptions, WeightsOptions):
 
     run: Any
     steps: Any
+    middle: str | None
     comparison: Any
 
 
@@ -49,7 +52,11 @@ def main(cfg: DictConfig) -> None:
             "say what to measure: run=runs/NAME (or a list, or a pattern), teacher=NAME or 'flows=[NAME,NAME]'; "
             "--help shows all tasks"
         )
+    check_choice("middle", cfg.middle, (None, "search"))
     folders, counts, device = run_folders(cfg.run), step_counts(cfg.steps), compute_device(cfg.device)
+    if cfg.middle:
+        search_middle(cfg, folders, device)
+        return
     compared = len(folders) > 1 and cfg.comparison is not None
     files = [folder / "evaluation" / name for folder in folders for name in RESULT_FILES]
     files += [path_option(cfg, "comparison") / name for name in COMPARISON_FILES if compared]
@@ -75,6 +82,17 @@ def main(cfg: DictConfig) -> None:
         raise ValueError("nothing was measured; the lines above say why")
     if compared:
         compare(folders, path_option(cfg, "comparison"), shown, cfg.weights)
+
+
+def search_middle(cfg: DictConfig, folders: Sequence[Path], device: torch.device) -> None:
+    """Search each run's middle noise level, by as many samples as measurements on the way have, unless the options say more."""
+    for path in folders:
+        for name in middle.FILES:
+            check_writable(path / "evaluation" / name)
+        run = load(cfg, path)
+        settings = evaluation_settings(cfg, run.config)
+        fewer = {"blocks": cfg.blocks or 1, "num_samples": cfg.num_samples or settings["training"]["num_samples"]}
+        print(f"\n{middle.search(run, settings | fewer, device)}", flush=True)
 
 
 def load(cfg: DictConfig, path: Path) -> TrainedRun:

@@ -207,13 +207,19 @@ class Method(Optimisation):
         return self.student
 
     @torch.no_grad()
-    def sample(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Images (B, C, H, W), float32 in about [-1, 1], of unit normal noise (B, C, H, W) and labels (B,) or None."""
+    def sample(self, noise: Tensor, labels: Tensor | None = None, sampling: Sampling | None = None) -> Tensor:
+        """Images (B, C, H, W), float32 in about [-1, 1].
+
+        Args:
+            noise: Unit normal (B, C, H, W).
+            labels: Classes (B,), int64, or None.
+            sampling: Another path from noise to images than the method's own.
+        """
         training = self.student.training
         self.student.eval()
         try:
             with eager(self.student.network):  # measured alike, compiled or not
-                return self.sampling(self.chosen_nfe)(self.sampled_student(), noise, labels)
+                return (sampling or self.sampling(self.chosen_nfe))(self.sampled_student(), noise, labels)
         finally:
             self.student.train(training)
 
