@@ -23,11 +23,11 @@ CONF = Path(__file__).parents[3] / "conf"
 CPU = torch.device("cpu")
 
 
-def trained(method: str) -> tuple[TrainedRun, dict]:
+def trained(*options: str) -> tuple[TrainedRun, dict]:
     """A run that has begun and learned nothing, and the settings of a small measurement."""
     register_resolvers()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", [f"method={method}", "teacher.weights=null", "teacher.network.model_channels=8"])
+        cfg = compose("config", [*options, "teacher.weights=null", "teacher.network.model_channels=8"])
         expand_teachers(cfg)
         cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     run = RunFolder(cfg.folder)
@@ -42,7 +42,7 @@ def trained(method: str) -> tuple[TrainedRun, dict]:
 def test_the_level_that_does_best_by_the_monitoring_seeds(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(middle, "LEVELS", (0.2, 3.0, 100.0))  # the last one is above the first evaluation's
-    run, settings = trained("ect")
+    run, settings = trained("method=ect", "method.middle=0.821")
     text = middle.search(run, settings, CPU)
     content = json.loads((run.folder.path / "evaluation/middle.json").read_text())
     assert content["fingerprint"]["seeds"] == [MONITOR_SEEDS, MONITOR_SEEDS + 29]
@@ -65,7 +65,7 @@ def test_the_level_that_does_best_by_the_monitoring_seeds(tmp_path, monkeypatch)
 
 def test_what_can_not_be_searched_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run, settings = trained("pretrain")
+    run, settings = trained("method=pretrain")
     run.method.sampler.steps = 1
     with pytest.raises(ValueError, match="steps=2: the student takes 1, and no other number"):
         middle.search(run, settings, CPU)
