@@ -3,6 +3,7 @@
 See tools/fake_cuda.py for what is caught, and how the message names the line.
 """
 
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -12,22 +13,29 @@ from extractor_files import write_clip, write_dinov2
 from fake_cuda import DEVICE, FakeCuda, HostWaits, WrongDevice, place_on_fake_cuda
 from inception_file import write_inception
 from method_runs import METHODS, config
+from metric_stubs import SHAPE, Packed, Stub, sampler
 from network_tools import NETWORKS, inputs, tiny
+from pytorch_lightning.callbacks import Checkpoint
 
-from callbacks import EMA, Clock, NonFiniteGuard, Progress
+from callbacks import EMA, Clock, GenerativeMetrics, NonFiniteGuard, Progress, SampleGrid
 from datamodules.components.augmentation import _operators
 from launch.run.build import build, build_seeded, build_stages, build_trainer, fit_stages
 from launch.run.folder import RunFolder
+from stillhouse.analysis.flow_errors import path_bending
 from stillhouse.diffusion import preconditioning
 from stillhouse.diffusion.flow import euler_path
 from stillhouse.diffusion.noise_levels import KarrasGrid
+from stillhouse.diffusion.random_numbers import sample_noise
 from stillhouse.diffusion.schedules import karras
 from stillhouse.diffusion.solvers import SOLVERS
 from stillhouse.diffusion.teacher import Teacher
+from stillhouse.metrics.evaluation import METRICS, measure_real_images, measure_sampler
 from stillhouse.metrics.extractors import Digits, Inception, Pixels, Points, TorchFidelity
+from stillhouse.metrics.reference import reference_statistics
 from stillhouse.metrics.sampling import sample_features, sampler_inputs
 from stillhouse.metrics.statistics import RunningGaussian
 from stillhouse.networks import Discriminator
+from stillhouse.pictures.samples import save_final_pictures, save_progress_picture
 
 # What is called again and again in a training: nothing in it may wait but what the next table names.
 HOT = (
@@ -60,6 +68,7 @@ AUGMENTED = {"teacher.network.augment_dim": 9, "method.augment": 0.5}
 CASES = {name: (name, {}) for name in METHODS} | {
     "pretrain, augmented": ("pretrain", AUGMENTED),
     "pretrain, flipped": ("pretrain", {"data.flip": True, "method.warmup_kimg": 1, "method.weight_decay": 0.1}),
+    "pretrain, largest micro-batch": ("pretrain", {"trainer.micro_batch": "auto"}),
     "pretrain, radam": ("pretrain", {"method.optimizer": "radam"}),
     "pretrain, micro-batches, clipped": ("pretrain", {"trainer.micro_batch": 2, "trainer.gradient_clip_val": 1.0}),
     "denoising_student, noisy targets": ("denoising_student", {"method.target_noise": 0.1}),
@@ -90,7 +99,7 @@ class Count(pl.Callback):
         self.cuda.step = trainer.global_step + 1
 
 
-def train(cuda, name, changes, precision, data):
+def train(cuda, name, changes, precision, data, *callbacks):
     """Train it, on the device, as train.py does; gives the method and, for each training of it, its last step."""
     changes = {"batch_size": BATCH, "method.kimg": STEPS * BATCH / 1000, "trainer.precision": precision} | changes
     changes |= {"trainer.log_every_n_steps": LOGGED_EVERY, "trainer.validate_every_n_steps": LOGGED_EVERY}
@@ -102,14 +111,11 @@ def train(cuda, name, changes, precision, data):
         trainer = build_trainer(cfg, method, folder)
     for one in (trainer, *(stage.trainer for stage in stages)):
         place_on_fake_cuda(one)
-        one.callbacks = [
-            Clock(),
-            EMA(),
-            NonFiniteGuard(LOGGED_EVERY),
-            Progress(every_kimg=1),
-            *one.callbacks,
-            Count(cuda),
-        ]
+        usual = Clock(), EMA(), NonFiniteGuard(LOGGED_EVERY), Progress(every_kimg=1)
+        every = [*one.callbacks, *usual, *callbacks, Count(cuda)]
+        one.callbacks = sorted(
+            every, key=lambda callback: isinstance(callback, Checkpoint)
+        )  # last, as Lightning has it
     fit_stages(stages, method, folder)
     trainer.fit(method, training)
     for nfe in (None, 1, 2, 3, 4):
@@ -119,6 +125,7 @@ def train(cuda, name, changes, precision, data):
             continue
         inputs = sampler_inputs(torch.arange(BATCH, device=DEVICE), method.image_shape, images.num_classes, BATCH)
         assert all(method.sample(*each).device == DEVICE for each in inputs)
+    method.training_curves(torch.arange(BATCH, device=DEVICE))
     return method, {one.trainer.max_steps for one in (method, *(stage.method for stage in stages))}
 
 
@@ -219,6 +226,41 @@ def test_features_of_samples_and_their_statistics(extractors, tmp_path):
             options = {"shape": shape, "num_classes": 3, "class_counts": (1, 5, 2), "batch_size": 2, "device": DEVICE}
             rows, _ = sample_features(lambda noise, labels: noise, extractor, torch.arange(5), **options)
             assert RunningGaussian(extractor.dim, DEVICE).update(rows).cov.device == DEVICE
+
+
+@pytest.mark.slow
+def test_measurements_and_pictures_stay_on_the_device(tmp_path):
+    """They wait for what they measure and show, and mix no devices."""
+    answers = {"stillhouse.metrics.sampling.sample_features": ("the samples that are not finite", 0)}
+    answers[f"{__name__}.{test_measurements_and_pictures_stay_on_the_device.__name__}"] = ("all else", 1)
+    packed, numbers = Packed(100), torch.arange(4)
+    data = SimpleNamespace(channels=1, resolution=4, num_classes=3, reference=lambda: packed)
+    options = {"num_samples": 40, "blocks": 2, "num_classes": 3, "batch_size": 20, "device": DEVICE, "progress": False}
+    with FakeCuda(answers).entered():
+        reference = reference_statistics(packed, Stub(), tmp_path, keep_features=True, device=DEVICE)
+        options |= {"reference": reference, "extractor": Stub(), "metrics": METRICS, "name": "t"}
+        records = measure_sampler(sampler, subject="student", nfe=1, shape=SHAPE, **options)
+        assert len(records) == len(measure_real_images(packed, **options)) == len(METRICS)
+        save_progress_picture(tmp_path / "grid.png", sampler, data, DEVICE, 2, 3)
+        save_final_pictures(tmp_path, {"one": sampler, "two": sampler}, data, DEVICE)
+        teacher = Teacher("t", tiny("mlp"), preconditioning.EDM(), karras, steps=3).to(DEVICE)
+        noise = sample_noise(numbers.to(DEVICE), (2, 1, 1))
+        path_bending(teacher, noise, None, 2)
+
+
+@pytest.mark.slow
+def test_measurements_and_pictures_in_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    measured = {
+        "stillhouse.metrics.sampling.sample_features": ("the samples that are not finite", 0),
+        "callbacks.generative_metrics.on_train_batch_end": ("a measurement", 1),
+        "callbacks.sample_grid.on_train_batch_end": ("a picture", 1),
+    }
+    metrics = GenerativeMetrics(every_kimg=1, num_samples=20, extractor=Digits())
+    with FakeCuda(MAY_WAIT | measured, HOT).entered() as cuda:
+        train(cuda, "pretrain", {}, "bf16-mixed", "digits", metrics, SampleGrid(every_kimg=1))
+    assert {STEPS} == cuda.waits["callbacks.generative_metrics.on_train_batch_end"]
+    assert list(tmp_path.rglob("samples/*.png"))
 
 
 CPU = torch.ones(3)

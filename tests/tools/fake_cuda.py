@@ -16,7 +16,7 @@ from unittest.mock import MagicMock, patch
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.accelerators import CPUAccelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -127,11 +127,21 @@ class FakeCuda(TorchDispatchMode):
         def wait(*_: Any) -> None:
             self.wait("synchronize")
 
-        engine = torch.autograd._engine_run_backward
+        def to(module: nn.Module, *arguments: Any, **options: Any) -> nn.Module:
+            device, dtype, *_ = torch._C._nn._parse_to(*arguments, **options)
+            on_device = device is not None and device.type == "cuda" and dtype is None
+            if on_device and all(map(_on_device, (*module.parameters(), *module.buffers()))):
+                return module  # torch refuses to move fake tensors that are in use
+            return move(module, *arguments, **options)
+
+        engine, move = torch.autograd._engine_run_backward, nn.Module.to
         with (
             patch("torch.autograd._engine_run_backward", run_backward),
+            patch("torch.nn.Module.to", to),
             patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
             patch("torch.cuda.is_bf16_supported", lambda *_: True),
+            patch("torch.cuda.get_rng_state", lambda *_: torch.zeros(16, dtype=torch.uint8)),  # which lies on the CPU
+            patch("torch.cuda.set_rng_state", lambda *_: None),
             patch("torch.cuda.synchronize", wait),
             patch("torch.cuda.Stream", return_value=MagicMock(synchronize=wait)),
             patch("torch.cuda.stream"),
@@ -225,14 +235,5 @@ def place_on_fake_cuda(trainer: pl.Trainer) -> None:
     """Let a trainer of one process on the CPU train on the fake device."""
     strategy = trainer.strategy
     strategy._root_device, strategy.accelerator = DEVICE, _Accelerator()
-    move = strategy.model_to_device
-
-    def move_once() -> None:  # stages of a method share their networks, and fake tensors in use can't be moved again
-        if all(map(_on_device, strategy.model.parameters())):
-            strategy.model._device = DEVICE
-        else:
-            move()
-
-    strategy.model_to_device = move_once
     strategy.teardown = lambda: None  # where weights would be moved back to the CPU
     strategy.save_checkpoint = lambda *_, **__: None  # all but the file
