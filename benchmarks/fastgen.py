@@ -1,9 +1,9 @@
 """Seconds of DMD2's updates in NVIDIA's FastGen and here, in turns: the same network, batch, precision and threads.
 
-python -m benchmarks.fastgen --fastgen DIR [--python PYTHON] [--gan] [--record] [OPTION=VALUE ...]
+python -m benchmarks.fastgen --fastgen DIR [--gan] [--record] [OPTION=VALUE ...]
 
-DIR is a checkout of FastGen, PYTHON an interpreter that has its packages (benchmarks/fastgen_updates.py names them). Options of
-train.py for ours follow at the end.
+DIR is a checkout of FastGen, which takes the package attrs beside ours (benchmarks/fastgen_updates.py). Options of train.py for
+ours follow at the end.
 """
 
 import argparse
@@ -78,14 +78,13 @@ def measure(theirs: Program, ours: Program, rounds: int) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fastgen", description=__doc__.splitlines()[0])
     parser.add_argument("--fastgen", required=True, metavar="DIR", help="a checkout of FastGen")
-    parser.add_argument("--python", default=sys.executable, help="an interpreter that has FastGen's packages")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("32-true", "tf32", "bf16-mixed"), action="append", help="repeatable")
     parser.add_argument("--gan", action="store_true", help="with the GAN of each")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1, help="of each program, on as many cores that both share")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--record", action="store_true", help="also write results/benchmarks-MACHINE.json")
+    parser.add_argument("--record", action="store_true", help="also write results/benchmarks-fastgen-MACHINE.json")
     parser.add_argument("options", nargs="*", metavar="OPTION=VALUE", help="of train.py, for ours")
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = parser.parse_args(given)
@@ -93,16 +92,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = check_checkout(options.fastgen)
     except ValueError as error:
         parser.error(str(error))
-    places = {options.fastgen: "DIR", options.python: "PYTHON"}
-    command = shlex.join(["python", "-m", "benchmarks.fastgen", *(places.get(word, word) for word in given)])
+    words = ["DIR" if word == options.fastgen else word for word in given]
+    commit = revision()  # before results are written
     here = machine() | {"threads": options.threads}
     print(f"{here['cpu']}, {here['cores']} cores, {here['gpu'] or 'no GPU'}, load {here['load']}", flush=True)
-    results = {}
     for precision in options.precision or ("32-true", "bf16-mixed"):
         when = datetime.now(timezone.utc).isoformat(timespec="seconds")
         what = ["--device", options.device, "--precision", precision, "--batch-size", str(options.batch_size)]
         what += ["--threads", str(options.threads), *(["--gan"] if options.gan else [])]
-        their_command = [options.python, "-m", "benchmarks.fastgen_updates", "--fastgen", str(folder), *what]
+        their_command = [sys.executable, "-m", "benchmarks.fastgen_updates", "--fastgen", str(folder), *what]
         our_command = [sys.executable, "-m", "benchmarks.diff_instruct_updates", *what, *options.options]
         try:
             with Program("FastGen", their_command) as theirs, Program("this framework", our_command) as ours:
@@ -110,11 +108,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except RuntimeError as error:
             sys.exit(f"python -m benchmarks.fastgen: {error}")
         name = f"DMD2 {'with' if options.gan else 'without'} a GAN in {precision}"
-        results[f"fastgen, {name}"] = {
+        result = {
             "title": f"{name}, beside FastGen's: {CIFAR10.title}, random weights",
             "date": when,
-            "commit": revision(),
-            "command": command,
+            "commit": commit,
+            "command": shlex.join(["python", "-m", "benchmarks.fastgen", *words]),
             "machine": here,
             "fastgen": _commit(folder),
             "options": options.options,
@@ -122,9 +120,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "precision": precision,
             **figures,
         }
-        print(f"\n{table(results[f'fastgen, {name}'])}", flush=True)
-    if options.record:
-        print(f"\n{record(results, RESULTS)} written")
+        print(f"\n{table(result)}", flush=True)
+        if options.record:
+            print(f"{record({name: result}, RESULTS, 'benchmarks-fastgen')} written", flush=True)
 
 
 def _commit(folder: Path) -> str | None:

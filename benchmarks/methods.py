@@ -15,7 +15,6 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from benchmarks import score
 from benchmarks.cases import Case, compose_config
 from benchmarks.loader import Synthetic
 from benchmarks.measuring import clock, peak_memory, summary
@@ -63,14 +62,6 @@ CIFAR10 = Case(
     cycle_rounds=3,
 )
 IMAGENET64 = Case("EDM's ImageNet 64x64 architecture (ADM)", overrides=("data=imagenet64", *_RANDOM), cycle_rounds=2)
-# As measured by us on another day, like the updates themselves: four of the fake score, then one of the generator.
-FASTGEN = {
-    **score.FASTGEN,
-    "updates": {"fake": 4, "generator": 1},
-    "gan_iteration_seconds": [3.4, 3.6],
-    "gan_peak_gib": 3.7,
-}
-
 
 Evaluations = Counter[tuple[str, bool]]
 """Per image of the batch, by (network, whether a gradient can flow back)."""
@@ -130,8 +121,7 @@ def measure(
         for precision in precisions:
             figures = in_new_process(measure_one, case, name, options, precision)
             entries.append({"method": name, "precision": precision, **(figures or {"killed": True})})
-    beside = {"fastgen_dmd2": FASTGEN} if case.title == CIFAR10.title else {}
-    return {"title": f"a training step of each method, {case.title}, random weights", "methods": entries, **beside}
+    return {"title": f"a training step of each method, {case.title}, random weights", "methods": entries}
 
 
 def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -254,8 +244,6 @@ def table(result: dict[str, Any]) -> str:
         lines += [
             f"{'':<42}{_line(each['seconds'], batch, ' ' * 10)}{_counted(each['evaluations'])}" for each in updates
         ]
-    if "fastgen_dmd2" in result:
-        lines += _fastgen_lines(result)
     return "\n".join(lines)
 
 
@@ -267,30 +255,3 @@ def _line(seconds: dict[str, float], batch: int, memory: str) -> str:
 def _counted(evaluations: dict[str, float]) -> str:
     parts = [f"{name.replace(' with gradient', '*')} {count:g}" for name, count in evaluations.items()]
     return "  " + ", ".join(parts)
-
-
-def _fastgen_lines(result: dict[str, Any]) -> list[str]:
-    """What another framework takes for its mix of updates, and what diff_instruct takes for the same one."""
-    theirs = result["fastgen_dmd2"]
-    seconds = {"fake": theirs["critic_iteration_seconds"], "generator": theirs["student_iteration_seconds"]}
-    low, high = theirs["gan_iteration_seconds"]
-    lines = [
-        f"  Beside it, on another day: {theirs['method']}; batch {theirs['batch_size']}, {theirs['threads']} threads.",
-        f"  {seconds['fake']} s in an update of the fake score and {seconds['generator']} s in one of the generator, "
-        f"{_mixed(seconds, theirs['updates']):.3g} s at {theirs['updates']['fake']} to {theirs['updates']['generator']};",
-        f"  with its GAN {low} to {high} s and {theirs['gan_peak_gib']} GiB.",
-    ]
-    for entry in result["methods"]:
-        if entry["method"] == "diff_instruct" and len(entry.get("updates", ())) == 2:
-            # With gradient the fake score is evaluated in its own update alone.
-            fake, generator = sorted(
-                entry["updates"], key=lambda update: "fake_score with gradient" not in update["evaluations"]
-            )
-            seconds = {"fake": fake["seconds"]["median"], "generator": generator["seconds"]["median"]}
-            mean = _mixed(seconds, theirs["updates"])
-            lines.append(f"  The same mix of diff_instruct's updates here, {entry['precision']}: {mean:.3g} s.")
-    return lines
-
-
-def _mixed(seconds: dict[str, float], counts: dict[str, int]) -> float:
-    return sum(count * seconds[kind] for kind, count in counts.items()) / sum(counts.values())

@@ -163,9 +163,9 @@ def _conditions(result: dict[str, Any]) -> str:
     return ", ".join(facts)
 
 
-def record(results: dict[str, dict[str, Any]], folder: Path) -> Path:
+def record(results: dict[str, dict[str, Any]], folder: Path, name: str = "benchmarks") -> Path:
     """Write the parts measured now into the machine's file; other parts stay there as they were."""
-    path = folder / f"benchmarks-{slug(next(iter(results.values()))['machine'])}.json"
+    path = folder / f"{name}-{slug(next(iter(results.values()))['machine'])}.json"
     stored = json.loads(path.read_text()) if path.exists() else {}
     write_json(path, stored | results)
     return path

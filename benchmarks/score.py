@@ -14,15 +14,6 @@ from launch.errors import quiet
 from launch.run.build import build
 
 _WARMUP = 2  # cycles; the first allocates Adam's averages
-# Measured by us on another day, while other processes shared the two cores: no ratio to our figures is meant.
-FASTGEN = {
-    "method": "DMD2 without its GAN, EDM CIFAR-10 architecture, 32-true, random data, optimiser step and clipping included",
-    "batch_size": 4,
-    "threads": 2,
-    "critic_iteration_seconds": 2.82,
-    "student_iteration_seconds": 3.71,
-    "source": "NVlabs/FastGen 34f30e8, its DMD2Model on our 2 cores: as measured for this project",
-}
 
 
 class UpdateTimer(pl.Callback):
@@ -65,7 +56,6 @@ def measure(
     return {
         "title": "score distillation over the floor of its network evaluations",
         "parts": [measure_one(case, precision) for case in cases for precision in precisions],
-        "fastgen_dmd2": FASTGEN,
     }
 
 
