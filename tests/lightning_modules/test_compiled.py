@@ -1,9 +1,12 @@
-"""Every method trains compiled: without a graph break, and without a new graph once each kind of update was made twice."""
+"""Every method trains compiled: without a graph break, and without a new graph once each kind of update was made twice.
+
+At the beginning of a step nothing lives that CUDA graphs of the step before have written: no output, no gradient.
+"""
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from compiler_tools import compiled_graphs, counted_compilation
+from compiler_tools import RETURNED, compiled_graphs, counted_compilation
 from method_runs import METHODS, train
 
 from callbacks import EMA
@@ -20,6 +23,7 @@ CASES = {
     **{name: (name, {}) for name in METHODS},
     "a GAN": ("diff_instruct", {"method.gan": GAN}),
     "both updates in a step": ("diff_instruct", {"method.two_sided": True}),
+    "checkpointing": ("sid", {"method.checkpointing": True}),
     "three updates to one": ("disback", {"method.fake_updates": 3, "method.interval": 1}),
     "several numbers of steps": ("sfd", {"method.steps": [1, 2, 3]}),
     "branches": ("b_dense progressive", {"method.branches": 2}),
@@ -33,6 +37,12 @@ class Watch(pl.Callback):
     def __init__(self):
         self.graphs = []
 
+    def on_train_batch_start(self, trainer, pl_module, *_):
+        assert all(memory.expired() for memory in RETURNED)
+        assert RETURNED or not self.graphs  # the step before was compiled
+        RETURNED.clear()
+        assert all(p.grad is None for network in all_networks(pl_module) for p in network.parameters())
+
     def on_train_batch_end(self, trainer, pl_module, *_):
         self.graphs.append(compiled_graphs())
         labels = torch.tensor([0, 1]) if pl_module.student.network.num_classes else None
@@ -43,7 +53,11 @@ class Watch(pl.Callback):
 
 def graphs_of(name, changes, **data):
     watch = Watch()
-    compiled = {"trainer.compile": "eager", "trainer.micro_batch": 3, "callbacks.ema": {"_target_": "callbacks.EMA"}}
+    compiled = {
+        "trainer.compile": "recording",
+        "trainer.micro_batch": 3,
+        "callbacks.ema": {"_target_": "callbacks.EMA"},
+    }
     length = {"method.kimg": 0.06, "trainer.validate_every_n_steps": 3}  # 12 steps of 5 images, in 2 and 3
     run = train(name, compiled | length | changes, watch, **data)
     assert all(network._compiled_call_impl is None for network in all_networks(run.method))
