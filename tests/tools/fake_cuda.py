@@ -76,6 +76,8 @@ class FakeCuda(TorchDispatchMode):
         raise HostWaits(f"{_place()}: the host waits for the device ({what})")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):  # most calls
+            return args[0].fake_device
         kwargs = dict(kwargs or {})
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         target = kwargs.get("device")
