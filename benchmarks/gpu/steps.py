@@ -3,6 +3,8 @@
 import math
 import sys
 import time
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -138,6 +140,37 @@ class Windows(pl.Callback):
         self._begun = clock(pl_module.device)
 
 
+class HostWaits(pl.Callback):
+    """Finds where the host waits for a GPU within a cycle of updates that logs nothing, by torch's own check.
+
+    Attributes:
+        lines: "file:line" of the innermost Python function, with how often in the cycle.
+    """
+
+    def __init__(self, first: int):
+        """Choose the cycle by its first step."""
+        self.first = first
+        self.lines: Counter[str] = Counter()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if pl_module.device.type == "cuda" and trainer.global_step == self.first:
+            self._recording = warnings.catch_warnings(record=True)
+            self._warnings = self._recording.__enter__()
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if pl_module.device.type == "cuda" and trainer.global_step == self.first + CYCLE:
+            torch.cuda.set_sync_debug_mode("default")
+            self._recording.__exit__(None, None, None)
+            waits = [each for each in self._warnings if "synchronizing CUDA operation" in str(each.message)]
+            self.lines.update(f"{each.filename}:{each.lineno}" for each in waits)
+
+    def on_exception(self, *_: Any) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def measure(setting: Setting, options: dict[str, Any], seconds: float) -> Row:
     """Train one method for some windows of steps."""
     until = time.monotonic() + 0.8 * seconds
@@ -159,8 +192,10 @@ def measure(setting: Setting, options: dict[str, Any], seconds: float) -> Row:
             cfg.method.pairs = cfg.method.held_out = batch
         _reset_counters()
         method, data, trainer = prepared(cfg, name, _MOST)
-        counted, timer = CountOperations(), Windows(3 if compiled else 2, 0 if setting.dry else _MEASURED, until)
-        trainer.callbacks += [counted, timer]
+        warmup = 3 if compiled else 2
+        counted, timer = CountOperations(), Windows(warmup, 0 if setting.dry else _MEASURED, until)
+        waits = HostWaits((warmup - 1) * CYCLE)
+        trainer.callbacks += [counted, waits, timer]
         trainer.fit(method, data)
     step = summary(timer.seconds)
     operations = sum(passes[network] * counted.operations[network] for network in passes)
@@ -174,6 +209,7 @@ def measure(setting: Setting, options: dict[str, Any], seconds: float) -> Row:
         "operations_per_image": operations,
         "tflops": rate,
         "share_of_peak": rate / setting.peak_tflops if setting.peak_tflops else None,
+        "host_waits_of_a_cycle": dict(waits.lines),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if setting.device == "cuda" else None,
     }
     return row | (_compilation() if compiled else {})
@@ -192,10 +228,11 @@ def _compilation() -> Row:
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """A line for each entry that passed."""
+    """A line for each entry that passed; waits: of the host for the device, in a cycle of updates that logs nothing."""
     lines = [
-        "| network | method | batch | precision | form | s/step (least .. greatest) | images/s | GiB | TFLOP/s | of peak |",
-        "|---|---|--:|---|---|--:|--:|--:|--:|--:|",
+        "| network | method | batch | precision | form | s/step (least .. greatest) | images/s | GiB | TFLOP/s | of peak "
+        "| waits |",
+        "|---|---|--:|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         if row["status"] == PASSED:
@@ -205,7 +242,8 @@ def table(rows: Sequence[Row]) -> list[str]:
             share = "" if row["share_of_peak"] is None else f"{row['share_of_peak']:.1%}"
             lines.append(
                 f"| {row['architecture']} | {row['method']} | {row['batch_size']} | {row['precision']} | {_form(row)} | {spread} "
-                f"| {row['images_per_second']:,.4g} | {memory} | {row['tflops']:.4g} | {share} |"
+                f"| {row['images_per_second']:,.4g} | {memory} | {row['tflops']:.4g} | {share} "
+                f"| {sum(row['host_waits_of_a_cycle'].values())} |"
             )
     return lines
 

@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from benchmarks.gpu.all_stages import DRY_SHARES, SHARES
 from benchmarks.gpu.flops import forward_passes, operations
 from benchmarks.gpu.report import write_report
 from benchmarks.gpu.stages import NOT_REACHED, Budget, Entry, Setting, Stage, run_stages
+from benchmarks.gpu.steps import HostWaits
 from benchmarks.gpu.worker import FAILED, NO_MEMORY, PASSED, REFUSED, TOO_SLOW, Refused, Worker, attempt
 from benchmarks.measuring import ROOT
 from results.__main__ import main as results_main
@@ -172,6 +175,21 @@ def test_operations_and_passes_are_those_of_the_formulas():
     # With a GAN: the encoder of a generated and a real image with its weights' gradients, and of one with the image's.
     with_gan = forward_passes("diff_instruct, GAN")
     assert with_gan == {"student": 2.0, "fake_score": 2.0, "teacher": 0.5, "fake_score's encoder": (3 + 3 + 2) / 2}
+
+
+def test_waits_for_the_device_are_listed_by_their_lines_in_one_cycle(monkeypatch):
+    modes, device = [], SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    waits = HostWaits(first=2)
+    for step in range(6):
+        waits.on_train_batch_start(SimpleNamespace(global_step=step), device)
+        if modes[-1:] == ["warn"]:  # as torch does: of the line that asks for a value
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        waits.on_train_batch_end(SimpleNamespace(global_step=step + 1), device)
+    assert modes == ["warn", "default"]
+    ((line, count),) = waits.lines.items()
+    assert line.startswith(__file__)
+    assert count == 2  # the steps of a cycle
 
 
 def test_peaks_are_found_by_the_cards_names():
