@@ -19,8 +19,19 @@ def folder(tmp_path_factory):
         yield tmp_path_factory.mktemp("support")
 
 
+QUICK = ("pretrain", "diff_instruct", "sfd")
+
+
 @pytest.mark.parametrize(
-    "case", covering(), ids=lambda case: f"{case.data}-{case.method.replace(' ', '_')}-{case.family}"
+    "case",
+    [
+        pytest.param(
+            case,
+            marks=() if case.family == "edm" or case.method in QUICK else pytest.mark.slow,
+            id=f"{case.data}-{case.method.replace(' ', '_')}-{case.family}",
+        )
+        for case in covering()
+    ],
 )
 def test_it_is_planned_trains_samples_and_costs_what_it_says(case, folder):
     with published(case.data, folder / case.data) as options:

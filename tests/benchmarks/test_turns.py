@@ -44,6 +44,7 @@ class Stub:
         return next(self.made)
 
 
+@pytest.mark.slow
 def test_programs_work_one_at_a_time(tmp_path):
     log = tmp_path / "log"
     commands = {name: [sys.executable, "-c", PROGRAM, str(log), name] for name in ("a", "b")}

@@ -19,7 +19,8 @@ def assert_alike(ours, theirs):
             torch.testing.assert_close(x, y, rtol=2e-3, atol=2e-4 * size)
 
 
-@pytest.mark.parametrize("name", ["disback", pytest.param("bezier", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["disback", "bezier"])
 def test_channels_last_is_the_same_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     plain, other = train(name), train(name, {"trainer.channels_last": True})

@@ -122,6 +122,7 @@ def killed(original, *args, **kwargs):
     die()
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_an_uninterrupted_one_with_its_target_network(uninterrupted, tmp_path):
     step = "consistency_distillation:ConsistencyDistillation.training_step"
     train(tmp_path, *OPTIONS, before=partial(in_call, step, 9, killed)).killed()

@@ -27,6 +27,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_pictures_are_measured_without_weights_under_another_name(folder):
     train(folder, *PICTURES, *SIZES, "evaluation=pixels", "name=pixels").ok()
     records = load_records(folder / "runs/pixels/metrics.json")

@@ -94,7 +94,9 @@ def slow(*case):
     ("name", "target", "number", "goes_on"),
     [
         slow("disback", STAGE_1, 5, ("/degradation", 3, 8)),
-        ("disback", "lightning_modules.components.degradation_path:save_weights", 2, ("/degradation", 6, 8)),  # a node
+        slow(
+            "disback", "lightning_modules.components.degradation_path:save_weights", 2, ("/degradation", 6, 8)
+        ),  # a node
         slow("disback", DISBACK, 1, None),  # between the stages
         slow("disback", DISBACK, 8, ("", 6, 13)),  # after a switch of targets
         slow("sid", "lightning_modules:SiD.training_step", 8, ("", 6, 13)),

@@ -1,12 +1,13 @@
 """Every method in two processes: equal weights on both, different noise, and what one process with the whole batch learns.
 
-One pair of processes goes through all of them, and a third one does the same alone.
+One pair of processes goes through some of them (the others are slow), and a third one does the same alone.
 """
 
 import logging
 import multiprocessing
 import os
 import warnings
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -26,6 +27,7 @@ from stillhouse.checkpoints.weights import hash_state
 
 BATCH, STEPS = 8, 4
 FLOWS = ("rectified_flow", "reflow", "flow_distill", "bezier")
+QUICK = ("pretrain", "diff_instruct", "disback", "sfd", "denoising_student")
 DRAWN_BY_RANK = ("pretrain",)  # its noise comes from (seed, rank, step)
 UPDATES = {"sfd": 2, "b_dense sfd": 2}  # in each training step
 STRATEGIES = {"diff_instruct": ("averaged", "ddp_find_unused_parameters_true")}
@@ -72,13 +74,13 @@ def learn(name, strategy, devices):
     }
 
 
-def _work(rank, devices, folder):
+def _work(rank, devices, folder, names):
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     os.chdir(folder)
     register_resolvers()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        for name in METHODS:
+        for name in names:
             for strategy in STRATEGIES.get(name, ("averaged",)):
                 torch.save(learn(name, strategy, devices), f"{name} {strategy} {rank}.pt")
 
@@ -87,13 +89,17 @@ def _work(rank, devices, folder):
 def learned(tmp_path_factory):
     """(method, strategy) -> what ranks 0 and 1 and one process alone left."""
     together, alone = (tmp_path_factory.mktemp(name) for name in ("together", "alone"))
-    single = multiprocessing.get_context("fork").Process(target=_work, args=(0, 1, alone))
-    single.start()
-    in_two_processes(_work, 2, together, limit=280)
-    single.join(280)
-    assert single.exitcode == 0
+
+    @cache
+    def learn_all(names: tuple[str, ...]) -> None:
+        single = multiprocessing.get_context("fork").Process(target=_work, args=(0, 1, alone, names))
+        single.start()
+        in_two_processes(_work, 2, together, names, limit=280)
+        single.join(280)
+        assert single.exitcode == 0
 
     def read(name: str, strategy: str) -> list[dict]:
+        learn_all(QUICK if name in QUICK else tuple(name for name in METHODS if name not in QUICK))
         files = [(together, 0), (together, 1), (alone, 0)]
         return [torch.load(Path(folder) / f"{name} {strategy} {rank}.pt") for folder, rank in files]
 
@@ -101,10 +107,14 @@ def learned(tmp_path_factory):
     return read
 
 
-EACH = [(name, strategy) for name in METHODS for strategy in STRATEGIES.get(name, ("averaged",))]
+def each(left_out=()):
+    """Names with their strategies; those beyond QUICK are slow."""
+    for name in METHODS:
+        for strategy in STRATEGIES.get(name, ("averaged",)) if name not in left_out else ():
+            yield pytest.param(name, strategy, marks=() if name in QUICK else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("name", "strategy"), EACH)
+@pytest.mark.parametrize(("name", "strategy"), each())
 def test_two_processes_learn_what_one_does(learned, name, strategy):
     """Weights agree to 1e-6, but for the few whose gradient is little more than rounding, which Adam makes steps of."""
     zero, one, alone = learned(name, strategy)
@@ -119,11 +129,11 @@ def test_two_processes_learn_what_one_does(learned, name, strategy):
     assert apart.max() <= 2.1e-5 * STEPS
 
 
-@pytest.mark.parametrize(("name", "strategy"), [each for each in EACH if each[0] not in DRAWN_BY_RANK])
+@pytest.mark.parametrize(("name", "strategy"), each(left_out=DRAWN_BY_RANK))
 def test_two_processes_log_what_one_does(learned, name, strategy):
     """Losses and diagnostics are those of the whole batch, in the weights' agreement."""
-    together, alone = (read_csv(folder / f"runs/{name}-{strategy}/metrics.csv") for folder in learned.folders)
     steps = learned(name, strategy)[0]["steps"]
+    together, alone = (read_csv(folder / f"runs/{name}-{strategy}/metrics.csv") for folder in learned.folders)
     assert [row["step"] for row in together] == [str(step) for step in range(2, steps + 1, 2)]
     assert any(key.startswith("loss/") for key in together[0])
     for ours, theirs in zip(together, alone, strict=True):
@@ -132,7 +142,9 @@ def test_two_processes_log_what_one_does(learned, name, strategy):
             assert float(ours[key]) == pytest.approx(float(value), rel=1e-4, abs=1e-6), key
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in METHODS]
+)
 def test_each_process_has_its_share_of_the_samples(learned, name):
     """What rank 0 and rank 1 train on is different, and side by side what one process trains on."""
     zero, one, alone = learned(name, "averaged")
@@ -147,13 +159,14 @@ def test_each_process_has_its_share_of_the_samples(learned, name):
 
 def test_they_record_the_same_degradation_path(learned):
     """DisBack's first stage, of which rank zero keeps the nodes."""
+    learned("disback", "averaged")
     ours, theirs = (sorted((folder / "data/degradation").rglob("*.safetensors")) for folder in learned.folders)
     assert [path.name for path in ours] == [path.name for path in theirs] == ["node-000002.safetensors"]
     apart = [(load_file(theirs[0])[key] - value).abs().max() for key, value in load_file(ours[0]).items()]
     assert max(apart) <= 4.1e-5  # two steps
 
 
-@pytest.mark.parametrize(("name", "strategy"), EACH)
+@pytest.mark.parametrize(("name", "strategy"), each())
 def test_no_more_is_sent_than_what_a_step_trains(learned, name, strategy):
     """Where updates alternate each is one network's; DDP sends the other's zeros too."""
     zero, one, alone = learned(name, strategy)

@@ -2,10 +2,12 @@
 
 import json
 
+import pytest
 from end_to_end_tools import RUN, STUDENT, copied, evaluate, snapshot, train
 from page_tools import Page
 
 
+@pytest.mark.slow
 def test_csv_alone_is_enough_for_pictures_curves_and_a_report(finished, tmp_path):
     folder = copied(finished, tmp_path)
     options = [option for option in STUDENT if option != "name=run"]

@@ -315,6 +315,7 @@ def soon():
     launch.run.strategies.LINE_SECONDS = 0.2
 
 
+@pytest.mark.slow
 def test_who_waits_for_other_machines_says_so_and_can_be_ended(alone, tmp_path):
     """In a call that no signal interrupts."""
     with_data(alone, tmp_path)

@@ -79,7 +79,7 @@ def test_what_a_run_of_progressive_distillation_leaves(finished, teacher, name):
 @pytest.mark.parametrize(
     ("name", "steps"),
     [
-        ("sfd_v", 3),
+        pytest.param("sfd_v", 3, marks=pytest.mark.slow),
         pytest.param("sfd", 2, marks=pytest.mark.slow),
         pytest.param("dense_sfd", 4, marks=pytest.mark.slow),
     ],

@@ -209,7 +209,8 @@ def test_switching_by_convergence(recorded, monkeypatch, bad):
     assert switched == [30, 70]  # 1 - 0.6 (1 - 0.8^6) = 0.56 at 20; afterwards the mismatch rises again
 
 
-@pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_it_learns_the_mixture(recorded, precision):
     """Backtracked, under a tenth of the untrained generator's energy distance is left."""
     module = method(recorded, kimg=76.8, interval=30)

@@ -26,7 +26,9 @@ def assert_close(ours, theirs):
         assert a == pytest.approx(b, rel=2e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if case.startswith("b_dense") else ()) for case in CASES]
+)
 def test_micro_batches_do_what_the_whole_batch_does(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name, changes = CASES[case]

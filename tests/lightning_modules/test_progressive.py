@@ -443,7 +443,8 @@ def test_an_untrained_student_samples_as_its_teacher_does_and_may_clip(family):
 # -- learning ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_all_students_beat_the_teacher_at_their_number_of_steps(tmp_path, precision):
     """In energy distance to the mixture; the teacher takes Euler steps over the student's own levels."""
     module = method(kimg=128, lr=1e-2, batch_size=256, long_rounds=0, clip=False)

@@ -57,7 +57,8 @@ def test_it_learns_the_mixture_from_data(precision):
     assert after < 0.1 * before
 
 
-@pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_reflow_straightens_and_keeps_the_ends(tmp_path, precision):
     """2-RF of the exact 1-RF: a third of the curvature is left, and one Euler step comes nearer to the data."""
     module = reflow(tmp_path, kimg=80)

@@ -78,7 +78,8 @@ def test_equal_scores_leave_the_generator_where_it_is():
     assert max(g.abs().max() for g in gradients) < 1e-8
 
 
-@pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_it_learns_the_mixture(precision):
     """Of the energy distance to the mixture that the untrained generator has, under a tenth is left."""
     module = method(kimg=51.2)

@@ -41,7 +41,9 @@ class Inside(pl.Callback):
         self.training = False
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name.startswith("b_dense") else ()) for name in METHODS]
+)
 def test_in_mixed_precision_only_the_networks_are_low(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found, kinds, inside = [], set(), Inside()

@@ -121,7 +121,7 @@ def test_one_limit_is_enough():
     ("profile", "says"),
     [
         ("simple", "run_training_batch"),
-        ("advanced", "(training_step)"),
+        pytest.param("advanced", "(training_step)", marks=pytest.mark.slow),
         pytest.param("torch", "aten::", marks=pytest.mark.slow),
     ],
 )
