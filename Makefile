@@ -19,12 +19,13 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Two files of tests at a time, each in a process with one thread: two with two threads each crawl on two cores.
+# Two files of tests at a time, in the order of tests/conftest.py, each in a process with one thread: two with two threads each crawl
+# on two cores.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-all: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Every method on every data set with every family of teachers; `make test` runs a tenth of it.
 matrix: install

@@ -9,6 +9,12 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+_LONG = ("tests", "end_to_end", "docs", "lightning_modules")  # folders of files that take long
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first, so that no process is left with one when the other has nothing to do."""
+    items.sort(key=lambda item: _LONG.index(item.path.parent.name) if item.path.parent.name in _LONG else len(_LONG))
 
 
 @pytest.fixture(autouse=True)

@@ -155,6 +155,7 @@ def folders(tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_diffusers_makes_the_same_images_without_this_project(folders, name):
     _, ours, theirs = folders
@@ -170,6 +171,7 @@ def test_diffusers_makes_the_same_images_without_this_project(folders, name):
         assert not torch.allclose(found["third"], found["seeds"], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_network_of_ddpm_is_diffusers_own(folders):
     method, _ = made("ddpm")
     x, t = torch.linspace(-1, 1, 2 * 3 * 64).reshape(2, 3, 8, 8), torch.tensor([999.0, 4.0])
@@ -183,6 +185,7 @@ def test_the_network_of_ddpm_is_diffusers_own(folders):
     assert 'subfolder="unet"' in (folders[0] / "ddpm/README.md").read_text()
 
 
+@pytest.mark.slow
 def test_what_a_folder_holds(folders):
     folder = folders[0] / "sfd"
     names = {path.name for path in folder.iterdir()}
@@ -199,6 +202,7 @@ def test_what_a_folder_holds(folders):
         assert "from diffusion" not in path.read_text()
 
 
+@pytest.mark.slow
 def test_the_card_says_what_a_user_has_to_know(folders):
     card = (folders[0] / "large/README.md").read_text()
     for part in (
@@ -216,6 +220,7 @@ def test_the_card_says_what_a_user_has_to_know(folders):
     assert "The weights are under Apache-2.0" in (folders[0] / "denoising_student/README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_weights_are_a_teachers(folders):
     method, cfg = made("disback")
     with open_dict(cfg):
@@ -224,6 +229,7 @@ def test_the_weights_are_a_teachers(folders):
     assert all(torch.equal(value, ours[name]) for name, value in method.student.network.state_dict().items())
 
 
+@pytest.mark.slow
 def test_misuse(folders, tmp_path):
     with pytest.raises(ValueError, match=r"target=.*/sfd exists already; choose another folder, or remove it$"):
         check_target(folders[0] / "sfd")
