@@ -9,6 +9,9 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+# Autograd starts a thread for each GPU at its first pass, and can't be forked from then on. Now there is none; once there were
+# fake tensors, torch would count a fake one.
+torch.zeros((), requires_grad=True).backward()
 _LONG = ("tests", "end_to_end", "docs", "lightning_modules")  # folders of files that take long
 
 
