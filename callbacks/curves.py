@@ -80,8 +80,9 @@ def plot_curves(
             axes.plot(kimg, values, marker="." if len(values) < 30 else None, label=key)
         for number, (label, value) in enumerate((reference_lines or {}).get(title, {}).items()):
             axes.axhline(value, label=label, color="black", linewidth=1, linestyle=("--", ":", "-.")[number % 3])
-        if title == "loss" and any(0 < v < math.inf for key in keys for _, v in curves[key]):
-            axes.set_yscale("log")
+        values = [v for key in keys for _, v in curves[key]]
+        if title == "loss" and any(0 < v < math.inf for v in values):
+            axes.set_yscale("symlog" if any(v < 0 for v in values) else "log")  # SiD's loss is mostly negative
         axes.set(title=title, xlabel="kimg")
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:

@@ -51,6 +51,11 @@ def test_odd_tables_are_drawn_too(tmp_path, text):
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
+def test_a_loss_of_both_signs_is_drawn_whole(tmp_path):
+    figure = plot_curves(write(tmp_path, TABLE.replace("0.25", "-0.25")), tmp_path / "curves.png")
+    assert figure.axes[0].get_yscale() == "symlog"
+
+
 def test_reference_lines_come_from_the_records(tmp_path):
     def record(subject, nfe, mean, num_samples=2000):
         samples = {"num_samples": num_samples}
