@@ -26,6 +26,11 @@ def summary(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "repeats": len(values)}
 
 
+def spread(figures: dict[str, float], form: str = ".4g") -> str:
+    """A summary for people: median (least .. greatest)."""
+    return "{} ({} .. {})".format(*(format(figures[key], form) for key in ("median", "min", "max")))
+
+
 def peak_memory() -> int:
     """The most bytes of memory that this process has held at once."""
     status = Path("/proc/self/status")

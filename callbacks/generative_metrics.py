@@ -125,37 +125,41 @@ class GenerativeMetrics(pl.Callback):
 
     def evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         """Measure now, on every rank; returns the values by the names under which they are logged."""
-        data, own = pl_module.data, pl_module.chosen_nfe
+        own = pl_module.chosen_nfe
         # By number of evaluations, what is added to a metric's name.
         counts = {count: "" if count == pl_module.nfe else f"_{count}nfe" for count in self.nfe or ()} or {own: ""}
         values = {}
-        with evaluation_mode(pl_module):
-            for name, applied in student_weights(trainer, self, self.ema_names).items():
-                for count, suffix in counts.items():
-                    pl_module.chosen_nfe = count
+        try:
+            with evaluation_mode(pl_module):
+                for name, applied in student_weights(trainer, self, self.ema_names).items():
                     with applied(pl_module):
-                        records = measure_sampler(
-                            pl_module.sample,
-                            name=pl_module.name,
-                            subject="student",
-                            nfe=pl_module.nfe,
-                            reference=self._reference,
-                            extractor=self.extractor,
-                            num_samples=self.num_samples,
-                            blocks=1,
-                            shape=(data.channels, data.resolution, data.resolution),
-                            num_classes=data.num_classes,
-                            batch_size=self.batch_size,
-                            device=pl_module.device,
-                            metrics=self.metrics,
-                            weights=name,
-                            class_counts=self._class_counts,
-                            first_seed=MONITOR_SEEDS,
-                            progress=False,
-                        )
-                    values |= {
-                        f"{metric_with_count(record.metric, self.num_samples)}{suffix}/{name}": record.mean
-                        for record in records
-                    }
-        pl_module.chosen_nfe = own
+                        for count, suffix in counts.items():
+                            pl_module.chosen_nfe = count
+                            values |= self._measure(pl_module, name, suffix)
+        finally:
+            pl_module.chosen_nfe = own
         return values
+
+    def _measure(self, pl_module: pl.LightningModule, weights: str, suffix: str) -> dict[str, float]:
+        """Values of the student as it is now, by the names under which they are logged."""
+        data = pl_module.data
+        records = measure_sampler(
+            pl_module.sample,
+            name=pl_module.name,
+            subject="student",
+            nfe=pl_module.nfe,
+            reference=self._reference,
+            extractor=self.extractor,
+            num_samples=self.num_samples,
+            blocks=1,
+            shape=(data.channels, data.resolution, data.resolution),
+            num_classes=data.num_classes,
+            batch_size=self.batch_size,
+            device=pl_module.device,
+            metrics=self.metrics,
+            weights=weights,
+            class_counts=self._class_counts,
+            first_seed=MONITOR_SEEDS,
+            progress=False,
+        )
+        return {f"{metric_with_count(r.metric, self.num_samples)}{suffix}/{weights}": r.mean for r in records}

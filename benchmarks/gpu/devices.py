@@ -1,7 +1,7 @@
 """The device that is measured: its facts, and what its matrix products in bfloat16 reach by the data sheet."""
 
 import re
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ def facts(device: str) -> dict[str, Any]:
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("torch sees no GPU here; --device cpu is a dry run")
-    found = {"device": device, **machine(), "lightning": _version("pytorch-lightning"), "gpus": 0, "peak_tflops": None}
+    found = {"device": device, **machine(), "lightning": version("pytorch-lightning"), "gpus": 0, "peak_tflops": None}
     if device == "cuda":
         card = torch.cuda.get_device_properties(0)
         found |= {
@@ -55,10 +55,3 @@ def facts(device: str) -> dict[str, Any]:
             "peak_tflops": peak_tflops(card.name),
         }
     return found
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

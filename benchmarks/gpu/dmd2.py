@@ -7,6 +7,7 @@ from typing import Any
 from benchmarks import fastgen
 from benchmarks.gpu.stages import Entry, Setting, Stage
 from benchmarks.gpu.worker import PASSED, Row
+from benchmarks.measuring import spread
 from benchmarks.turns import Program
 
 _BATCH, _THREADS, _ROUNDS = 128, 4, 12
@@ -45,12 +46,10 @@ def table(rows: Sequence[Row]) -> list[str]:
     ]
     for row in rows:
         for kind, figures in row["beside_fastgen"].items() if row["status"] == PASSED else ():
-            ratio = figures["ratio"]
             lines.append(
                 f"| {row['precision']} | {'yes' if row['gan'] else 'no'} | {'compiled' if row['compile'] else 'eager'} "
                 f"| {row['batch_size']} | {kind} | {figures['fastgen']['median']:.4g} | {figures['ours']['median']:.4g} "
-                f"| {ratio['median']:.3g} ({ratio['min']:.3g} .. {ratio['max']:.3g}) "
-                f"| {row['peak_gib']['fastgen']:.1f}, {row['peak_gib']['ours']:.1f} |"
+                f"| {spread(figures['ratio'], '.3g')} | {row['peak_gib']['fastgen']:.1f}, {row['peak_gib']['ours']:.1f} |"
             )
     return lines
 

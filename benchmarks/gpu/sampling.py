@@ -10,7 +10,7 @@ from benchmarks.gpu.cases import ARCHITECTURES
 from benchmarks.gpu.inception import random_inception
 from benchmarks.gpu.stages import Entry, Setting, Stage
 from benchmarks.gpu.worker import PASSED, Row
-from benchmarks.measuring import clock, summary
+from benchmarks.measuring import clock, spread, summary
 from benchmarks.methods import config
 from launch.run.build import build_seeded
 from launch.run.precision import allow_tf32
@@ -155,10 +155,9 @@ def table(rows: Sequence[Row]) -> list[str]:
     ]
     for row in passed:
         if row["what"] != FID:
-            rate = row["images_per_second"]
             lines.append(
                 f"| {row['what']} | {row['architecture'] or row['network']} | {row['batch_size']} | {row['precision']} "
-                f"| {row.get('nfe', '')} | {rate['median']:,.4g} ({rate['min']:,.4g} .. {rate['max']:,.4g}) |"
+                f"| {row.get('nfe', '')} | {spread(row['images_per_second'], ',.4g')} |"
             )
     distances = [row for row in passed if row["what"] == FID]
     if distances:

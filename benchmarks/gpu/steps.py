@@ -16,7 +16,7 @@ from benchmarks.gpu.cases import ALL_METHODS, ARCHITECTURES
 from benchmarks.gpu.flops import CountOperations, forward_passes
 from benchmarks.gpu.stages import Entry, Setting, Stage
 from benchmarks.gpu.worker import PASSED, Row
-from benchmarks.measuring import clock, summary
+from benchmarks.measuring import clock, spread, summary
 from benchmarks.methods import CYCLE, config, prepared
 
 _MOST = 1_000_000  # steps; the timer ends the training
@@ -236,12 +236,11 @@ def table(rows: Sequence[Row]) -> list[str]:
     ]
     for row in rows:
         if row["status"] == PASSED:
-            step = row["seconds_per_step"]
-            spread = f"{step['median']:.4g} ({step['min']:.4g} .. {step['max']:.4g})"
             memory = "" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
             share = "" if row["share_of_peak"] is None else f"{row['share_of_peak']:.1%}"
             lines.append(
-                f"| {row['architecture']} | {row['method']} | {row['batch_size']} | {row['precision']} | {_form(row)} | {spread} "
+                f"| {row['architecture']} | {row['method']} | {row['batch_size']} | {row['precision']} | {_form(row)} "
+                f"| {spread(row['seconds_per_step'])} "
                 f"| {row['images_per_second']:,.4g} | {memory} | {row['tflops']:.4g} | {share} "
                 f"| {sum(row['host_waits_of_a_cycle'].values())} |"
             )
