@@ -171,7 +171,8 @@ def _place() -> str:
     """The innermost line of this project's code under way, or of a test's."""
     frames = [frame for frame in _frames() if frame.f_code.co_filename != __file__]
     places = [(Path(frame.f_code.co_filename), frame.f_lineno) for frame in frames]
-    ours = [place for place in places if place[0].is_relative_to(ROOT)]
+    # An environment of its own lies within the checkout (`.venv`), as `make` lays it.
+    ours = [place for place in places if place[0].is_relative_to(ROOT) and not place[0].is_relative_to(sys.prefix)]
     code = [place for place in ours if not place[0].is_relative_to(ROOT / "tests")]
     path, line = (code or ours or places)[0]
     return f"{path.relative_to(ROOT) if ours else path}:{line} `{linecache.getline(str(path), line).strip()}`"
