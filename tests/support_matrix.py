@@ -57,6 +57,8 @@ METHODS = {
     "flow_distill": ["method.pairs=8", "method.held_out=4", "method.loss=l2"],
     "bezier": ["method.pairs=8", "method.held_out=4", "method.loss=l2"],
 }
+# Each way in which they train is also another's: tests that run every method leave them to `make test-all`.
+TWINS = ("b_dense sfd", "b_dense progressive", "b_dense denoising_student")
 FAMILIES = ("edm", "ddpm", "flow")
 PLANAR = ("checkerboard", "eight_gaussians")
 COMMON = (

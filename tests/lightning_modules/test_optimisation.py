@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from method_runs import METHODS, STEPS, config, train
+from method_runs import METHODS, STEPS, config, train, twins_slow
 
 from launch.run.build import build_seeded
 
@@ -26,9 +26,7 @@ def assert_close(ours, theirs):
         assert a == pytest.approx(b, rel=2e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.slow if case.startswith("b_dense") else ()) for case in CASES]
-)
+@pytest.mark.parametrize("case", twins_slow(CASES))
 def test_micro_batches_do_what_the_whole_batch_does(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name, changes = CASES[case]

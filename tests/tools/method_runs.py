@@ -1,14 +1,16 @@
 """Any method of conf/method trained for two steps on small data with a shrunken network; its gradients and logs are kept."""
 
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import pytest
 import pytorch_lightning as pl
 from hydra import initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
-from support_matrix import METHODS, ROOT, Case
+from support_matrix import METHODS, ROOT, TWINS, Case
 from torch import Tensor
 
 from launch.run.build import build, build_seeded, build_stages, build_trainer, fit_stages
@@ -16,8 +18,13 @@ from launch.run.folder import RunFolder
 from launch.run.names import register_resolvers
 from lightning_modules import Method
 
-__all__ = ["METHODS", "Run", "config", "train"]
+__all__ = ["METHODS", "Run", "config", "train", "twins_slow"]
 BATCH, STEPS = 5, 2
+
+
+def twins_slow(cases: Iterable[str]) -> list[Any]:
+    """Parameters of a test: names of methods, or of cases of them; those of `support_matrix.TWINS` are marked as slow."""
+    return [pytest.param(case, marks=pytest.mark.slow if case in TWINS else ()) for case in cases]
 
 
 @dataclass
