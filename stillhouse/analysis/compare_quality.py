@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from stillhouse.analysis.config_groups import comparable_options, labels, training_options
+from stillhouse.analysis.cost import read_costs
 from stillhouse.analysis.quality import (
     Quality,
     QualityValue,
@@ -35,10 +36,12 @@ def compare_quality(folders: Sequence[StoredRun], *, like: Record | None = None,
     """
     notes: list[str] = []
     measured: dict[Path, tuple[list[Record], list[Record]]] = {}
+    costs: dict[Path, dict[str, float | None]] = {}
     names: dict[Path, str] = {}
     for folder in folders:
         names[folder.path] = folder.name
         try:
+            costs[folder.path] = read_costs(folder.path)
             measured[folder.path] = _stored(folder, notes)
         except ValueError as error:
             notes.append(f"{folder.path} left out: {error}")
@@ -60,6 +63,7 @@ def compare_quality(folders: Sequence[StoredRun], *, like: Record | None = None,
                 record.mean,
                 record.fingerprint.get("weights"),
                 record.provenance,
+                costs[path],
             )
             twin = values.setdefault((group, seed, record.nfe), value)
             if twin is not value:

@@ -47,10 +47,19 @@ def cost_rows(runs: Sequence[RunCost], metric: str) -> list[list[str]]:
     """A table's header and body: means over the seeds of each label."""
     body = []
     for label, group in group_by_label(runs).items():
-        cells = [_mean([run.costs[cost] for run in group]) for cost in COST_NAMES]
+        cells = [format_cost([run.costs[cost] for run in group]) for cost in COST_NAMES]
         seeds = ", ".join(str(run.seed) for run in group)
         body.append([label, seeds, f"{statistics.fmean(run.value for run in group):.4g}", *cells])
     return [["group", "seeds", metric, *COST_NAMES], *body]
+
+
+def format_cost(costs: Sequence[float | None]) -> str:
+    """The mean of the known costs of some runs: 76.8 or 12,345; a dash where none is known."""
+    known = [cost for cost in costs if cost is not None]
+    if not known:
+        return "–"
+    mean = statistics.fmean(known)
+    return f"{mean:.4g}" if mean < 1000 else f"{mean:,.0f}"
 
 
 def group_by_label(runs: Sequence[RunCost]) -> dict[str, list[RunCost]]:
@@ -59,14 +68,6 @@ def group_by_label(runs: Sequence[RunCost]) -> dict[str, list[RunCost]]:
     for run in runs:
         groups.setdefault(run.label, []).append(run)
     return groups
-
-
-def _mean(costs: Sequence[float | None]) -> str:
-    known = [cost for cost in costs if cost is not None]
-    if not known:
-        return "–"
-    mean = statistics.fmean(known)
-    return f"{mean:.4g}" if mean < 1000 else f"{mean:,.0f}"
 
 
 def _seconds(path: Path) -> float | None:

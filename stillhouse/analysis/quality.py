@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+from stillhouse.analysis.cost import COST_NAMES, format_cost
 from stillhouse.analysis.tables import describe_fingerprint, format_mean_std, markdown_table, text_table
 from stillhouse.metrics.records import Record, rename_old_keys
 
@@ -41,6 +42,7 @@ class QualityValue:
         mean: of the metric, over blocks of evaluation seeds.
         weights: which were measured: an average's name, or raw; None for a teacher.
         provenance: see `Record.provenance`.
+        costs: of the run's training, see `read_costs`; None where they are not known.
     """
 
     name: str
@@ -50,6 +52,7 @@ class QualityValue:
     mean: float
     weights: str | None
     provenance: dict[str, str | None] | None = None
+    costs: dict[str, float | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,11 @@ class Quality:
     def counts(self) -> list[int]:
         """Every NFE that occurs, ascending."""
         return sorted({value.nfe for value in self.values})
+
+    def costs(self, group: str, name: str) -> list[float]:
+        """One of `COST_NAMES` of each training behind a group's values, one per run: runs of other NFE are others."""
+        runs = {v.name: v.costs[name] for v in self.values if v.group == group and v.costs}
+        return [cost for cost in runs.values() if cost is not None]
 
     @cached_property
     def lines(self) -> tuple[QualityLine, ...]:
@@ -182,17 +190,19 @@ def quality_heading(quality: Quality) -> str:
 
 
 def quality_rows(quality: Quality) -> list[list[str]]:
-    """The table's header and body: a row for each group and teacher, a column for each NFE.
+    """The table's header and body: a row for each group and teacher, a column for each NFE, and for what a training cost.
 
     Nothing is marked as best: with a few seeds that would say more than the numbers do.
     """
     body = []
+    known = [name for name in COST_NAMES if any(quality.costs(line.label, name) for line in quality.lines)]
     for line in quality.lines:
         seeds = sorted({seed for point in line.points for seed in point.seeds})
         points = {point.nfe: point for point in line.points}
         cells = [_cell(points[nfe], line, seeds) if nfe in points else "–" for nfe in quality.counts]
+        cells += [format_cost(quality.costs(line.label, name)) for name in known]
         body.append([line.label, ", ".join(map(str, seeds)) or "–", *cells])
-    return [["group", "seeds", *(f"{nfe} NFE" for nfe in quality.counts)], *body]
+    return [["group", "seeds", *(f"{nfe} NFE" for nfe in quality.counts), *known], *body]
 
 
 def _cell(point: QualityPoint, line: QualityLine, seeds: list[int]) -> str:

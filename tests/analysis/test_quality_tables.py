@@ -1,4 +1,6 @@
-from stillhouse.analysis.quality import Quality, QualityValue, quality_markdown, quality_text
+from dataclasses import replace
+
+from stillhouse.analysis.quality import Quality, QualityValue, quality_markdown, quality_rows, quality_text
 from stillhouse.metrics.records import comparable_id
 
 PRINT = {"num_samples": 2000}
@@ -30,6 +32,15 @@ def test_numbers_by_hand():
     ]
     assert fingerprint == f"fingerprint {comparable_id(PRINT)} (num_samples 2000)"
     assert len(rule) == len(header)
+
+
+def test_costs_are_means_over_trainings_not_over_values():
+    """A run measured at two numbers counts once; those of a teacher are not known."""
+    few, many = ({"kimg": kimg, "seconds": None, "network evaluations": kimg * 1e5} for kimg in (10.0, 30.0))
+    values = [replace(sfd(0, nfe, 0.3), costs=few) for nfe in (1, 2)] + [replace(sfd(1, 1, 0.5), costs=many), VALUES[0]]
+    header, first, teacher = quality_rows(Quality("fid", PRINT, tuple(values)))
+    assert header[-3:] == ["19 NFE", "kimg", "network evaluations"]
+    assert (first[-2:], teacher[-2:]) == (["20", "2,000,000"], ["–", "–"])
 
 
 def test_one_seed_has_no_spread():
