@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from datamodules import DataFree
+from lightning_modules.components.backtracking import Backtracking
 from lightning_modules.components.diffused_gan import DiffusedGAN, GANOptions
-from lightning_modules.components.method import Method, check_nfe
+from lightning_modules.components.method import check_nfe
+from lightning_modules.components.optimisation import Batch
 from stillhouse.checks import check_choice, check_counts
 from stillhouse.diffusion.losses import SCORE_WEIGHTINGS, noised, score_gradient, weighted_square
 from stillhouse.diffusion.noise_levels import NoiseLevelDistribution
@@ -18,7 +20,7 @@ from stillhouse.diffusion.teacher import Teacher
 from stillhouse.diffusion.training_noise import TrainingNoise
 
 
-class DiffInstruct(Method):
+class DiffInstruct(Backtracking):
     """A one-step generator G(z) = D_student(sigma_init z, sigma_init), pulled to the teacher's distribution by
 
         E_{z, sigma, e}  w(sigma) [s_fake(x_sigma) - s_target(x_sigma)] dG(z),   x_sigma = G(z) + sigma e,
@@ -44,9 +46,9 @@ class DiffInstruct(Method):
         two_sided: bool = False,
         clip: float | None = None,
         gan: GANOptions | None = None,
-        **common,
+        **options: Any,
     ):
-        """Args beside those of `Method`.
+        """Args beside those of `Backtracking` (all but `nodes` are of use with it alone) and `Method`.
 
         Args:
             teacher: The network of the target score, with which student and fake score begin.
@@ -65,7 +67,7 @@ class DiffInstruct(Method):
         Raises:
             ValueError: For options out of range or that exclude each other.
         """
-        super().__init__(**common)
+        super().__init__(**options)
         check_counts(**{"method.fake_updates": fake_updates})
         check_choice("method.weighting", weighting, SCORE_WEIGHTINGS)
         check_choice("method.labels", labels, ("uniform", "data"))
@@ -77,7 +79,7 @@ class DiffInstruct(Method):
                 "method.two_sided shares one noise between both updates: it needs method.fake_updates=1, equal "
                 "method.generator_sigmas and method.fake_sigmas, and no method.gan"
             )
-        self.teacher = self.target = teacher
+        self.teacher = teacher
         self.sigma_init = check_sigma_init(sigma_init, teacher)
         self.student = teacher.student().eval()  # no dropout, as in DMD2: both scores must see the same network
         self.fake_score = teacher.student().eval()
@@ -88,13 +90,11 @@ class DiffInstruct(Method):
         self.update_cycle = (
             [("student", "fake_score")] if two_sided else [("fake_score",)] * fake_updates + [("student",)]
         )
+        self.set_target(self.sigma_init, self.fake_sigmas)
 
     def trained_networks(self) -> dict[str, nn.Module]:
         guide = nn.ModuleList([self.fake_score, self.gan]) if self.gan else self.fake_score
         return {"student": self.student, "fake_score": guide}
-
-    def frozen_networks(self) -> list[Any]:
-        return [self.target]
 
     def loss_scale_conflict(self) -> str | None:
         return "would lose the gradient that method.gan takes of its images" if self.gan else None
@@ -119,17 +119,21 @@ class DiffInstruct(Method):
 
     # -- the two updates -------------------------------------------------------------------------------------------
 
-    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
         noise = TrainingNoise(self.seed, batch["position"], self.image_shape)
         labels = noise.labels(self.teacher.num_classes) if self.labels == "uniform" else batch.get("label")
         if self.updating == ("student",):
-            return self.generator_loss(noise, labels)
+            return self.generator_loss(batch, noise, labels)
         if self.updating == ("fake_score",):
-            return self.fake_score_loss(noise, labels, batch)
-        return self.two_sided_loss(noise, labels)
+            return self.fake_score_loss(batch, noise, labels)
+        return self.two_sided_loss(batch, noise, labels)
 
-    def generator_loss(self, noise: TrainingNoise, labels: Tensor | None) -> Tensor:
-        images = one_step(self.student, noise.latents, self.sigma_init, labels)
+    def generate(self, batch: Batch, noise: TrainingNoise, labels: Tensor | None) -> Tensor:
+        """The generator's images (B, C, H, W) of training samples, of which `batch` may hold real images."""
+        return one_step(self.student, noise.latents, self.sigma_init, labels)
+
+    def generator_loss(self, batch: Batch, noise: TrainingNoise, labels: Tensor | None) -> Tensor:
+        images = self.generate(batch, noise, labels)
         with torch.no_grad():
             sigma = noise.sigma(self.generator_sigmas)
             x = noised(images, sigma, noise.noise)
@@ -142,9 +146,9 @@ class DiffInstruct(Method):
         self.log_generator(images, gradient, fake, target, sigma)
         return surrogate(images, gradient)
 
-    def fake_score_loss(self, noise: TrainingNoise, labels: Tensor | None, batch: dict[str, Tensor]) -> Tensor:
+    def fake_score_loss(self, batch: Batch, noise: TrainingNoise, labels: Tensor | None) -> Tensor:
         with torch.no_grad():
-            images = one_step(self.student, noise.latents, self.sigma_init, labels)
+            images = self.generate(batch, noise, labels)
         sigma = noise.sigma(self.fake_sigmas)
         loss = self.score_matching(images, self.fake_score(noised(images, sigma, noise.noise), sigma, labels), sigma)
         if self.gan:
@@ -155,9 +159,9 @@ class DiffInstruct(Method):
             loss = loss + self.gan.fake * classification
         return loss
 
-    def two_sided_loss(self, noise: TrainingNoise, labels: Tensor | None) -> Tensor:
+    def two_sided_loss(self, batch: Batch, noise: TrainingNoise, labels: Tensor | None) -> Tensor:
         """One backward pass: the generator's gradient holds the fake score fixed, the fake score's the images."""
-        images = one_step(self.student, noise.latents, self.sigma_init, labels)
+        images = self.generate(batch, noise, labels)
         sigma = noise.sigma(self.fake_sigmas)
         x = noised(images.detach(), sigma, noise.noise)
         fake = self.fake_score(x, sigma, labels)

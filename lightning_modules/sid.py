@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lightning_modules.components.optimisation import Batch
 from lightning_modules.diff_instruct import DiffInstruct, surrogate
 from stillhouse.diffusion.denoiser import Denoiser
 from stillhouse.diffusion.losses import noised, score_identity_loss
-from stillhouse.diffusion.sampling import one_step
 from stillhouse.diffusion.teacher import Teacher
 from stillhouse.diffusion.training_noise import TrainingNoise
 from stillhouse.networks.network import weights_frozen
@@ -58,8 +58,8 @@ class SiD(DiffInstruct):
             counts |= {"fake score": counts["fake score"] + again, "teacher": counts["teacher"] + again}
         return counts
 
-    def generator_loss(self, noise: TrainingNoise, labels: Tensor | None) -> Tensor:
-        images = one_step(self.student, noise.latents, self.sigma_init, labels)
+    def generator_loss(self, batch: Batch, noise: TrainingNoise, labels: Tensor | None) -> Tensor:
+        images = self.generate(batch, noise, labels)
         sigma = noise.sigma(self.generator_sigmas)
         with weights_frozen(self.fake_score), torch.enable_grad():
             leaf = images.detach().requires_grad_()

@@ -38,6 +38,7 @@ COMPOSED = [
     for f in FILES
     if len(f.parts) > 1
     and f.parts[0] not in ("hydra", "task")
+    and "shared" not in f.parts  # composed with what shares it
     and f.parts[:-1] != ("teacher",)
     and not BUILT.search(f.stem)
 ]

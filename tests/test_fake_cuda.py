@@ -52,8 +52,8 @@ MAY_WAIT = {
     "callbacks.progress._show": ("a line of progress shows the losses, at times", 1),
     "callbacks.score_health.on_train_batch_end": ("it looks at what has been logged", 1),
     "callbacks.non_finite._check": ("whether the losses are finite, every n steps", 0),
-    "lightning_modules.disback.switch_due": ("the mismatch is compared, every ten updates", 1),
-    "lightning_modules.disback.load_target": ("the next target's weights are loaded, at a switch", 1),
+    "lightning_modules.components.backtracking.switch_due": ("the mismatch is compared, every ten updates", 1),
+    "lightning_modules.components.backtracking.load_target": ("the next target's weights are loaded, at a switch", 1),
     "lightning_modules.components.degradation_path.save": ("a node's weights are checked and written", 1),
     "callbacks.clock.seconds": ("the clock is read, for a node or a checkpoint", 1),
     "lightning_modules.progressive.choose_steps": ("the weights of another round are read", 1),
@@ -152,7 +152,7 @@ def trainings():
 @pytest.mark.parametrize(("name", "changes", "data", "precision"), trainings())
 def test_training_and_sampling_stay_on_the_device_and_never_wait(name, changes, data, precision, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lightning_modules.disback._COMPARE_EVERY", LOGGED_EVERY)
+    monkeypatch.setattr("lightning_modules.components.backtracking._COMPARE_EVERY", LOGGED_EVERY)
     with FakeCuda(MAY_WAIT, HOT).entered() as cuda:
         method, last = train(cuda, name, changes, precision, data)
     due = {0, 1, *range(0, STEPS + 1, LOGGED_EVERY), *last}

@@ -11,7 +11,7 @@ from test_diff_instruct import OPTIONS, snapshots
 
 from callbacks import Clock
 from closed_forms import CorrectedByLevel, Mixture, energy_distance, exact_teacher, fit
-from lightning_modules import DiffInstruct, DisBack
+from lightning_modules import DiffInstruct, DisBack, SiD
 from lightning_modules.components.degradation_path import node_steps
 from lightning_modules.components.degradation_recording import DegradationRecording
 from stillhouse.diffusion.losses import denoising_score_matching
@@ -130,9 +130,10 @@ def test_seeds_and_step_sizes_of_stage_2_share_a_path_and_other_generators_do_no
 # -- stage 2 ----------------------------------------------------------------------------------------------------------
 
 
-def test_targets_come_in_reverse_order_and_end_with_the_teacher(recorded):
-    """T_1 from the start, the next after every 2 generator updates; the fake score starts as T_0 = s'_N."""
-    module = method(recorded, kimg=1.536)  # 12 steps, 6 generator updates
+@pytest.mark.parametrize("cls", [DisBack, SiD])
+def test_targets_come_in_reverse_order_and_end_with_the_teacher(recorded, cls):
+    """T_1 from the start, the next after every 2 generator updates; the fake score starts as T_0 = s'_N. All share a path."""
+    module = method(recorded, cls, kimg=1.536)  # 12 steps, 6 generator updates
     kept = snapshots(module)
     targets, original = [], module.load_target
 
@@ -273,6 +274,7 @@ def test_a_diverged_path_is_not_kept(tmp_path):
         ({"nodes": 50}, r"method.nodes=50 do not fit into method.degradation.steps=64"),
         ({"interval": 0}, "method.interval must be an integer of at least 1, got 0"),
         ({"switch": "never"}, "method.switch must be one of interval, converged, got 'never'"),
+        ({"degradation": None}, "method.nodes=3 needs method.degradation"),
         ({"tolerance": 1.0}, r"method.tolerance must lie in \(0, 1\), got 1.0"),
         ({"degradation": DEGRADATION | {"spacing": "odd"}}, "spacing must be one of geometric, linear, got 'odd'"),
         ({"sigma_init": 81}, "method.sigma_init=81 lies outside"),
