@@ -1,11 +1,13 @@
 """Exponential moving averages (EMA) of the student's weights, which are evaluated in place of the trained weights."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
@@ -14,37 +16,57 @@ from stillhouse.checkpoints.weights import check_numbers
 
 RAW = "raw"
 _PREFIX = "student."
+_RULES = "EMA: an average is either {{decay}}, {{halflife_kimg, rampup_ratio}}, {{gamma}} or {{sigma_rel}}, got {}"
 
 
 @dataclass(frozen=True)
 class Average:
-    """One averaging rule: a constant `decay` per update, or a half-life in thousands of images with a ramp-up.
+    """One averaging rule: a constant `decay` per update, a half-life in thousands of images with a ramp-up, or a power rule.
 
     The half-life is at most `rampup_ratio` times the images seen so far (None: no such limit), as in EDM's training loop, so
     that the initial weights are forgotten early.
 
+    The power rule has beta = (1 - 1/n)^(gamma + 1) in the n-th update (EDM2, arXiv 2312.02696): the weights at a share t of the
+    updates so far count as t^gamma, however many there are, and the initial ones not at all. It is given by `gamma` or by
+    `sigma_rel`, the standard deviation of that profile.
+
     Raises:
-        ValueError: for both or neither, or values out of range.
+        ValueError: for not exactly one of the four, or values out of range.
     """
 
     decay: float | None = None
     halflife_kimg: float | None = None
     rampup_ratio: float | None = 0.05
+    gamma: float | None = None
+    sigma_rel: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.decay is None) == (self.halflife_kimg is None):
-            raise ValueError(f"EMA: an average is either {{decay}} or {{halflife_kimg, rampup_ratio}}, got {self}")
+        if sum(rule is not None for rule in (self.decay, self.halflife_kimg, self.gamma, self.sigma_rel)) != 1:
+            raise ValueError(_RULES.format(self))
         if self.decay is not None and not 0 <= self.decay < 1:
             raise ValueError(f"EMA: decay must lie in [0, 1), got {self.decay}")
         if self.halflife_kimg is not None and not self.halflife_kimg > 0:
             raise ValueError(f"EMA: halflife_kimg must be positive, got {self.halflife_kimg}")
         if self.rampup_ratio is not None and not self.rampup_ratio > 0:
             raise ValueError(f"EMA: rampup_ratio must be positive or null, got {self.rampup_ratio}")
+        if self.gamma is not None and not 0 <= self.gamma < math.inf:
+            raise ValueError(f"EMA: gamma must not be negative, got {self.gamma}")
+        if self.sigma_rel is not None and not 0 < self.sigma_rel <= relative_width(0):
+            raise ValueError(f"EMA: sigma_rel must lie in (0, {relative_width(0):.4f}], got {self.sigma_rel}")
 
     @property
     def name(self) -> str:
-        """Such as ema_0.999 or ema_500kimg."""
-        return f"ema_{self.decay}" if self.decay is not None else f"ema_{self.halflife_kimg:g}kimg"
+        """Such as ema_0.999, ema_500kimg, ema_gamma16.97 or ema_sigma_rel0.05."""
+        if self.halflife_kimg is not None:
+            return f"ema_{self.halflife_kimg:g}kimg"
+        if self.gamma is not None:
+            return f"ema_gamma{self.gamma:g}"
+        return f"ema_{self.decay}" if self.decay is not None else f"ema_sigma_rel{self.sigma_rel:g}"
+
+    @property
+    def exponent(self) -> float | None:
+        """The power rule's gamma; None for another rule."""
+        return self.gamma if self.sigma_rel is None else power_of_width(self.sigma_rel)
 
     def beta(self, nimg: int, batch_size: int) -> float:
         """The weight of the old average in an update, in [0, 1).
@@ -55,10 +77,24 @@ class Average:
         """
         if self.decay is not None:
             return self.decay
+        if self.halflife_kimg is None:
+            return (nimg / (nimg + batch_size)) ** (self.exponent + 1)
         halflife_nimg = 1000 * self.halflife_kimg
         if self.rampup_ratio is not None:
             halflife_nimg = min(halflife_nimg, nimg * self.rampup_ratio)
         return 0.5 ** (batch_size / max(halflife_nimg, 1e-8))
+
+
+def relative_width(gamma: float) -> float:
+    """The standard deviation of the density (gamma + 1) t^gamma on [0, 1]: EDM2's sigma_rel, by its equation 123."""
+    return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
+
+
+@cache
+def power_of_width(sigma_rel: float) -> float:
+    """The gamma of which `relative_width` is sigma_rel: the largest root of (g + 2)^2 (g + 3) = (g + 1) / sigma_rel^2."""
+    square = sigma_rel**-2
+    return max(float(np.roots([1, 7, 16 - square, 12 - square]).real.max()), 0.0)
 
 
 class EMA(pl.Callback):
@@ -81,8 +117,9 @@ class EMA(pl.Callback):
         specs = [averages] if isinstance(averages, Mapping) else list(averages)
         fields = set(Average.__dataclass_fields__)
         for spec in specs:
-            if not isinstance(spec, Mapping) or not set(spec) <= fields or {"decay", "rampup_ratio"} <= set(spec):
-                raise ValueError(f"EMA: an average is either {{decay}} or {{halflife_kimg, rampup_ratio}}, got {spec}")
+            rampup = isinstance(spec, Mapping) and "rampup_ratio" in spec and "halflife_kimg" not in spec
+            if not isinstance(spec, Mapping) or not set(spec) <= fields or rampup:
+                raise ValueError(_RULES.format(spec))
         self.averages = {rule.name: rule for rule in (Average(**spec) for spec in specs)}
         if not specs or len(self.averages) < len(specs):
             raise ValueError(f"EMA: averages must be one or several different rules, got {specs}")

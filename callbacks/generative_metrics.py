@@ -92,10 +92,20 @@ class GenerativeMetrics(pl.Callback):
             "labels": self.labels,
         }
 
+    def check_method(self, method: pl.LightningModule) -> None:
+        """Check that the student, as it is in training, can be sampled in each number of evaluations.
+
+        Raises:
+            ValueError: For a number that it is not trained for.
+        """
+        for count in self.nfe or ():
+            try:
+                method.sampling(count)
+            except ValueError as error:
+                raise ValueError(f"callbacks.metrics.nfe={list(self.nfe)}: {error}") from error
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         student_weights(trainer, self, self.ema_names)
-        for count in self.nfe or ():
-            pl_module.sampling(count)  # what the student is not trained for is refused before training
         self._class_counts = sampling_class_counts(self.labels, pl_module.data)
         if self.published is not None:
             self._reference = published_reference(self.published, self.extractor)

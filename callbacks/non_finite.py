@@ -1,4 +1,4 @@
-"""Stops a run whose loss or weights have become NaN or infinite, before they reach a checkpoint."""
+"""Stops a run whose loss or weights have become NaN or infinite, before they reach a checkpoint, or mends its gradients."""
 
 import math
 from pathlib import Path
@@ -9,8 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stillhouse.checks import check_choice
+
 # A loss scale that has come down to this from 2^16 was halved 30 times and never grew again: no step was taken in between.
 _LEAST_SCALE = 1e-4
+_LARGEST = 1e5  # in the place of infinity, as the released codes of ECT, SiD and CMT have it
 
 
 class NonFiniteError(FloatingPointError):
@@ -26,12 +29,18 @@ class NonFiniteGuard(pl.Callback):
     Under a loss scale (16-mixed) a step whose gradients overflow is skipped, on all processes alike, and halves the scale. Its
     loss does not count; loss_scale/skipped_steps is logged with loss_scale/scale, and the error comes where the scale has
     fallen below 1e-4, since from there on every step is skipped.
+
+    With gradients="replace" training goes on: before each update, and before their norm is limited, 0 takes the place of NaN in
+    the gradients and +-1e5 that of infinity. gradient/replaced is logged, the number of values replaced since the run began;
+    only weights that are not finite still stop the run, at a checkpoint.
     """
 
-    def __init__(self, every_n_steps: int = 50) -> None:
+    def __init__(self, every_n_steps: int = 50, gradients: str = "stop") -> None:
         if every_n_steps < 1:
             raise ValueError(f"NonFiniteGuard: every_n_steps must be at least 1, got {every_n_steps}")
-        self.every_n_steps = every_n_steps
+        check_choice("callbacks.guard.gradients", gradients, ("stop", "replace"))
+        self.every_n_steps, self.replace = every_n_steps, gradients == "replace"
+        self._replaced: Tensor | int = 0  # values, since the run began
         self._sum: Tensor | None = None
         self._checked_step = 0
         self._scaler: torch.amp.GradScaler | None = None
@@ -44,12 +53,34 @@ class NonFiniteGuard(pl.Callback):
         if self._scaler is not None:
             self._scale = torch.tensor(self._scaler.get_scale(), device=pl_module.device)
             self._skipped = torch.tensor(self._skipped, device=pl_module.device)
+        if self.replace:
+            if self._scaler is not None:
+                raise ValueError(
+                    "callbacks.guard.gradients=replace does not go with trainer.precision=16-mixed, whose loss scale skips steps with "
+                    "such gradients by itself: leave it out"
+                )
+            self._replaced = torch.tensor(self._replaced, device=pl_module.device)
+
+    @torch.no_grad()
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if not self.replace:
+            return
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+        for gradient in [p.grad for p in weights if p.grad is not None]:
+            self._replaced += gradient.isfinite().logical_not_().sum()
+            gradient.nan_to_num_(nan=0.0, posinf=_LARGEST, neginf=-_LARGEST)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if not isinstance(outputs, dict) or "loss" not in outputs:
             raise ValueError(f"NonFiniteGuard: {type(pl_module).__name__}.training_step must return its loss")
+        if self.replace:
+            if trainer.global_step % trainer.log_every_n_steps == 0:
+                pl_module.log("gradient/replaced", self._replaced.float(), rank_zero_only=True)
+            return
         loss = outputs["loss"].detach().float()
         if self._scaler is not None:
             before, self._scale = self._scale, self._scaler._scale.clone()  # get_scale would wait for the device
@@ -77,10 +108,11 @@ class NonFiniteGuard(pl.Callback):
                 raise NonFiniteError(f"{bad} is not finite after step {trainer.global_step}. {_advice(trainer)}")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"skipped": int(self._skipped)} if self._scaler is not None else {}
+        skipped = {"skipped": int(self._skipped)} if self._scaler is not None else {}
+        return skipped | ({"replaced": int(self._replaced)} if self.replace else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._skipped = state_dict["skipped"]
+        self._skipped, self._replaced = state_dict.get("skipped", 0), state_dict.get("replaced", 0)
 
     def _check(self, trainer: pl.Trainer) -> None:
         # Rank zero writes the checkpoint: it has to know of the losses of all.

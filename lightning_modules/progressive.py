@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.components.branches import BranchedMethod
-from lightning_modules.components.method import Method
+from lightning_modules.components.method import Method, check_nfe
 from stillhouse.checkpoints import load_weights, read_card, save_weights
 from stillhouse.checks import check_choice, check_counts
 from stillhouse.diffusion.denoiser import Denoiser
@@ -241,6 +241,7 @@ class ProgressiveDistillation(BranchedMethod):
     # -- sampling --------------------------------------------------------------------------------------------------
 
     def sampling(self, nfe: int | None = None) -> Sampling:
+        check_nfe(nfe, *dict.fromkeys((self.steps, self.chosen_nfe or self.steps)))  # of the student in place
         sigmas = self.grid[:: (len(self.grid) - 1) // (nfe or self.steps)].tolist()
         return Sampling(sigmas, self.student.preconditioning.prior_std(self.grid[0]).item(), clip=self.clip)
 

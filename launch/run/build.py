@@ -112,6 +112,9 @@ def build_trainer(config: DictConfig, method: Method, folder: RunFolder, here: b
         options |= {"accelerator": accelerator, "devices": 1, "num_nodes": 1, "strategy": "auto"}
     # Those of the options first: what they switch on for a step is off when the others measure after it.
     callbacks = first + [callback for callback in build(config.callbacks).values() if callback is not None]
+    for callback in callbacks:
+        if hasattr(callback, "check_method"):  # here, before the method's stages are trained
+            callback.check_method(method)
     loggers = [logger for logger in build(config.logger).values() if logger is not None]
     try:
         trainer = pl.Trainer(

@@ -52,6 +52,7 @@ EARLIER = {
     "evaluation.labels": "uniform",
     "callbacks.metrics.labels": "uniform",
     "callbacks.metrics.nfe": None,
+    "callbacks.guard.gradients": "stop",
     "data.background": "white",
     "data.class_order": "text",
     "data.depth": "refuse",

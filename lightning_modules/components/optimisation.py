@@ -163,14 +163,15 @@ class Optimisation(pl.LightningModule):
 
     def _step_beside(self, optimizer: torch.optim.Optimizer) -> None:
         scaler = self.scaler
-        if scaler is None:
-            self.on_before_optimizer_step(optimizer)
-            optimizer.step()
-            return
-        if self.gradient_clip:
+        if scaler is not None and self.gradient_clip:
             scaler.unscale_(optimizer)
+        for each in self.trainer.callbacks:  # before the method, as in Lightning
+            each.on_before_optimizer_step(self.trainer, self, optimizer)
         self.on_before_optimizer_step(optimizer)
-        scaler.step(optimizer)
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:

@@ -1,6 +1,7 @@
 """EMA against closed forms computed here, and what a checkpoint, an exception, two processes or a resume do to it."""
 
 from contextlib import nullcontext
+from itertools import pairwise
 
 import pytest
 import pytorch_lightning as pl
@@ -10,10 +11,11 @@ from process_tools import in_two_processes
 from tiny_module import TWO, TinyMethod, trainer
 
 from callbacks.checkpoint import Checkpoints, read_checkpoint
-from callbacks.ema import EMA, student_state, student_weights
+from callbacks.ema import EMA, Average, relative_width, student_state, student_weights
 
 RULES = [{"decay": 0.9}, {"halflife_kimg": 0.02, "rampup_ratio": 0.5}, {"halflife_kimg": 0.01, "rampup_ratio": None}]
-NAMES = ["ema_0.9", "ema_0.02kimg", "ema_0.01kimg"]
+RULES.append({"gamma": 6.94})
+NAMES = ["ema_0.9", "ema_0.02kimg", "ema_0.01kimg", "ema_gamma6.94"]
 
 
 def fit(folder, steps, *callbacks, module=None, ckpt_path=None, **options):
@@ -34,6 +36,9 @@ def closed_form(start, states, betas):
 
 
 def expected(module, updates, rule):
+    if "gamma" in rule:  # of the n-th of N updates the integral of (gamma + 1) t^gamma over its share of [0, 1]
+        ends = [(n / len(updates)) ** (rule["gamma"] + 1) for n in range(len(updates) + 1)]
+        return sum((b - a) * s["0.weight"].double() for (a, b), s in zip(pairwise(ends), updates, strict=True))
     start = TinyMethod().student.state_dict()["0.weight"]
     betas = []
     for i in range(len(updates)):
@@ -59,6 +64,18 @@ def test_averages_are_the_closed_form(tmp_path):
         )
     # the ramp-up matters: without it, the initial weights would still be in the average
     assert not torch.allclose(averages[NAMES[1]]["0.weight"], averages[NAMES[2]]["0.weight"])
+
+
+def test_a_width_is_the_power_rule_whose_profile_has_it():
+    t = (torch.arange(1_000_000, dtype=torch.float64) + 0.5) / 1_000_000
+    for sigma_rel, gamma in ((0.05, 16.97), (0.1, 6.94), (relative_width(0), 0.0)):
+        average = Average(sigma_rel=sigma_rel)
+        assert average.exponent == pytest.approx(gamma, abs=0.005)  # the paper's rounded pairs
+        profile = (average.exponent + 1) * t**average.exponent
+        mean = (profile * t).mean()
+        assert (profile * (t - mean).square()).mean().sqrt().item() == pytest.approx(sigma_rel, rel=1e-9)
+        assert average.beta(64, 16) == pytest.approx(0.8 ** (average.exponent + 1), rel=1e-12)  # the fifth update
+    assert Average(sigma_rel=0.05).name == "ema_sigma_rel0.05"
 
 
 def test_batches_without_a_student_step_do_not_count(tmp_path):
@@ -282,6 +299,10 @@ def test_a_callback_evaluates_any_weights(tmp_path):
         ({"decay": 0.9, "rampup_ratio": 0.1}, "either"),
         ({"decay": 0.9, "halflife_kimg": 1}, "either"),
         ({"rate": 0.9}, "either"),
+        ({"gamma": 7, "sigma_rel": 0.1}, "either"),
+        ({"gamma": 7, "rampup_ratio": 0.1}, "either"),
+        ({"gamma": -1}, "gamma must not be negative, got -1"),
+        ({"sigma_rel": 0.3}, r"sigma_rel must lie in \(0, 0.2887\], got 0.3"),
         ([0.9], "either"),
     ],
 )

@@ -92,7 +92,7 @@ def test_values_are_those_of_the_averages_of_that_step(tmp_path):
 
 
 def test_several_numbers_of_evaluations(tmp_path):
-    """The method's own number keeps its name; a number that the student is not trained for is refused before training."""
+    """The method's own number keeps its name; a number that the student is not trained for is refused."""
 
     class Twice(TinyMethod):
         nfe = property(lambda self: self.chosen_nfe or 1, lambda self, value: None)
@@ -120,8 +120,8 @@ def test_several_numbers_of_evaluations(tmp_path):
     assert float(one.callback_metrics["fid_pixels_130/raw"]) == pytest.approx(values["fid_pixels_130/raw"], rel=1e-6)
     module.chosen_nfe, measuring.nfe = 2, None
     assert measuring.evaluate(t, module) == {"fid_pixels_130/raw": values["fid_pixels_130_2nfe/raw"]}
-    with pytest.raises(ValueError, match="steps=3: the student takes 1, 2, and no other number"):
-        both([1, 3])
+    with pytest.raises(ValueError, match=r"metrics.nfe=\[1, 3\]: steps=3: the student takes 1, 2, and no other number"):
+        callback(nfe=[1, 3]).check_method(module)
     with pytest.raises(ValueError, match=r"callbacks.metrics.nfe\[0\] must be an integer of at least 1, got 0"):
         both([0])
 

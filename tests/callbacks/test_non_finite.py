@@ -3,6 +3,7 @@
 import pytest
 import pytorch_lightning as pl
 import torch
+from method_runs import train
 from process_tools import in_two_processes
 from pytorch_lightning.plugins import MixedPrecision
 from tiny_module import TWO, TinyMethod, trainer
@@ -69,6 +70,69 @@ def test_a_good_run_is_left_alone_and_not_synchronised(tmp_path, monkeypatch):
     fit(tmp_path / "large", 4, NonFiniteGuard(1), module=Large())  # the sum is over the steps since the last look
     fit(tmp_path / "b", 9, NonFiniteGuard(4), Checkpoints(3))
     assert read_checkpoint(tmp_path / "b/checkpoints/last.ckpt")["global_step"] == 9
+
+
+# -- gradients replaced -----------------------------------------------------------------------------------------------
+
+
+class Spoil(pl.Callback):
+    """Puts what is not finite into the first two weights' gradients of one step; keeps what is there after the guard."""
+
+    def __init__(self, step):
+        self.step, self.seen = step, []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step == self.step:
+            first, second = (p.grad for p in optimizer.param_groups[0]["params"][:2])
+            first.flatten()[:3] = torch.tensor([float("nan"), float("inf"), float("-inf")])
+            second.fill_(float("nan"))
+
+
+def test_replaced_gradients_are_counted_and_training_goes_on_through_a_resume(tmp_path):
+    class Look(pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            if trainer.global_step == 2:
+                first, second = (p.grad for p in optimizer.param_groups[0]["params"][:2])
+                assert first.flatten()[:3].tolist() == [0.0, 1e5, -1e5]
+                assert not second.any()
+                assert first.flatten()[3:].any()
+
+    last = tmp_path / "checkpoints/last.ckpt"
+    for steps in (4, 8):
+        spoiled = [Spoil(2), Spoil(5)]
+        guard = NonFiniteGuard(1, gradients="replace")
+        made = trainer(tmp_path, steps, [*spoiled, guard, Look(), Checkpoints(4)])
+        made.fit(TinyMethod(bad_step=6), ckpt_path=last if last.exists() else None)
+        weights = 9 + 1 + 1 + 1  # of step 6, whose loss is NaN
+        assert made.callback_metrics["gradient/replaced"] == {4: 4, 8: 8 + weights}[steps]
+    assert all(torch.isfinite(v).all() for v in read_checkpoint(last)["state_dict"].values())
+
+
+@pytest.mark.parametrize("changes", [{}, {"method.two_sided": True}], ids=["in turn", "both"])
+def test_each_networks_gradients_are_replaced_before_their_norm_is_limited(changes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    replace = NonFiniteGuard.on_before_optimizer_step
+
+    def spoil_and_replace(self, trainer, pl_module, optimizer):
+        gradient = next(p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
+        gradient[(0,) * gradient.ndim] = float("inf")
+        replace(self, trainer, pl_module, optimizer)
+
+    monkeypatch.setattr(NonFiniteGuard, "on_before_optimizer_step", spoil_and_replace)
+    guard = {"_target_": "callbacks.NonFiniteGuard", "every_n_steps": 1, "gradients": "replace"}
+    run = train("diff_instruct", {"callbacks.guard": guard, "method.clip": 1.0} | changes)
+    assert run.trainer.callback_metrics["gradient/replaced"] == 2 * (2 if changes else 1)
+    assert all(p.isfinite().all() for p in run.method.parameters())
+    limited = [max(g.abs().max() for g in gradients) for gradients in run.gradients]
+    assert limited == [1e5] * len(limited)  # seen by a callback, whose turn is before the method's
+
+
+def test_replacing_is_refused_under_a_loss_scale(tmp_path):
+    with pytest.raises(ValueError, match="gradients=replace does not go with trainer.precision=16-mixed, whose loss scale"):
+        fit_scaled(tmp_path, 2, TinyMethod(), NonFiniteGuard(1, gradients="replace"))
+    with pytest.raises(ValueError, match="callbacks.guard.gradients must be one of stop, replace, got 'skip'"):
+        NonFiniteGuard(gradients="skip")
 
 
 # -- under a loss scale -----------------------------------------------------------------------------------------------

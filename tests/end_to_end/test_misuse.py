@@ -114,6 +114,7 @@ REFUSED = {
         ("batch_size=100000000000", "batch_size=100000000000 (lower it)", "5.12e+04 GB of memory"),
         ("teacher.steps=100000000000", "100000000000 solver steps of teacher digits (lower them)", "GB of memory"),
         ("method=progressive method.start_steps=1099511627776", "1099511627776 solver steps of teacher digits", "GB"),
+        ("method=progressive callbacks.metrics.nfe=[1,2]", "metrics.nfe=[1, 2]: steps=2: the student takes 1, and no other"),
         ("method=disback method.nodes=1000000000000", "method.nodes=1000000000000", "take fewer nodes"),
         ("method.pairs=1e14", "pairs"),
     ],
