@@ -56,8 +56,8 @@ class NonFiniteGuard(pl.Callback):
         if self.replace:
             if self._scaler is not None:
                 raise ValueError(
-                    "callbacks.guard.gradients=replace does not go with trainer.precision=16-mixed, whose loss scale skips steps with "
-                    "such gradients by itself: leave it out"
+                    "callbacks.guard.gradients=replace does not go with trainer.precision=16-mixed, whose loss scale skips steps "
+                    "with such gradients by itself: leave it out"
                 )
             self._replaced = torch.tensor(self._replaced, device=pl_module.device)
 

@@ -129,7 +129,9 @@ def test_each_networks_gradients_are_replaced_before_their_norm_is_limited(chang
 
 
 def test_replacing_is_refused_under_a_loss_scale(tmp_path):
-    with pytest.raises(ValueError, match="gradients=replace does not go with trainer.precision=16-mixed, whose loss scale"):
+    with pytest.raises(
+        ValueError, match="gradients=replace does not go with trainer.precision=16-mixed, whose loss scale"
+    ):
         fit_scaled(tmp_path, 2, TinyMethod(), NonFiniteGuard(1, gradients="replace"))
     with pytest.raises(ValueError, match="callbacks.guard.gradients must be one of stop, replace, got 'skip'"):
         NonFiniteGuard(gradients="skip")
