@@ -5,6 +5,7 @@ from lightning_modules.components.method import Method
 from lightning_modules.denoising_student import DenoisingStudent
 from lightning_modules.diff_instruct import DiffInstruct
 from lightning_modules.disback import DisBack
+from lightning_modules.dmd2 import DMD2
 from lightning_modules.ect import ECT
 from lightning_modules.flow_distillation import FlowDistillation
 from lightning_modules.pretrain import Pretrain
@@ -14,6 +15,7 @@ from lightning_modules.sfd import SFD
 from lightning_modules.sid import SiD
 
 __all__ = [
+    "DMD2",
     "ECT",
     "SFD",
     "BezierDistillation",

@@ -120,13 +120,17 @@ class DiffInstruct(Backtracking):
     # -- the two updates -------------------------------------------------------------------------------------------
 
     def loss(self, batch: Batch) -> Tensor:
-        noise = TrainingNoise(self.seed, batch["position"], self.image_shape)
-        labels = noise.labels(self.teacher.num_classes) if self.labels == "uniform" else batch.get("label")
+        noise, labels = self.noise_and_labels(batch)
         if self.updating == ("student",):
             return self.generator_loss(batch, noise, labels)
         if self.updating == ("fake_score",):
             return self.fake_score_loss(batch, noise, labels)
         return self.two_sided_loss(batch, noise, labels)
+
+    def noise_and_labels(self, batch: Batch) -> tuple[TrainingNoise, Tensor | None]:
+        """The random numbers and the classes (B,) of a batch's training samples."""
+        noise = TrainingNoise(self.seed, batch["position"], self.image_shape)
+        return noise, noise.labels(self.teacher.num_classes) if self.labels == "uniform" else batch.get("label")
 
     def generate(self, batch: Batch, noise: TrainingNoise, labels: Tensor | None) -> Tensor:
         """The generator's images (B, C, H, W) of training samples, of which `batch` may hold real images."""
@@ -138,13 +142,17 @@ class DiffInstruct(Backtracking):
             sigma = noise.sigma(self.generator_sigmas)
             x = noised(images, sigma, noise.noise)
             fake, target = self.fake_score(x, sigma, labels), self.target.denoiser(x, sigma, labels)
-            gradient = score_gradient(images, fake, target, self.weighting)
+            gradient = self.matching_gradient(batch, images, fake, target)
             if self.gan:
                 realism_gradient, realism_loss = self.gan.image_gradient(self.fake_score, images, noise, labels)
                 self.log_mean("loss/gan_generator", realism_loss)
                 gradient += realism_gradient
         self.log_generator(images, gradient, fake, target, sigma)
         return surrogate(images, gradient)
+
+    def matching_gradient(self, batch: Batch, images: Tensor, fake: Tensor, target: Tensor) -> Tensor:
+        """The gradient (B, C, H, W) at the generator's images that pulls them to the target's distribution."""
+        return score_gradient(images, fake, target, self.weighting)
 
     def fake_score_loss(self, batch: Batch, noise: TrainingNoise, labels: Tensor | None) -> Tensor:
         with torch.no_grad():

@@ -46,6 +46,7 @@ METHODS = {
         "method.degradation={steps:2,lr:null,batch_size:4,seed:0,spacing:geometric}",
     ],
     "sid": ["method.fake_updates=1"],
+    "dmd2": ["method.fake_updates=1", "method.steps=2", "method.divergence=js"],
     "ect": [],
     "progressive": ["method.start_steps=4", "method.end_steps=1"],
     "sfd": ["method.steps=2"],
@@ -113,7 +114,7 @@ class Case:
             options.append("data.conditional=false")  # published DDPMs know no classes
             options += ["method.weighting=snr"] if "progressive" in self.method else []  # the others diverge for eps
             options += (
-                ["method.sigma_init=2.5"] if self.method in ("diff_instruct", "disback", "sid") else []
+                ["method.sigma_init=2.5"] if self.method in ("diff_instruct", "disback", "sid", "dmd2") else []
             )  # below their highest
         cfg = compose("config", [*options, f"name={'-'.join((method, host, self.family))}"])
         with open_dict(cfg):

@@ -4,9 +4,21 @@ import torch
 from torch import Tensor
 
 from stillhouse.diffusion.denoiser import Denoiser
+from stillhouse.ranks import average_over_ranks
 
 REGRESSIONS = ("l1", "l2", "huber")
 SCORE_WEIGHTINGS = ("edm", "dmd")
+# h(r) = r^2 f''(r) of the f-divergence E_q f(p / q), with the teacher's density p, the generator's q and r = p / q; constant
+# factors are left out (f-distill, arXiv 2502.15681).
+DIVERGENCES = {
+    "reverse_kl": torch.ones_like,
+    "forward_kl": lambda r: r,
+    "js": lambda r: r / (1 + r),
+    "hellinger": torch.sqrt,
+    "softened_reverse_kl": lambda r: 1 / (1 + r),
+    "jeffreys": lambda r: 1 + r,
+}
+RATIO_RANGE = (0.1, 20.0)  # to which f-distill clips a classifier's r
 
 
 def log_normal_sigmas(count: int, mean: float, std: float, device: torch.device) -> Tensor:
@@ -108,6 +120,35 @@ def score_gradient(images: Tensor, fake: Tensor, target: Tensor, weighting: str)
         return difference
     size = (images.float() - target.float()).abs().flatten(1).mean(1).clamp_min(1e-8)
     return difference / (size.view(-1, *[1] * (images.ndim - 1)) * images[0].numel())
+
+
+def divergence_weights(
+    logits: Tensor, bins: Tensor, means: Tensor, divergence: str, ema: float
+) -> tuple[Tensor, Tensor]:
+    """Weigh samples, so that `score_gradient` times the weights is the gradient of an f-divergence (f-distill, arXiv 2502.15681).
+
+    The ratio r of the densities of real and generated images is clipped, divided by its running mean among samples of about its
+    noise level, and weighed by h; the weights are divided by their mean. Means are over the samples of all processes.
+
+    Args:
+        logits: of noised generated images in front of a classifier of real ones, ln r, (B,).
+        bins: the range of noise levels of each, (B,), int64 in [0, N).
+        means: the running means of r before, (N,), float64.
+        divergence: of `DIVERGENCES`.
+        ema: how much of a running mean stays where its bin has samples, in [0, 1).
+
+    Returns:
+        The weights (B,), float32, with a mean of 1, and the running means after, (N,).
+    """
+    ratio = logits.double().exp().clamp(*RATIO_RANGE)
+    members = (bins[:, None] == torch.arange(len(means), device=bins.device)).double()
+    found = average_over_ranks({"count": members.mean(0), "ratio": ratio @ members / len(ratio)}, ratio.device)
+    present = found["count"] > 0
+    newest = found["ratio"] / torch.where(present, found["count"], 1)
+    means = torch.where(present, ema * means + (1 - ema) * newest, means)
+    weights = DIVERGENCES[divergence](ratio / means[bins])
+    mean = average_over_ranks({"weight": weights.mean()}, ratio.device)["weight"]
+    return (weights / mean).float(), means
 
 
 def score_identity_loss(images: Tensor, fake: Tensor, target: Tensor, alpha: float) -> Tensor:

@@ -63,6 +63,10 @@ class TrainingNoise:
         """Choose uniform whole numbers in [0, count), (B,), int64, such as places in a list of noise levels; replaces `sigma`."""
         return (self._uniforms[1] * count).long()
 
+    def step(self, count: int) -> Tensor:
+        """Choose a step of a sample of `count` steps, (B,), int64 in [0, count)."""
+        return (self._uniforms[3] * count).long()
+
     def gan_sigma(self, distribution: NoiseLevelDistribution) -> Tensor:
         """Choose noise levels (B,), float32, of images in front of a discriminator."""
         return distribution(self._uniforms[2])

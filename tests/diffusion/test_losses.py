@@ -1,10 +1,17 @@
-"""The regression losses against their formulas, computed by numpy in double precision."""
+"""The regression losses against their formulas, computed by numpy in double precision, and f-divergences by quadrature."""
 
 import numpy as np
 import pytest
 import torch
 
-from stillhouse.diffusion.losses import REGRESSIONS, pseudo_huber, regression
+from stillhouse.diffusion.losses import (
+    DIVERGENCES,
+    REGRESSIONS,
+    divergence_weights,
+    pseudo_huber,
+    regression,
+    score_gradient,
+)
 
 SHAPE = (3, 8, 8)
 D = 192
@@ -80,3 +87,55 @@ def test_pseudo_huber_of_any_width(dtype, c):
     torch.testing.assert_close(distance.double(), norm**2 / (root + c).clamp_min(1e-30), rtol=1e-5, atol=0)
     expected = error.detach().double() / root.clamp_min(1e-30)[:, None]
     torch.testing.assert_close(error.grad.double(), expected, rtol=1e-5, atol=0)
+
+
+# -- f-divergences ----------------------------------------------------------------------------------------------------
+
+# f of E_q f(p / q), from the definitions.
+F = {
+    "reverse_kl": lambda r: -r.log(),
+    "forward_kl": lambda r: r * r.log(),
+    "js": lambda r: r * r.log() - (1 + r) * ((1 + r) / 2).log(),
+    "hellinger": lambda r: (1 - r.sqrt()).square(),
+    "softened_reverse_kl": lambda r: (1 + r) * ((1 + r) / r).log(),
+    "jeffreys": lambda r: (r - 1) * r.log(),
+}
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_the_weighted_score_difference_is_the_gradient_of_the_f_divergence(name):
+    """Of N(0.1, 0.8^2) and a generator's N(mu, 0.85^2) at noise level 0.6: by autograd through a quadrature, and by samples.
+
+    The weights' mean over samples is one, so they give the gradient's direction; its size is E h(r), up to f's constant factor.
+    """
+    (p_mean, p_std), q_std, sigma = (0.1, 0.8), 0.85, torch.tensor(0.6, dtype=torch.float64)
+    mu = torch.tensor(0.25, dtype=torch.float64, requires_grad=True)
+    x = torch.linspace(-12, 12, 200_001, dtype=torch.float64)
+    p = torch.distributions.Normal(p_mean, (p_std**2 + sigma**2).sqrt())
+    q = torch.distributions.Normal(mu, (q_std**2 + sigma**2).sqrt())
+    inside = x.abs() < 6  # beyond it both are nothing
+    r = (p.log_prob(x) - q.log_prob(x))[inside].exp()
+    (F[name](r) * q.log_prob(x)[inside].exp()).sum().mul(x[1] - x[0]).backward()
+
+    count = 400_000
+    y = 0.25 + q_std * torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)
+    noise = torch.randn(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = noise - noise.mean()
+    x = y + sigma * noise
+    logits = (p.log_prob(x) - q.log_prob(x)).detach()
+    assert logits.exp().min() > 0.1
+    assert logits.exp().max() < 20
+    weights, means = divergence_weights(
+        logits, torch.zeros(count, dtype=torch.int64), torch.ones(3).double(), name, 0.0
+    )
+    torch.testing.assert_close(means, torch.ones(3).double(), rtol=0, atol=2e-3)  # E_q p / q = 1
+    assert weights.mean().item() == pytest.approx(1, abs=1e-6)
+    images, s2 = y.view(-1, 1, 1, 1), sigma**2
+    fake = (q_std**2 * x + s2 * 0.25) / (q_std**2 + s2)
+    target = (p_std**2 * x + s2 * p_mean) / (p_std**2 + s2)
+    gradient = score_gradient(images, fake.view_as(images), target.view_as(images), "edm").flatten() / s2
+    factor = {"hellinger": 0.5}.get(name, 1)
+    size = factor * DIVERGENCES[name](logits.exp()).mean()
+    assert (size * (weights * gradient).mean()).item() == pytest.approx(mu.grad.item(), rel=0.01)
+    if name == "reverse_kl":
+        assert torch.equal(weights, torch.ones(count))

@@ -62,7 +62,9 @@ def learn(name, strategy, devices):
     begun = hash_state(method.student)
     trainer.fit(method, training)
     hook.remove()
-    trained = sum(p.numel() for p in method.student.parameters() if p.requires_grad)
+    networks, cycle = method.trained_networks(), method.update_cycle
+    trained = {key: sum(p.numel() for p in net.parameters() if p.requires_grad) for key, net in networks.items()}
+    numbers = [trained[key] for step in range(method.total_steps) for key in cycle[step % len(cycle)]]
     return {
         "seen": seen,
         "hash": hash_state(method),
@@ -70,7 +72,7 @@ def learn(name, strategy, devices):
         "state": method.state_dict(),
         "bytes": getattr(trainer.strategy, "bytes_reduced", 0),
         "steps": method.total_steps,  # of progressive distillation those of its last round
-        "size": 4 * trained * method.total_steps * UPDATES.get(name, 1),
+        "size": 4 * sum(numbers) * UPDATES.get(name, 1),
     }
 
 

@@ -8,7 +8,6 @@ from launch.run.build import build_seeded
 
 CASES = {name: (name, {}) for name in METHODS} | {
     "two-sided": ("diff_instruct", {"method.two_sided": True}),
-    "gan": ("diff_instruct", {"method.gan": {"generator": 0.1, "fake": 0.1, "sigmas": "${noise_levels.karras}"}}),
     "noisy targets": ("denoising_student", {"method.target_noise": 0.1}),
     "shuffled control points": ("bezier", {"method.shuffled": True}),
 }

@@ -49,6 +49,8 @@ CASES = {
     ),
     "diff_instruct": (("method=diff_instruct", "data=cifar10", *RGB), None),
     "disback": (("method=disback", *TINY), None),
+    "dmd2": (("method=dmd2", "method.steps=2", *TINY), None),
+    "dmd2_in_one": (("method=dmd2", "method.steps=2", *TINY), 1),
     "ect": (("method=ect", *TINY), None),
     "ect_in_two": (("method=ect", *TINY), 2),
     "progressive": (("method=progressive", "method.start_steps=8", "method.end_steps=2", *TINY), None),
