@@ -41,6 +41,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "diff_instruct, two_sided": ("method=diff_instruct", "method.two_sided=true"),
     "sid": ("method=sid",),
     "sid, checkpointing": ("method=sid", "method.checkpointing=true"),
+    "sida": ("method=sida",),
     "dmd2": ("method=dmd2", "method.fake_updates=1"),
     "dmd2, two steps, js": ("method=dmd2", "method.fake_updates=1", "method.steps=2", "method.divergence=js"),
     "degradation": ("method=disback", "method.nodes=1"),

@@ -13,6 +13,7 @@ from lightning_modules.progressive import ProgressiveDistillation
 from lightning_modules.rectified_flow import RectifiedFlow, Reflow
 from lightning_modules.sfd import SFD
 from lightning_modules.sid import SiD
+from lightning_modules.sida import SiDA
 
 __all__ = [
     "DMD2",
@@ -29,4 +30,5 @@ __all__ = [
     "RectifiedFlow",
     "Reflow",
     "SiD",
+    "SiDA",
 ]

@@ -1,5 +1,6 @@
 """SiD: score identity distillation (Zhou et al., arXiv 2404.04057)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,7 +9,6 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_modules.components.optimisation import Batch
 from lightning_modules.diff_instruct import DiffInstruct, surrogate
-from stillhouse.diffusion.denoiser import Denoiser
 from stillhouse.diffusion.losses import noised, score_identity_loss
 from stillhouse.diffusion.teacher import Teacher
 from stillhouse.diffusion.training_noise import TrainingNoise
@@ -72,7 +72,8 @@ class SiD(DiffInstruct):
         self.log_generator(images, gradient, fake, target, sigma)
         return surrogate(images, gradient)
 
-    def evaluate(self, denoiser: Denoiser, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
+    def evaluate(self, function: Callable[..., Any], x: Tensor, sigma: Tensor, labels: Tensor | None) -> Any:
+        """What a denoiser, or a method of one, gives for (x, sigma, labels)."""
         if self.checkpointing:
-            return checkpoint(denoiser, x, sigma, labels, use_reentrant=False)
-        return denoiser(x, sigma, labels)
+            return checkpoint(function, x, sigma, labels, use_reentrant=False)
+        return function(x, sigma, labels)

@@ -46,6 +46,7 @@ METHODS = {
         "method.degradation={steps:2,lr:null,batch_size:4,seed:0,spacing:geometric}",
     ],
     "sid": ["method.fake_updates=1"],
+    "sida": ["method.fake_updates=1", "method.generator_kimg=0", "method.gan_kimg=0"],
     "dmd2": ["method.fake_updates=1", "method.steps=2", "method.divergence=js"],
     "ect": [],
     "progressive": ["method.start_steps=4", "method.end_steps=1"],
@@ -59,7 +60,7 @@ METHODS = {
     "bezier": ["method.pairs=8", "method.held_out=4", "method.loss=l2"],
 }
 # Each way in which they train is also another's: tests that run every method leave them to `make test-all`.
-TWINS = ("b_dense sfd", "b_dense progressive", "b_dense denoising_student")
+TWINS = ("sid", "b_dense sfd", "b_dense progressive", "b_dense denoising_student")
 FAMILIES = ("edm", "ddpm", "flow")
 PLANAR = ("checkerboard", "eight_gaussians")
 COMMON = (
@@ -114,7 +115,7 @@ class Case:
             options.append("data.conditional=false")  # published DDPMs know no classes
             options += ["method.weighting=snr"] if "progressive" in self.method else []  # the others diverge for eps
             options += (
-                ["method.sigma_init=2.5"] if self.method in ("diff_instruct", "disback", "sid", "dmd2") else []
+                ["method.sigma_init=2.5"] if self.method in ("diff_instruct", "disback", "sid", "sida", "dmd2") else []
             )  # below their highest
         cfg = compose("config", [*options, f"name={'-'.join((method, host, self.family))}"])
         with open_dict(cfg):

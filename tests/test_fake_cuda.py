@@ -78,6 +78,7 @@ CASES = {name: (name, {}) for name in METHODS} | {
     "disback, gan": ("disback", {"method.gan": GAN}),
     "disback, switches": ("disback", {"method.two_sided": True, "method.interval": 3}),
     "disback, converged": ("disback", {"method.two_sided": True, "method.switch": "converged"}),
+    "sida, micro-batches": ("sida", {"trainer.micro_batch": 2}),
     "dmd2, noised inputs": ("dmd2", {"method.inputs": "noised", "method.labels": "data", "method.steps": 3}),
     "sid, checkpointing": ("sid", {"method.checkpointing": True}),
     "sfd, several steps": ("sfd", {"method.steps": [1, 2], "method.teacher_afs": True}),
@@ -142,7 +143,7 @@ def trainings():
     for data, precision in ((points, "bf16-mixed"), (points, "16-mixed"), (digits, "bf16-mixed"), (digits, "32-true")):
         for case, (name, changes) in CASES.items():
             lacks_labels = data == points and "method.augment" in changes
-            no_loss_scale = "method.gan" in changes or name in ("sid", "dmd2")
+            no_loss_scale = "method.gan" in changes or name in ("sid", "sida", "dmd2")
             if lacks_labels or (no_loss_scale and precision == "16-mixed"):
                 continue
             quick = case in QUICK and (data, precision) == (points, "bf16-mixed")

@@ -62,6 +62,7 @@ class Method(Optimisation):
         teacher: What it is measured beside; None for a method without one.
         sampler: Whose network a method without a teacher begins with, and whose schedule and solver sample it.
         update_cycle: Names of the trained networks that each training step updates, over and over; steps repeat it.
+        cycle_start: Steps before the cycle begins, which are updates of the networks that it names first.
         monitor: A logged metric, smaller is better, by which checkpoints/best.ckpt is chosen; None: there is no best.ckpt.
         data: The image data set that the run is about, set by `training_data`.
     """
@@ -280,8 +281,9 @@ class Method(Optimisation):
     def student_updates(self) -> int:
         """Updates of the student so far."""
         updated = ["student" in names for names in self.update_cycle]
-        whole, rest = divmod(self.trainer.global_step, len(updated))
-        return whole * sum(updated) + sum(updated[:rest])
+        before = min(self.trainer.global_step, self.cycle_start)
+        whole, rest = divmod(self.trainer.global_step - before, len(updated))
+        return before * updated[0] + whole * sum(updated) + sum(updated[:rest])
 
     @property
     def evaluations(self) -> dict[str, float]:

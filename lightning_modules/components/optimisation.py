@@ -42,6 +42,7 @@ class Optimisation(pl.LightningModule):
     micro_batch: int | None = None
     gradient_clip: float | None = None
     update_cycle: Sequence[tuple[str, ...]]
+    cycle_start: int = 0
     _current = MicroBatch()
 
     def __init__(self) -> None:
@@ -60,7 +61,7 @@ class Optimisation(pl.LightningModule):
     @property
     def updating(self) -> tuple[str, ...]:
         """The networks that the training step under way updates; between steps, those that the latest one updated."""
-        return self.update_cycle[self._step % len(self.update_cycle)]
+        return self.update_cycle[max(self._step - self.cycle_start, 0) % len(self.update_cycle)]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self._step = self.trainer.global_step  # the optimiser counts on before the step is over
@@ -205,7 +206,7 @@ class Optimisation(pl.LightningModule):
         self._memory_trial = {}
         try:
             for kind in dict.fromkeys(self.update_cycle):
-                self._step = self.update_cycle.index(kind)
+                self._step = self.cycle_start + self.update_cycle.index(kind)
                 self.train_on(batch)
         finally:
             for key in self._state():

@@ -75,6 +75,12 @@ class Denoiser(nn.Module):
         *_, inputs = self._read(x, sigma)
         return self.network.encode(*inputs, labels)
 
+    def with_features(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Estimate x0 as `forward` does, and give the features of `encode` from the same evaluation."""
+        x, c, inputs = self._read(x, sigma)
+        output, features = self.network(*inputs, labels, both=True)
+        return c.skip * x + c.out * output.to(x.dtype), features
+
     def _read(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Coefficients, tuple[Tensor, Tensor]]:
         """Bring x to the estimate's precision, and compute its coefficients and the network's inputs beside labels."""
         x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)

@@ -122,6 +122,11 @@ def score_gradient(images: Tensor, fake: Tensor, target: Tensor, weighting: str)
     return difference / (size.view(-1, *[1] * (images.ndim - 1)) * images[0].numel())
 
 
+def estimate_error(images: Tensor, estimate: Tensor) -> Tensor:
+    """Compute SiD's weight w = mean |y - T| over a sample's pixels, at least 1e-5, (B,), float32, without gradient."""
+    return (images.float() - estimate.float()).detach().abs().flatten(1).mean(1).clamp_min(1e-5)
+
+
 def divergence_weights(
     logits: Tensor, bins: Tensor, means: Tensor, divergence: str, ema: float
 ) -> tuple[Tensor, Tensor]:
@@ -154,7 +159,7 @@ def divergence_weights(
 def score_identity_loss(images: Tensor, fake: Tensor, target: Tensor, alpha: float) -> Tensor:
     """Compute SiD's loss of a generator, <T - F, T - y - alpha (T - F)> / w (arXiv 2404.04057, equation 23; released code).
 
-    w is the mean of |y - T| over a sample's pixels, at least 1e-5, without gradient.
+    w is `estimate_error`.
 
     Args:
         images: y, the generator's (B, C, H, W).
@@ -167,5 +172,5 @@ def score_identity_loss(images: Tensor, fake: Tensor, target: Tensor, alpha: flo
     """
     images, fake, target = images.float(), fake.float(), target.float()
     difference = target - fake
-    size = (images - target).detach().abs().flatten(1).mean(1).clamp_min(1e-5)
+    size = estimate_error(images, target)
     return (difference * (target - images - alpha * difference)).flatten(1).sum(1) / size

@@ -49,7 +49,8 @@ class Network(nn.Module):
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
         encoded: bool = False,
-    ) -> Tensor:
+        both: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Evaluate the network.
 
         Args:
@@ -58,9 +59,11 @@ class Network(nn.Module):
             class_labels: int64 (B,) in [0, num_classes); None is the zero vector.
             augment_labels: (B, augment_dim); None is the zero vector.
             encoded: whether to stop at the end of the encoder.
+            both: whether to give the features beside the output.
 
         Returns:
-            The output (B, out_channels, resolution, resolution); where `encoded`, the features that `encode` gives.
+            The output (B, out_channels, resolution, resolution); where `encoded`, the features that `encode` gives; of `both`
+            a pair.
 
         Raises:
             ValueError: for other inputs, and labels where there are no classes.
@@ -68,7 +71,11 @@ class Network(nn.Module):
         check_inputs(self, x, noise_labels, class_labels, augment_labels)
         emb = self.embed(noise_labels, class_labels, augment_labels)
         features = self._encode(x, emb)
-        return features[-1] if encoded else self._decode(features, emb)
+        if encoded:
+            return features[-1]
+        encoder_end = features[-1]  # of a list that a decoder takes its features from
+        output = self._decode(features, emb)
+        return (output, encoder_end) if both else output
 
     def encode(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """Compute the features at the end of the encoder, which a discriminator reads; arguments as of `forward`.

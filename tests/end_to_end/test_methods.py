@@ -49,6 +49,8 @@ METHODS = {
         *("method.drift=0.5", "method.lr=2e-5", *PAIRS),
     ),
     "sid": ("method=sid", *SCORE),
+    # The generator begins to learn in training step 4, the adversarial term joins it in step 10.
+    "sida": ("method=sida", "method.generator_kimg=0.03", "method.gan_kimg=0.15", *SCORE),
     "sid_backtracking": ("method=sid", "method.nodes=2", "method.interval=2", *SCORE, *DEGRADATION),
     "dmd2": ("method=dmd2", "method.steps=2", "method.divergence=js", "method.ratio_ema=0.5", *SCORE),
     "disback": ("method=disback", "method.nodes=2", "method.interval=2", *SCORE, *DEGRADATION),
@@ -102,6 +104,7 @@ def slow(*case):
         slow("disback", DISBACK, 1, None),  # between the stages
         slow("disback", DISBACK, 8, ("", 6, 13)),  # after a switch of targets
         slow("sid", "lightning_modules:SiD.training_step", 8, ("", 6, 13)),
+        slow("sida", "lightning_modules:SiDA.training_step", 8, ("", 6, 13)),
         slow("sid_backtracking", "lightning_modules:SiD.training_step", 8, ("", 6, 13)),  # after a switch of targets
         slow("dmd2", "lightning_modules:DMD2.training_step", 8, ("", 6, 13)),
         slow("flow", "lightning_modules:RectifiedFlow.training_step", 8, ("", 6, 13)),

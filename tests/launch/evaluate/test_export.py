@@ -49,6 +49,7 @@ CASES = {
     ),
     "diff_instruct": (("method=diff_instruct", "data=cifar10", *RGB), None),
     "disback": (("method=disback", *TINY), None),
+    "sida": (("method=sida", *TINY), None),
     "dmd2": (("method=dmd2", "method.steps=2", *TINY), None),
     "dmd2_in_one": (("method=dmd2", "method.steps=2", *TINY), 1),
     "ect": (("method=ect", *TINY), None),
