@@ -167,6 +167,9 @@ SIZES = {
     "cifar10_rf1": (61_804_419, 127),
     "cifar10_rf2": (61_804_419, 127),
     "cifar10_ddpm": (35_746_307, 96),
+    "cifar10_ect": (55_732_739, 1),  # without augmentation's labels
+    "cifar10_sid": (55_733_891, 1),
+    "imagenet64_cd": (295_899_267, 1),
     "ffhq64": (61_805_571, 79),
     "ffhq64_ve": (62_761_091, 79),
     "imagenet64": (295_899_267, 511),

@@ -1,6 +1,10 @@
-"""EDM's published networks (Karras et al. 2022): pickles that carry their own source code, none of which is run here."""
+"""EDM's published networks (Karras et al. 2022), and those of ECT, SiD and SiDA, whose codes are built on EDM's.
+
+They are pickles that carry their own source code, none of which is run here.
+"""
 
 from collections.abc import Iterator, Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,8 @@ _LONGEST = 200  # letters of a layer's name
 # Class in the file: our preconditioning, and what their attributes are called here.
 PRECONDITIONINGS = {
     "EDMPrecond": ("EDM", {"sigma_data": "sigma_data"}),
+    "EDMPrecond_EncoderDecoder": ("EDM", {"sigma_data": "sigma_data"}),  # SiDA's
+    "ECMPrecond": ("Consistency", {"sigma_min": "sigma_min", "sigma_data": "of.sigma_data"}),  # ECT's, of EDM's
     "VPPrecond": ("VP", {"beta_d": "beta_d", "beta_min": "beta_min", "M": "timesteps"}),
     "VEPrecond": ("VE", {}),
 }
@@ -48,7 +54,7 @@ _INNER = {
 
 
 class EDMPickle(PublishedCheckpoint):
-    """A network pickle as EDM publishes them, or as its training writes them (network-snapshot-*.pkl).
+    """A network pickle as EDM, ECT, SiD and SiDA publish them, or as their training writes them (network-snapshot-*.pkl).
 
     What the file says of its preconditioning, size, classes, resampling and heads must be what is configured, and so must
     every name and shape; dropout and hidden labels, which sampling does not see, are the configured network's own.
@@ -197,11 +203,13 @@ def _check_preconditioning(file: Path, outer: Record, preconditioning: nn.Module
         raise ValueError(f"{file} holds a {shown(outer.name)[1:-1]}; {', '.join(PRECONDITIONINGS)} can be read")
     name, constants = PRECONDITIONINGS[outer.name]
     check_equal(file, {"preconditioning": (name, type(preconditioning).__name__)})
+    if name == "Consistency":
+        check_equal(file, {"preconditioning.of": ("EDM", type(preconditioning.of).__name__)})
     have = _attributes(outer)
     check_equal(
         file,
         {
-            f"preconditioning.{ours}": (have.get(name), getattr(preconditioning, ours))
+            f"preconditioning.{ours}": (have.get(name), attrgetter(ours)(preconditioning))
             for name, ours in constants.items()
         },
     )
@@ -213,7 +221,7 @@ def _check_network(
     have = _attributes(outer)
     heads = {m.norm.num_channels // m.heads for m in network.modules() if isinstance(m, DhariwalAttention)}
     pairs = {
-        "network": (inner.name, type(network).__name__),
+        "network": (inner.name.removesuffix("_EncoderDecoder"), type(network).__name__),
         "network.resolution": (have.get("img_resolution"), network.resolution),
         "network.in_channels": (have.get("img_channels"), network.in_channels),
         "network.num_classes": (have.get("label_dim"), network.num_classes),

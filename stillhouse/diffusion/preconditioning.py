@@ -124,6 +124,14 @@ class Epsilon(VariancePreserving):
         return {"timesteps": len(self.log_sigmas), "beta_start": self.betas[0], "beta_end": self.betas[1]}
 
 
+class EDM1000(EDM):
+    """EDM's with a noise label a thousand times as large, as openai/consistency_models has it."""
+
+    def forward(self, sigma: Tensor) -> Coefficients:
+        coefficients = super().forward(sigma)
+        return coefficients._replace(noise=1000 * coefficients.noise)
+
+
 class VP(VariancePreserving):
     """Preconditioning of Score SDE's eps networks on beta(t) = beta_min + beta_d t (arXiv 2011.13456), as EDM reads them.
 
@@ -272,7 +280,8 @@ class Consistency(Preconditioning):
         return {"of": description_of(self.of), "sigma_min": self.sigma_min}
 
 
-PRECONDITIONINGS = {cls.__name__: cls for cls in (EDM, VP, VE, Epsilon, ResidualEpsilon, V, X0, Velocity, Consistency)}
+_ALL = (EDM, EDM1000, VP, VE, Epsilon, ResidualEpsilon, V, X0, Velocity, Consistency)
+PRECONDITIONINGS = {cls.__name__: cls for cls in _ALL}
 
 
 def description_of(preconditioning: Preconditioning) -> dict[str, Any]:

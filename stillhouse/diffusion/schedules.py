@@ -5,6 +5,7 @@ impossible numbers. `karras_grid` alone ends above zero: it is the grid that a t
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -36,6 +37,19 @@ def karras(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: f
     """Make levels that are linear in sigma^(1/rho) from sigma_max to sigma_min, then zero (EDM equation 5)."""
     _check(steps)
     return _to_zero(_karras_levels(steps, sigma_min, sigma_max, rho))
+
+
+def few_levels(steps: int, levels: Sequence[float]) -> Tensor:
+    """Take the first `steps` of a few-step student's published levels, descending, then zero.
+
+    Raises:
+        ValueError: for more steps than there are levels.
+    """
+    _check(steps)
+    if steps > len(levels):
+        known = ", ".join(str(count) for count in range(1, len(levels) + 1))
+        raise ValueError(f"steps={steps}: this published student is sampled in {known} and no other number of steps")
+    return _to_zero(torch.tensor(list(levels)[:steps], dtype=torch.float64))
 
 
 def karras_grid(intervals: int, sigma_min: float = 0.006, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:

@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from edm_pickles import Persistent, edms_modules, layer, write_edm
+from edm_pickles import Persistent, edms_modules, filled, layer, theirs, write_edm
 from network_tools import noise
 
 from stillhouse.checkpoints import EDMPickle, load_weights
-from stillhouse.checkpoints.edm_pickle import edm_name
 from stillhouse.diffusion.denoiser import Denoiser
 from stillhouse.diffusion.preconditioning import EDM, VE, VP
 from stillhouse.networks import DhariwalUNet, SongUNet
@@ -37,23 +36,6 @@ def build(kind: str = "ddpmpp", **options):
     if kind == "adm":
         return DhariwalUNet(16, 3, 3, **{**ADM, **options}).eval()
     return SongUNet(16, 3, 3, **{**SMALL, **(NCSNPP if kind == "ncsnpp" else {}), **options}).eval()
-
-
-def theirs(network) -> dict[str, tuple[int, ...]]:
-    """EDM's names and shapes of all that the network has."""
-    square = re.compile(r"\.(qkv|proj)\.weight$")
-    shapes = {edm_name(name, network): tuple(value.shape) for name, value in network.state_dict().items()}
-    return {name: (*shape, 1, 1) if square.search(name) else shape for name, shape in shapes.items()}
-
-
-def filled(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """As `network_tools.fill`, in the layout of the file: values by shape alone."""
-    result = {}
-    for name, shape in shapes.items():
-        new = noise(torch.Size(shape).numel(), *shape)
-        last = name.endswith("weight")
-        result[name] = 0.2 * new + last if len(shape) == 1 else new / new[0].numel() ** 0.5
-    return result
 
 
 def write(
@@ -209,7 +191,7 @@ def test_what_the_file_says_of_itself_is_checked(tmp_path):
     with pytest.raises(ValueError, match="network.channels_per_head=64, the configured teacher 32"):
         source.read(tmp_path / "adm.pkl", wide, EDM())
     for name, change, attributes, error, message in (
-        ("iDDPMPrecond", None, {}, ValueError, "holds a iDDPMPrecond; EDMPrecond, VPPrecond, VEPrecond can be read"),
+        ("iDDPMPrecond", None, {}, ValueError, "holds a iDDPMPrecond; EDMPrecond, EDM"),
         ("VPPrecond", None, {"M": 500}, ValueError, "preconditioning.timesteps=500, the configured teacher 1000"),
         ("VPPrecond", lambda t: t.pop("map_layer0.bias"), {}, None, None),
         ("VPPrecond", None, {"_modules": {}}, OSError, "another layout than EDM's networks (it has no model)"),

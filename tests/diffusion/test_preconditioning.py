@@ -159,7 +159,7 @@ def test_a_consistency_function_leaves_clean_images_as_they_are_and_is_the_denoi
 def test_a_description_as_json_makes_the_same_preconditioning():
     sigma = torch.tensor([0.01, 1.0, 50.0])
     ours = [P.EDM(0.7), P.VP(15.0, 0.2, 500), P.VE(), P.Epsilon(500, 2e-4, 0.03), P.ResidualEpsilon(7), P.V(), P.X0()]
-    ours += [P.Velocity(), P.Consistency(P.EDM(0.7), 0.01)]
+    ours += [P.Velocity(), P.Consistency(P.EDM(0.7), 0.01), P.EDM1000(0.7)]
     assert {type(one) for one in ours} == set(P.PRECONDITIONINGS.values())
     for one in ours:
         again = P.from_description(json.loads(json.dumps(P.description_of(one))))

@@ -2,6 +2,7 @@
 
 import copyreg
 import pickle
+import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,10 @@ from unittest import mock
 
 import numpy as np
 import torch
+from network_tools import noise
 from torch import Tensor, nn
+
+from stillhouse.checkpoints.edm_pickle import edm_name
 
 SOURCE_CODE = "raise SystemExit('the source code of the file was executed')"
 
@@ -86,3 +90,20 @@ def write_edm(path: Path, tensors: dict[str, Tensor], precond: str, model: str =
     with edms_modules(), open(path, "wb") as file:
         pickle.dump(content, file)
     return path
+
+
+def theirs(network) -> dict[str, tuple[int, ...]]:
+    """EDM's names and shapes of all that the network has."""
+    square = re.compile(r"\.(qkv|proj)\.weight$")
+    shapes = {edm_name(name, network): tuple(value.shape) for name, value in network.state_dict().items()}
+    return {name: (*shape, 1, 1) if square.search(name) else shape for name, shape in shapes.items()}
+
+
+def filled(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """As `network_tools.fill`, in the layout of the file: values by shape alone."""
+    result = {}
+    for name, shape in shapes.items():
+        new = noise(torch.Size(shape).numel(), *shape)
+        last = name.endswith("weight")
+        result[name] = 0.2 * new + last if len(shape) == 1 else new / new[0].numel() ** 0.5
+    return result
