@@ -46,6 +46,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "dmd2, two steps, js": ("method=dmd2", "method.fake_updates=1", "method.steps=2", "method.divergence=js"),
     "degradation": ("method=disback", "method.nodes=1"),
     "disback": ("method=disback", "method.nodes=1", "method.degradation.steps=1"),
+    "consistency_distillation": ("method=consistency_distillation", "method.target_halflife=1"),
     "ect": ("method=ect",),
     "ect, teacher_step=heun": ("method=ect", "method.teacher_step=heun"),
     "progressive": ("method=progressive", "method.start_steps=2"),  # one round, which has no stages

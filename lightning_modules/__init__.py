@@ -2,6 +2,7 @@
 
 from lightning_modules.bezier import BezierDistillation
 from lightning_modules.components.method import Method
+from lightning_modules.consistency_distillation import ConsistencyDistillation
 from lightning_modules.denoising_student import DenoisingStudent
 from lightning_modules.diff_instruct import DiffInstruct
 from lightning_modules.disback import DisBack
@@ -20,6 +21,7 @@ __all__ = [
     "ECT",
     "SFD",
     "BezierDistillation",
+    "ConsistencyDistillation",
     "DenoisingStudent",
     "DiffInstruct",
     "DisBack",

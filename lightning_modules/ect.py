@@ -1,25 +1,21 @@
 """Easy consistency tuning: a diffusion model becomes a consistency model (ECT, Geng et al., arXiv 2406.14548)."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from lightning_modules.components.method import Method
-from stillhouse.checks import check_choice, check_counts
+from lightning_modules.components.consistency import TEACHER_STEPS, ConsistencyMethod, per_image
+from stillhouse.checks import check_choice
 from stillhouse.diffusion.losses import noised, pseudo_huber
 from stillhouse.diffusion.noise_levels import LogNormal
 from stillhouse.diffusion.random_numbers import SharedMasks, TrainingStream, position_noise, position_uniforms
-from stillhouse.diffusion.sampling import Sampling
-from stillhouse.diffusion.schedules import karras_grid
 from stillhouse.diffusion.teacher import Teacher
 
 WEIGHTINGS = ("step", "c_out")
-TEACHER_STEPS = {None: 0, "euler": 1, "heun": 2}  # evaluations of the teacher
 
 
-class ECT(Method):
+class ECT(ConsistencyMethod):
     """min_f E w(t, r) d(f(x_t, t), sg f(x_r, r)) at noise levels t > r that come nearer to each other from stage to stage:
 
         ln t ~ N(p_mean, p_std^2),   r = max(0, t [1 - q^-(a+1) (1 + k sigmoid(-b t))]) in stage a = 0, 1, ...
@@ -47,10 +43,10 @@ class ECT(Method):
         middle: float | Sequence[float] = 0.821,
         **common,
     ):
-        """Args beside those of `Method`.
+        """Args beside those of `ConsistencyMethod`.
 
         Args:
-            teacher: Its network is the student's beginning; its highest noise level is where sampling starts.
+            teacher: As there.
             p_mean: Of ln t.
             p_std: Of ln t.
             q: Above 1, by which the distance t - r is divided from stage to stage.
@@ -63,13 +59,12 @@ class ECT(Method):
             teacher_step: None: consistency training. "euler" or "heun": x_r is one such step of the teacher from x_t.
             lr_decay_kimg: Thousands of images after which the learning rate falls as their inverse square root, as EDM2's does
                 (arXiv 2312.02696); None: it stays.
-            middle: The noise level of the second of two evaluations of a sample, or the levels of those after the first one,
-                descending. Samples of other numbers of evaluations have levels of Karras' spacing (EDM, equation 5).
+            middle: As there.
 
         Raises:
             ValueError: For options out of range.
         """
-        super().__init__(**common)
+        super().__init__(teacher, middle=middle, **common)
         for option, value, least in (
             ("p_std", p_std, 0),
             ("q", q, 1),
@@ -84,17 +79,12 @@ class ECT(Method):
         if max_ratio is not None and not 0 < max_ratio < 1:
             raise ValueError(f"method.max_ratio must lie between 0 and 1, got {max_ratio!r}; null: no limit")
         check_choice("method.weighting", weighting, WEIGHTINGS)
-        check_choice("method.teacher_step", teacher_step, tuple(TEACHER_STEPS))
-        self.teacher = self.sampler = teacher
-        self.student = teacher.student(label_dropout=False).train()
+        check_choice("method.teacher_step", teacher_step, (None, *TEACHER_STEPS))
         self.noise_levels = LogNormal(p_mean, p_std)
         self.q, self.k, self.b, self.max_ratio = q, k, b, max_ratio
         self.stage_nimg = 1000 * stage_kimg if stage_kimg else None
         self.decay_nimg = 1000 * lr_decay_kimg if lr_decay_kimg else None
         self.weighting, self.c, self.teacher_step = weighting, c, teacher_step
-        levels = teacher.sigmas(max(teacher.steps, 2))
-        self.highest, self.lowest = levels[0].item(), levels[-2].item()
-        self.middle = check_middle(middle, self.highest)
 
     def frozen_networks(self) -> list[Teacher]:
         return [self.teacher] if self.teacher_step else []
@@ -131,7 +121,7 @@ class ECT(Method):
         (uniform,) = position_uniforms(self.seed, position, TrainingStream.UNIFORMS, 1)
         z = position_noise(self.seed, position, images.shape[1:], TrainingStream.NORMALS)
         # In float64: both sides of the loss are nearly equal. Networks see float32 all the same.
-        t = self.noise_levels(uniform).double()
+        t = self.levels(uniform, position)
         relative = self.relative_step(t)
         step, r = t * relative, t * (1 - relative)
         x_t = noised(images.double(), t, z)
@@ -139,62 +129,31 @@ class ECT(Method):
         with masks:
             output = self.student(x_t, t, labels)
         with torch.no_grad():
-            x_r = x_t - _per_image(step) * self.direction(x_t, t, r, z, labels)
-            with masks:
-                estimate = self.student(x_r, torch.where(r > 0, r, t), labels)
-            target = torch.where(_per_image(r > 0), estimate, x_r)
+            x_r = x_t - per_image(step) * self.direction(x_t, t, r, z, labels)
+            estimate = self.estimate(x_r, torch.where(r > 0, r, t), labels, masks)
+            target = torch.where(per_image(r > 0), estimate, x_r)
         distance = pseudo_huber((output - target).square().flatten(1).sum(1), self.c)
         weight = 1 / step if self.weighting == "step" else self.student.preconditioning.loss_weight(t)
-        loss = (weight * distance).mean().float()
+        loss = self.mean(weight * distance, position).float()
         self.log_mean("loss/student", loss.detach())
         self.log_mean("consistency/distance", distance.detach().mean().float())
         self.log_mean("consistency/relative_step", relative.mean().float())
         self.log_mean("consistency/stage", float(self.stage))
         return loss
 
+    def levels(self, uniform: Tensor, position: Tensor) -> Tensor:
+        """The noise levels t (B,), float64, of uniform numbers in (0, 1) and places in the sequence of training samples."""
+        return self.noise_levels(uniform).double()
+
+    def estimate(self, x: Tensor, sigma: Tensor, labels: Tensor | None, masks: SharedMasks) -> Tensor:
+        """The image that x (B, C, H, W) at levels sigma (B,) is to have the same answer as, with the student's dropout masks."""
+        with masks:
+            return self.student(x, sigma, labels)
+
+    def mean(self, losses: Tensor, position: Tensor) -> Tensor:
+        """The mean of weighted distances (B,)."""
+        return losses.mean()
+
     def direction(self, x_t: Tensor, t: Tensor, r: Tensor, z: Tensor, labels: Tensor | None) -> Tensor:
         """What x changes by from t to r, per unit of noise level: z, or the slope of the teacher's step."""
-        if self.teacher_step is None:
-            return z
-        slope = self.slope(x_t, t, labels)
-        if self.teacher_step == "euler":
-            return slope
-        # To r = 0 Heun's step is Euler's, as in EDM's sampler.
-        inside = _per_image(r > 0)
-        end = torch.where(inside, x_t - _per_image(t - r) * slope, x_t)
-        return torch.where(inside, (slope + self.slope(end, torch.where(r > 0, r, t), labels)) / 2, slope)
-
-    def slope(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
-        """dx/dsigma of the teacher's probability-flow ODE (EDM, equation 3)."""
-        labels = labels if self.teacher.conditional else None
-        return (x - self.teacher.denoiser(x, sigma, labels)) / _per_image(sigma)
-
-    # -- sampling --------------------------------------------------------------------------------------------------
-
-    def sampling(self, nfe: int | None = None) -> Sampling:
-        nfe = 1 if nfe is None else nfe
-        check_counts(steps=nfe)
-        lower = self.middle
-        if nfe != 1 + len(lower):
-            lower = karras_grid(nfe, self.lowest, self.highest)[1:-1].tolist()
-        scale = self.student.preconditioning.prior_std(torch.tensor(self.highest)).item()
-        return Sampling([self.highest, *lower, 0.0], scale, "renoising")
-
-
-def check_middle(middle: float | Sequence[float], highest: float) -> list[float]:
-    """The levels of `method.middle` as a list.
-
-    Raises:
-        ValueError: For levels that do not descend from below the highest one to above zero.
-    """
-    levels = [float(level) for level in (middle if isinstance(middle, Sequence) else [middle])]
-    path = [highest, *levels, 0.0]
-    if not levels or not all(a > b for a, b in pairwise(path)):
-        raise ValueError(
-            f"method.middle must be a noise level between 0 and {highest:g}, or descending ones, got {middle!r}"
-        )
-    return levels
-
-
-def _per_image(values: Tensor) -> Tensor:
-    return values[:, None, None, None]
+        return z if self.teacher_step is None else self.step_slope(self.teacher_step, x_t, t, r, labels)

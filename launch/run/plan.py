@@ -110,9 +110,10 @@ def _images_held(micro_batch: int | str | None, share: int) -> int:
 
 @dataclass(frozen=True)
 class Networks:
-    """How many networks of the student's size a method has: with gradients, frozen, averaged."""
+    """How many networks of the student's size a method has: with gradients, its own without, frozen teachers, averaged."""
 
     trained: int
+    targets: int
     frozen: int
     averages: int
 
@@ -121,15 +122,16 @@ class Networks:
         denoisers = [module for module in method.modules() if isinstance(module, Denoiser)]
         trained = sum(any(p.requires_grad for p in part.parameters()) for part in denoisers)
         teachers = [network for network in method.frozen_networks() if isinstance(network, Teacher)]
-        return cls(trained, len(denoisers) - trained + len(teachers), averages)
+        return cls(trained, len(denoisers) - trained, len(teachers), averages)
 
     def held(self, mixed: bool) -> float:
         """Their weights, gradients and moments, in sizes of one network; mixed: frozen weights rounded to 2 bytes beside."""
-        return self.trained * (2 + _MOMENTS) + self.frozen * (1.5 if mixed else 1) + self.averages
+        frozen = self.targets + self.frozen * (1.5 if mixed else 1)
+        return self.trained * (2 + _MOMENTS) + frozen + self.averages
 
     @property
     def in_checkpoint(self) -> int:
-        return self.trained * (1 + _MOMENTS) + self.averages
+        return self.trained * (1 + _MOMENTS) + self.targets + self.averages
 
 
 def _disk(method: Method, training: Any, size: int, networks: Networks) -> dict[str, int]:

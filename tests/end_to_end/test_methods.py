@@ -54,6 +54,7 @@ METHODS = {
     "sid_backtracking": ("method=sid", "method.nodes=2", "method.interval=2", *SCORE, *DEGRADATION),
     "dmd2": ("method=dmd2", "method.steps=2", "method.divergence=js", "method.ratio_ema=0.5", *SCORE),
     "disback": ("method=disback", "method.nodes=2", "method.interval=2", *SCORE, *DEGRADATION),
+    "consistency_distillation": ("method=consistency_distillation", "method.target_halflife=0.05", "method.lr=1e-3"),
     # Its third stage begins after training step 10; dropout masks are drawn.
     "ect": ("method=ect", "method.stage_kimg=0.08", "method.lr=1e-3", "teacher.network.dropout=0.2"),
 }
@@ -110,6 +111,7 @@ def slow(*case):
         slow("flow", "lightning_modules:RectifiedFlow.training_step", 8, ("", 6, 13)),
         slow("straight", "lightning_modules:Reflow.training_step", 8, ("", 6, 13)),
         slow("distilled", "lightning_modules:FlowDistillation.training_step", 8, ("", 6, 13)),
+        slow("consistency_distillation", "lightning_modules:ConsistencyDistillation.training_step", 8, ("", 6, 13)),
         slow("ect", "lightning_modules:ECT.training_step", 8, ("", 6, 13)),
         slow("joint", "lightning_modules:BezierDistillation.training_step", 8, ("", 6, 13)),
     ],

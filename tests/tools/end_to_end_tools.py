@@ -52,7 +52,7 @@ RUN = Path("runs/run")
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests/tools", ROOT / "docs/examples/add_a_method"))),
-    "STILLHOUSE_PACKAGES": "consistency_distillation,cheap_extractor,end_to_end_spy,few_step_method",  # of tests' own
+    "STILLHOUSE_PACKAGES": "tract,cheap_extractor,end_to_end_spy,few_step_method",  # of tests' own
     "WANDB_SILENT": "true",
 }
 LIMIT = 300  # seconds; for machines that are busy with other things

@@ -155,6 +155,7 @@ METHODS = {
         name: [f"method={name}"]
         for name in ("pretrain", "denoising_student", "diff_instruct", "disback", "ect", "progressive", "sfd")
     },
+    "consistency_distillation": ["method=consistency_distillation"],
     **{name: [f"method={name}"] for name in ("rectified_flow", "reflow", "flow_distill", "bezier")},
     **{f"b_dense {host}": ["method=b_dense", f"host={host}"] for host in ("denoising_student", "progressive", "sfd")},
 }
