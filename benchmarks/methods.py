@@ -49,6 +49,8 @@ METHODS: dict[str, tuple[str, ...]] = {
     "consistency_distillation": ("method=consistency_distillation", "method.target_halflife=1"),
     "ect": ("method=ect",),
     "ect, teacher_step=heun": ("method=ect", "method.teacher_step=heun"),
+    "tcm": ("method=tcm", "teacher.solver=renoising", "teacher.solver_options=null"),
+    "cmt": ("method=cmt", "method.pairs=4", "method.held_out=4", "method.steps=2"),
     "progressive": ("method=progressive", "method.start_steps=2"),  # one round, which has no stages
     "sfd": ("method=sfd",),
     "b_dense on denoising_student": ("method=b_dense", "host=denoising_student", *_STORED),

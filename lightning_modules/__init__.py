@@ -1,6 +1,7 @@
 """One file per method."""
 
 from lightning_modules.bezier import BezierDistillation
+from lightning_modules.cmt import CMT
 from lightning_modules.components.method import Method
 from lightning_modules.consistency_distillation import ConsistencyDistillation
 from lightning_modules.denoising_student import DenoisingStudent
@@ -15,11 +16,14 @@ from lightning_modules.rectified_flow import RectifiedFlow, Reflow
 from lightning_modules.sfd import SFD
 from lightning_modules.sid import SiD
 from lightning_modules.sida import SiDA
+from lightning_modules.tcm import TCM
 
 __all__ = [
+    "CMT",
     "DMD2",
     "ECT",
     "SFD",
+    "TCM",
     "BezierDistillation",
     "ConsistencyDistillation",
     "DenoisingStudent",

@@ -50,6 +50,8 @@ METHODS = {
     "dmd2": ["method.fake_updates=1", "method.steps=2", "method.divergence=js"],
     "consistency_distillation": ["method.target_halflife=0.01", "method.loss=huber"],
     "ect": [],
+    "tcm": ["teacher.solver=renoising", "teacher.solver_options=null"],
+    "cmt": ["method.pairs=8", "method.held_out=4", "method.loss=l2", "method.steps=2"],
     "progressive": ["method.start_steps=4", "method.end_steps=1"],
     "sfd": ["method.steps=2"],
     "b_dense sfd": ["method.steps=2"],
@@ -61,7 +63,7 @@ METHODS = {
     "bezier": ["method.pairs=8", "method.held_out=4", "method.loss=l2"],
 }
 # Each way in which they train is also another's: tests that run every method leave them to `make test-all`.
-TWINS = ("sid", "b_dense sfd", "b_dense progressive", "b_dense denoising_student")
+TWINS = ("sid", "tcm", "cmt", "b_dense sfd", "b_dense progressive", "b_dense denoising_student")
 FAMILIES = ("edm", "ddpm", "flow")
 PLANAR = ("checkerboard", "eight_gaussians")
 COMMON = (

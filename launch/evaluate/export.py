@@ -128,7 +128,7 @@ def portable(method: Method, stored: DictConfig, num_classes: int) -> Student:
     student = Student(
         network=network,
         preconditioning=preconditioning,
-        sampling=vars(sampling) | {"options": dict(sampling.options), "sigmas": list(sampling.sigmas)},
+        sampling=sampling.plain(),
         num_classes=num_classes,
     )
     student.denoiser.network.load_state_dict(method.exported())

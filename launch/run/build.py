@@ -51,11 +51,22 @@ def build_seeded(node: DictConfig, seed: int) -> Any:
 
 
 def check_fit(method: Method, data: Any) -> None:
-    """Check that network and data agree in size and classes, which might show only after training.
+    """Check that teacher, network and data fit each other, which might show only after training.
 
     Raises:
-        ValueError: Where network and data differ in size or classes, which may show only after training.
+        ValueError: Where network and data differ in size or classes, or a teacher is of another kind than the method learns from.
     """
+    for teacher in method.learned_teachers():
+        if method.takes_consistency_model and not teacher.is_consistency_model:
+            raise ValueError(
+                f"method={method.name} goes on from a finished consistency model, and teacher {teacher.name} is a diffusion "
+                "model: say teacher=runs/NAME, a run of method=ect or of another whose samples are renoised"
+            )
+        if teacher.is_consistency_model and not method.takes_consistency_model:
+            raise ValueError(
+                f"method={method.name} learns from the estimates of a diffusion model, and teacher {teacher.name} is a "
+                "consistency model: say another teacher"
+            )
     network = method.student.network
     pairs = [("resolution", network.resolution, data.resolution), ("channels", network.in_channels, data.channels)]
     if data.num_classes:

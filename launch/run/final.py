@@ -20,6 +20,7 @@ from stillhouse.analysis.convergence import convergence_summary_rows
 from stillhouse.analysis.curves import reference_lines
 from stillhouse.analysis.tables import records_text
 from stillhouse.checkpoints.weights import save_weights
+from stillhouse.diffusion.preconditioning import description_of
 from stillhouse.diffusion.random_numbers import MONITOR_SEEDS
 from stillhouse.metrics.records import Record, save_records
 from stillhouse.ranks import rank_and_world
@@ -89,7 +90,7 @@ def export(method: Method, training: Any, records: list[Record], folder: RunFold
 
     The card's network_evaluations are those of the whole training, with all that had to be there before its first step.
     """
-    weights = method.exported()
+    weights, sampling = method.exported(), method.sampling(method.chosen_nfe)
     images = method.total_steps * method.batch_size
     card = {
         "run": folder.name,
@@ -100,6 +101,8 @@ def export(method: Method, training: Any, records: list[Record], folder: RunFold
         "kimg": images / 1000,
         "network_evaluations": evaluations_before(method, training) + images * sum(method.evaluations.values()),
         "nfe": method.nfe,
+        "sampling": sampling.plain(),
+        "preconditioning": description_of(method.sampled_student().preconditioning),
         "parameters": sum(
             weights[name].numel() for name, _ in method.student.network.named_parameters() if name in weights
         ),

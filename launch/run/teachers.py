@@ -1,5 +1,6 @@
 """Teachers of a run: those of conf/teacher, students of other runs, and lists of both in `method.teachers`."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from hydra import compose
@@ -113,6 +114,8 @@ def _student(folder: RunFolder) -> dict[str, Any]:
         way_out = "restore it" if folder.complete() else "finish that run first: the command that started it resumes it"
         raise FileNotFoundError(f"{folder.path} is no teacher yet, for it has no student.safetensors; {way_out}")
     config, card = students_teacher(folder.read_config()), read_card(weights)
+    if card.get("sampling", {}).get("solver") == "renoising":
+        config |= consistency_model(card["sampling"], card["preconditioning"])
     evaluations = [value["nfe"] for key, value in card.get("metrics", {}).items() if key.endswith("/student")]
     evaluations += [card["nfe"]] if "nfe" in card else []
     if evaluations and max(evaluations) < config.get("steps", 1):
@@ -127,6 +130,28 @@ def _student(folder: RunFolder) -> dict[str, Any]:
         "weights": str(weights),
         "sha256": card["sha256"],
         "licence": card.get("licence", config.get("licence", "unknown")),
+    }
+
+
+def consistency_model(sampling: Mapping[str, Any], preconditioning: Mapping[str, Any]) -> dict[str, Any]:
+    """What a teacher's config says where a consistency model is the teacher: one evaluation at the highest level makes a sample.
+
+    Args:
+        sampling: Of the student's card.
+        preconditioning: Of the student's card.
+    """
+    options = dict(preconditioning)
+    name = options.pop("name")
+    return {
+        "solver": sampling["solver"],
+        "solver_options": sampling["options"],
+        "steps": 1,
+        "schedule": {
+            "_target_": "stillhouse.diffusion.schedules.karras",
+            "_partial_": True,
+            "sigma_max": sampling["sigmas"][0],
+        },
+        "preconditioning": options | {"_target_": f"stillhouse.diffusion.preconditioning.{name}"},
     }
 
 

@@ -75,6 +75,9 @@ class Method(Optimisation):
     data: pl.LightningDataModule
     chosen_nfe: int | None = None  # of `sample`; None: the method's own
     steps_before: int = 0  # training steps of the stages whose sequence of training samples this method goes on with
+    takes_consistency_model: bool = (
+        False  # whether the teachers that it learns from are consistency models, not denoisers
+    )
     averaged_stage: bool = True  # whether callbacks.ema averages its student where it is a stage of another method
 
     def __init__(

@@ -1,9 +1,11 @@
 """Distributions of the noise levels at which a method compares denoisers: quantile functions, from u in (0, 1) to sigma."""
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stillhouse.checks import check_counts
 
@@ -69,6 +71,46 @@ class KarrasGrid:
         entry = (self.first + u * (self.last - self.first + 1)).floor()
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return (low + entry / (self.levels - 1) * (high - low)).pow(self.rho).float()
+
+
+class TruncatedStudentT(nn.Module):
+    """Student's t distribution of ln(sigma), truncated to [ln(sigma_min), ln(sigma_max)]: TCM's (arXiv 2410.14895).
+
+    With ln(sigma) = mean + scale sqrt(df) sinh(v) the density of v is proportional to cosh(v)^-df, flat for few degrees of
+    freedom. Its quantiles are interpolated in a table, which a module moves to the device with all else.
+
+    Args:
+        mean: the location.
+        scale: positive.
+        df: degrees of freedom, positive.
+        sigma_min: the lowest level.
+        sigma_max: the highest level.
+
+    Raises:
+        ValueError: for impossible numbers.
+    """
+
+    def __init__(self, mean: float, scale: float, df: float, sigma_min: float, sigma_max: float):
+        super().__init__()
+        if not (scale > 0 and df > 0):
+            raise ValueError(f"Student's t distribution needs a positive scale and df, got {scale!r} and {df!r}")
+        if not 0 < sigma_min < sigma_max:
+            raise ValueError(f"need 0 < sigma_min < sigma_max, got {sigma_min!r} and {sigma_max!r}")
+        self.mean, self.width = mean, scale * math.sqrt(df)
+        self.low, self.high = math.log(sigma_min), math.log(sigma_max)
+        ends = [math.asinh((level - mean) / self.width) for level in (self.low, self.high)]
+        v = np.linspace(*ends, 1 << 16)
+        density = np.exp(-df * (np.logaddexp(v, -v) - math.log(2)))
+        cdf = np.concatenate([[0], np.cumsum(density[1:] + density[:-1])])
+        quantiles = np.interp(np.linspace(0, 1, 4097), cdf / cdf[-1], v)
+        self.register_buffer("quantiles", torch.from_numpy(quantiles), persistent=False)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """Turn uniform numbers u (B,), float64 in (0, 1), into noise levels (B,), float32."""
+        place = u * (len(self.quantiles) - 1)
+        index = place.long()
+        v = torch.lerp(self.quantiles[index], self.quantiles[index + 1], place - index)
+        return (self.mean + self.width * v.sinh()).clamp(self.low, self.high).exp().float()
 
 
 NoiseLevelDistribution = LogNormal | KarrasGrid

@@ -39,6 +39,10 @@ class Sampling:
         per_step, steps = SOLVERS[self.solver].evaluations, len(self.sigmas) - 1 - self.analytic_first
         return per_step * steps if self.sigmas[-1] else evaluations(self.solver, steps)
 
+    def plain(self) -> dict[str, Any]:
+        """List the fields as JSON can say them."""
+        return vars(self) | {"sigmas": list(self.sigmas), "options": dict(self.options)}
+
     def __call__(self, denoiser: DenoiserFunction, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         """Make images of noise; each is a function of its own noise and label, whatever the batch around it.
 

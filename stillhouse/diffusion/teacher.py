@@ -110,6 +110,11 @@ class Teacher:
         return f"{self.solver}({options})" if options else self.solver
 
     @property
+    def is_consistency_model(self) -> bool:
+        """Whether it is sampled as one, by estimates and noise between them: its estimates are no denoiser's."""
+        return self.solver == "renoising"
+
+    @property
     def hash(self) -> str:
         """SHA-256 over weights and preconditioning, 64 hex digits."""
         if self._hash is None:
@@ -185,6 +190,25 @@ class Teacher:
             replica.denoiser = copy.deepcopy(self.denoiser)
         replica._rounded_to, replica._exact, replica._hash = None, [], None
         return replica
+
+    def sampled_by(
+        self,
+        solver: str,
+        solver_options: Mapping[str, bool | float | None] | None,
+        schedule: Callable[[int], Tensor],
+        steps: int,
+    ) -> "Teacher":
+        """Make a teacher of the same denoiser that is sampled in another way; arguments as of the class.
+
+        Raises:
+            ValueError: As of the class.
+        """
+        other = copy.copy(self)
+        options = dict(solver_options or {})
+        check_solver("method", solver, options)
+        other.solver, other.solver_options, other.schedule, other.steps = solver, options, schedule, steps
+        other.sigmas()
+        return other
 
     def sigmas(self, steps: int | None = None, through: Sequence[float] = ()) -> Tensor:
         """Make the sampling noise levels.

@@ -1,7 +1,8 @@
 import pytest
 import torch
+from scipy import stats
 
-from stillhouse.diffusion.noise_levels import KarrasGrid, LogNormal
+from stillhouse.diffusion.noise_levels import KarrasGrid, LogNormal, TruncatedStudentT
 from stillhouse.diffusion.schedules import karras
 
 U = (torch.arange(10000, dtype=torch.float64) + 0.5) / 10000
@@ -26,15 +27,29 @@ def test_karras_grid_is_edms_schedule_read_from_below():
     assert counts.max() <= 11
 
 
+@pytest.mark.parametrize(("mean", "scale", "df", "low", "high"), [(0, 0.2, 0.01, 1, 80), (-1.1, 2.0, 3.0, 0.002, 80)])
+def test_student_t_is_scipys_between_its_ends(mean, scale, df, low, high):
+    sigma = TruncatedStudentT(mean, scale, df, low, high)(U)
+    t = stats.t(df, mean, scale)
+    ends = t.cdf(torch.tensor([low, high]).double().log().numpy())
+    cdf = torch.from_numpy((t.cdf(sigma.double().log().numpy()) - ends[0]) / (ends[1] - ends[0]))
+    torch.testing.assert_close(cdf, U, rtol=0, atol=2e-5)
+    assert sigma.dtype == torch.float32
+    assert low <= sigma.min() <= sigma.max() <= high * (1 + 1e-6)
+
+
 @pytest.mark.parametrize(
     ("distribution", "options", "message"),
     [
         (LogNormal, {"std": 0}, "a log-normal distribution needs a positive std, got 0"),
+        (TruncatedStudentT, {"scale": 0}, "needs a positive scale and df, got 0 and 0.01"),
+        (TruncatedStudentT, {"sigma_min": 80}, "need 0 < sigma_min < sigma_max, got 80 and 80"),
         (KarrasGrid, {"sigma_min": 0}, "need 0 < sigma_min < sigma_max, got 0 and 80.0"),
         (KarrasGrid, {"last": 1000}, "need 0 <= first <= last < levels=1000, got 20 and 1000"),
         (KarrasGrid, {"levels": 1}, "levels must be an integer of at least 2, got 1"),
     ],
 )
 def test_misuse(distribution, options, message):
+    usual = {"mean": 0, "scale": 0.2, "df": 0.01, "sigma_min": 1, "sigma_max": 80}
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
-        distribution(**options)
+        distribution(**(usual | options if distribution is TruncatedStudentT else options))

@@ -57,6 +57,8 @@ METHODS = {
     "consistency_distillation": ("method=consistency_distillation", "method.target_halflife=0.05", "method.lr=1e-3"),
     # Its third stage begins after training step 10; dropout masks are drawn.
     "ect": ("method=ect", "method.stage_kimg=0.08", "method.lr=1e-3", "teacher.network.dropout=0.2"),
+    "tcm": ("method=tcm", "method.lr=1e-3", "teacher.solver=renoising", "teacher.network.dropout=0.2"),
+    "cmt": ("method=cmt", "method.lr=1e-3", "batch_size=16", *PAIRS),
 }
 FLOWS = {"flow": 3, "straight": 5, "distilled": 1, "bezier": 1, "joint": 1}  # network evaluations of a sample
 PATH = Path("data/degradation")
@@ -113,6 +115,8 @@ def slow(*case):
         slow("distilled", "lightning_modules:FlowDistillation.training_step", 8, ("", 6, 13)),
         slow("consistency_distillation", "lightning_modules:ConsistencyDistillation.training_step", 8, ("", 6, 13)),
         slow("ect", "lightning_modules:ECT.training_step", 8, ("", 6, 13)),
+        slow("tcm", "lightning_modules:TCM.training_step", 8, ("", 6, 13)),
+        slow("cmt", "lightning_modules:CMT.training_step", 8, ("", 6, 13)),
         slow("joint", "lightning_modules:BezierDistillation.training_step", 8, ("", 6, 13)),
     ],
 )

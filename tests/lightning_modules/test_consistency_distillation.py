@@ -162,7 +162,7 @@ def test_the_target_network_is_an_average_by_its_half_life():
 @pytest.mark.parametrize(
     ("precision", "halflife"),
     [
-        ("32-true", 0.2),
+        pytest.param("32-true", 0.2, marks=pytest.mark.slow),
         pytest.param("32-true", 0, marks=pytest.mark.slow),
         pytest.param("bf16-mixed", 0.2, marks=pytest.mark.slow),
     ],

@@ -156,6 +156,8 @@ METHODS = {
         for name in ("pretrain", "denoising_student", "diff_instruct", "disback", "ect", "progressive", "sfd")
     },
     "consistency_distillation": ["method=consistency_distillation"],
+    "tcm": ["method=tcm", "teacher.solver=renoising"],
+    "cmt": ["method=cmt"],
     **{name: [f"method={name}"] for name in ("rectified_flow", "reflow", "flow_distill", "bezier")},
     **{f"b_dense {host}": ["method=b_dense", f"host={host}"] for host in ("denoising_student", "progressive", "sfd")},
 }
