@@ -1,5 +1,6 @@
 """One training step of every method at the sizes of published teachers: seconds, network evaluations, peak memory."""
 
+import argparse
 import math
 import statistics
 from collections import Counter
@@ -86,8 +87,9 @@ class StepTimer(pl.Callback):
         self._begun = clock(pl_module.device)
 
     def _counter(self, name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
-        def count(network: nn.Module, inputs: tuple, output: Tensor) -> None:
-            self._rows[name, output.requires_grad] += len(inputs[0])
+        def count(network: nn.Module, inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
+            first = output[0] if isinstance(output, tuple) else output
+            self._rows[name, first.requires_grad] += len(inputs[0])
 
         return count
 
@@ -261,3 +263,19 @@ def _line(seconds: dict[str, float], batch: int, memory: str) -> str:
 def _counted(evaluations: dict[str, float]) -> str:
     parts = [f"{name.replace(' with gradient', '*')} {count:g}" for name, count in evaluations.items()]
     return "  " + ", ".join(parts)
+
+
+def main() -> None:
+    """Print the seconds and the peak memory of a step of some methods at EDM's CIFAR-10 size, in float32."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("names", nargs="+", choices=METHODS, metavar="NAME")
+    parser.add_argument("--batch", type=int, default=4)
+    chosen = parser.parse_args()
+    kept = [option for option in CIFAR10.overrides if not option.startswith("batch_size=")]
+    case = replace(CIFAR10, overrides=(*kept, f"batch_size={chosen.batch}"), cycle_rounds=1)
+    for entry in measure(case, {name: METHODS[name] for name in chosen.names}, ("32-true",))["methods"]:
+        print({key: entry.get(key) for key in ("method", "batch_size", "seconds_per_step", "peak_gib")})
+
+
+if __name__ == "__main__":
+    main()
