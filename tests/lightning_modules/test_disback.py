@@ -11,7 +11,7 @@ from test_diff_instruct import OPTIONS, snapshots
 
 from callbacks import Clock
 from closed_forms import CorrectedByLevel, Mixture, energy_distance, exact_teacher, fit
-from lightning_modules import DiffInstruct, DisBack, SiD
+from lightning_modules import DMD2, DiffInstruct, DisBack, SiD
 from lightning_modules.components.degradation_path import node_steps
 from lightning_modules.components.degradation_recording import DegradationRecording
 from stillhouse.diffusion.losses import denoising_score_matching
@@ -130,10 +130,10 @@ def test_seeds_and_step_sizes_of_stage_2_share_a_path_and_other_generators_do_no
 # -- stage 2 ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cls", [DisBack, SiD])
+@pytest.mark.parametrize("cls", [DisBack, SiD, DMD2])
 def test_targets_come_in_reverse_order_and_end_with_the_teacher(recorded, cls):
     """T_1 from the start, the next after every 2 generator updates; the fake score starts as T_0 = s'_N. All share a path."""
-    module = method(recorded, cls, kimg=1.536)  # 12 steps, 6 generator updates
+    module = method(recorded, cls, kimg=1.536, fake_updates=1)  # 12 steps, 6 generator updates
     kept = snapshots(module)
     targets, original = [], module.load_target
 
