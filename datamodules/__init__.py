@@ -20,6 +20,7 @@ from datamodules.components.image_datamodule import ImageDataModule
 from datamodules.components.packed_images import PackedImages, pack
 from datamodules.data_free import DataFree
 from datamodules.digits import Digits
+from datamodules.fashion_mnist import FashionMNIST
 from datamodules.ffhq import FFHQ
 from datamodules.image_folder import ImageFolder
 from datamodules.imagenet import ImageNet
@@ -39,6 +40,7 @@ __all__ = [
     "EDMZip",
     "EncodedDataModule",
     "EncodedImages",
+    "FashionMNIST",
     "FileDataModule",
     "ImageDataModule",
     "ImageFolder",

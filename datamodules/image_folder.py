@@ -13,12 +13,14 @@ class ImageFolder(PictureDataModule, PixelDataModule):
     """All pictures below a folder or in a zip, upright, the middle square of each.
 
     Args:
+        channels: 3, or 1: grey, of which Pillow makes the luma of ITU-R 601, rounded, before it shrinks the picture.
         path: The folder or zip; its first folders are the classes if num_classes > 0.
         class_order: text numbers the folders 1, 10, 2, as EDM's dataset_tool does; natural numbers them 1, 2, 10.
         max_aspect: Pictures more than so many times as long as wide are refused; None: none are.
     """
 
     how_to_get = "set data.path to a folder or zip of pictures"
+    other_channels = (1,)
 
     def __init__(
         self,
@@ -50,7 +52,9 @@ class ImageFolder(PictureDataModule, PixelDataModule):
         files = PictureFiles(self.path)
         folders = class_folders(files, self.classes, self.class_order) if self.classes else []
         labels = folder_classes(files, folders) if self.classes else None
-        return picture_source(self.name, files, self.rules, self._crop, f"upright by EXIF, {CENTRE_CROP}", labels)
+        steps = f"upright by EXIF, {CENTRE_CROP}" if self.channels == 3 else f"upright by EXIF, grey, {CENTRE_CROP}"
+        return picture_source(self.name, files, self.rules, self._crop, steps, labels)
 
     def _crop(self, image: Image.Image, where: str) -> Image.Image:
-        return centre_crop(ImageOps.exif_transpose(image), self.resolution)
+        upright = ImageOps.exif_transpose(image)
+        return centre_crop(upright if self.channels == 3 else upright.convert("L"), self.resolution)

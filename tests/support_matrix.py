@@ -225,34 +225,33 @@ def published(data: str, folder: Path) -> Iterator[list[str]]:
         os.chdir(here)
 
 
-def main(methods: Sequence[str]) -> None:
-    """Run all cases, or those of some methods, and write what came out; of other methods the file keeps what it has."""
+def main(names: Sequence[str]) -> None:
+    """Run all cases, or those of some methods and data sets, and write what came out; of others the file keeps what it has."""
     import logging
     import warnings
 
     from results.collect import origin
 
-    if unknown := set(methods) - set(METHODS):
-        raise SystemExit(f"unknown methods: {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
+    if unknown := set(names) - set(METHODS) - set(PUBLISHED):
+        raise SystemExit(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join((*METHODS, *PUBLISHED))}")
 
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     register_resolvers()
     path = ROOT / "results/support.json"
-    outcomes: dict[str, Any] = {}
-    if methods:
-        stored = json.loads(path.read_text())["outcomes"]
-        outcomes = {name: stored[name] for name in METHODS if name in stored and name not in methods}
+    stored = json.loads(path.read_text())["outcomes"]
+    outcomes: dict[str, Any] = {method: {data: {} for data in PUBLISHED} for method in METHODS}
     with tempfile.TemporaryDirectory() as folder, initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         for data in PUBLISHED:
             with published(data, Path(folder) / data) as options:
-                for case in cases():
-                    if case.data == data and case.method in (methods or METHODS):
+                for case in (case for case in cases() if case.data == data):
+                    if names and not {case.method, data}.intersection(names):
+                        found = stored.get(case.method, {}).get(data, {}).get(case.family, "never run")
+                    else:
                         found = outcome(case, options)
-                        print(case.method, case.data, case.family, found, flush=True)
-                        outcomes.setdefault(case.method, {}).setdefault(case.data, {})[case.family] = found
-    ordered = {name: outcomes[name] for name in METHODS if name in outcomes}
-    content = {**origin(), "steps": STEPS, "outcomes": ordered}
+                        print(case.method, data, case.family, found, flush=True)
+                    outcomes[case.method][data][case.family] = found
+    content = {**origin(), "steps": STEPS, "outcomes": outcomes}
     write_file(path, (json.dumps(content, indent=1) + "\n").encode())
 
 

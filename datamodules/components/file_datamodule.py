@@ -124,7 +124,7 @@ class FileDataModule(ImageDataModule):
         name, root: As in `ImageDataModule`.
         path: The source.
         url: Where `path` can be fetched from, for error messages; `download=true` fetches it.
-        channels: Must be `source_channels`.
+        channels: None: `source_channels`; else that or one of `other_channels`.
         common: The other options of `ImageDataModule`.
 
     Raises:
@@ -138,6 +138,8 @@ class FileDataModule(ImageDataModule):
     """How to get the files, for error messages; follows "neither ... exists; "."""
     source_channels: ClassVar[int] = 3
     """Channels of the images in the source."""
+    other_channels: ClassVar[tuple[int, ...]] = ()
+    """Channels that it can be packed with as well."""
 
     def __init__(
         self,
@@ -150,9 +152,9 @@ class FileDataModule(ImageDataModule):
         **common: Any,
     ):
         super().__init__(name, root, channels=self.source_channels if channels is None else channels, **common)
-        if self.channels != self.source_channels:
+        if self.channels not in (possible := (self.source_channels, *self.other_channels)):
             raise ValueError(
-                f"data.channels={channels}: {name} is packed with {self.source_channels} channels; "
+                f"data.channels={channels}: {name} is packed with {' or '.join(map(str, possible))} channels; "
                 f"set data.channels={self.source_channels}"
             )
         self.path = Path(path).expanduser()

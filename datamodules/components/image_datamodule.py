@@ -130,6 +130,10 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             self._packed = packed
         return self._packed
 
+    def held_out(self) -> PackedImages | None:
+        """Real images of the same kind that no training sees; packs them first where that is to do. None: there are none."""
+        return None
+
     def check_sizes(self, meta: dict[str, Any]) -> None:
         """Raise ValueError where the sizes in meta.json are not those of the options."""
         for key, option, expected in (

@@ -27,7 +27,7 @@ CENTRE_CROP = "the middle square, Pillow's Lanczos to the resolution, as EDM's d
 THREADS = min(16, CORES)
 
 Preprocess = Callable[[Image.Image, str], Image.Image]
-"""(RGB picture, its name for errors) -> RGB picture of the data set's resolution."""
+"""(RGB picture, its name for errors) -> picture of the data set's resolution, RGB or grey (L)."""
 
 
 @dataclass(frozen=True)
@@ -320,7 +320,7 @@ class Decoder:
     def chunks(
         self, contents: Iterable[tuple[str, bytes]], size: int = 256
     ) -> Iterator[tuple[list[bytes], np.ndarray]]:
-        """Decode (name, content) pairs in their order, `size` at a time, into contents and pixels, uint8 (n, 3, H, W)."""
+        """Decode (name, content) pairs in their order, `size` at a time, into contents and pixels, uint8 (n, C, H, W)."""
         with ThreadPoolExecutor(THREADS) as pool:  # Pillow decodes and resizes without the interpreter's lock
             for batch in _batched(contents, size):
                 pixels, changes = zip(*pool.map(self._pixels, batch), strict=True)
@@ -335,9 +335,13 @@ class Decoder:
         where, content = named
         picture = decode(content, where, self.rules)
         prepared, changes = self.preprocess(picture.image, where), picture.changes
+        if prepared.mode == "L":
+            changes.pop("converted to RGB", None)
+            if picture.mode not in ("1", "L"):
+                changes["converted to grey"] = picture.mode
         if min(picture.image.size) < min(prepared.size):
             changes[f"are smaller than {prepared.width} pixels and were enlarged"] = "{}x{}".format(*picture.image.size)
-        return np.asarray(prepared).transpose(2, 0, 1), changes
+        return np.asarray(prepared).reshape(*prepared.size[::-1], -1).transpose(2, 0, 1), changes
 
     def report(self, name: str) -> None:
         """Print a line for each kind of picture that was no plain RGB, if there were any."""

@@ -80,13 +80,16 @@ def data_of(teacher: str) -> str:
     return teacher if "/" in teacher else re.sub(r"(_(rf\d+|cond|baseline|vp|ve|ddpm|ect|sid|cd))+$", "", teacher)
 
 
-def picture_set(path: str, resolution: int) -> str:
-    """The name of pictures at `path`: my_photos64; with a hash of the path where its last part alone could mean another."""
+def picture_set(path: str, resolution: int, channels: int = 3) -> str:
+    """The name of pictures at `path`: my_photos64, my_photos64-grey with one channel; with a hash of the path where its last part
+    alone could mean another.
+    """
     path = str(path)  # a number is refused later, by the option's name
     plain = re.sub(r"[^A-Za-z0-9_-]+", "-", PurePath(path).name).strip("-")
+    size = f"{resolution}-grey" if channels == 1 else f"{resolution}"
     if plain == path:
-        return f"{plain}{resolution}"
-    return f"{plain or 'pictures'}{resolution}-{hashlib.sha256(os.path.normpath(path).encode()).hexdigest()[:6]}"
+        return f"{plain}{size}"
+    return f"{plain or 'pictures'}{size}-{hashlib.sha256(os.path.normpath(path).encode()).hexdigest()[:6]}"
 
 
 def register_resolvers() -> None:

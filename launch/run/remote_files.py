@@ -14,17 +14,17 @@ _FILES = ("file", "path", "weights")  # the key beside `url` that says where its
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file that a config names together with its address. product: what is made of it, and does in its place."""
+    """A file that a config names together with its address. instead: what is made of it, or a copy: any does in its place."""
 
     option: str
     file: Path
     url: str
     sha256: str | None = None
-    product: Path | None = None
+    instead: tuple[Path, ...] = ()
 
     @property
     def missing(self) -> bool:
-        return not (exists(self.file) or (self.product is not None and exists(self.product)))
+        return not any(map(exists, (self.file, *self.instead)))
 
 
 def exists(path: Path) -> bool:
@@ -36,8 +36,11 @@ def exists(path: Path) -> bool:
 
 
 def remote_files(config: dict[str, Any]) -> list[RemoteFile]:
-    """Each file with an address in a resolved config, once: in nodes with `url` and one of `file`, `path` and `weights`."""
-    files = {source.file: source for source in (*_walk(config, "", None), *_perceptual(config.get("method") or {}))}
+    """Each file with an address in a resolved config, once: in nodes with `url` and one of `file`, `path` and `weights`.
+
+    With `files`, names with their SHA-256, the address and the path are folders of these, as is `packaged`, of copies.
+    """
+    files = {source.file: source for source in (*_walk(config, "", ()), *_perceptual(config.get("method") or {}))}
     return list(files.values())
 
 
@@ -60,19 +63,24 @@ def _perceptual(method: dict[str, Any]) -> Iterator[RemoteFile]:
         yield RemoteFile("method.lpips_weights", vgg16_file(method.get("lpips_weights")), URL)
 
 
-def _walk(node: Any, option: str, product: Path | None) -> Iterator[RemoteFile]:
+def _walk(node: Any, option: str, instead: tuple[Path, ...]) -> Iterator[RemoteFile]:
     if isinstance(node, list):
         for index, part in enumerate(node):
-            yield from _walk(part, f"{option}[{index}]", None)
+            yield from _walk(part, f"{option}[{index}]", ())
     if not isinstance(node, dict):
         return
     place = next((key for key in _FILES if node.get(key)), None)
     if node.get("url") and place:
         if {"name", "root"} <= set(node):  # a data set, which is packed there
-            product = Path(node["root"]) / str(node["name"])
-        yield RemoteFile(option, Path(node[place]), node["url"], node.get("sha256"), product)
+            instead = (Path(node["root"]) / str(node["name"]),)
+        if node.get("files"):
+            for name, sha256 in node["files"].items():
+                copies = (*instead, Path(node["packaged"]) / name) if node.get("packaged") else instead
+                yield RemoteFile(option, Path(node[place]) / name, f"{node['url'].rstrip('/')}/{name}", sha256, copies)
+        else:
+            yield RemoteFile(option, Path(node[place]), node["url"], node.get("sha256"), instead)
     for key, part in node.items():
         if key == "source" and not node.get("weights"):  # a network with random weights needs none
             continue
-        made = Path(node["weights"]) if key == "source" else None
+        made = (Path(node["weights"]),) if key == "source" else ()
         yield from _walk(part, f"{option}.{key}" if option else str(key), made)

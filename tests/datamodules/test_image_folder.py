@@ -47,6 +47,21 @@ def test_photographs_are_turned_upright(tmp_path, channels):
     )
 
 
+def test_pictures_may_be_grey(tmp_path, capsys):
+    """Colours by Pillow's luma, before they are shrunk; what is grey already stays as it is."""
+    grey = pattern(16, 16, 1)
+    folder_of(tmp_path / "my_photos", {"a.png": encoded(grey), "b.png": encoded(pattern(40, 30))})
+    packed = module(tmp_path, channels=1).reference()
+    assert np.array_equal(packed.images[0], grey.transpose(2, 0, 1))
+    luma = Image.fromarray(pattern(40, 30)).convert("L").crop((5, 0, 35, 30))
+    assert np.array_equal(packed.images[1, 0], np.asarray(luma.resize((16, 16), Image.Resampling.LANCZOS)))
+    shown = capsys.readouterr().out
+    assert "my_photos16: 1 of 2 pictures converted to grey, the first" in shown and "b.png (RGB)" in shown
+    assert picture_set("my_photos", 16, 1) != picture_set("my_photos", 16, 3)
+    with pytest.raises(ValueError, match="data.channels=2: my_photos16 is packed with 3 or 1 channels"):
+        module(tmp_path, channels=2)
+
+
 def test_a_folder_that_has_changed_is_not_mistaken_for_what_was_packed(tmp_path):
     folder = folder_of(tmp_path / "my_photos", FILES)
     before = module(tmp_path).reference().hash

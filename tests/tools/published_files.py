@@ -1,6 +1,8 @@
 """A few images of every data set of conf/data, in the layout in which each is published, and the options that fit them."""
 
+import gzip
 import pickle
+import struct
 import tarfile
 from collections.abc import Callable
 from io import BytesIO
@@ -26,6 +28,19 @@ def cifar10(folder: Path) -> list[str]:
             member.size = len(content)
             archive.addfile(member, BytesIO(content))
     return ["data.path=cifar-10-python.tar.gz", "data.sha256=null"]
+
+
+def idx(array: np.ndarray) -> bytes:
+    """An IDX file of bytes, packed by gzip."""
+    return gzip.compress(struct.pack(f">BBBB{array.ndim}i", 0, 0, 8, array.ndim, *array.shape) + array.tobytes())
+
+
+def fashion_mnist(folder: Path) -> list[str]:
+    for part in ("train", "t10k"):
+        images = np.stack([pattern(28, 28, shift=i)[..., 0] for i in range(COUNT)])
+        (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(idx(images))
+        (folder / f"{part}-labels-idx1-ubyte.gz").write_bytes(idx(np.arange(COUNT, dtype=np.uint8) % 10))
+    return ["data.path=.", "data.files=null", "data.resolution=16"]
 
 
 def celeba64(folder: Path) -> list[str]:
@@ -94,6 +109,7 @@ PUBLISHED: dict[str, Callable[[Path], list[str]]] = {
     "digits": drawn_here,
     "checkerboard": drawn_here,
     "eight_gaussians": drawn_here,
+    "fashion_mnist": fashion_mnist,
     "cifar10": cifar10,
     "celeba64": celeba64,
     "ffhq64": ffhq64,

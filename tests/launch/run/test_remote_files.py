@@ -45,9 +45,32 @@ def config(url: str) -> dict:
 def test_nodes_with_an_address_are_found_once():
     found = {str(source.file): source for source in remote_files(config("http://a"))}
     assert set(found) == {"w/t.pkl", "data/d.zip", "w/i.pth"}
-    assert found["w/t.pkl"].product == Path("w/t.safetensors")
-    assert found["data/d.zip"] == RemoteFile("data", Path("data/d.zip"), "http://a/d.zip", "ab", Path("data/d"))
+    assert found["w/t.pkl"].instead == (Path("w/t.safetensors"),)
+    assert found["data/d.zip"] == RemoteFile("data", Path("data/d.zip"), "http://a/d.zip", "ab", (Path("data/d"),))
     assert found["w/i.pth"].option == "evaluation.extractor"
+
+
+def test_files_of_one_folder_may_lie_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = {
+        "name": "d",
+        "root": "data",
+        "path": "d",
+        "packaged": "debian",
+        "url": "http://a/b/",
+        "files": {"x.gz": "ab", "y.gz": "cd"},
+    }
+    first, second = remote_files({"data": data})
+    copies = (Path("data/d"), Path("debian/x.gz"))
+    assert first == RemoteFile("data", Path("d/x.gz"), "http://a/b/x.gz", "ab", copies)
+    Path("debian").mkdir()
+    Path("debian/x.gz").touch()
+    assert (first.missing, second.missing) == (False, True)
+    Path("data/d").mkdir(parents=True)  # packed already
+    assert not second.missing
+    assert remote_files({"data": data | {"files": None}}) == [
+        RemoteFile("data", Path("d"), "http://a/b/", None, copies[:1])
+    ]
 
 
 def test_several_teachers_are_found_and_random_weights_need_nothing():
