@@ -15,6 +15,7 @@ from stillhouse.checks import check_choice, check_integers
 from stillhouse.diffusion.random_numbers import MONITOR_SEEDS
 from stillhouse.metrics.evaluation import (
     check_evaluation,
+    check_held_out,
     check_real_features,
     check_real_images,
     measure_sampler,
@@ -111,12 +112,14 @@ class GenerativeMetrics(pl.Callback):
             self._reference = published_reference(self.published, self.extractor)
             return
         check_real_images(self.metrics, len(pl_module.data.reference()), self.num_samples)
+        check_held_out(self.metrics, pl_module.data.held_out())
         # Here, so that an extractor that does not fit the data is refused before training.
         self._reference = reference_statistics(
             pl_module.data.reference(),
             self.extractor,
             self.cache_folder,
             keep_features=needs_real_features(self.metrics),
+            held_out=pl_module.data.held_out(),
             device=pl_module.device,
         )
         check_class_shares(self.labels, pl_module.data)

@@ -75,6 +75,7 @@ class FashionMNIST(PixelDataModule):
             self.path = Path(packaged)
         self.published, self.part = files is not None, part
         self._common = common
+        self._held_out: PackedImages | None = None
 
     @property
     def source_paths(self) -> list[Path]:
@@ -94,7 +95,14 @@ class FashionMNIST(PixelDataModule):
             _PREPROCESSING[self.resolution],
         )
 
+    def prepare_data(self) -> None:
+        super().prepare_data()
+        if self.part == "training" and self.folder.exists():
+            self.held_out()  # so that missing test images are seen before a training, not after it
+
     def held_out(self) -> PackedImages:
+        if self._held_out is not None:
+            return self._held_out
         test = FashionMNIST(
             f"{self.name}_test",
             str(self.folder.parent),
@@ -103,7 +111,8 @@ class FashionMNIST(PixelDataModule):
             part="test",
             **self._common,
         )
-        return test.reference()
+        self._held_out = test.reference()
+        return self._held_out
 
     def _read(self, name: str) -> np.ndarray:
         file = _file(self.path, name)

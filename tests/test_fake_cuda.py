@@ -240,10 +240,11 @@ def test_measurements_and_pictures_stay_on_the_device(tmp_path):
     data = SimpleNamespace(channels=1, resolution=4, num_classes=3, reference=lambda: packed)
     options = {"num_samples": 40, "blocks": 2, "num_classes": 3, "batch_size": 20, "device": DEVICE, "progress": False}
     with FakeCuda(answers).entered():
-        reference = reference_statistics(packed, Stub(), tmp_path, keep_features=True, device=DEVICE)
+        held_out = {"held_out": Packed(50)}
+        reference = reference_statistics(packed, Stub(), tmp_path, keep_features=True, device=DEVICE, **held_out)
         options |= {"reference": reference, "extractor": Stub(), "metrics": METRICS, "name": "t"}
         records = measure_sampler(sampler, subject="student", nfe=1, shape=SHAPE, **options)
-        assert len(records) == len(measure_real_images(packed, **options)) == len(METRICS)
+        assert len(records) == len(measure_real_images(packed, **held_out, **options)) == len(METRICS)
         save_progress_picture(tmp_path / "grid.png", sampler, data, DEVICE, 2, 3)
         save_final_pictures(tmp_path, {"one": sampler, "two": sampler}, data, DEVICE)
         teacher = Teacher("t", tiny("mlp"), preconditioning.EDM(), karras, steps=3).to(DEVICE)

@@ -26,6 +26,7 @@ from stillhouse.files import write_cache
 from stillhouse.metrics.evaluation import (
     check_evaluation,
     check_feature_memory,
+    check_held_out,
     check_real_features,
     check_real_images,
     measure_real_images,
@@ -104,6 +105,7 @@ class Evaluation:
             self.extractor,
             self.cache / "statistics",
             keep_features=needs_real_features(self.settings["metrics"]),
+            held_out=data.held_out(),
             device=device,
         )
         if not first_seed:  # on the way GenerativeMetrics has said it
@@ -198,10 +200,14 @@ class Evaluation:
         return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
     def real(self) -> list[Record]:
-        """The floor: real images against all real images; none where there are only their statistics."""
+        """The floor: real images, of those held out where there are any, against all that are trained on.
+
+        None where there are only their statistics.
+        """
         if not self.has_images:
             return []
-        records = measure_real_images(self.data.reference(), name=self.data.name, **self._common(self.data.num_classes))
+        settings = {"held_out": self.data.held_out(), **self._common(self.data.num_classes)}
+        records = measure_real_images(self.data.reference(), name=self.data.name, **settings)
         return with_provenance(records, None, None)
 
     def pictures(self, folder: Path, samplers: dict[str, Sampler]) -> None:
@@ -275,6 +281,7 @@ def check_data(settings: Mapping[str, Any], data: Any) -> None:
     """Refuse data of too few images for the metrics of `checked` settings; packs them where they are not yet."""
     if needs_images(settings):
         check_real_images(settings["metrics"], len(data.reference()), settings["num_samples"])
+        check_held_out(settings["metrics"], data.held_out())
 
 
 RESULT_FILES = ("metrics.json", "samples.png", "interpolation.png", "quality.png")

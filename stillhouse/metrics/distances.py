@@ -149,6 +149,37 @@ def precision_recall(features: Tensor, reference: Tensor, neighbours: int = 3) -
     return precision, recall
 
 
+def memorised_share(features: Tensor, training: Tensor, held_out: Tensor, own: Tensor | None = None) -> Tensor:
+    """The share of samples that are nearer to a training image than to any held-out one.
+
+    Were a sample as new as a held-out image it would fall to either side by their numbers, N / (N + M) on average, but for the
+    spread of the two sets: the value of the held-out images themselves says what that is worth.
+
+    Args:
+        features: (B, D).
+        training: (N, D).
+        held_out: (M, D).
+        own: (B,), int64, where the features are held-out images: their own places, which do not count; None elsewhere.
+
+    Returns:
+        A float64 scalar in [0, 1].
+
+    Raises:
+        ValueError: for fewer than two held-out images.
+    """
+    if len(held_out) < 2:
+        raise ValueError(f"memorisation compares with 2 held-out images at least, got {len(held_out)}")
+    features, training, held_out = features.double(), training.double(), held_out.double()
+    nearest = torch.cat([d.amin(1) for d in _distances(features, training)])
+    others, first = [], 0
+    for d in _distances(features, held_out):
+        if own is not None:
+            d[torch.arange(len(d), device=d.device), own[first : first + len(d)]] = math.inf
+        others.append(d.amin(1))
+        first += len(d)
+    return (nearest < torch.cat(others)).double().mean()
+
+
 def _distances(rows: Tensor, others: Tensor, exact: bool = False) -> Iterator[Tensor]:
     """Euclidean distances of `rows` to `others`, some rows at a time; exact: from differences, not a matrix product."""
     mode = "donot_use_mm_for_euclid_dist" if exact else "use_mm_for_euclid_dist_if_necessary"

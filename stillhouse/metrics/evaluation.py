@@ -14,6 +14,7 @@ from stillhouse.metrics.distances import (
     gaussian_kernel_distance,
     inception_score,
     kernel_distance,
+    memorised_share,
     precision_recall,
     wasserstein_distance,
 )
@@ -27,7 +28,7 @@ from stillhouse.metrics.sampling import Sampler, sample_features
 from stillhouse.metrics.statistics import RunningGaussian
 from stillhouse.ranks import rank_and_world
 
-METRICS = ("fid", "kid", "precision", "recall", "is", "w2", "mmd")
+METRICS = ("fid", "kid", "precision", "recall", "memorisation", "is", "w2", "mmd")
 SHIFT_SAMPLES = 2000  # from which the shift of a fast extractor is measured
 MAX_W2_SAMPLES = 5000  # samples: the time of an exact assignment grows with their cube
 MIN_REAL_IMAGES = {
@@ -36,7 +37,7 @@ MIN_REAL_IMAGES = {
     "precision": 4,
     "recall": 4,
 }  # real images: a covariance takes 2, a third neighbour 4
-_NEED_REAL_FEATURES = {"kid", "precision", "recall", "w2", "mmd"}
+_NEED_REAL_FEATURES = {"kid", "precision", "recall", "memorisation", "w2", "mmd"}
 _NEED_EQUAL_COUNTS = {"w2", "mmd"}
 
 
@@ -123,6 +124,7 @@ def measure_sampler(
 def measure_real_images(
     packed: PackedImages,
     *,
+    held_out: PackedImages | None = None,
     name: str,
     reference: Reference,
     extractor: FeatureExtractor,
@@ -137,7 +139,9 @@ def measure_real_images(
     first_seed: int = 0,
     progress: bool = True,
 ) -> list[Record]:
-    """Measure real images, drawn with replacement from the data set: the floor, what a perfect sampler would score.
+    """Measure real images, drawn with replacement: the floor, what a perfect sampler would score.
+
+    They are drawn from `held_out`, images of the same kind that no training sees, else from the data set itself.
 
     Draw i depends on seed i alone; blocks and the distribution of classes are those of `measure_sampler` (see
     `draw_real_images`). Where w2 or mmd is measured, the draws are from the real images that these do not compare with: a set
@@ -149,13 +153,15 @@ def measure_real_images(
     _check(metrics, reference, extractor, num_samples, blocks, batch_size)
     reference = reference.to(device)
     seeds = first_seed + torch.arange(blocks * num_samples)
-    disjoint = _NEED_EQUAL_COUNTS.intersection(metrics)
-    among = split_real_images(len(packed), num_samples)[1] if disjoint else torch.arange(len(packed))
+    source = held_out or packed
+    disjoint = held_out is None and _NEED_EQUAL_COUNTS.intersection(metrics)
+    among = split_real_images(len(packed), num_samples)[1] if disjoint else torch.arange(len(source))
     labels = {"num_classes": num_classes, "class_counts": class_counts}
-    draws = draw_real_images(seeds, packed.labels, among, **labels).numpy()
+    draws = draw_real_images(seeds, source.labels, among, **labels)
     label = f"{name} real" if progress else None
-    rows = real_features(packed, extractor, batch_size, device, indices=draws, label=label)
-    values = [_scores(part, reference, extractor, metrics) for part in rows.split(num_samples)]
+    rows = real_features(source, extractor, batch_size, device, indices=draws.numpy(), label=label)
+    blocks_of = zip(rows.split(num_samples), draws.to(rows.device).split(num_samples), strict=True)
+    values = [_scores(part, reference, extractor, metrics, own) for part, own in blocks_of]
     fingerprint = _fingerprint(extractor, reference, num_samples, blocks, labels, None, precision, first_seed)
     return _records(values, extractor, fingerprint, name, "real", 0, None, {})
 
@@ -287,6 +293,19 @@ def check_real_images(metrics: Sequence[str], total: int, num_samples: int) -> N
         )
 
 
+def check_held_out(metrics: Sequence[str], held_out: PackedImages | Tensor | None) -> None:
+    """Refuse metrics that compare with real images that no training sees, where there are none.
+
+    Raises:
+        ValueError: naming the metric.
+    """
+    if "memorisation" in metrics and held_out is None:
+        raise ValueError(
+            "memorisation compares with real images that no training sees, and this data set has none: leave it out of "
+            "evaluation.metrics, or take one that has, such as data=fashion_mnist"
+        )
+
+
 def check_real_features(metrics: Sequence[str]) -> None:
     """Refuse metrics that compare with the features of each real image where there are only their mean and covariance.
 
@@ -316,6 +335,7 @@ def _check(
         )
     if reference.features is None:
         check_real_features(metrics)
+    check_held_out(metrics, reference.held_out)
     if reference.features is not None:
         check_real_images(metrics, len(reference.features), num_samples)
     if not (reference.mu.isfinite().all() and reference.cov.isfinite().all()):
@@ -332,8 +352,13 @@ def printed_metric(metric: str, extractor: FeatureExtractor) -> str:
 
 
 def _scores(
-    rows: Tensor, reference: Reference, extractor: FeatureExtractor, metrics: Sequence[str]
+    rows: Tensor,
+    reference: Reference,
+    extractor: FeatureExtractor,
+    metrics: Sequence[str],
+    own: Tensor | None = None,
 ) -> dict[str, float]:
+    """own: of real images, their places among those held out."""
     scores = {}
     if "fid" in metrics:
         scores["fid"] = torch.tensor(_frechet(rows, reference), dtype=torch.float64)
@@ -341,6 +366,8 @@ def _scores(
         scores["kid"] = kernel_distance(rows, reference.features).mean()
     if {"precision", "recall"}.intersection(metrics):
         scores["precision"], scores["recall"] = precision_recall(rows, reference.features)
+    if "memorisation" in metrics:
+        scores["memorisation"] = memorised_share(rows, reference.features, reference.held_out, own)
     if _NEED_EQUAL_COUNTS.intersection(metrics):
         chosen = split_real_images(len(reference.features), len(rows))[0]
         real = reference.features[chosen.to(rows.device)]

@@ -39,17 +39,19 @@ class Reference:
         cov: covariance (D, D), float64.
         hash: of the images, or of the statistics file, that they come from.
         features: all rows (N, D), where they are kept.
+        held_out: rows (M, D) of the real images that no training sees, where they are kept and there are any.
     """
 
     mu: Tensor
     cov: Tensor
     hash: str
     features: Tensor | None = None
+    held_out: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Reference":
         """The same on a device."""
-        rows = None if self.features is None else self.features.to(device)
-        return Reference(self.mu.to(device), self.cov.to(device), self.hash, rows)
+        rows, others = (None if kept is None else kept.to(device) for kept in (self.features, self.held_out))
+        return Reference(self.mu.to(device), self.cov.to(device), self.hash, rows, others)
 
 
 def real_features(
@@ -86,6 +88,7 @@ def reference_statistics(
     cache_folder: str | Path | None = None,
     *,
     keep_features: bool = False,
+    held_out: PackedImages | None = None,
     batch_size: int = 512,
     device: torch.device | str = "cpu",
     label: str | None = None,
@@ -99,6 +102,7 @@ def reference_statistics(
         extractor: of features.
         cache_folder: where mean and covariance are kept, named by the hashes of extractor and images; None: nowhere.
         keep_features: whether all rows are kept too, which KID, precision and recall need; they are computed each time.
+        held_out: real images that no training sees, whose rows are kept with the others.
         batch_size: images at once.
         device: to compute on.
         label: names a progress bar.
@@ -114,7 +118,9 @@ def reference_statistics(
         cached = run_on_rank_zero(lambda: load_statistics(cache, identity) if cache.exists() else None)
         if cached is not None and not keep_features:
             return Reference(*cached, packed.hash).to(device)
-    rows = None
+    rows = others = None
+    if keep_features and held_out is not None:
+        others = real_features(held_out, extractor, batch_size, device, label=label)
     if keep_features:
         rows = real_features(packed, extractor, batch_size, device, label=label)
         gaussian = RunningGaussian(extractor.dim, device).update(rows)
@@ -125,7 +131,7 @@ def reference_statistics(
         gaussian = gaussian.merged()
     if cache is not None and cached is None:
         run_on_rank_zero(lambda: write_cache(lambda: save_statistics(cache, gaussian.mean, gaussian.cov, identity)))
-    return Reference(gaussian.mean, gaussian.cov, packed.hash, rows)
+    return Reference(gaussian.mean, gaussian.cov, packed.hash, rows, others)
 
 
 def load_reference(path: str | Path) -> Reference:

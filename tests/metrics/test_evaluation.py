@@ -168,6 +168,29 @@ def test_real_floor_draws_with_replacement_and_shares_the_table():
     assert records[0].mean < student[0].mean
 
 
+def test_memorisation_is_of_training_against_held_out_images_and_the_floor_is_the_latters():
+    """A sampler of training images scores 1, of held-out ones 0; of these themselves their own place does not count."""
+    training, held_out = Packed(30), Packed(12)
+    held_out.images = 255 - held_out.images
+    reference = reference_statistics(training, Stub(), keep_features=True, held_out=held_out)
+    assert torch.equal(reference.held_out, Stub()(held_out.images))
+    settings = {"metrics": ("fid", "memorisation"), "num_samples": 12, "blocks": 2}
+
+    def of(images):
+        return lambda noise, labels: images[: len(noise)] / 127.5 - 1
+
+    copies = (measured(of(packed.images), reference, **settings) for packed in (training, held_out))
+    assert [records[1].mean for records in copies] == [1.0, 0.0]
+    options = {"name": "d", "num_classes": 0, "batch_size": 16, "device": "cpu", "extractor": Stub(), "progress": False}
+    real = measure_real_images(training, held_out=held_out, reference=reference, **settings, **options)
+    draws = sample_labels(torch.arange(24), 12)
+    rows, apart = reference.held_out[draws].double(), torch.arange(12) != draws[:, None]
+    nearest = torch.cdist(rows, reference.features.double()).amin(1)
+    other = torch.cdist(rows, reference.held_out.double()).where(apart, torch.inf).amin(1)
+    assert real[1].mean == pytest.approx((nearest < other).double().mean().item())
+    assert real[0].mean > measured(of(training.images), reference, **settings)[0].mean
+
+
 def test_w2_and_mmd_compare_with_as_many_real_rows_always_the_same():
     reference = stub_reference()
     records = measured(metrics=("w2", "mmd"), num_samples=16, blocks=2)
@@ -236,6 +259,10 @@ def broken():
         (
             {"metrics": ("w2", "mmd"), "reference": stub_reference(False)},
             "mmd, w2 compare with the features .*or set evaluation.reference=null",
+        ),
+        (
+            {"metrics": ("memorisation",)},
+            "memorisation compares with real images that no training sees, and this data set",
         ),
         ({"metrics": ("w2",), "num_samples": 5001}, "w2 takes at most 5000 samples, got num_samples=5001"),
         ({"metrics": ("w2",), "num_samples": 21}, "num_samples=21 is more than half of the 40 real ones"),

@@ -64,7 +64,8 @@ class TinyMethod(pl.LightningModule):
         self.name, self.seed, self.batch_size, self.nfe = "tiny", 0, batch_size, 1
         self.bad_step, self.skip = bad_step, set(skip)
         self.shape = (channels, resolution, resolution)
-        self.data = SimpleNamespace(name="tiny", resolution=resolution, channels=channels, num_classes=0)
+        sizes = {"resolution": resolution, "channels": channels, "num_classes": 0}
+        self.data = SimpleNamespace(name="tiny", held_out=lambda: None, **sizes)
         self.seen: list[int] = []
         self.student_states: list[dict[str, Tensor]] = []
 
