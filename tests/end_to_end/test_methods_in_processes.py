@@ -153,7 +153,7 @@ def test_each_process_has_its_share_of_the_samples(learned, name):
     assert zero["seen"].keys() == one["seen"].keys() == alone["seen"].keys() == set(range(zero["steps"]))
     for step, ours in zero["seen"].items():
         theirs = one["seen"][step]
-        assert len(ours) == len(theirs) == BATCH // 2
+        assert len(ours) == len(theirs) == len(alone["seen"][step]) // 2 >= BATCH // 2  # CMT sees all states of a trajectory
         assert not any(torch.equal(a, b) for a in ours for b in theirs)
         if name not in DRAWN_BY_RANK:
             torch.testing.assert_close(torch.cat([ours, theirs]), alone["seen"][step], rtol=1e-4, atol=1e-4)
