@@ -26,6 +26,14 @@ _SUMMARY = (
     ("denoising_student-digits", r"denoising_student-digits-seed\d-method.loss-l1", "Denoising Student"),
     ("score_distillation-digits", r"diff_instruct-.*lr-0.0004-method.sigma_init-2.5", "Diff-Instruct"),
     ("score_distillation-digits", r"disback-.*lr-0.0004-method.sigma_init-2.5", "DisBack"),
+    ("baselines-digits", "sid", "SiD"),
+    ("baselines-digits", "sida", "SiDA"),
+    ("baselines-digits", "dmd2 levels=null", "DMD2"),
+    ("baselines-digits", "consistency_distillation", "Consistency distillation"),
+    ("baselines-digits", "ect teacher=digits .*", "ECT"),
+    ("baselines-digits", "tcm", "TCM after ECT"),
+    ("baselines-digits", "cmt", "CMT"),
+    ("baselines-digits", "ect teacher=cmt.*", "ECT after CMT"),
     ("trajectory_distillation-digits", "progressive", "Progressive distillation"),
     ("trajectory_distillation-digits", "sfd", "SFD"),
     ("trajectory_distillation-digits", "b_dense_sfd", "B-DENSE on SFD"),
@@ -110,7 +118,7 @@ def summary() -> str:
             fingerprints += [record.comparable for record in chosen]
         if not found:
             raise ValueError(f"results/{name}.json has nothing that is called {pattern}")
-        values += [QualityValue(**{**vars(value), "group": row}) for value in found]
+        values += [QualityValue(**{**vars(value), "group": row, "costs": None}) for value in found]
     if any(fingerprint != fingerprints[0] for fingerprint in fingerprints):
         raise ValueError("the values of the README's table were not measured alike")
     return quality_markdown(Quality("fid_digits", fingerprints[0], tuple(values), floors[0]))

@@ -73,7 +73,7 @@ def compare_quality(folders: Sequence[StoredRun], *, like: Record | None = None,
     everything = [record for final, again in measured.values() for record in (*final, *again)]
     comparable = [record for record in everything if record.kind == like.kind]
     for record in comparable:
-        if record.subject == "teacher":
+        if record.subject == "teacher" and record.name not in names.values():  # else it has a student's line
             value = QualityValue(
                 record.name, label_teacher(record), None, record.nfe, record.mean, None, record.provenance
             )

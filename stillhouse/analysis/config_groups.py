@@ -31,15 +31,24 @@ ComparableOptions = dict[str, str]
 def comparable_options(config: Mapping[str, Any]) -> ComparableOptions:
     """Return the options that decide a run's results, {dotted key: value}, equal for runs that differ by their seed alone.
 
-    Devices are not among them: results do not depend on them, but seconds do.
+    Devices are not among them: results do not depend on them, but seconds do. A teacher that is a run of the same seed, by its
+    name, counts as the same for all seeds.
 
     Args:
         config: The run's, plain.
     """
-    folder = str(config.get("folder"))
+    folder, own = str(config.get("folder")), f"-seed{config.get('seed')}"
+    leaves = dict(_leaves(config))
+    chained = {
+        key.removesuffix("name") for key, value in leaves.items() if _names_teacher(key) and str(value).endswith(own)
+    }
     options = {}
-    for key, value in _leaves(config):
+    for key, value in leaves.items():
         ours = key.rpartition(".")[2] == "seed" or any(_within(key, k) for k in _IRRELEVANT)
+        if any(key in (f"{teacher}weights", f"{teacher}sha256") for teacher in chained):
+            continue
+        if key.removesuffix("name") in chained:
+            value = f"{value.removesuffix(own)}-seed*"
         if not ours or (key == "callbacks.guard.gradients" and value == "replace"):
             text = value if isinstance(value, str) else json.dumps(value)
             inside = text == folder or text.startswith(f"{folder}/")
@@ -113,6 +122,10 @@ def _leaves(node: Any, key: str = "") -> list[tuple[str, Any]]:
 
 def _unnamed(config: dict) -> dict:
     return {key: value for key, value in config.items() if key != "name"}
+
+
+def _names_teacher(key: str) -> bool:
+    return key in ("teacher.name", "method.teacher.name")
 
 
 def _within(key: str, parent: str) -> bool:

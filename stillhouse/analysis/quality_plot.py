@@ -45,7 +45,7 @@ def plot_quality(
     axes = figure.subplots()
     students = [line for line in lines if not line.teacher]
     for number, line in enumerate(students):
-        _plot_line(axes, line, f"C{number}", marker="o", linewidth=2)
+        _plot_line(axes, line, f"C{number % 10}", marker="oDP*X"[number // 10 % 5], linewidth=2)
     for number, line in enumerate(line for line in lines if line.teacher):
         _plot_line(axes, line, _GREYS[number % len(_GREYS)], marker="s^Dv"[number % 4], linewidth=1)
     if floor is not None:

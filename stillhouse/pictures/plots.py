@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # training does without it until something is plotted
     import matplotlib.figure
 
 _LOG_SPAN = 5
+_LEGEND_ROWS, _LEGEND_ROW = 5, 0.21  # rows for which a figure has room; inches that each further one takes
 
 
 def log_scale(axes: "matplotlib.axes.Axes", values: Sequence[float]) -> None:
@@ -25,8 +26,16 @@ def log_scale(axes: "matplotlib.axes.Axes", values: Sequence[float]) -> None:
 def legend_below(
     figure: "matplotlib.figure.Figure", handles: Sequence[Any], labels: Sequence[str], letters: int
 ) -> None:
-    """Put a legend below the panels, in as many columns as fit; `letters`: in a line as wide as the figure."""
+    """Put a legend below the panels, in as many columns as fit, for which the figure grows.
+
+    Args:
+        figure: With its panels.
+        handles: Of what is named.
+        labels: Its names.
+        letters: In a line as wide as the figure.
+    """
     columns = min(len(labels), max(1, letters // (8 + max(map(len, labels)))))
+    figure.set_figheight(figure.get_figheight() + _LEGEND_ROW * max(0, -(-len(labels) // columns) - _LEGEND_ROWS))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
