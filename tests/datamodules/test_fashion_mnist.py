@@ -72,6 +72,17 @@ def test_unpacked_files_and_a_packaged_copy_do_as_well(folder, tmp_path):
         ),
         (NAMES[0], idx(IMAGES[:, :27]), "holds 30x27x28 values"),
     ],
+    ids=[
+        "cut short",
+        "another type",
+        "empty",
+        "no gzip",
+        "more values",
+        "fewer values",
+        "more than fits",
+        "fewer labels",
+        "other shape",
+    ],
 )
 def test_what_is_wrong_with_a_file_is_one_line(folder, name, content, message):
     (folder / f"{name}.gz").write_bytes(content)
