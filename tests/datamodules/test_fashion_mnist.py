@@ -103,6 +103,7 @@ def test_other_content_options_and_missing_files_are_refused(folder, tmp_path):
         fashion(tmp_path / "nothing").reference()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DEBIAN.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
 def test_debians_files_are_the_published_ones_and_read_as_torchvision_reads_them(tmp_path):
     from torchvision.datasets.mnist import read_image_file, read_label_file

@@ -18,6 +18,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_chain_of_consistency_models(folder):
     """The network begins as the one before; its run is measured with one evaluation, and says how it was sampled."""
     train(folder, *OPTIONS, "method=ect", "teacher=runs/cmt", "name=ect", "method.stage_kimg=null").ok()

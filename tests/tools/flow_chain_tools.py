@@ -67,6 +67,9 @@ class PlanarData:
     def __len__(self) -> int:
         return len(self.images)
 
+    def held_out(self) -> None:
+        return None
+
     def fetch(self, indices):
         return self.images[torch.from_numpy(indices)], None
 
