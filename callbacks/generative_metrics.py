@@ -19,6 +19,7 @@ from stillhouse.metrics.evaluation import (
     check_real_features,
     check_real_images,
     measure_sampler,
+    needs_held_out,
     needs_real_features,
 )
 from stillhouse.metrics.extractors import FeatureExtractor
@@ -119,7 +120,7 @@ class GenerativeMetrics(pl.Callback):
             self.extractor,
             self.cache_folder,
             keep_features=needs_real_features(self.metrics),
-            held_out=pl_module.data.held_out(),
+            held_out=pl_module.data.held_out() if needs_held_out(self.metrics) else None,
             device=pl_module.device,
         )
         check_class_shares(self.labels, pl_module.data)

@@ -220,8 +220,7 @@ def surrogate(images: Tensor, gradient: Tensor) -> Tensor:
 
 def check_sigma_init(sigma_init: float, teacher: Teacher) -> float:
     """Errors: ValueError outside of the noise levels that the teacher was trained for."""
-    sigmas = teacher.sigmas(max(teacher.steps, 2))
-    least, most = sigmas[-2].item(), sigmas[0].item()
+    least, most = teacher.level_range
     if not least <= sigma_init <= most:
         raise ValueError(
             f"method.sigma_init={sigma_init!r} lies outside of the teacher's noise levels, {least:g} to {most:g}: choose one "

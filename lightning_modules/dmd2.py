@@ -87,8 +87,7 @@ class DMD2(DiffInstruct):
                 "conf/method/dmd2.yaml, or method.divergence=reverse_kl"
             )
         self.steps, self.inputs = steps, inputs
-        sigmas = teacher.sigmas(max(teacher.steps, 2))
-        self.lowest, self.highest = sigmas[-2].item(), sigmas[0].item()
+        self.lowest, self.highest = teacher.level_range
         self.levels = check_levels(levels, steps, self.sigma_init, self.lowest)
         self.divergence, self.ratio_ema = divergence, ratio_ema
         self.ratio_means = torch.ones(BINS, dtype=torch.float64)

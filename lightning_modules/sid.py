@@ -64,13 +64,20 @@ class SiD(DiffInstruct):
         with weights_frozen(self.fake_score), torch.enable_grad():
             leaf = images.detach().requires_grad_()
             x = noised(leaf, sigma, noise.noise)
-            fake = self.evaluate(self.fake_score, x, sigma, labels)
-            target = self.evaluate(self.target.denoiser, x, sigma, labels)
-            losses = score_identity_loss(leaf, fake, target, self.alpha)
+            losses, fake, target = self.image_losses(leaf, x, sigma, labels)
             (gradient,) = torch.autograd.grad(losses.sum(), leaf)
-        self.log_mean("loss/score_identity", losses.detach().mean())
         self.log_generator(images, gradient, fake, target, sigma)
         return surrogate(images, gradient)
+
+    def image_losses(
+        self, images: Tensor, x: Tensor, sigma: Tensor, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The generator's loss of each image (B,), with the fake score's and the target's estimates of the noised x."""
+        fake = self.evaluate(self.fake_score, x, sigma, labels)
+        target = self.evaluate(self.target.denoiser, x, sigma, labels)
+        losses = score_identity_loss(images, fake, target, self.alpha)
+        self.log_mean("loss/score_identity", losses.detach().mean())
+        return losses, fake, target
 
     def evaluate(self, function: Callable[..., Any], x: Tensor, sigma: Tensor, labels: Tensor | None) -> Any:
         """What a denoiser, or a method of one, gives for (x, sigma, labels)."""

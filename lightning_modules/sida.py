@@ -11,13 +11,11 @@ from torch import Tensor, nn
 
 from lightning_modules.components.method import Method
 from lightning_modules.components.optimisation import Batch
-from lightning_modules.diff_instruct import surrogate
 from lightning_modules.sid import SiD
 from stillhouse.checkpoints import load_weights, read_card
 from stillhouse.diffusion.losses import estimate_error, noised, score_identity_loss
 from stillhouse.diffusion.teacher import Teacher
 from stillhouse.diffusion.training_noise import TrainingNoise
-from stillhouse.networks.network import weights_frozen
 from stillhouse.ranks import average_over_ranks
 
 
@@ -116,7 +114,7 @@ class SiDA(SiD):
         """
         self.weight = None
         if self.updating == ("fake_score",):
-            noise = TrainingNoise(self.seed, batch["position"], self.image_shape)
+            noise, _ = self.noise_and_labels(batch)
             self.weight = self.batch_mean(self.fake_score.preconditioning.loss_weight(noise.sigma(self.fake_sigmas)))
         elif self.micro_batch and self.micro_batch < len(batch["position"]):
             self.weight = self.batch_mean(torch.cat([self.inverse_errors(part) for part in self.micro_batches(batch)]))
@@ -132,25 +130,19 @@ class SiDA(SiD):
         images, sigma = self.generate(batch, noise, labels), noise.sigma(self.generator_sigmas)
         return 1 / estimate_error(images, self.target.denoiser(noised(images, sigma, noise.noise), sigma, labels))
 
-    def generator_loss(self, batch: Batch, noise: TrainingNoise, labels: Tensor | None) -> Tensor:
-        images = self.generate(batch, noise, labels)
-        sigma = noise.sigma(self.generator_sigmas)
-        with weights_frozen(self.fake_score), torch.enable_grad():
-            leaf = images.detach().requires_grad_()
-            x = noised(leaf, sigma, noise.noise)
-            fake, features = self.evaluate(self.fake_score.with_features, x, sigma, labels)
-            target = self.evaluate(self.target.denoiser, x, sigma, labels)
-            losses = score_identity_loss(leaf, fake, target, self.alpha)
-            realism = F.softplus(-logits(features).clamp(-10, 10)).mean(1)
-            weight = self.batch_mean(1 / estimate_error(leaf, target)) if self.weight is None else self.weight
-            total = losses
-            if self.nimg >= self.gan_nimg:
-                total = (losses + self.gan_weight * leaf[0].numel() * weight * realism) / 2
-            (gradient,) = torch.autograd.grad(total.sum(), leaf)
+    def image_losses(
+        self, images: Tensor, x: Tensor, sigma: Tensor, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        fake, features = self.evaluate(self.fake_score.with_features, x, sigma, labels)
+        target = self.evaluate(self.target.denoiser, x, sigma, labels)
+        losses = score_identity_loss(images, fake, target, self.alpha)
+        realism = F.softplus(-logits(features).clamp(-10, 10)).mean(1)
         self.log_mean("loss/score_identity", losses.detach().mean())
         self.log_mean("loss/gan_generator", realism.detach().mean())
-        self.log_generator(images, gradient, fake, target, sigma)
-        return surrogate(images, gradient)
+        if self.nimg >= self.gan_nimg:
+            weight = self.batch_mean(1 / estimate_error(images, target)) if self.weight is None else self.weight
+            losses = (losses + self.gan_weight * images[0].numel() * weight * realism) / 2
+        return losses, fake, target
 
     def fake_score_loss(self, batch: Batch, noise: TrainingNoise, labels: Tensor | None) -> Tensor:
         with torch.no_grad():

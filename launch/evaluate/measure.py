@@ -31,6 +31,7 @@ from stillhouse.metrics.evaluation import (
     check_real_images,
     measure_real_images,
     measure_sampler,
+    needs_held_out,
     needs_real_features,
 )
 from stillhouse.metrics.extractors import FeatureExtractor
@@ -105,7 +106,7 @@ class Evaluation:
             self.extractor,
             self.cache / "statistics",
             keep_features=needs_real_features(self.settings["metrics"]),
-            held_out=data.held_out(),
+            held_out=data.held_out() if needs_held_out(self.settings["metrics"]) else None,
             device=device,
         )
         if not first_seed:  # on the way GenerativeMetrics has said it

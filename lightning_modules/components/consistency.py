@@ -41,8 +41,8 @@ class ConsistencyMethod(Method):
         super().__init__(**common)
         self.teacher = self.sampler = teacher
         self.student = teacher.student(label_dropout=False).train()
-        levels = teacher.sigmas(max(teacher.steps, 2))
-        self.highest, self.lowest = levels[0].item(), levels[-2].item() if lowest is None else lowest
+        least, self.highest = teacher.level_range
+        self.lowest = least if lowest is None else lowest
         self.middle = check_middle(middle, self.highest, lowest or 0.0)
 
     # -- the teacher's path ----------------------------------------------------------------------------------------

@@ -110,6 +110,12 @@ class Teacher:
         return f"{self.solver}({options})" if options else self.solver
 
     @property
+    def level_range(self) -> tuple[float, float]:
+        """The least noise level above zero and the greatest one of its samples."""
+        sigmas = self.sigmas(max(self.steps, 2))
+        return sigmas[-2].item(), sigmas[0].item()
+
+    @property
     def is_consistency_model(self) -> bool:
         """Whether it is sampled as one, by estimates and noise between them: its estimates are no denoiser's."""
         return self.solver == "renoising"

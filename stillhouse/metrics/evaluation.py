@@ -215,6 +215,11 @@ def needs_real_features(metrics: Sequence[str]) -> bool:
     return bool(_NEED_REAL_FEATURES.intersection(metrics))
 
 
+def needs_held_out(metrics: Sequence[str]) -> bool:
+    """Whether the reference has to keep the features of real images that no training sees."""
+    return "memorisation" in metrics
+
+
 def split_real_images(total: int, num_samples: int) -> tuple[Tensor, Tensor]:
     """Split the indices of `total` real images: those (num_samples,) that w2 and mmd compare with, and all others."""
     order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
@@ -299,7 +304,7 @@ def check_held_out(metrics: Sequence[str], held_out: PackedImages | Tensor | Non
     Raises:
         ValueError: naming the metric.
     """
-    if "memorisation" in metrics and held_out is None:
+    if needs_held_out(metrics) and held_out is None:
         raise ValueError(
             "memorisation compares with real images that no training sees, and this data set has none: leave it out of "
             "evaluation.metrics, or take one that has, such as data=fashion_mnist"

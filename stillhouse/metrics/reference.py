@@ -102,7 +102,7 @@ def reference_statistics(
         extractor: of features.
         cache_folder: where mean and covariance are kept, named by the hashes of extractor and images; None: nowhere.
         keep_features: whether all rows are kept too, which KID, precision and recall need; they are computed each time.
-        held_out: real images that no training sees, whose rows are kept with the others.
+        held_out: real images that no training sees, whose rows are kept with the others, where a metric needs them.
         batch_size: images at once.
         device: to compute on.
         label: names a progress bar.
