@@ -30,7 +30,7 @@ from stillhouse.diffusion.schedules import karras
 from stillhouse.diffusion.solvers import SOLVERS
 from stillhouse.diffusion.teacher import Teacher
 from stillhouse.metrics.evaluation import METRICS, measure_real_images, measure_sampler
-from stillhouse.metrics.extractors import Digits, Inception, Pixels, Points, TorchFidelity
+from stillhouse.metrics.extractors import Digits, Fashion, Inception, Pixels, Points, TorchFidelity
 from stillhouse.metrics.reference import reference_statistics
 from stillhouse.metrics.sampling import sample_features, sampler_inputs
 from stillhouse.metrics.statistics import RunningGaussian
@@ -203,7 +203,7 @@ def test_preconditionings_and_noise_levels():
 
 
 def small_extractors(folder):
-    return [(Digits(), (1, 8, 8)), (Pixels(), (3, 8, 8)), (Points(), (2, 1, 1))]
+    return [(Digits(), (1, 8, 8)), (Fashion(16), (1, 16, 16)), (Pixels(), (3, 8, 8)), (Points(), (2, 1, 1))]
 
 
 def large_extractors(folder):

@@ -5,15 +5,17 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from stillhouse.checkpoints.weights import hash_state, load_weights
-from stillhouse.metrics.digits_classifier import FEATURES, WEIGHTS, DigitsClassifier
+from stillhouse.metrics import digits_classifier, fashion_classifier
+from stillhouse.metrics.digits_classifier import DigitsClassifier
+from stillhouse.metrics.fashion_classifier import FashionClassifier
 from stillhouse.metrics.fidelity import NO_WEIGHTS_ADVICE, Inception, TorchFidelity
 from stillhouse.metrics.images import from_uint8
 
-__all__ = ["Digits", "FeatureExtractor", "Inception", "Pixels", "Points", "TorchFidelity"]
+__all__ = ["Digits", "Fashion", "FeatureExtractor", "Inception", "Pixels", "Points", "TorchFidelity"]
 
 
 class FeatureExtractor(Protocol):
@@ -40,31 +42,30 @@ class FeatureExtractor(Protocol):
     def to(self, device: torch.device | str) -> "FeatureExtractor": ...
 
 
-class Digits:
-    """The penultimate layer of the digit classifier, 64 features, for images (N, 1, 8, 8); its metrics end in `_digits`.
+class _Classifier:
+    """The penultimate layer of a small classifier of grey images (N, 1, side, side).
 
     Raises FileNotFoundError for missing weights and OSError for damaged ones.
     """
 
-    name = "digits"
-    metric_suffix = "_digits"
-    dim = FEATURES
+    name: str
 
-    def __init__(self, weights: str | Path = WEIGHTS):
-        self._classifier = DigitsClassifier().eval().requires_grad_(False)
+    def __init__(self, classifier: nn.Module, side: int, dim: int, weights: str | Path, program: str):
+        self._classifier = classifier.eval().requires_grad_(False)
+        self._side, self.dim = side, dim
         try:
             load_weights(weights, self._classifier)
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"no digit classifier at {weights}; make it: python -m stillhouse.metrics.digits_classifier --output {weights}"
+                f"no classifier of {self.name} at {weights}; make it: python -m {program} --output {weights}"
             ) from error
         self.hash = hash_state(self._classifier)
 
     def __call__(self, images: Tensor) -> Tensor:
-        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (1, 8, 8):
+        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (1, self._side, self._side):
             raise ValueError(
-                f"the digits extractor reads uint8 images (N, 1, 8, 8), got {images.dtype} {tuple(images.shape)}; "
-                f"choose an extractor that fits the data (evaluation=...): {NO_WEIGHTS_ADVICE}"
+                f"the {self.name} extractor reads uint8 images (N, 1, {self._side}, {self._side}), got {images.dtype} "
+                f"{tuple(images.shape)}; choose an extractor that fits the data (evaluation=...): {NO_WEIGHTS_ADVICE}"
             )
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             return self._classifier.features(images)
@@ -73,9 +74,47 @@ class Digits:
         with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
             return self._classifier.head(features.float())
 
-    def to(self, device: torch.device | str) -> "Digits":
+    def to(self, device: torch.device | str) -> "_Classifier":
         self._classifier.to(device)
         return self
+
+
+class Digits(_Classifier):
+    """The 64 features of the digit classifier, of images (N, 1, 8, 8); its metrics end in `_digits`."""
+
+    name = "digits"
+    metric_suffix = "_digits"
+
+    def __init__(self, weights: str | Path = digits_classifier.WEIGHTS):
+        super().__init__(
+            DigitsClassifier(), 8, digits_classifier.FEATURES, weights, "stillhouse.metrics.digits_classifier"
+        )
+
+
+class Fashion(_Classifier):
+    """The 64 features of a classifier of clothes, of images (N, 1, resolution, resolution); its metrics end in `_fashion`.
+
+    Args:
+        resolution: 16 or 32; each has a classifier of its own, whose features do not compare with the other's.
+        weights: None: those in pretrained/.
+
+    Raises:
+        ValueError: For another resolution.
+    """
+
+    name = "fashion"
+    metric_suffix = "_fashion"
+
+    def __init__(self, resolution: int, weights: str | Path | None = None):
+        if resolution not in fashion_classifier.RESOLUTIONS:
+            raise ValueError(
+                f"data.resolution={resolution}: evaluation=fashion has classifiers for "
+                f"{' and '.join(map(str, fashion_classifier.RESOLUTIONS))} pixels a side alone; choose one of these, or: "
+                f"{NO_WEIGHTS_ADVICE}"
+            )
+        program = f"stillhouse.metrics.fashion_classifier --data data/fashion_mnist{resolution}"
+        weights = weights or fashion_classifier.weights_file(resolution)
+        super().__init__(FashionClassifier(resolution), resolution, fashion_classifier.FEATURES, weights, program)
 
 
 class Pixels:

@@ -2,19 +2,23 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
+from datamodules.fashion_mnist import read_idx, resized
 from stillhouse.checkpoints.weights import find_weights
 from stillhouse.metrics.digits_classifier import WEIGHTS, classifier_accuracy, load_digit_images, split_digits
 from stillhouse.metrics.distances import frechet_distance
 from stillhouse.metrics.evaluation import printed_metric
-from stillhouse.metrics.extractors import Digits, Pixels, Points
+from stillhouse.metrics.extractors import Digits, Fashion, Pixels, Points
+from stillhouse.metrics.fashion_classifier import accuracy, train_classifier, weights_file
 from stillhouse.metrics.images import from_uint8, to_uint8
 from stillhouse.metrics.statistics import RunningGaussian
 
 IMAGES, LABELS = load_digit_images()
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +79,57 @@ def test_extractor_refuses_other_images(extractor):
 
 def test_missing_classifier_is_named_with_the_command_that_makes_it(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"no digit classifier at .*gone.*python -m stillhouse\.metrics\.digits_classifier"
+        FileNotFoundError, match=r"no classifier of digits at .*gone.*python -m stillhouse\.metrics\.digits_classifier"
     ):
         Digits(tmp_path / "gone.safetensors")
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"no classifier of fashion at .*gone.*fashion_classifier --data data/fashion_mnist32 --output",
+    ):
+        Fashion(32, tmp_path / "gone.safetensors")
+
+
+@pytest.mark.parametrize("side", [16])
+@pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.skipif(not DEBIAN.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
+def test_the_classifier_of_clothes_is_as_accurate_as_its_card_says(side, count):
+    images, labels = (read_idx(DEBIAN / f"t10k-{kind}-ubyte.gz")[0][:count] for kind in ("images-idx3", "labels-idx1"))
+    card = json.loads(find_weights(weights_file(side)).with_suffix(".json").read_text())
+    extractor = Fashion(side)
+    features = extractor(torch.from_numpy(resized(images, side)[:, None]))
+    share_right = (extractor.class_logits(features).argmax(1).numpy() == labels).mean()
+    assert share_right == pytest.approx(card["test_accuracy"], abs=1e-3 if count == card["test_images"] else 0.02)
+    assert card["test_accuracy"] >= 0.91
+    assert features.std(dim=0).min() > 1e-2
+
+
+@pytest.mark.parametrize("side", [16])
+def test_the_file_of_the_classifier_of_clothes_is_the_one_on_its_card_and_small(side):
+    content = Path(find_weights(weights_file(side))).read_bytes()
+    card = json.loads(find_weights(weights_file(side)).with_suffix(".json").read_text())
+    assert hashlib.sha256(content).hexdigest() == card["sha256"]
+    assert len(content) < 1_000_000
+
+
+def test_the_extractor_of_clothes_refuses_other_images_and_sizes():
+    with pytest.raises(
+        ValueError, match=r"the fashion extractor reads uint8 images \(N, 1, 16, 16\), got .* \(2, 1, 8, 8\)"
+    ):
+        Fashion(16)(IMAGES[:2])
+    with pytest.raises(
+        ValueError, match=r"data\.resolution=28: .* 16 and 32 pixels a side alone.*evaluation=pixels needs"
+    ):
+        Fashion(28)
+    assert printed_metric("fid", Fashion(16)) == "fid_fashion"
+
+
+def test_a_classifier_of_clothes_learns_the_same_twice():
+    labels = np.arange(40) % 2 * 9  # boots, which are never mirrored, beside shirts
+    images = np.zeros((40, 1, 16, 16), np.uint8)
+    images[labels == 9, :, :, :5], images[labels == 0, :, 4:12] = 200, 255
+    one, two = (train_classifier(images, labels, seed=3, epochs=6, batch_size=10) for _ in range(2))
+    assert accuracy(one, images, labels) == 1
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
 
 
 def test_every_feature_is_alive_and_the_covariance_has_full_rank(extractor):
