@@ -83,7 +83,12 @@ def check_levels(resolution: int, channel_mult: tuple[int, ...], attn_resolution
 
 
 def check_inputs(
-    network: nn.Module, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None
+    network: nn.Module,
+    x: Tensor,
+    noise_labels: Tensor,
+    class_labels: Tensor | None,
+    augment_labels: Tensor | None,
+    span: Tensor | None = None,
 ) -> None:
     """Compare shapes and dtypes of a network's inputs with its attributes; no values are read, so it costs no transfer."""
     expected = (network.in_channels, network.resolution, network.resolution)
@@ -104,6 +109,11 @@ def check_inputs(
             raise ValueError(
                 f"augment_labels must have shape ({batch}, {network.augment_dim}), got {_describe(augment_labels)}"
             )
+    if network.two_times != (span is not None):
+        text = "needs a span to its second time" if network.two_times else "has one time and takes no span"
+        raise ValueError(f"this {type(network).__name__} {text}: condition_on_second_time(network) adds one")
+    if span is not None and tuple(span.shape) != (batch,):
+        raise ValueError(f"span must be floats of shape ({batch},), got {_describe(span)}")
 
 
 def _describe(tensor: Tensor) -> str:

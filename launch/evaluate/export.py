@@ -117,6 +117,8 @@ def portable(method: Method, stored: DictConfig, num_classes: int) -> Student:
     """
     network = dict(students_teacher(stored)["network"])
     network = {"name": str(network.pop("_target_")).rpartition(".")[2], **network}
+    if method.student.two_times:
+        network["two_times"] = True
     # The student's own, which may be another one than its teacher's.
     preconditioning = description_of(method.sampled_student().preconditioning)
     for part, known in ((network, NETWORKS), (preconditioning, PRECONDITIONINGS)):

@@ -18,6 +18,7 @@ from stillhouse.diffusion.sampling import Sampling
 from stillhouse.networks.dhariwal_unet import DhariwalUNet
 from stillhouse.networks.diffusers_unet import DiffusersUNet
 from stillhouse.networks.mlp import MLP
+from stillhouse.networks.second_time import condition_on_second_time
 from stillhouse.networks.song_unet import SongUNet
 
 NETWORKS = {cls.__name__: cls for cls in (SongUNet, DhariwalUNet, DiffusersUNet, MLP)}
@@ -26,7 +27,8 @@ NETWORKS = {cls.__name__: cls for cls in (SongUNet, DhariwalUNet, DiffusersUNet,
 class Student(ModelMixin, ConfigMixin):
     """A denoiser and the way in which it makes images of noise; the network sees float32.
 
-    network, preconditioning: {"name": of a class in NETWORKS, or of a preconditioning, and its options}. sampling: the fields of
+    network, preconditioning: {"name": of a class in NETWORKS, or of a preconditioning, and its options}; a network's option
+    two_times says that it is conditioned on a second time. sampling: the fields of
     `Sampling`. num_classes: 0 without labels.
     """
 
@@ -65,4 +67,8 @@ class Student(ModelMixin, ConfigMixin):
 
 def _made_network(config: dict[str, Any]) -> torch.nn.Module:
     options = dict(config)
-    return NETWORKS[options.pop("name")](**options)
+    two_times = options.pop("two_times", False)
+    network = NETWORKS[options.pop("name")](**options)
+    if two_times:
+        condition_on_second_time(network)
+    return network

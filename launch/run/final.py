@@ -108,6 +108,7 @@ def export(method: Method, training: Any, records: list[Record], folder: RunFold
         ),
         "teacher": method.teacher.name if method.teacher else None,
         "licence": method.licence,
+        **({"two_times": True} if method.student.two_times else {}),
         "metrics": {
             f"{r.metric}/{r.subject}": {"nfe": r.nfe, "mean": r.mean, "std": r.std, "values": r.values} for r in records
         },

@@ -114,6 +114,10 @@ def _student(folder: RunFolder) -> dict[str, Any]:
         way_out = "restore it" if folder.complete() else "finish that run first: the command that started it resumes it"
         raise FileNotFoundError(f"{folder.path} is no teacher yet, for it has no student.safetensors; {way_out}")
     config, card = students_teacher(folder.read_config()), read_card(weights)
+    if card.get("two_times"):
+        raise ValueError(
+            f"the student of {folder.path} jumps between two times and is no teacher; take the one that it began with"
+        )
     if card.get("sampling", {}).get("solver") == "renoising":
         config |= consistency_model(card["sampling"], card["preconditioning"])
     evaluations = [value["nfe"] for key, value in card.get("metrics", {}).items() if key.endswith("/student")]

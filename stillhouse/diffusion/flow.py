@@ -40,7 +40,12 @@ def end_state(denoiser: DenoiserFunction, z: Tensor, t: Tensor, labels: Tensor |
 
 
 def velocity(
-    denoiser: Denoiser, z: Tensor, t: Tensor, labels: Tensor | None = None, augment_labels: Tensor | None = None
+    denoiser: Denoiser,
+    z: Tensor,
+    t: Tensor,
+    labels: Tensor | None = None,
+    augment_labels: Tensor | None = None,
+    until: Tensor | None = None,
 ) -> Tensor:
     """Compute a flow's velocity v(z, t) = (D - z) / (1 - t) without the division of a small difference.
 
@@ -53,13 +58,16 @@ def velocity(
         t: times (B,), float64 in (0, 1).
         labels: classes (B,), int64, or None.
         augment_labels: as of `Denoiser`.
+        until: of a network of two times the second ones (B,), not before t: the result is u(z, t, until), the mean velocity in
+            between, by which X_until = z + (until - t) u. None: t itself, where u = v.
 
     Returns:
-        Velocities (B, C, H, W), float32.
+        Velocities (B, C, H, W), in float64 if z is, else in float32.
     """
     c = denoiser.preconditioning(level_of(t))
     from_state, from_network = (c.skip / t - 1) / (1 - t), c.out / (1 - t)
-    out = denoiser.first_branch(per_sample(c.in_ / t, z) * z, c.noise, labels, augment_labels)
+    span = None if until is None else until - t
+    out = denoiser.first_branch(per_sample(c.in_ / t, z) * z, c.noise, labels, augment_labels, span)
     return per_sample(from_state, z) * z + per_sample(from_network, z) * out
 
 

@@ -55,8 +55,8 @@ class Sampling:
             Images (B, C, H, W), float32 in about [-1, 1].
         """
 
-        def estimate(x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
-            x0 = denoiser(x, sigma, labels)
+        def estimate(x: Tensor, sigma: Tensor, labels: Tensor | None, **until: Tensor) -> Tensor:
+            x0 = denoiser(x, sigma, labels, **until)
             return x0.clamp(-1, 1) if self.clip else x0
 
         x = (noise.double() if self.double else noise.float()) * self.scale

@@ -6,8 +6,8 @@ keeps only what it needs. States have the dtype of x; the steps themselves are P
 checks the options and evaluates nothing: the first evaluation is made when the first state is asked for.
 
 Noise that is added on the way is a function of each sample's own starting state: independent of the batch around it, of
-the process and of the device. A further kind of sampling, such as jumps between any two levels, is one more function here
-and its line in `SOLVERS`; students (`Sampling`), teachers and exported models then know it by name.
+the process and of the device. A further kind of sampling is one more function here and its line in `SOLVERS`; students
+(`Sampling`), teachers and exported models then know it by name.
 """
 
 import math
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stillhouse.diffusion.denoiser import DenoiserFunction
+from stillhouse.diffusion.denoiser import Denoiser, DenoiserFunction
 from stillhouse.diffusion.multistep import dpm_solver_pp
 from stillhouse.diffusion.random_numbers import sample_noise
 
@@ -205,6 +205,25 @@ def _renoised(
         yield x
 
 
+def jumps(denoiser: Denoiser, x: Tensor, sigmas: Tensor, labels: Tensor | None = None) -> Iterator[Tensor]:
+    """Jump from level to level by a network of two times, which is told where each step ends (MeanFlow, arXiv 2505.13447).
+
+    Its estimate stands where the flow's mean velocity between both times would lead in the time that is left, so an Euler step
+    towards it ends on the flow: X_r = X_t + (r - t) u(X_t, t, r) in flow time.
+
+    Args:
+        denoiser: of two times.
+        x, sigmas, labels: as of `euler`.
+
+    Returns:
+        The states after each step.
+    """
+    for sigma, following in pairwise(sigmas.tolist()):
+        estimate = denoiser(x, x.new_full((), sigma), labels, until=x.new_full((), following))
+        x = euler_step(x, estimate, sigma, following)
+        yield x
+
+
 def _latent_seeds(x: Tensor) -> Tensor:
     """Make a seed per sample (B,), int64, of the bits of the first and the last value of its starting state, as float32."""
     low, high = x.flatten(1)[:, 0], x.flatten(1)[:, -1]
@@ -217,6 +236,7 @@ class Solver(NamedTuple):
 
     solve: Callable[..., Iterator[Tensor]]
     evaluations: int  # of the network per step; the last step, to sigma = 0, takes one
+    two_times: bool = False  # whether it is for networks of two times, which no teacher is
 
 
 SOLVERS = {
@@ -226,6 +246,7 @@ SOLVERS = {
     "flow_heun": Solver(flow_heun, 2),
     "dpm_solver_pp": Solver(dpm_solver_pp, 1),
     "renoising": Solver(renoising, 1),
+    "jumps": Solver(jumps, 1, two_times=True),
 }
 
 
@@ -240,8 +261,9 @@ def check_solver(owner: str, solver: str, options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: for an unknown solver, or options that it lacks or cannot take.
     """
-    if solver not in SOLVERS:
-        raise ValueError(f"{owner}.solver={solver!r} is unknown; choose one of {', '.join(SOLVERS)}")
+    teachers = [name for name, known in SOLVERS.items() if not known.two_times]
+    if solver not in teachers:
+        raise ValueError(f"{owner}.solver={solver!r} is unknown; choose one of {', '.join(teachers)}")
     try:
         SOLVERS[solver].solve(None, None, None, None, **options)  # checks the options and evaluates nothing
     except (TypeError, ValueError) as error:

@@ -17,6 +17,7 @@ from stillhouse.networks.diffusers_unet import DiffusersUNet
 from stillhouse.networks.discriminator import Discriminator
 from stillhouse.networks.mlp import MLP
 from stillhouse.networks.network import Network
+from stillhouse.networks.second_time import condition_on_second_time
 from stillhouse.networks.song_unet import SongUNet
 from stillhouse.networks.step_condition import condition_on_steps, fixed_steps_state, set_steps
 
@@ -30,6 +31,7 @@ __all__ = [
     "SongUNet",
     "branches_of",
     "collapse",
+    "condition_on_second_time",
     "condition_on_steps",
     "fixed_steps_state",
     "plain_state",

@@ -29,12 +29,22 @@ class DDPMEmbedding(nn.Module):
         self.layer2 = nn.Linear(emb_channels, emb_channels)
         self.steps: nn.Module | None = None  # see stillhouse/networks/step_condition.py
 
-    def forward(self, noise_labels: Tensor, class_labels: None = None, augment_labels: None = None) -> Tensor:
+    def forward(
+        self,
+        noise_labels: Tensor,
+        class_labels: None = None,
+        augment_labels: None = None,
+        span: Tensor | None = None,
+    ) -> Tensor:
         with torch.autocast(noise_labels.device.type, enabled=False):
             angles = noise_labels[:, None] * self.freqs
             waves = [angles.cos(), angles.sin()] if self.flip else [angles.sin(), angles.cos()]
             emb = self.layer2(F.silu(self.layer1(torch.cat(waves, dim=1).to(self.layer1.weight.dtype))))
-            return emb if self.steps is None else emb + self.steps()  # its blocks apply the last nonlinearity
+            if self.steps is not None:
+                emb = emb + self.steps()
+            if span is not None:
+                emb = emb + self.second_time(span)  # see stillhouse/networks/second_time.py
+            return emb  # its blocks apply the last nonlinearity
 
 
 class DiffusersUNet(Network):

@@ -77,7 +77,13 @@ class Embedding(nn.Module):
         self.layer2 = linear(emb_channels, emb_channels)
         self.steps: nn.Module | None = None  # see stillhouse/networks/step_condition.py
 
-    def forward(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        noise_labels: Tensor,
+        class_labels: Tensor | None,
+        augment_labels: Tensor | None,
+        span: Tensor | None = None,
+    ) -> Tensor:
         # Half precision would blur neighbouring noise levels, and there is next to nothing to gain here.
         with torch.autocast(noise_labels.device.type, enabled=False):
             emb = self.noise(noise_labels).to(self.layer1.weight.dtype)
@@ -92,6 +98,8 @@ class Embedding(nn.Module):
             emb = self.layer2(F.silu(self.layer1(emb)))
             if self.steps is not None:
                 emb = emb + self.steps()
+            if span is not None:
+                emb = emb + self.second_time(span)  # see stillhouse/networks/second_time.py
             return F.silu(emb)
 
 
@@ -113,7 +121,13 @@ class DhariwalEmbedding(nn.Module):
         if self.label is not None:
             nn.init.normal_(self.label.weight)
 
-    def forward(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        noise_labels: Tensor,
+        class_labels: Tensor | None,
+        augment_labels: Tensor | None,
+        span: Tensor | None = None,
+    ) -> Tensor:
         with torch.autocast(noise_labels.device.type, enabled=False):
             waves = self.noise(noise_labels).to(self.layer1.weight.dtype)
             emb = waves.roll(waves.shape[1] // 2, dims=1)  # cosines first
@@ -123,6 +137,8 @@ class DhariwalEmbedding(nn.Module):
             emb = self.layer2(F.silu(self.layer1(emb)))
             if self.steps is not None:
                 emb = emb + self.steps()
+            if span is not None:
+                emb = emb + self.second_time(span)  # see stillhouse/networks/second_time.py
             if self.label is not None:
                 dropout = self.label_dropout if self.training else 0
                 emb = emb + self.label(_one_hot(class_labels, self.num_classes, dropout, emb))

@@ -42,6 +42,11 @@ class Network(nn.Module):
         self.in_channels = in_channels
         self.out_channels = out_channels
 
+    @property
+    def two_times(self) -> bool:
+        """Whether it is conditioned on a second time (`stillhouse/networks/second_time.py`)."""
+        return hasattr(self.embed, "second_time")
+
     def forward(
         self,
         x: Tensor,
@@ -50,6 +55,7 @@ class Network(nn.Module):
         augment_labels: Tensor | None = None,
         encoded: bool = False,
         both: bool = False,
+        span: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Evaluate the network.
 
@@ -60,16 +66,17 @@ class Network(nn.Module):
             augment_labels: (B, augment_dim); None is the zero vector.
             encoded: whether to stop at the end of the encoder.
             both: whether to give the features beside the output.
+            span: from the time of the input to a second one (B,), of a network of `two_times`, and of no other.
 
         Returns:
             The output (B, out_channels, resolution, resolution); where `encoded`, the features that `encode` gives; of `both`
             a pair.
 
         Raises:
-            ValueError: for other inputs, and labels where there are no classes.
+            ValueError: for other inputs, labels where there are no classes, and a span where there is one time or the reverse.
         """
-        check_inputs(self, x, noise_labels, class_labels, augment_labels)
-        emb = self.embed(noise_labels, class_labels, augment_labels)
+        check_inputs(self, x, noise_labels, class_labels, augment_labels, span)
+        emb = self.embed(noise_labels, class_labels, augment_labels, span)
         features = self._encode(x, emb)
         if encoded:
             return features[-1]

@@ -6,12 +6,22 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from closed_forms import ExactNetwork, Mixture, exact_solution, exact_teacher
+from closed_forms import MEANS, ExactMeanVelocity, ExactNetwork, Mixture, exact_solution, exact_teacher
 from stillhouse.diffusion import preconditioning as P
 from stillhouse.diffusion.denoiser import Denoiser
 from stillhouse.diffusion.interpolation import slerp
 from stillhouse.diffusion.schedules import ddim_quadratic, ddim_uniform, flow_uniform, karras
-from stillhouse.diffusion.solvers import SOLVERS, analytic_step, euler, euler_step, evaluations, heun, stochastic_heun
+from stillhouse.diffusion.solvers import (
+    SOLVERS,
+    analytic_step,
+    check_solver,
+    euler,
+    euler_step,
+    evaluations,
+    heun,
+    jumps,
+    stochastic_heun,
+)
 
 SIGMA_MAX = 10.0
 
@@ -53,6 +63,23 @@ def test_states_come_after_every_step_and_evaluations_are_counted():
         assert len(calls) == evaluations(solver, 6)
     # The last step to zero returns the denoiser itself.
     torch.testing.assert_close(states[-1], Mixture()(states[-2], sigmas[-2]))
+
+
+def test_jumps_by_the_exact_mean_velocity_end_on_the_path_whatever_the_levels():
+    gaussian = Mixture(MEANS[:1])
+    denoiser = Denoiser(ExactMeanVelocity(gaussian), P.Velocity())
+    mean, x = gaussian.means[0].view(2, 1, 1), 8 * latents().view(8, 2, 1, 1)
+    for sigmas in ([80.0, 0.0], [80.0, 2.0, 0.0], [80.0, 30.0, 1.0, 0.3, 0.0]):
+        states = list(jumps(denoiser, x, torch.tensor(sigmas, dtype=torch.float64)))
+        assert len(states) == evaluations("jumps", len(sigmas) - 1)
+        for state, sigma in zip(states, sigmas[1:], strict=True):
+            exact = mean + (x - mean) * ((gaussian.std**2 + sigma**2) / (gaussian.std**2 + 80**2)) ** 0.5
+            torch.testing.assert_close(state, exact, rtol=1e-5, atol=1e-4)
+
+
+def test_no_teacher_jumps():
+    with pytest.raises(ValueError, match="teacher.solver='jumps' is unknown; choose one of euler, .*, renoising$"):
+        check_solver("teacher", "jumps", {})
 
 
 def test_euler_keeps_the_bits_of_its_formula():

@@ -100,6 +100,35 @@ class ExactNetwork(nn.Module):
         return target.float()
 
 
+class ExactMeanVelocity(nn.Module):
+    """The mean velocity u(z, t, r) of the flow of N(mean, std^2 I), for `Velocity`: what a perfect network of two times says.
+
+    With x = z / t at noise level sigma, (x - mean) / sqrt(std^2 + sigma^2) stays as it is along a path.
+    """
+
+    two_times = True
+
+    def __init__(self, gaussian: Mixture):
+        super().__init__()
+        self.mean, self.std = gaussian.means[0].view(-1, 1, 1), gaussian.std
+        self.in_channels, self.out_channels, self.resolution = 2, 2, 1
+        self.num_classes = 0
+
+    def moved(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        """X_r of X_t = z, for times (B, 1, 1, 1)."""
+        spread = [(self.std**2 * time**2 + (1 - time) ** 2).sqrt() for time in (t, r)]
+        return r * self.mean + spread[1] / spread[0] * (z - t * self.mean)
+
+    def forward(self, z: Tensor, noise_labels: Tensor, class_labels=None, augment_labels=None, span=None) -> Tensor:
+        t, span = noise_labels.double()[:, None, None, None] / 999, span.double()[:, None, None, None]
+        z = z.double()
+        # The derivative of `moved` by r at r = t.
+        slope = self.mean + (self.std**2 * t - (1 - t)) / (self.std**2 * t**2 + (1 - t) ** 2) * (z - t * self.mean)
+        still = span < 1e-6
+        mean = (self.moved(z, t, t + span) - z) / torch.where(still, 1.0, span)
+        return torch.where(still, slope, mean).float()
+
+
 FAMILIES = {"edm": P.EDM, "epsilon": P.Epsilon, "vp": P.VP, "ve": P.VE, "v": P.V, "x0": P.X0, "velocity": P.Velocity}
 
 
