@@ -109,8 +109,8 @@ def shrink(teacher) -> None:
 def override(file: Path) -> tuple[list[str], str]:
     """The command line that takes a file of conf/, and the data that it is of."""
     group, option = "/".join(file.parts[:-1]), file.stem
-    if option in ("fashion", "fashion_mnist"):
-        return ["data=fashion_mnist", "data.resolution=16", "evaluation=fashion"], "fashion_mnist"
+    if file == Path("evaluation/fashion.yaml"):
+        return ["data=fashion_mnist", "data.resolution=16", f"{group}={option}"], "fashion_mnist"
     if group == "data":
         path = ["data.path=my_photos"] if option == "image_folder" else []
         return [f"data={option}", *path], option

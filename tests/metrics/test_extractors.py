@@ -13,7 +13,7 @@ from stillhouse.metrics.digits_classifier import WEIGHTS, classifier_accuracy, l
 from stillhouse.metrics.distances import frechet_distance
 from stillhouse.metrics.evaluation import printed_metric
 from stillhouse.metrics.extractors import Digits, Fashion, Pixels, Points
-from stillhouse.metrics.fashion_classifier import accuracy, train_classifier, weights_file
+from stillhouse.metrics.fashion_classifier import RESOLUTIONS, accuracy, train_classifier, weights_file
 from stillhouse.metrics.images import from_uint8, to_uint8
 from stillhouse.metrics.statistics import RunningGaussian
 
@@ -89,7 +89,7 @@ def test_missing_classifier_is_named_with_the_command_that_makes_it(tmp_path):
         Fashion(32, tmp_path / "gone.safetensors")
 
 
-@pytest.mark.parametrize("side", [16])
+@pytest.mark.parametrize("side", RESOLUTIONS)
 @pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.skipif(not DEBIAN.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
 def test_the_classifier_of_clothes_is_as_accurate_as_its_card_says(side, count):
@@ -103,7 +103,7 @@ def test_the_classifier_of_clothes_is_as_accurate_as_its_card_says(side, count):
     assert features.std(dim=0).min() > 1e-2
 
 
-@pytest.mark.parametrize("side", [16])
+@pytest.mark.parametrize("side", RESOLUTIONS)
 def test_the_file_of_the_classifier_of_clothes_is_the_one_on_its_card_and_small(side):
     content = Path(find_weights(weights_file(side))).read_bytes()
     card = json.loads(find_weights(weights_file(side)).with_suffix(".json").read_text())
