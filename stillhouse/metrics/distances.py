@@ -121,7 +121,9 @@ def gaussian_kernel_distance(features: Tensor, reference: Tensor) -> Tensor:
     return within(x) + within(y) - 2 * total(x, y) / (len(x) * len(y))
 
 
-def precision_recall(features: Tensor, reference: Tensor, neighbours: int = 3) -> tuple[Tensor, Tensor]:
+def precision_recall(
+    features: Tensor, reference: Tensor, neighbours: int = 3, radii: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Improved precision and recall (Kynkaanniemi et al. 2019).
 
     Precision is the share of `features` inside the union of balls around the reference rows, each of which reaches to the
@@ -131,6 +133,7 @@ def precision_recall(features: Tensor, reference: Tensor, neighbours: int = 3) -
         features: (N, D).
         reference: (M, D).
         neighbours: k.
+        radii: (M,), `neighbour_distances` of the reference, where they are known: they take longest of all.
 
     Returns:
         Precision and recall, float64 scalars in [0, 1].
@@ -144,9 +147,18 @@ def precision_recall(features: Tensor, reference: Tensor, neighbours: int = 3) -
             f"got {len(features)} and {len(reference)}"
         )
     features, reference = features.double(), reference.double()
-    precision = _inside(features, reference, _radii(reference, neighbours))
-    recall = _inside(reference, features, _radii(features, neighbours))
+    radii = neighbour_distances(reference, neighbours) if radii is None else radii
+    precision = _inside(features, reference, radii)
+    recall = _inside(reference, features, neighbour_distances(features, neighbours))
     return precision, recall
+
+
+def neighbour_distances(rows: Tensor, neighbours: int = 3) -> Tensor:
+    """Distances (N,), float64, of the rows (N, D) to the k-th neighbour of each among the others."""
+    rows = rows.double()
+    # The nearest of all is the row itself.
+    nearest = (d.topk(neighbours + 1, dim=1, largest=False) for d in _distances(rows, rows))
+    return torch.cat([found.values[:, -1] for found in nearest])
 
 
 def memorised_share(features: Tensor, training: Tensor, held_out: Tensor, own: Tensor | None = None) -> Tensor:
@@ -185,11 +197,6 @@ def _distances(rows: Tensor, others: Tensor, exact: bool = False) -> Iterator[Te
     mode = "donot_use_mm_for_euclid_dist" if exact else "use_mm_for_euclid_dist_if_necessary"
     parts = rows.split(max(1, _ENTRIES // len(others)))
     return (torch.cdist(part, others, compute_mode=mode) for part in parts)
-
-
-def _radii(rows: Tensor, neighbours: int) -> Tensor:
-    # The nearest of all is the row itself.
-    return torch.cat([d.kthvalue(neighbours + 1, dim=1).values for d in _distances(rows, rows)])
 
 
 def _inside(rows: Tensor, centres: Tensor, radii: Tensor) -> Tensor:

@@ -370,7 +370,7 @@ def _scores(
     if "kid" in metrics:
         scores["kid"] = kernel_distance(rows, reference.features).mean()
     if {"precision", "recall"}.intersection(metrics):
-        scores["precision"], scores["recall"] = precision_recall(rows, reference.features)
+        scores["precision"], scores["recall"] = precision_recall(rows, reference.features, radii=reference.radii)
     if "memorisation" in metrics:
         scores["memorisation"] = memorised_share(rows, reference.features, reference.held_out, own)
     if _NEED_EQUAL_COUNTS.intersection(metrics):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.files import write_cache
+from stillhouse.metrics.distances import neighbour_distances
 from stillhouse.metrics.extractors import FeatureExtractor
 from stillhouse.metrics.statistics import RunningGaussian, load_statistics, save_statistics
 from stillhouse.ranks import gather_rows, progress_bar, rank_slice, run_on_rank_zero
@@ -50,8 +52,15 @@ class Reference:
 
     def to(self, device: torch.device | str) -> "Reference":
         """The same on a device."""
+        if self.mu.to(device) is self.mu:
+            return self
         rows, others = (None if kept is None else kept.to(device) for kept in (self.features, self.held_out))
         return Reference(self.mu.to(device), self.cov.to(device), self.hash, rows, others)
+
+    @cached_property
+    def radii(self) -> Tensor:
+        """`neighbour_distances` of the features, kept for all that is compared with them."""
+        return neighbour_distances(self.features)
 
 
 def real_features(

@@ -116,8 +116,10 @@ def test_measure_gives_every_metric_of_every_block():
             "recall": recall,
             "is": inception_score(rows[:, :3]).mean(),
         }
+        assert precision_recall(rows, reference.features, radii=reference.to("cpu").radii) == (precision, recall)
         for metric, value in expected.items():
             assert records[f"{metric}_stub"].values[block] == pytest.approx(value.item(), rel=1e-5), metric
+    assert reference.to("cpu") is reference  # with its radii
     fid = records["fid_stub"]
     assert fid.mean == pytest.approx(sum(fid.values) / 2)
     assert fid.std == pytest.approx(statistics.stdev(fid.values))
