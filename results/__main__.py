@@ -1,11 +1,12 @@
-"""Collects measured results, and makes the README's table of them.
+"""Collects measured results, and makes the README's tables of them.
 
 python -m results record results/NAME.json runs/A runs/B     # the final records of runs
 python -m results compare results/NAME.json runs/A runs/B    # how fast they converged, and results/NAME.png
 python -m results quality results/NAME.json runs/A runs/B    # how good at how many evaluations, and the picture
 python -m results flows results/NAME.json runs/flows/flows.json    # what evaluate.py measured of a chain of flows
 python -m results gpu results/benchmarks_gpu-CARD.json DIR    # the stages that python -m benchmarks.gpu --out DIR wrote
-python -m results update                                     # write the table into README.md
+python -m results claims results/claims-DATA.json DIR    # what the runs of python -m benchmarks.evidence --out DIR say
+python -m results update                                     # write the tables into README.md
 """
 
 import sys
@@ -26,6 +27,8 @@ def main(arguments: list[str]) -> None:
             collect.flows(Path(target), Path(measured))
         case ["gpu", target, folder]:
             collect.gpu(Path(target), Path(folder))
+        case ["claims", target, folder]:
+            collect.claims(Path(target), Path(folder))
         case ["update"]:
             write_file(README, updated(README.read_text()).encode())
         case _:

@@ -8,6 +8,7 @@ from benchmarks.gpu.all_stages import SHARES
 from benchmarks.gpu.report import contents
 from benchmarks.measuring import machine
 from launch.run.folder import RunFolder
+from results.claims import claims_of
 from stillhouse.analysis.compare_convergence import compare_runs, draw_convergence
 from stillhouse.analysis.compare_quality import compare_quality, draw_quality
 from stillhouse.analysis.convergence import convergence_to_json
@@ -60,6 +61,11 @@ def gpu(target: Path, folder: Path) -> None:
     if not stages:
         raise ValueError(f"{folder} holds no stage of `python -m benchmarks.gpu --out {folder}`")
     write_ordered_json(target, {"recorded": {"date": date.today().isoformat(), "commit": revision()}, "stages": stages})
+
+
+def claims(target: Path, folder: Path) -> None:
+    """Write what the runs that `python -m benchmarks.evidence` left in `folder` say of the papers' claims into `target`."""
+    write_ordered_json(target, {**origin(), "claims": claims_of(folder)})
 
 
 def origin() -> dict[str, Any]:

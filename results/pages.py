@@ -1,4 +1,4 @@
-"""Markdown of the measured results: a section for each file of results/, which docs/ shows, and the README's one table."""
+"""Markdown of the measured results: a section for each file of results/, which docs/ shows, and the README's tables."""
 
 import json
 import re
@@ -10,6 +10,7 @@ from benchmarks.gpu.all_stages import SHARES
 from benchmarks.gpu.report import report
 from benchmarks.measuring import ROOT
 from benchmarks.run import table
+from results.claims import claims_markdown, claims_summary
 from results.support import support_table
 from stillhouse.analysis.convergence import convergence_from_json, convergence_markdown
 from stillhouse.analysis.flow_chain import flow_chain_from_json, flow_chain_markdown
@@ -54,6 +55,8 @@ def section(path: Path, pictures: str = "results") -> str:
         return report(list(SHARES), content["stages"])
     if "records" in content:
         return f"{records_markdown([Record(**entry) for entry in content['records']])}\n\n{_source(path, content)}"
+    if "claims" in content:
+        return f"{claims_markdown(content['claims'])}\n\n{_source(path, content)}"
     for key, against, tables in _KINDS:
         if key in content:
             picture = f"![Metric against {against}]({pictures}/{path.stem}.png)"
@@ -91,6 +94,7 @@ def measured_entries(content: dict[str, Any]) -> list[dict[str, Any]]:
         *content.get("records", []),
         *content.get("comparison", {"runs": []})["runs"],
         *content.get("quality", {"values": []})["values"],
+        *content.get("claims", {"values": []})["values"],
         *flows["flows"],
         *flows["distilled"],
     ]
@@ -132,9 +136,18 @@ def _value(record: Record) -> QualityValue:
 
 
 def updated(text: str) -> str:
-    """The README's text with its table of results made anew."""
+    """The README's text with its tables of results made anew; that of the claims once they were measured."""
     head, _, rest = text.partition(BEGIN)
     _, found, tail = rest.partition(END)
     if not found:
         raise ValueError(f"README.md has lost the lines {BEGIN!r} and {END!r}")
-    return f"{head}{BEGIN}\n\n{summary()}\n\n{END}{tail}"
+    made = "\n\n".join([summary(), *(_claims(path) for path in sorted(RESULTS.glob("claims-*.json")))])
+    return f"{head}{BEGIN}\n\n{made}\n\n{END}{tail}"
+
+
+def _claims(path: Path) -> str:
+    content = json.loads(path.read_text())["claims"]
+    heading = (
+        f"The papers' claims on {content['data']}, in {content['metric']}; criteria: [claims](docs/results/claims.md)"
+    )
+    return f"{heading}\n\n{claims_summary(content)}"

@@ -1,6 +1,12 @@
-"""`{measured} NAME` on a page: the tables and the picture of results/NAME.json, made anew at every build."""
+"""`{measured} NAME` on a page: the tables and the picture of results/NAME.json, made anew at every build.
+
+With `:pending:` a file that is not there yet says so in a sentence.
+"""
+
+from typing import ClassVar
 
 from docutils import nodes
+from docutils.parsers.rst import directives
 from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
@@ -12,9 +18,12 @@ class Measured(SphinxDirective):
     """Puts one file of results/ on a page."""
 
     required_arguments = 1
+    option_spec: ClassVar = {"pending": directives.flag}
 
     def run(self) -> list[nodes.Node]:
         path = RESULTS / f"{self.arguments[0]}.json"
+        if not path.is_file() and "pending" in self.options:
+            return [nodes.paragraph("", "Not measured yet.")]
         if not path.is_file():
             raise self.error(f"there is no results/{path.name}")
         self.env.note_dependency(str(path))
