@@ -242,7 +242,7 @@ def _disback(runs: Measured) -> list[Row]:
         speeds = {factor: comparison.speed_up(others[0], factor, "images", prepared=True) for factor in FACTORS}
         found = [f"{format_speed_up(speed)} to {comparison.thresholds[factor]:.3g}" for factor, speed in speeds.items()]
         nodes = runs.run(method, seeds[0]).plain_config()["method"]
-        setting = f"{setting} ({nodes.get('nodes')} nodes, one in {nodes.get('interval')})"
+        setting = f"{setting} ({nodes.get('nodes')} nodes of {nodes.get('interval')} updates)"
         criterion = "with stage 1 it needs fewer images than Diff-Instruct to the latter's best distance, 1.05 and 1.2 times that"
         holds = _all([(speed.median or 0) > 1 for speed in speeds.values()])
         costs = {name.partition("-")[0]: runs.costs(name, seeds) for name in (baseline, method)}

@@ -12,6 +12,7 @@ from benchmarks.evidence.jobs import jobs, pack
 from benchmarks.evidence.queue import STOPPED, Job, read_rows, run_queue
 from benchmarks.gpu.stages import Budget
 from benchmarks.gpu.worker import FAILED, PASSED
+from results.__main__ import main as results_main
 
 
 def shell(name, script, *more, needs=()):
@@ -114,3 +115,29 @@ def test_a_folder_holds_runs_of_one_command(tmp_path):
     main([*common, "--", "method.kimg=1"])
     with pytest.raises(SystemExit, match="choose another folder"):
         main(common)
+
+
+@pytest.mark.slow
+def test_a_claim_of_the_digits_is_trained_measured_packed_and_shown(tmp_path):
+    out, target = tmp_path / "evidence", tmp_path / "small.tar.gz"
+    shrunken = [
+        "method.pairs=64",
+        "method.held_out=64",
+        "method.kimg=0.512",
+        "batch_size=64",
+        "trainer.accelerator=cpu",
+    ]
+    shrunken += ["evaluation.num_samples=20", "evaluation.training={num_samples: 20, every_kimg: 0.128}"]
+    shrunken += [f"method.store={tmp_path}/pairs"]
+    command = ["--out", str(out), "--data", "digits", "--only", "denoising_student", "--seeds", "0", "--workers", "1"]
+    main([*command, "--minutes", "8", "--pack", str(target), "--", *shrunken])
+    assert statuses(out) == {"denoising_student-seed0": PASSED}, (out / "report.md").read_text()
+    with tarfile.open(target) as file:
+        file.extractall(tmp_path / "unpacked", filter="data")
+    assert not list((tmp_path / "unpacked").rglob("*.ckpt"))
+    for folder in (out, tmp_path / "unpacked"):
+        results_main(["claims", str(tmp_path / "claims.json"), str(folder)])
+        (row,) = json.loads((tmp_path / "claims.json").read_text())["claims"]["rows"]
+        assert "in 1 evaluation, the teacher" in row["measured"]
+        assert " in 100: " in row["measured"]
+        assert row["seeds"] == [0]
