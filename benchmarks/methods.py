@@ -52,6 +52,8 @@ METHODS: dict[str, tuple[str, ...]] = {
     "ect, teacher_step=heun": ("method=ect", "method.teacher_step=heun"),
     "tcm": ("method=tcm", "teacher.solver=renoising", "teacher.solver_options=null"),
     "cmt": ("method=cmt", "method.pairs=4", "method.held_out=4", "method.steps=2"),
+    "scm": ("method=scm",),
+    "scm, target=data, finite": ("method=scm", "method.target=data", "method.derivative=finite"),
     "progressive": ("method=progressive", "method.start_steps=2"),  # one round, which has no stages
     "sfd": ("method=sfd",),
     "b_dense on denoising_student": ("method=b_dense", "host=denoising_student", *_STORED),
@@ -107,9 +109,9 @@ def networks(method: Method) -> Iterator[tuple[str, nn.Module]]:
     """The networks that a method evaluates in training, once each."""
     seen: set[nn.Module] = set()
     for name, trained in method.trained_networks().items():
-        denoiser = next(module for module in trained.modules() if isinstance(module, Denoiser))
-        seen.add(denoiser.network)
-        yield name, denoiser.network
+        for denoiser in [module for module in trained.modules() if isinstance(module, Denoiser)][:1]:
+            seen.add(denoiser.network)
+            yield name, denoiser.network
     for value in (*vars(method).values(), *method.children()):
         for network in value if isinstance(value, list) else [value]:
             denoiser = getattr(network, "denoiser", network)

@@ -13,6 +13,7 @@ from lightning_modules.flow_distillation import FlowDistillation
 from lightning_modules.pretrain import Pretrain
 from lightning_modules.progressive import ProgressiveDistillation
 from lightning_modules.rectified_flow import RectifiedFlow, Reflow
+from lightning_modules.scm import SCM
 from lightning_modules.sfd import SFD
 from lightning_modules.sid import SiD
 from lightning_modules.sida import SiDA
@@ -22,6 +23,7 @@ __all__ = [
     "CMT",
     "DMD2",
     "ECT",
+    "SCM",
     "SFD",
     "TCM",
     "BezierDistillation",

@@ -39,7 +39,6 @@ class ECT(ConsistencyMethod):
         weighting: str = "step",
         c: float = 0.0,
         teacher_step: str | None = None,
-        lr_decay_kimg: float | None = None,
         middle: float | Sequence[float] = 0.821,
         **common,
     ):
@@ -57,20 +56,13 @@ class ECT(ConsistencyMethod):
             weighting: w, "step": 1 / (t - r), or "c_out": 1 / c_out(t)^2.
             c: Of the pseudo-Huber distance; 0: the Euclidean one.
             teacher_step: None: consistency training. "euler" or "heun": x_r is one such step of the teacher from x_t.
-            lr_decay_kimg: Thousands of images after which the learning rate falls as their inverse square root, as EDM2's does
-                (arXiv 2312.02696); None: it stays.
             middle: As there.
 
         Raises:
             ValueError: For options out of range.
         """
         super().__init__(teacher, middle=middle, **common)
-        for option, value, least in (
-            ("p_std", p_std, 0),
-            ("q", q, 1),
-            ("stage_kimg", stage_kimg, 0),
-            ("lr_decay_kimg", lr_decay_kimg, 0),
-        ):
+        for option, value, least in (("p_std", p_std, 0), ("q", q, 1), ("stage_kimg", stage_kimg, 0)):
             if value is not None and not value > least:
                 raise ValueError(f"method.{option} must be above {least}, got {value!r}")
         for option, value in (("k", k), ("b", b), ("c", c)):
@@ -83,7 +75,6 @@ class ECT(ConsistencyMethod):
         self.noise_levels = LogNormal(p_mean, p_std)
         self.q, self.k, self.b, self.max_ratio = q, k, b, max_ratio
         self.stage_nimg = 1000 * stage_kimg if stage_kimg else None
-        self.decay_nimg = 1000 * lr_decay_kimg if lr_decay_kimg else None
         self.weighting, self.c, self.teacher_step = weighting, c, teacher_step
 
     def frozen_networks(self) -> list[Teacher]:
@@ -96,11 +87,6 @@ class ECT(ConsistencyMethod):
     def evaluations(self) -> dict[str, float]:
         counts = {"student": 1.0, "student without gradient": 1.0}
         return counts | ({"teacher": float(TEACHER_STEPS[self.teacher_step])} if self.teacher_step else {})
-
-    def lr_scale(self) -> float:
-        seen = self.nimg + self.batch_size
-        decay = max(seen / self.decay_nimg, 1.0) ** -0.5 if self.decay_nimg else 1.0
-        return super().lr_scale() * decay
 
     # -- training --------------------------------------------------------------------------------------------------
 

@@ -58,6 +58,8 @@ METHODS = {
     # Its third stage begins after training step 10; dropout masks are drawn.
     "ect": ("method=ect", "method.stage_kimg=0.08", "method.lr=1e-3", "teacher.network.dropout=0.2"),
     "tcm": ("method=tcm", "method.lr=1e-3", "teacher.solver=renoising", "teacher.network.dropout=0.2"),
+    # The tangent grows until training step 10; dropout masks are drawn.
+    "scm": ("method=scm", "method.tangent_warmup_kimg=0.16", "method.lr=1e-3", "teacher.network.dropout=0.2"),
     "cmt": ("method=cmt", "method.lr=1e-3", "batch_size=16", *PAIRS),
 }
 FLOWS = {"flow": 3, "straight": 5, "distilled": 1, "bezier": 1, "joint": 1}  # network evaluations of a sample
@@ -116,6 +118,7 @@ def slow(*case):
         slow("consistency_distillation", "lightning_modules:ConsistencyDistillation.training_step", 8, ("", 6, 13)),
         slow("ect", "lightning_modules:ECT.training_step", 8, ("", 6, 13)),
         slow("tcm", "lightning_modules:TCM.training_step", 8, ("", 6, 13)),
+        slow("scm", "lightning_modules:SCM.training_step", 8, ("", 6, 13)),
         slow("cmt", "lightning_modules:CMT.training_step", 8, ("", 6, 13)),
         slow("joint", "lightning_modules:BezierDistillation.training_step", 8, ("", 6, 13)),
     ],

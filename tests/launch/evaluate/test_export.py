@@ -60,6 +60,8 @@ CASES = {
     "tcm_in_two": (("method=tcm", "teacher.solver=renoising", *TINY), 2),
     "cmt": (("method=cmt", *TINY), None),
     "cmt_in_two": (("method=cmt", *TINY), 2),
+    "scm": (("method=scm", *TINY), None),
+    "scm_in_two": (("method=scm", *TINY), 2),
     "progressive": (("method=progressive", "method.start_steps=8", "method.end_steps=2", *TINY), None),
     "two_steps": (("method=progressive", "method.start_steps=8", "method.end_steps=2", *TINY), None),
     "own_reading": (("method=progressive", "method.start_steps=8", "method.end_steps=2", *TINY), None),

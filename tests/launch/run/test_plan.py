@@ -158,6 +158,7 @@ METHODS = {
     "consistency_distillation": ["method=consistency_distillation"],
     "tcm": ["method=tcm", "teacher.solver=renoising"],
     "cmt": ["method=cmt"],
+    "scm": ["method=scm"],
     **{name: [f"method={name}"] for name in ("rectified_flow", "reflow", "flow_distill", "bezier")},
     **{f"b_dense {host}": ["method=b_dense", f"host={host}"] for host in ("denoising_student", "progressive", "sfd")},
 }
