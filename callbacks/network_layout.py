@@ -68,7 +68,8 @@ class NetworkLayout(pl.Callback):
 def all_denoisers(method: pl.LightningModule) -> Iterator[Denoiser]:
     """The denoisers that a method evaluates in training, each once: its own, and those of its frozen networks."""
     registered = [module for module in method.modules() if isinstance(module, Denoiser)]
-    frozen = [network.denoiser for network in method.frozen_networks() if isinstance(network, Teacher)]
+    teachers = [network for network in method.frozen_networks() if isinstance(network, Teacher)]
+    frozen = [denoiser for teacher in teachers for denoiser in teacher.denoisers]
     yield from {id(denoiser): denoiser for denoiser in (*registered, *frozen)}.values()
 
 

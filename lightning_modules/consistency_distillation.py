@@ -87,7 +87,7 @@ class ConsistencyDistillation(ConsistencyMethod):
     @property
     def evaluations(self) -> dict[str, float]:
         target = "student without gradient" if self.average is None else "target"
-        return {"student": 1.0, target: 1.0, "teacher": 2.0}
+        return {"student": 1.0, target: 1.0, "teacher": 2.0 * self.teacher.evaluations_per_estimate}
 
     # -- training --------------------------------------------------------------------------------------------------
 

@@ -105,7 +105,7 @@ class DiffInstruct(Backtracking):
     @property
     def evaluations(self) -> dict[str, float]:
         share = 1 / len(self.update_cycle)  # of the generator's updates
-        counts = {"student": 1.0, "fake score": 1.0, "teacher": share}
+        counts = {"student": 1.0, "fake score": 1.0, "teacher": share * self.target_evaluations}
         # The encoder alone: of a generated and a real image in a fake-score update, of a generated one in the generator's.
         return counts | ({"fake score's encoder": (2 * self.fake_updates + 1) * share} if self.gan else {})
 

@@ -86,7 +86,9 @@ class ECT(ConsistencyMethod):
     @property
     def evaluations(self) -> dict[str, float]:
         counts = {"student": 1.0, "student without gradient": 1.0}
-        return counts | ({"teacher": float(TEACHER_STEPS[self.teacher_step])} if self.teacher_step else {})
+        if not self.teacher_step:
+            return counts
+        return counts | {"teacher": float(TEACHER_STEPS[self.teacher_step] * self.teacher.evaluations_per_estimate)}
 
     # -- training --------------------------------------------------------------------------------------------------
 

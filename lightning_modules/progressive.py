@@ -106,7 +106,9 @@ class ProgressiveDistillation(BranchedMethod):
 
     @property
     def evaluations(self) -> dict[str, float]:
-        return {"student": 1.0, "teacher": float(self.substeps)}
+        # Of the first round alone the teacher is guided; of the others it is the student before.
+        estimate = 1 if self.steps_before else self.teacher.evaluations_per_estimate
+        return {"student": 1.0, "teacher": float(self.substeps * estimate)}
 
     def lr_scale(self) -> float:
         return super().lr_scale() * (1 - self.progress)
@@ -191,6 +193,7 @@ class ProgressiveDistillation(BranchedMethod):
             if (checkpoint := self._run_folder / "checkpoints" / "last.ckpt").exists():
                 raise ValueError(_ONE_TRAINING.format(checkpoint))
             self.training_seconds()  # a missing clock shows now, not at the end of the round
+        self.guide.set_guidance(not self.steps_before)  # what is distilled of it is guided already
         taught = self.teacher.denoiser.network.state_dict()
         if self.steps_before:
             previous = self.rounds[self.rounds.index(self.steps) - 1]
@@ -225,6 +228,7 @@ class ProgressiveDistillation(BranchedMethod):
                     "weights": averages.names[0] if averages else "raw",
                     "seed": self.seed,
                     "teacher": self.teacher.name,
+                    **({"guidance": self.teacher.guidance_name} if self.teacher.guided else {}),
                     "licence": self.licence,
                     "cost": {"steps": self.total_steps, "images": images, "seconds": seconds},
                 }
@@ -247,7 +251,7 @@ class ProgressiveDistillation(BranchedMethod):
 
     def sampled_student(self) -> Denoiser:
         """The student of the chosen round: an earlier one's is put in the place of the last round's teacher."""
-        return self.student if self.chosen_nfe in (None, self.steps) else self.guide.to(self.device).denoiser
+        return self.student if self.chosen_nfe in (None, self.steps) else self.guide.to(self.device).unguided
 
     def exported(self) -> dict[str, Tensor]:
         return plain_state(self.sampled_student().network)

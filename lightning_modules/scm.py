@@ -86,7 +86,7 @@ class SCM(ConsistencyMethod):
     @property
     def evaluations(self) -> dict[str, float]:
         counts = {"student": 1.0, "student's derivative": float(DERIVATIVES[self.derivative])}
-        return counts | ({"teacher": 1.0} if self.target == "teacher" else {})
+        return counts | ({"teacher": float(self.teacher.evaluations_per_estimate)} if self.target == "teacher" else {})
 
     # -- training --------------------------------------------------------------------------------------------------
 

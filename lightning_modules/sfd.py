@@ -100,7 +100,8 @@ class SFD(BranchedMethod):
         """An image is one trajectory; where the student's first step is analytic the teacher still makes it."""
         mean = sum(self.choices) / len(self.choices)
         teacher_steps = (mean + self.afs) * self.substeps - self.teacher_afs
-        return {"student": float(mean), "teacher": SOLVERS[self.solver].evaluations * teacher_steps}
+        per_step = SOLVERS[self.solver].evaluations * self.teacher.evaluations_per_estimate
+        return {"student": float(mean), "teacher": per_step * teacher_steps}
 
     @property
     def student_updates(self) -> int:

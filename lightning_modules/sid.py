@@ -55,7 +55,10 @@ class SiD(DiffInstruct):
         counts = super().evaluations
         if self.checkpointing:
             again = 1 / len(self.update_cycle)
-            counts |= {"fake score": counts["fake score"] + again, "teacher": counts["teacher"] + again}
+            counts |= {
+                "fake score": counts["fake score"] + again,
+                "teacher": counts["teacher"] + again * self.target_evaluations,
+            }
         return counts
 
     def generator_loss(self, batch: Batch, noise: TrainingNoise, labels: Tensor | None) -> Tensor:

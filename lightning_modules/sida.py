@@ -82,7 +82,7 @@ class SiDA(SiD):
         return {
             "student": 1.0 + first,
             "fake score": 1.0 + again,
-            "teacher": generator + again + first,
+            "teacher": (generator + again + first) * self.target_evaluations,
             "fake score's encoder": 1 - generator,  # of real images
         }
 

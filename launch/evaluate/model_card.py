@@ -44,14 +44,15 @@ def readme(student: Student, run: TrainedRun, records: Sequence[Record]) -> str:
     method, licence = run.method, run.method.licence
     path: Sampling = student.path
     config = OmegaConf.to_container(run.config)
-    teacher = f"distilled from the teacher `{method.teacher.name}`" if method.teacher else "trained on images"
+    guidance = f", {method.teacher.guidance_name}" if method.teacher and method.teacher.guided else ""
+    teacher = f"distilled from the teacher `{method.teacher.name}`{guidance}" if method.teacher else "trained on images"
     labels = f", conditioned on {student.num_classes} classes" if student.num_classes else ""
     channels, side, _ = student.image_shape
     kind = {1: "grey", 2: "points of the plane", 3: "RGB"}.get(channels, f"{channels} channels")
     facts = [
         ("method", method.name),
         ("data", f"{config['data']['name']}, {side}x{side}, {kind}{labels}"),
-        ("teacher", method.teacher.name if method.teacher else "none"),
+        ("teacher", f"{method.teacher.name}{guidance}" if method.teacher else "none"),
         ("network evaluations per image (NFE)", str(method.nfe)),
         (
             "sampling",

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from launch.command_line import check_choices
 from launch.errors import reported
 from launch.options import check_options
+from launch.run.teachers import expand_guide
 
 
 def run_task(cfg: DictConfig) -> None:
@@ -23,5 +24,6 @@ def run_task(cfg: DictConfig) -> None:
         check_choices()
         name = HydraConfig.get().runtime.choices["task"]
         task = import_module(f"launch.evaluate.{name}")
+        expand_guide(cfg)
         check_options(cfg, task.Options, f"task={name}")
         task.main(cfg)

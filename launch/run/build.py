@@ -67,6 +67,13 @@ def check_fit(method: Method, data: Any) -> None:
                 f"method={method.name} learns from the estimates of a diffusion model, and teacher {teacher.name} is a "
                 "consistency model: say another teacher"
             )
+    unseen = [t for t in (method.teacher, method.sampler) if t is not None and t not in method.learned_teachers()]
+    for teacher in unseen:
+        if teacher.guided:
+            raise ValueError(
+                f"method={method.name} does not learn from teacher {teacher.name} here, so that its guidance would change "
+                "nothing: leave teacher.guidance out"
+            )
     network = method.student.network
     pairs = [("resolution", network.resolution, data.resolution), ("channels", network.in_channels, data.channels)]
     if data.num_classes:

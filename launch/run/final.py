@@ -107,6 +107,7 @@ def export(method: Method, training: Any, records: list[Record], folder: RunFold
             weights[name].numel() for name, _ in method.student.network.named_parameters() if name in weights
         ),
         "teacher": method.teacher.name if method.teacher else None,
+        **({"guidance": method.teacher.guidance_name} if method.teacher and method.teacher.guided else {}),
         "licence": method.licence,
         **({"two_times": True} if method.student.two_times else {}),
         "metrics": {

@@ -4,7 +4,7 @@ import copy
 import math
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,8 @@ class Networks:
         denoisers = [module for module in method.modules() if isinstance(module, Denoiser)]
         trained = sum(any(p.requires_grad for p in part.parameters()) for part in denoisers)
         teachers = [network for network in method.frozen_networks() if isinstance(network, Teacher)]
-        return cls(trained, len(denoisers) - trained, len(teachers), averages)
+        frozen = sum(len(teacher.denoisers) for teacher in teachers)
+        return cls(trained, len(denoisers) - trained, frozen, averages)
 
     def held(self, mixed: bool) -> float:
         """Their weights, gradients and moments, in sizes of one network; mixed: frozen weights rounded to 2 bytes beside."""
@@ -165,7 +166,7 @@ def missing(
     """
     needed = {source.file: source for source in remote_files(config) if source.missing}
     lines = [_how(source) for source in needed.values()]
-    for node in _teachers(cfg.method):
+    for node in _with_guides(_teachers(cfg.method)):
         source = node.get("source") or {}
         if node.weights is None or exists(Path(node.weights)) or source.get("url"):
             continue
@@ -218,6 +219,10 @@ def _teachers(method: DictConfig) -> list[DictConfig]:
     return list(method.teachers) if "teachers" in method else [method.teacher]
 
 
+def _with_guides(teachers: Sequence[DictConfig]) -> list[DictConfig]:
+    return [*teachers, *(teacher.guide for teacher in teachers if teacher.get("guide"))]
+
+
 def build_weightless(config: DictConfig, seed: int) -> Method:
     """Build the method with networks that have shapes alone; of its errors those of missing files do not pass."""
     config = weightless(config)
@@ -238,7 +243,7 @@ def weightless(method: DictConfig) -> DictConfig:
     method = copy.deepcopy(method)
     OmegaConf.resolve(method)
     method._set_flag("allow_objects", True)
-    for teacher in _teachers(method):
+    for teacher in _with_guides(_teachers(method)):
         with torch.device("meta"):
             network = build(teacher.network)
         if teacher.get("weights") and exists(Path(teacher.weights)):

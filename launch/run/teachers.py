@@ -15,14 +15,38 @@ from stillhouse.checkpoints.weights import read_card
 PRETRAIN = "train one by `python train.py method=pretrain data=...` (a flow: method=rectified_flow), then say teacher=runs/NAME"
 
 
+# Of any teacher's config; without a value they are left out of it, so that it is that of a teacher from before they were.
+GUIDANCE = ("guidance", "guidance_interval", "guide")
+
+
+def expand_guide(cfg: DictConfig) -> None:
+    """Replace, in place, the name in `teacher.guide` by that teacher's config, and leave out options of no guidance.
+
+    Raises:
+        ValueError, FileNotFoundError: As `teacher_config`.
+    """
+    teacher = cfg.get("teacher")
+    if not OmegaConf.is_dict(teacher):
+        return
+    with open_dict(cfg):
+        for option in GUIDANCE:
+            if option in teacher and teacher[option] is None:
+                del teacher[option]
+        if "guide" in teacher and not OmegaConf.is_dict(teacher.guide):
+            teacher.guide = teacher_config(teacher.guide, "teacher.guide")
+
+
 def expand_teachers(cfg: DictConfig) -> None:
-    """Replace, in place, each name in `method.teachers`, of a file in conf/teacher or of a run folder, by that teacher's config.
+    """Replace, in place, names of teachers by their configs: those in `method.teachers`, and `teacher.guide`.
+
+    A name is that of a file in conf/teacher or of a run folder.
 
     Raises:
         ValueError: for a method without the teacher that it needs, a `teacher` that it would not see, a list of something else,
             a name that is neither, or a student that is no teacher.
         FileNotFoundError: for a run without a finished student.
     """
+    expand_guide(cfg)
     if "teacher" in cfg.method and not _is_teacher(cfg):
         raise ValueError(
             f"method={cfg.method.name} needs a teacher, or the network of one, and conf/teacher has none that is named as the "
@@ -128,6 +152,8 @@ def _student(folder: RunFolder) -> dict[str, Any]:
             f"sampled in {config['steps']} steps; take a run of pretrain, rectified_flow or reflow"
         )
     config.pop("source", None)  # what the first teacher's weights were made of
+    for option in GUIDANCE:  # a student of a guided teacher makes its images by itself
+        config.pop(option, None)
     # The hash: a run trained anew under this name is another teacher, which a resumed run must not go on with.
     return config | {
         "name": folder.name,

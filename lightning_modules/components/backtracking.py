@@ -129,6 +129,13 @@ class Backtracking(Method):
     def frozen_networks(self) -> list[Teacher]:
         return [self.target]
 
+    @property
+    def target_evaluations(self) -> float:
+        """Network evaluations of one of the target's estimates, on average; with "converged" the fewest."""
+        share = sum("student" in names for names in self.update_cycle) / len(self.update_cycle)
+        before = min((self.nodes - 1) * self.interval / (share * self.total_steps), 1.0) if self.nodes else 0.0
+        return 1.0 + (1.0 - before) * (self.teacher.evaluations_per_estimate - 1)
+
     # -- stage 1 ---------------------------------------------------------------------------------------------------
 
     def stages(self) -> dict[str, Method]:
@@ -163,8 +170,12 @@ class Backtracking(Method):
             self.load_target()
 
     def load_target(self) -> None:
-        """Put T_node into the one network that all targets share: the teacher itself stays off the device until the end."""
+        """Put T_node into the one network that all targets share: the teacher itself stays off the device until the end.
+
+        Where the teacher is guided, so is the last target; those before it are scores of images that nothing guides.
+        """
         network = self.target.denoiser.network
+        self.target.set_guidance(self.node == self.nodes)
         with self.target.exact_weights():
             if self.node == self.nodes:
                 network.load_state_dict(self.teacher.denoiser.network.state_dict())

@@ -53,7 +53,7 @@ class DegradationRecording(Method):
         noise = TrainingNoise(self.seed, batch["position"], self.image_shape)
         labels = noise.labels(self.teacher.num_classes)
         with torch.no_grad():
-            images = one_step(self.teacher.denoiser, noise.latents, self.sigma_init, labels)
+            images = one_step(self.teacher.unguided, noise.latents, self.sigma_init, labels)
         loss = denoising_score_matching(self.student, images, noise.sigma(self.sigmas), noise.noise, labels).mean()
         self.log_mean("loss/degraded", loss.detach())
         return loss

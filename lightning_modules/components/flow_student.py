@@ -40,7 +40,7 @@ class FlowStudent(Method):
     def sampling(self, nfe: int | None = None) -> Sampling:
         if self.euler_steps is not None:
             nfe = check_nfe(nfe, self.euler_steps)
-        elif nfe is None or nfe == self.sampler.nfe():
+        elif nfe is None or nfe == self.sampler.sampling().nfe:
             return self.sampler.sampling()
         # The noise is the state at `start`, so that one step leads to X_0 + (1 - start) v(X_0, start). The released code of
         # rectified flow goes by 1 / steps from there on, 1e-3 of the way too far.

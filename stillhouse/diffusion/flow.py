@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.diffusion.denoiser import Denoiser, DenoiserFunction
+from stillhouse.diffusion.guidance import GuidedDenoiser
 from stillhouse.diffusion.teacher import Teacher
 
 
@@ -40,7 +41,7 @@ def end_state(denoiser: DenoiserFunction, z: Tensor, t: Tensor, labels: Tensor |
 
 
 def velocity(
-    denoiser: Denoiser,
+    denoiser: Denoiser | GuidedDenoiser,
     z: Tensor,
     t: Tensor,
     labels: Tensor | None = None,
@@ -64,6 +65,10 @@ def velocity(
     Returns:
         Velocities (B, C, H, W), in float64 if z is, else in float32.
     """
+    if isinstance(denoiser, GuidedDenoiser):
+        return denoiser.combine(
+            lambda part, seen: velocity(part, z, t, seen, augment_labels, until), level_of(t), labels
+        )
     c = denoiser.preconditioning(level_of(t))
     from_state, from_network = (c.skip / t - 1) / (1 - t), c.out / (1 - t)
     span = None if until is None else until - t

@@ -15,6 +15,7 @@ from stillhouse.checkpoints.published import PublishedCheckpoint
 from stillhouse.checkpoints.weights import hash_form, hash_state, load_weights
 from stillhouse.checks import check_memory
 from stillhouse.diffusion.denoiser import Denoiser
+from stillhouse.diffusion.guidance import GuidedDenoiser, check_guidance
 from stillhouse.diffusion.preconditioning import Preconditioning
 from stillhouse.diffusion.sampling import Sampling
 from stillhouse.diffusion.solvers import SOLVERS, check_solver, evaluations
@@ -44,9 +45,17 @@ class Teacher:
         steps: solver steps of a sample.
         conditional: whether labels are used, where the network has classes.
         licence: of the weights.
+        guidance: the weight w of `GuidedDenoiser`; None and 1: none.
+        guidance_interval: the noise levels, lowest and highest, between which it is guided; None: all.
+        guide: the teacher whose estimates it is guided away from; None: its own, without labels.
+
+    Attributes:
+        denoiser: what is learned from and sampled, guided where it is guided: a `Denoiser`, or a `GuidedDenoiser`, which has its
+            network and preconditioning as well.
 
     Raises:
-        ValueError: for an unknown solver, options that it lacks or cannot take, or an impossible number of steps.
+        ValueError: for an unknown solver, options that it lacks or cannot take, an impossible number of steps, and a guidance
+            that it can't have.
         FileNotFoundError: for missing weights; other errors of weights and of the source as there.
     """
 
@@ -65,7 +74,11 @@ class Teacher:
         steps: int = 18,
         conditional: bool = True,
         licence: str = "unknown",
+        guidance: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guide: "Teacher | None" = None,
     ):
+        check_guidance(guidance, guidance_interval, guide is not None)
         check_folder_name("teacher.name", name, "data")
         options = dict(solver_options or {})
         check_solver("teacher", solver, options)
@@ -82,6 +95,9 @@ class Teacher:
                 source.provide(weights, network, preconditioning, licence)
             load_weights(weights, network, sha256)
         self.denoiser = Denoiser(network, preconditioning).eval().requires_grad_(False)
+        self.guide: Teacher | None = None
+        if guidance not in (None, 1):
+            self._set_guidance(guidance, guidance_interval, guide)
         self.sigmas()  # an impossible step count is refused now, not after an hour
         self._hash: str | None = None
         self._rounded_to: torch.dtype | None = None
@@ -89,6 +105,32 @@ class Teacher:
 
     def __deepcopy__(self, memo: dict) -> "Teacher":
         return self
+
+    def _set_guidance(self, weight: float, interval: Sequence[float] | None, guide: "Teacher | None") -> None:
+        option = f"teacher.guidance={weight:g}"
+        if self.is_consistency_model:
+            raise ValueError(
+                f"{option}: teacher {self.name} is a consistency model, whose estimates are samples; guide the diffusion model "
+                "that it is distilled from"
+            )
+        labels = guide is not None and guide.num_classes > 0
+        if guide is None:
+            if not self.num_classes or not can_hide_labels(self.denoiser.network):
+                reason = "was trained to see all labels (label_dropout)" if self.num_classes else "takes no labels"
+                raise ValueError(
+                    f"{option} guides by a teacher's own estimates without labels, and {self.name} {reason}: name a second "
+                    "network to guide it by, teacher.guide=NAME (conf/teacher, or a run's folder)"
+                )
+        else:
+            for key in ("resolution", "channels", "num_classes"):
+                theirs, ours = getattr(guide, key), getattr(self, key)
+                if theirs != ours and (key != "num_classes" or theirs):
+                    raise ValueError(
+                        f"teacher.guide={guide.name} has {key}={theirs}, teacher {self.name} {ours}: choose another guide"
+                    )
+        self.guide = guide
+        second = None if guide is None else guide.unguided
+        self.denoiser = GuidedDenoiser(self.denoiser, weight, interval, second, labels).eval()
 
     @property
     def resolution(self) -> int:
@@ -105,9 +147,39 @@ class Teacher:
 
     @property
     def solver_name(self) -> str:
-        """The solver with its options, as named in stores and fingerprints."""
+        """The solver with its options, and the guidance, as named in stores and fingerprints."""
         options = ",".join(f"{key}={value}" for key, value in sorted(self.solver_options.items()))
-        return f"{self.solver}({options})" if options else self.solver
+        name = f"{self.solver}({options})" if options else self.solver
+        return f"{name}, {self.guidance_name}" if self.guided else name
+
+    @property
+    def guided(self) -> bool:
+        """Whether its estimates are guided."""
+        return isinstance(self.denoiser, GuidedDenoiser)
+
+    @property
+    def guidance_name(self) -> str | None:
+        """The guidance in words, such as "guidance 1.5 on (0.3, 5] by NAME"; None without."""
+        if not self.guided:
+            return None
+        interval = self.denoiser.interval
+        levels = "" if interval is None else f" on ({interval[0]:g}, {interval[1]:g}]"
+        return f"guidance {self.denoiser.weight:g}{levels}" + (f" by {self.guide.name}" if self.guide else "")
+
+    @property
+    def unguided(self) -> Denoiser:
+        """Its denoiser without guidance, with the same weights."""
+        return self.denoiser.unguided if self.guided else self.denoiser
+
+    @property
+    def denoisers(self) -> list[Denoiser]:
+        """What an estimate evaluates: its denoiser, and the guide where that is another network."""
+        return [self.unguided, *([self.denoiser.guide] if self.guided and self.denoiser.guide else [])]
+
+    @property
+    def evaluations_per_estimate(self) -> int:
+        """Network evaluations of one estimate in training: 2 where it is guided, else 1."""
+        return 2 if self.guided else 1
 
     @property
     def level_range(self) -> tuple[float, float]:
@@ -122,7 +194,7 @@ class Teacher:
 
     @property
     def hash(self) -> str:
-        """SHA-256 over weights and preconditioning, 64 hex digits."""
+        """SHA-256 over weights, preconditioning and guidance, 64 hex digits."""
         if self._hash is None:
             preconditioning = self.denoiser.preconditioning
             settings = {
@@ -130,7 +202,10 @@ class Teacher:
             }
             with self.exact_weights():
                 weights = hash_state(self.denoiser.network)
-            text = json.dumps([weights, type(preconditioning).__name__, settings], sort_keys=True)
+            parts = [weights, type(preconditioning).__name__, settings]
+            if self.guided:
+                parts += [self.denoiser.description(), None if self.guide is None else self.guide.hash]
+            text = json.dumps(parts, sort_keys=True)
             self._hash = hashlib.sha256(text.encode()).hexdigest()
         return self._hash
 
@@ -158,7 +233,7 @@ class Teacher:
             parameter.data = exact
         self._rounded_to, self._exact = dtype, []
         if dtype is not None:
-            self._exact = [(p, p.data) for p in autocast_weights(self.denoiser.network)]
+            self._exact = [(p, p.data) for part in self.denoisers for p in autocast_weights(part.network)]
             with torch.inference_mode(False):
                 for parameter, exact in self._exact:
                     parameter.data = exact.to(dtype)
@@ -177,13 +252,13 @@ class Teacher:
             self.round_weights(dtype)
 
     def student(self, label_dropout: bool = True) -> Denoiser:
-        """Make a trainable copy of the denoiser.
+        """Make a trainable copy of the denoiser, without guidance.
 
         Args:
             label_dropout: False for a copy from which training never hides a label, as one needs that learns from the
                 teacher's samples.
         """
-        denoiser = copy.deepcopy(self.denoiser).requires_grad_(True)
+        denoiser = copy.deepcopy(self.unguided).requires_grad_(True)
         for module in () if label_dropout else denoiser.modules():
             if hasattr(module, "label_dropout"):
                 module.label_dropout = 0.0
@@ -216,6 +291,11 @@ class Teacher:
         other.sigmas()
         return other
 
+    def set_guidance(self, active: bool) -> None:
+        """Guide from now on, or not, where it is guided: as weights change that are no teacher's."""
+        if self.guided:
+            self.denoiser.set_active(active)
+
     def sigmas(self, steps: int | None = None, through: Sequence[float] = ()) -> Tensor:
         """Make the sampling noise levels.
 
@@ -246,8 +326,20 @@ class Teacher:
         return sigmas
 
     def nfe(self, steps: int | None = None) -> int:
-        """Count the network evaluations of a sample of so many solver steps, by default the teacher's."""
-        return evaluations(self.solver, len(self.sigmas(steps)) - 1)
+        """Count the network evaluations of a sample of so many solver steps, by default the teacher's; a guide's count too."""
+        sigmas = self.sigmas(steps)
+        if not self.guided:
+            return evaluations(self.solver, len(sigmas) - 1)
+        count = 0
+
+        def estimate(x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
+            nonlocal count
+            count += 2 if self.denoiser.guides_at(sigma.item()) else 1
+            return x
+
+        for _ in SOLVERS[self.solver].solve(estimate, torch.zeros(1, 1, 1, 1), sigmas, None, **self.solver_options):
+            pass
+        return count
 
     def trajectory(
         self,
@@ -296,3 +388,8 @@ class Teacher:
         for state in self.trajectory(noise, labels, steps, denoiser):  # noqa: B007
             pass
         return state.float()
+
+
+def can_hide_labels(network: nn.Module) -> bool:
+    """Whether labels were hidden from a network in training, so that it knows how to do without them."""
+    return any(getattr(module, "label_dropout", 0) for module in network.modules())

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stillhouse.diffusion.denoiser import Denoiser
 from stillhouse.diffusion.flow import per_sample
+from stillhouse.diffusion.guidance import GuidedDenoiser
 
 
 def angle_of(sigma: Tensor, sigma_data: float) -> Tensor:
@@ -16,7 +17,9 @@ def angle_of(sigma: Tensor, sigma_data: float) -> Tensor:
     return torch.atan(sigma.double() / sigma_data)
 
 
-def trigflow_output(denoiser: Denoiser, x: Tensor, t: Tensor, sigma_data: float, labels: Tensor | None) -> Tensor:
+def trigflow_output(
+    denoiser: Denoiser | GuidedDenoiser, x: Tensor, t: Tensor, sigma_data: float, labels: Tensor | None
+) -> Tensor:
     """Compute F(x_t / s, t), for EDM's preconditioning minus the network's output, without the division of a small difference.
 
     Args:
@@ -29,6 +32,10 @@ def trigflow_output(denoiser: Denoiser, x: Tensor, t: Tensor, sigma_data: float,
     Returns:
         (B, C, H, W), float64.
     """
+    if isinstance(denoiser, GuidedDenoiser):
+        return denoiser.combine(
+            lambda part, seen: trigflow_output(part, x, t, sigma_data, seen), sigma_data * t.tan(), labels
+        )
     cos, sin = t.cos(), t.sin()
     c = denoiser.preconditioning(sigma_data * t.tan())
     # F = (cos(t) x_t - D) / (s sin(t)) with D = c_skip x_t / cos(t) + c_out (the network's output).

@@ -112,7 +112,7 @@ def self_test(
     sigmas = torch.logspace(*schedule[[-2, 0]].log10().tolist(), LEVELS, dtype=torch.float64).tolist()
     configured = type(teacher.denoiser.preconditioning).__name__
     linear = [_linear_error(images, sigma) for sigma in sigmas]
-    errors = [_error(teacher.denoiser, images, sigma, labels) for sigma in sigmas]
+    errors = [_error(teacher.unguided, images, sigma, labels) for sigma in sigmas]
     levels = [Level(*row) for row in zip(sigmas, errors, linear, strict=True)]
     scores = {configured: _score(levels)}
     for kind in PARAMETERISATIONS:
@@ -185,7 +185,7 @@ def _check_labels(teacher: Teacher, images: Tensor, labels: Tensor | None, sigma
     chosen = [sigma for sigma in sigmas if spread <= sigma <= 20 * spread] or [spread]
     wrong = (labels + 1) % teacher.num_classes
     true_errors, wrong_errors = (
-        torch.stack([_errors(teacher.denoiser, images, sigma, given) for sigma in chosen]).mean(0)
+        torch.stack([_errors(teacher.unguided, images, sigma, given) for sigma in chosen]).mean(0)
         for given in (labels, wrong)
     )
     gains = wrong_errors - true_errors

@@ -283,3 +283,20 @@ def test_a_diverged_path_is_not_kept(tmp_path):
 def test_misuse(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         method(tmp_path, **options)
+
+
+def test_of_a_guided_teacher_the_last_target_alone_is_guided(recorded, tmp_path):
+    """Also the generator begins as the teacher's network, which nothing guides."""
+    guided = exact_teacher(network=CorrectedByLevel, guidance=2.0, guide=exact_teacher(Mixture(std=0.5)))
+    module = method(tmp_path, teacher=guided)
+    module.path.load = lambda step, network, **_: None
+    x, sigma = torch.randn(4, 2, 1, 1), torch.tensor(0.5)
+    for node in (1, 2, 3):
+        module.node = node
+        module.load_target()
+        expected = guided.denoiser if node == 3 else guided.unguided
+        assert torch.equal(module.target.denoiser(x, sigma), expected(x, sigma))
+    assert torch.equal(module.student(x, sigma), guided.unguided(x, sigma))
+    assert module.path.folder != method(tmp_path).path.folder
+    generator_updates = module.total_steps / len(module.update_cycle)
+    assert module.target_evaluations == 2 - 2 * 2 / generator_updates

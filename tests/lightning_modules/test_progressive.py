@@ -317,6 +317,22 @@ def rounds(tmp_path_factory):
     return module, diary.days, folder
 
 
+def test_of_a_guided_teacher_the_first_round_alone_is_guided(tmp_path):
+    guided = exact_teacher(network=BranchingCorrected, guidance=2.0, guide=exact_teacher(Mixture(std=0.5)))
+    module, seen = method(guided, **SHORT), {}
+
+    class Estimates(pl.Callback):
+        def on_train_start(self, trainer, one):
+            x, sigma = torch.randn(4, 2, 1, 1), torch.tensor(0.5)
+            is_guided = not torch.equal(one.guide.denoiser(x, sigma), one.guide.unguided(x, sigma))
+            seen[one.steps] = (is_guided, one.evaluations["teacher"])
+
+    train(module, tmp_path, Estimates())
+    assert seen == {8: (True, 4.0), 4: (False, 2.0), 2: (False, 2.0), 1: (False, 2.0)}
+    module.choose_steps(4, tmp_path)  # an earlier student, in the guide's place
+    assert module.sampled_student() is module.guide.unguided
+
+
 def test_rounds_share_the_budget_and_the_last_two_get_twice_as_much(rounds):
     module, days, _ = rounds
     assert module.rounds == [8, 4, 2, 1]

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from hydra_plugins.run_folders import RunFolders
-from launch.run.build import build
+from launch.run.build import build, check_fit
 from launch.run.folder import RunFolder
 from launch.run.names import register_resolvers
 from launch.run.teachers import expand_teachers
@@ -155,3 +155,31 @@ def test_a_teacher_that_the_method_would_not_see_is_refused():
     with pytest.raises(ValueError, match="teacher=digits_rf1 has no effect here: name the teachers in method.teachers"):
         expand_teachers(cfg)
     expand_teachers(compose("config", ["method=bezier"]))
+
+
+def test_a_guide_is_named_as_teachers_are_and_no_guidance_leaves_no_trace():
+    plain = compose("config", ["method=sfd"])
+    expand_teachers(plain)
+    assert not {"guidance", "guidance_interval", "guide"} & set(plain.teacher)
+    write_run("weak", lambda teacher: {"teacher": {**teacher, "guidance": 3.0, "guide": {"name": "other"}}})
+    for name, guide in (("runs/weak", "weak"), ("digits", "digits")):
+        cfg = compose("config", ["method=sfd", "teacher.guidance=1.5", "teacher.weights=null", f"teacher.guide={name}"])
+        expand_teachers(cfg)
+        assert (cfg.method.teacher.guidance, cfg.method.teacher.guide.name) == (1.5, guide)
+        assert not {"guidance", "guide"} & set(cfg.teacher.guide)  # a student's images need no guide
+        teacher = build(cfg.method.teacher)
+        assert (teacher.guidance_name, teacher.nfe()) == (f"guidance 1.5 by {guide}", 38)
+    with pytest.raises(ValueError, match="teacher.guide: digits9 is neither a file in conf/teacher nor a run folder"):
+        expand_teachers(compose("config", ["method=sfd", "teacher.guide=digits9"]))
+
+
+def test_a_guidance_that_a_method_would_not_see_is_refused():
+    def built(*options):
+        cfg = compose("config", [*options, "teacher.guidance=2", "teacher.weights=null"])
+        expand_teachers(cfg)
+        check_fit(build(cfg.method), build(cfg.data))
+
+    for method in ("pretrain", "ect"):
+        with pytest.raises(ValueError, match=f"method={method} does not learn from .*: leave teacher.guidance out"):
+            built(f"method={method}")
+    built("method=ect", "method.teacher_step=heun")
