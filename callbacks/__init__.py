@@ -3,7 +3,7 @@
 from callbacks.checkpoint import AtomicCheckpointIO, Checkpoints, check_owner, read_checkpoint
 from callbacks.clock import Clock
 from callbacks.curves import Curves, plot_curves
-from callbacks.ema import EMA, student_state
+from callbacks.ema import EMA, RAW, SNAPSHOTS, student_state
 from callbacks.generative_metrics import GenerativeMetrics
 from callbacks.loggers.csv_logger import CSVLogger
 from callbacks.loggers.tensorboard_logger import TensorBoard
@@ -16,6 +16,8 @@ from callbacks.score_health import ScoreHealth
 
 __all__ = [
     "EMA",
+    "RAW",
+    "SNAPSHOTS",
     "AtomicCheckpointIO",
     "CSVLogger",
     "Checkpoints",

@@ -4,17 +4,19 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from stillhouse.checkpoints.weights import check_numbers
+from stillhouse.checkpoints.posthoc_average import power_of_width, relative_width
+from stillhouse.checkpoints.weights import check_numbers, save_weights
 
 RAW = "raw"
+SNAPSHOTS = "snapshots"  # the folder, in a run's, of averages that are kept along the way
 _PREFIX = "student."
 _RULES = "EMA: an average is either {{decay}}, {{halflife_kimg, rampup_ratio}}, {{gamma}} or {{sigma_rel}}, got {}"
 
@@ -85,18 +87,6 @@ class Average:
         return 0.5 ** (batch_size / max(halflife_nimg, 1e-8))
 
 
-def relative_width(gamma: float) -> float:
-    """The standard deviation of the density (gamma + 1) t^gamma on [0, 1]: EDM2's sigma_rel, by its equation 123."""
-    return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
-
-
-@cache
-def power_of_width(sigma_rel: float) -> float:
-    """The gamma of which `relative_width` is sigma_rel: the largest root of (g + 2)^2 (g + 3) = (g + 1) / sigma_rel^2."""
-    square = sigma_rel**-2
-    return max(float(np.roots([1, 7, 16 - square, 12 - square]).real.max()), 0.0)
-
-
 class EMA(pl.Callback):
     """Keeps averages of a method's student, in float32, each updated once per update of the student.
 
@@ -105,14 +95,20 @@ class EMA(pl.Callback):
     averaged: with an average the student uses its own. Validation, test and predict see the first average.
     """
 
-    def __init__(self, averages: Mapping[str, float] | Sequence[Mapping[str, float]] = ({"decay": 0.999},)) -> None:
+    def __init__(
+        self,
+        averages: Mapping[str, float] | Sequence[Mapping[str, float]] = ({"decay": 0.999},),
+        snapshots_kimg: float | None = None,
+    ) -> None:
         """Choose the rules of averaging.
 
         Args:
             averages: one rule or several, each a mapping with the fields of `Average`, such as {"decay": 0.999}.
+            snapshots_kimg: after how many thousands of images the averages are kept, each time, in the run's folder, so that
+                others can be made of them (`stillhouse.checkpoints.posthoc_average`); None: never.
 
         Raises:
-            ValueError: for no rule, the same rule twice, or what is no rule.
+            ValueError: for no rule, the same rule twice, or what is no rule; for snapshots of averages by other than power rules.
         """
         specs = [averages] if isinstance(averages, Mapping) else list(averages)
         fields = set(Average.__dataclass_fields__)
@@ -123,6 +119,14 @@ class EMA(pl.Callback):
         self.averages = {rule.name: rule for rule in (Average(**spec) for spec in specs)}
         if not specs or len(self.averages) < len(specs):
             raise ValueError(f"EMA: averages must be one or several different rules, got {specs}")
+        if snapshots_kimg is not None and not snapshots_kimg > 0:
+            raise ValueError(f"EMA: snapshots_kimg must be positive or null, got {snapshots_kimg!r}")
+        if snapshots_kimg is not None and any(rule.exponent is None for rule in self.averages.values()):
+            raise ValueError(
+                "EMA: snapshots_kimg is for averages by power rules, of which others can be made: say "
+                "'callbacks.ema.averages=[{sigma_rel: 0.05}, {sigma_rel: 0.1}]', or callbacks.ema.snapshots_kimg=null"
+            )
+        self.snapshots_kimg = snapshots_kimg
         self.updates = 0
         self._values: dict[str, dict[str, Tensor]] = {}
         self._step = 0
@@ -214,6 +218,21 @@ class EMA(pl.Callback):
         for name, rule in self.averages.items():
             torch._foreach_lerp_(list(self._values[name].values()), live, 1 - rule.beta(nimg, batch_size))
         self.updates += 1
+        if self.snapshots_kimg is not None:
+            every = 1000 * self.snapshots_kimg
+            if nimg // every != (nimg + batch_size) // every:
+                self._keep(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.snapshots_kimg is not None and self.updates:
+            self._keep(trainer)
+
+    def _keep(self, trainer: pl.Trainer) -> None:
+        """Keep the averages as they are now, in the first process."""
+        for name, rule in self.averages.items() if trainer.is_global_zero else ():
+            file = Path(trainer.default_root_dir) / SNAPSHOTS / f"{name}-{self.updates:08d}.safetensors"
+            card = {"average": name, "updates": self.updates, "gamma": rule.exponent}
+            save_weights(file, self._values[name], card, replace=True)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._put(pl_module, self.names[0])

@@ -8,15 +8,18 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from callbacks import check_owner, read_checkpoint, student_state
+from callbacks import RAW, SNAPSHOTS, check_owner, read_checkpoint, student_state
 from launch import option_types
 from launch.run.build import build_seeded
 from launch.run.folder import RunFolder, identity
 from launch.run.remote_files import fetch
 from lightning_modules import Method
+from stillhouse.checkpoints.posthoc_average import reconstructed
 from stillhouse.checkpoints.weights import checked_load
 from stillhouse.metrics.sampling import Sampler
 from stillhouse.ranks import rank_and_world
+
+_POSTHOC = "posthoc_"  # how names of averages begin that are made of a run's snapshots
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ class TrainedRun:
 
         Args:
             path: The run's folder.
-            weights: An average's name or raw (None: the run's first average).
+            weights: An average's name, raw, or posthoc_W, the average of relative width W that is made of the run's snapshots
+                (None: the run's first average).
             checkpoint: best or last (None: the best by held-out loss where the method has one).
             download: Whether to fetch first what the run's config names and this machine lacks.
 
@@ -101,7 +105,7 @@ def load_student(
     Args:
         method: The run's.
         folder: The run's.
-        weights: An average's name or raw (None: the run's first average).
+        weights: As of `TrainedRun.load`.
         checkpoint: best or last (None: the best by held-out loss where the method has one).
         reached: Training steps of the run so far (None: read from its files).
 
@@ -113,7 +117,17 @@ def load_student(
         FileNotFoundError: For a checkpoint that is not there.
     """
     checkpoint, content = _read_chosen(method, folder, checkpoint)
-    name, state = student_state(content, weights)
+    width = _posthoc_width(weights)
+    name, state = student_state(content, weights if width is None else RAW)
+    if width is not None:
+        name = f"{_POSTHOC}{width:g}"
+        averaged, distance = reconstructed(folder.path / SNAPSHOTS, width)
+        state |= averaged
+        if rank_and_world()[0] == 0:
+            print(
+                f"{name} is made of the averages in {folder.path / SNAPSHOTS}, its profile met to {distance:.1%}",
+                flush=True,
+            )
     with checked_load(folder.checkpoints / f"{checkpoint}.ckpt", state, method.student):
         method.student.load_state_dict(state)
     method.on_load_checkpoint(content)  # in progressive distillation the round, hence the number of steps
@@ -123,6 +137,16 @@ def load_student(
         reached = read_checkpoint(folder.last)["global_step"] if another else step
     total = method.total_steps
     return Weights(name, {"step": step, "reached": total if folder.complete() else reached, "total": total})
+
+
+def _posthoc_width(weights: str | None) -> float | None:
+    """Return W of posthoc_W, None of other names. Raises ValueError where it is no number."""
+    if not isinstance(weights, str) or not weights.startswith(_POSTHOC):
+        return None
+    try:
+        return float(weights.removeprefix(_POSTHOC))
+    except ValueError:
+        raise ValueError(f"weights={weights} must end with a relative width, such as {_POSTHOC}0.05") from None
 
 
 def _read_chosen(method: Method, folder: RunFolder, checkpoint: str | None) -> tuple[str, dict[str, Any]]:

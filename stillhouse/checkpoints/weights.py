@@ -75,18 +75,27 @@ def load_weights(path: str | Path, module: nn.Module, sha256: str | None = None)
         ValueError: where a name or a shape does not fit.
     """
     path = find_weights(path)
+    state = read_state(path, sha256)
+    check_state(path, state, module)
+    module.load_state_dict(state)
+
+
+def read_state(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
+    """Read the weights of a file; arguments and errors as of `load_weights`, but that the file is there.
+
+    Returns:
+        Tensors by name, on the CPU.
+    """
     if sha256 is not None and (actual := hash_file(path)) != sha256.lower():
         raise OSError(f"{path} has SHA-256 {actual}, expected {sha256}; fetch it again or correct teacher.sha256")
     try:
         if sha256 is None and not _matches_its_card(path):
             raise OSError(f"its SHA-256 is not that of {path.with_suffix('.json').name}")
-        state = load_file(path)
+        return load_file(path)
     except (SafetensorError, OSError) as error:
         raise OSError(
             f"{path} is damaged, cut short or no safetensors file ({error}); delete it and fetch or train it again"
         ) from error
-    check_state(path, state, module)
-    module.load_state_dict(state)
 
 
 def _matches_its_card(path: Path) -> bool:
