@@ -17,11 +17,12 @@ from stillhouse.diffusion.random_numbers import sample_labels, sample_noise
 from stillhouse.diffusion.sampling import Sampling
 from stillhouse.networks.dhariwal_unet import DhariwalUNet
 from stillhouse.networks.diffusers_unet import DiffusersUNet
+from stillhouse.networks.edm2_unet import EDM2UNet
 from stillhouse.networks.mlp import MLP
 from stillhouse.networks.second_time import condition_on_second_time
 from stillhouse.networks.song_unet import SongUNet
 
-NETWORKS = {cls.__name__: cls for cls in (SongUNet, DhariwalUNet, DiffusersUNet, MLP)}
+NETWORKS = {cls.__name__: cls for cls in (SongUNet, DhariwalUNet, EDM2UNet, DiffusersUNet, MLP)}
 
 
 class Student(ModelMixin, ConfigMixin):

@@ -77,7 +77,11 @@ def _configs() -> Any:
 
 def data_of(teacher: str) -> str:
     """The data set of a teacher: digits of digits_rf1, cifar10 of cifar10_cond_ve, and of a run folder the run's own."""
-    return teacher if "/" in teacher else re.sub(r"(_(rf\d+|cond|baseline|vp|ve|ddpm|ect|sid|cd))+$", "", teacher)
+    return (
+        teacher
+        if "/" in teacher
+        else re.sub(r"(_(rf\d+|cond|baseline|vp|ve|ddpm|ect|sid|cd|edm2_(s|m|l|xl)))+$", "", teacher)
+    )
 
 
 def picture_set(path: str, resolution: int, channels: int = 3) -> str:

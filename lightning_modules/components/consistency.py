@@ -32,7 +32,6 @@ class ConsistencyMethod(Method):
         *,
         middle: float | Sequence[float],
         lowest: float | None = None,
-        lr_decay_kimg: float | None = None,
         **common,
     ):
         """Args beside those of `Method`.
@@ -42,27 +41,16 @@ class ConsistencyMethod(Method):
             middle: The noise level of the second of two evaluations of a sample, or the levels of those after the first one,
                 descending. Samples of other numbers of evaluations have levels of Karras' spacing (EDM, equation 5).
             lowest: The least level for which the student is meant; None: the least one of the teacher's samples.
-            lr_decay_kimg: Thousands of images after which the learning rate falls as their inverse square root, as EDM2's does
-                (arXiv 2312.02696); None: it stays.
 
         Raises:
-            ValueError: For levels in `middle` that do not descend from below the highest one, or go below the lowest, and for
-                an `lr_decay_kimg` that is not positive.
+            ValueError: For levels in `middle` that do not descend from below the highest one, or go below the lowest.
         """
         super().__init__(**common)
-        if lr_decay_kimg is not None and not lr_decay_kimg > 0:
-            raise ValueError(f"method.lr_decay_kimg must be above 0, got {lr_decay_kimg!r}")
-        self.decay_nimg = 1000 * lr_decay_kimg if lr_decay_kimg else None
         self.teacher = self.sampler = teacher
         self.student = teacher.student(label_dropout=False).train()
         least, self.highest = teacher.level_range
         self.lowest = least if lowest is None else lowest
         self.middle = check_middle(middle, self.highest, lowest or 0.0)
-
-    def lr_scale(self) -> float:
-        seen = self.nimg + self.batch_size
-        decay = max(seen / self.decay_nimg, 1.0) ** -0.5 if self.decay_nimg else 1.0
-        return super().lr_scale() * decay
 
     # -- the teacher's path ----------------------------------------------------------------------------------------
 

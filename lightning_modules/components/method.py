@@ -39,6 +39,7 @@ from stillhouse.diffusion.random_numbers import seed_step
 from stillhouse.diffusion.sampling import Sampling
 from stillhouse.diffusion.teacher import Teacher
 from stillhouse.networks.compiling import eager
+from stillhouse.networks.edm2_unet import normalised_layers
 
 OPTIMIZERS = ("adam", "radam")
 
@@ -78,6 +79,7 @@ class Method(Optimisation):
     takes_consistency_model: bool = (
         False  # whether the teachers that it learns from are consistency models, not denoisers
     )
+    _normalised: Sequence[Any] = ()  # layers of magnitude-preserving networks
     averaged_stage: bool = True  # whether callbacks.ema averages its student where it is a stage of another method
 
     def __init__(
@@ -91,6 +93,7 @@ class Method(Optimisation):
         optimizer: str = "adam",
         betas: tuple[float, float] = (0.9, 0.999),
         warmup_kimg: float = 0.0,
+        lr_decay_kimg: float | None = None,
         weight_decay: float = 0.0,
     ):
         """The options that all methods have.
@@ -104,6 +107,8 @@ class Method(Optimisation):
             optimizer: "adam", or "radam": rectified Adam (arXiv 1908.03265), whose first steps need no warm-up.
             betas: Decay rates of the first and second moment.
             warmup_kimg: In thousands of images.
+            lr_decay_kimg: Thousands of images after which the learning rate falls as their inverse square root, as EDM2's does
+                (arXiv 2312.02696, equation 67); None: it stays.
             weight_decay: Decoupled, as in AdamW.
 
         Raises:
@@ -116,6 +121,8 @@ class Method(Optimisation):
         for option, value in (("warmup_kimg", warmup_kimg), ("weight_decay", weight_decay)):
             if value < 0:
                 raise ValueError(f"method.{option} must not be negative, got {value!r}")
+        if lr_decay_kimg is not None and not lr_decay_kimg > 0:
+            raise ValueError(f"method.lr_decay_kimg must be above 0, got {lr_decay_kimg!r}")
         check_choice("method.optimizer", optimizer, OPTIMIZERS)
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"method.betas must be two numbers in [0, 1), got {betas!r}")
@@ -127,6 +134,7 @@ class Method(Optimisation):
         self.betas = tuple(betas)
         self.weight_decay = weight_decay
         self.warmup_nimg = 1000 * warmup_kimg
+        self.decay_nimg = 1000 * lr_decay_kimg if lr_decay_kimg else None
         self.total_steps = math.ceil(1000 * kimg / batch_size)
 
     # -- the networks ----------------------------------------------------------------------------------------------
@@ -148,7 +156,9 @@ class Method(Optimisation):
 
     def lr_scale(self) -> float:
         """This step's learning rates over their peaks, a function of the progress alone."""
-        return min((self.nimg + self.batch_size) / self.warmup_nimg, 1.0) if self.warmup_nimg else 1.0
+        seen = self.nimg + self.batch_size
+        rise = min(seen / self.warmup_nimg, 1.0) if self.warmup_nimg else 1.0
+        return rise * max(seen / self.decay_nimg, 1.0) ** -0.5 if self.decay_nimg else rise
 
     # -- one training step -----------------------------------------------------------------------------------------
 
@@ -362,9 +372,14 @@ class Method(Optimisation):
         super().on_fit_start()
         for network in self.frozen_networks():
             network.to(self.device)
+        self._normalised = [
+            layer for network in self.trained_networks().values() for layer in normalised_layers(network)
+        ]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         seed_step(self.seed, self.global_rank, self.trainer.global_step)
+        for layer in self._normalised:  # EDM2's forced weight normalisation
+            layer.normalise()
         scale = self.lr_scale()
         for optimizer, network in zip(self.trainer.optimizers, self.trained_networks(), strict=True):
             for group in optimizer.param_groups:

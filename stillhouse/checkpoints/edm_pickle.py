@@ -1,4 +1,4 @@
-"""EDM's published networks (Karras et al. 2022), and those of ECT, SiD and SiDA, whose codes are built on EDM's.
+"""EDM's and EDM2's published networks (Karras et al. 2022, 2023), and those of ECT, SiD and SiDA, whose codes are built on EDM's.
 
 They are pickles that carry their own source code, none of which is run here.
 """
@@ -16,10 +16,11 @@ from stillhouse.checkpoints.inert_pickle import DamagedPickle, Record, RefusedPi
 from stillhouse.checkpoints.pickled_tensors import Storages, parameter_of, tensor_of
 from stillhouse.checkpoints.published import PublishedCheckpoint, check_equal
 from stillhouse.networks.dhariwal_unet import DhariwalAttention, DhariwalUNet
+from stillhouse.networks.edm2_unet import EDM2Attention, EDM2UNet
 from stillhouse.networks.layers import Downsample
 from stillhouse.networks.song_unet import SongUNet
 
-CHANNELS_PER_HEAD = 64  # of EDM's ADM, which has no option for it
+CHANNELS_PER_HEAD = 64  # of EDM's ADM, which has no option for it, and of EDM2's networks
 _LONGEST = 200  # letters of a layer's name
 # Class in the file: our preconditioning, and what their attributes are called here.
 PRECONDITIONINGS = {
@@ -28,6 +29,7 @@ PRECONDITIONINGS = {
     "ECMPrecond": ("Consistency", {"sigma_min": "sigma_min", "sigma_data": "of.sigma_data"}),  # ECT's, of EDM's
     "VPPrecond": ("VP", {"beta_d": "beta_d", "beta_min": "beta_min", "M": "timesteps"}),
     "VEPrecond": ("VE", {}),
+    "Precond": ("EDM", {"sigma_data": "sigma_data"}),  # EDM2's
 }
 # Their names of our layers, within the network and within a block.
 _OUTER = {
@@ -51,10 +53,25 @@ _INNER = {
     "attention.qkv": "qkv",
     "attention.proj": "proj",
 }
+# The same of EDM2.
+_OUTER_2 = {
+    "embed.waves": "emb_fourier",
+    "embed.layer1": "emb_noise",
+    "embed.label": "emb_label",
+    "conv_out": "out_conv",
+}
+_INNER_2 = {
+    "conv_in": "conv_res0",
+    "modulate": "emb_linear",
+    "conv_out": "conv_res1",
+    "skip": "conv_skip",
+    "attention.qkv": "attn_qkv",
+    "attention.proj": "attn_proj",
+}
 
 
 class EDMPickle(PublishedCheckpoint):
-    """A network pickle as EDM, ECT, SiD and SiDA publish them, or as their training writes them (network-snapshot-*.pkl).
+    """A network pickle as EDM, EDM2, ECT, SiD and SiDA publish them, or as their training writes them (network-snapshot-*.pkl).
 
     What the file says of its preconditioning, size, classes, resampling and heads must be what is configured, and so must
     every name and shape; dropout and hidden labels, which sampling does not see, are the configured network's own.
@@ -63,13 +80,14 @@ class EDMPickle(PublishedCheckpoint):
     def read(
         self, file: Path, network: nn.Module, preconditioning: nn.Module
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        if not isinstance(network, SongUNet | DhariwalUNet):
+        if not isinstance(network, SongUNet | DhariwalUNet | EDM2UNet):
             raise ValueError(
-                f"{file} holds a SongUNet or a DhariwalUNet of EDM, not a {type(network).__name__}: set teacher.network"
+                f"{file} holds a SongUNet or a DhariwalUNet of EDM, or a UNet of EDM2, not a {type(network).__name__}: set "
+                "teacher.network"
             )
         outer = _ema(file)
         try:
-            inner = _child(outer, "model")
+            inner = _child(outer, "unet" if outer.name == "Precond" else "model")
             _check_preconditioning(file, outer, preconditioning)
             state = dict(_tensors(inner))
             _check_network(file, outer, inner, state, network)
@@ -78,11 +96,11 @@ class EDMPickle(PublishedCheckpoint):
         return converted(state, network), {"class": f"{outer.name} of {inner.name}"}
 
 
-def converted(state: Mapping[str, Tensor], network: SongUNet | DhariwalUNet) -> dict[str, Tensor]:
+def converted(state: Mapping[str, Tensor], network: SongUNet | DhariwalUNet | EDM2UNet) -> dict[str, Tensor]:
     """Rename and reshape EDM's tensors for our network; what the network does not have keeps its name.
 
     Args:
-        state: tensors by EDM's names below `model.`.
+        state: tensors by EDM's names below `model.`, or `unet.` of EDM2.
         network: the network that they are for.
 
     Returns:
@@ -107,8 +125,10 @@ def converted(state: Mapping[str, Tensor], network: SongUNet | DhariwalUNet) -> 
     return result
 
 
-def edm_name(name: str, network: SongUNet | DhariwalUNet) -> str:
-    """Translate a parameter's or buffer's name in our network into EDM's name below `model.`."""
+def edm_name(name: str, network: SongUNet | DhariwalUNet | EDM2UNet) -> str:
+    """Translate a parameter's or buffer's name in our network into EDM's name below `model.`, or `unet.` of EDM2."""
+    if isinstance(network, EDM2UNet):
+        return _edm2_name(name, network)
     *path, leaf = name.split(".")
     if path[0] == "stem":
         return f"enc.{_square(network.resolution)}_conv.{leaf}"
@@ -132,6 +152,27 @@ def edm_name(name: str, network: SongUNet | DhariwalUNet) -> str:
         kind, *layer = rest
         block = kind if kind == "down" else f"block{layer.pop(0)}"
     return f"{stage[:3]}.{_square(size)}_{block}.{_INNER['.'.join(layer)]}.{leaf}"
+
+
+def _edm2_name(name: str, network: EDM2UNet) -> str:
+    *path, leaf = name.split(".")
+    if not path:
+        return f"out_{leaf}"
+    if path[0] == "stem":
+        return f"enc.{_square(network.resolution)}_conv.{leaf}"
+    if path[0] not in ("encoder", "decoder"):
+        return f"{_OUTER_2['.'.join(path)]}.{leaf}"
+    stage, size, *rest = path
+    if stage == "encoder":
+        index, *layer = rest
+        first = int(size) < network.resolution  # that block shrinks
+        block = "down" if first and index == "0" else f"block{int(index) - first}"
+    else:
+        kind, index, *layer = rest
+        entry = f"in{index}" if int(size) == network.encoder_resolution else "up"
+        block = entry if kind == "entry" else f"block{index}"
+    inner = f"{_INNER_2['.'.join(layer)]}.{leaf}" if layer else f"emb_{leaf}"
+    return f"{stage[:3]}.{_square(size)}_{block}.{inner}"
 
 
 def _square(size: int | str) -> str:
@@ -216,12 +257,18 @@ def _check_preconditioning(file: Path, outer: Record, preconditioning: nn.Module
 
 
 def _check_network(
-    file: Path, outer: Record, inner: Record, state: Mapping[str, Tensor], network: SongUNet | DhariwalUNet
+    file: Path,
+    outer: Record,
+    inner: Record,
+    state: Mapping[str, Tensor],
+    network: SongUNet | DhariwalUNet | EDM2UNet,
 ) -> None:
     have = _attributes(outer)
-    heads = {m.norm.num_channels // m.heads for m in network.modules() if isinstance(m, DhariwalAttention)}
+    attentions = [m for m in network.modules() if isinstance(m, DhariwalAttention | EDM2Attention)]
+    heads = {m.proj.weight.shape[0] // m.heads for m in attentions}
+    kind = "EDM2UNet" if inner.name == "UNet" else inner.name.removesuffix("_EncoderDecoder")
     pairs = {
-        "network": (inner.name.removesuffix("_EncoderDecoder"), type(network).__name__),
+        "network": (kind, type(network).__name__),
         "network.resolution": (have.get("img_resolution"), network.resolution),
         "network.in_channels": (have.get("img_channels"), network.in_channels),
         "network.num_classes": (have.get("label_dim"), network.num_classes),

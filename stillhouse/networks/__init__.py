@@ -15,6 +15,7 @@ from stillhouse.networks.branching import (
 from stillhouse.networks.dhariwal_unet import DhariwalUNet
 from stillhouse.networks.diffusers_unet import DiffusersUNet
 from stillhouse.networks.discriminator import Discriminator
+from stillhouse.networks.edm2_unet import EDM2UNet
 from stillhouse.networks.mlp import MLP
 from stillhouse.networks.network import Network
 from stillhouse.networks.second_time import condition_on_second_time
@@ -27,6 +28,7 @@ __all__ = [
     "DhariwalUNet",
     "DiffusersUNet",
     "Discriminator",
+    "EDM2UNet",
     "Network",
     "SongUNet",
     "branches_of",

@@ -90,8 +90,8 @@ class Embedding(nn.Module):
             # Absent labels are zeros rather than a skipped layer: every parameter always has a gradient (DDP needs it).
             if self.label is not None:
                 dropout = self.label_dropout if self.training else 0
-                one_hot = _one_hot(class_labels, self.num_classes, dropout, emb)
-                emb = emb + self.label(one_hot * math.sqrt(self.num_classes))
+                classes = one_hot(class_labels, self.num_classes, dropout, emb)
+                emb = emb + self.label(classes * math.sqrt(self.num_classes))
             if self.augment is not None:
                 zeros = emb.new_zeros(len(emb), self.augment.in_features)
                 emb = emb + self.augment(zeros if augment_labels is None else augment_labels.to(emb.dtype))
@@ -141,18 +141,18 @@ class DhariwalEmbedding(nn.Module):
                 emb = emb + self.second_time(span)  # see stillhouse/networks/second_time.py
             if self.label is not None:
                 dropout = self.label_dropout if self.training else 0
-                emb = emb + self.label(_one_hot(class_labels, self.num_classes, dropout, emb))
+                emb = emb + self.label(one_hot(class_labels, self.num_classes, dropout, emb))
             return F.silu(emb)
 
 
-def _one_hot(class_labels: Tensor | None, num_classes: int, dropout: float, like: Tensor) -> Tensor:
+def one_hot(class_labels: Tensor | None, num_classes: int, dropout: float, like: Tensor) -> Tensor:
     """Encode labels as (B, num_classes) with the dtype and device of `like` (B, ...); zeros where they are absent or dropped."""
     if class_labels is None:
         return like.new_zeros(len(like), num_classes)
-    one_hot = F.one_hot(class_labels, num_classes).to(like.dtype)
+    classes = F.one_hot(class_labels, num_classes).to(like.dtype)
     if dropout:
-        one_hot = one_hot * (torch.rand(len(like), 1, device=like.device) >= dropout)
-    return one_hot
+        classes = classes * (torch.rand(len(like), 1, device=like.device) >= dropout)
+    return classes
 
 
 def _sin_cos(labels: Tensor, freqs: Tensor) -> Tensor:

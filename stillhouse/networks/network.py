@@ -19,7 +19,8 @@ class Network(nn.Module):
         out_channels: of the output.
 
     Attributes:
-        embed: the embedding, of noise labels, class labels and augmentation labels; it has linear layers `layer1` and `layer2`.
+        embed: the embedding, of noise labels, class labels and augmentation labels; it has a linear layer `layer1`, from waves
+            to its width.
         num_classes: 0 without labels.
         augment_dim: of the augmentation's labels, 0 without.
         encoder_channels: of the features at the end of the encoder.

@@ -17,7 +17,7 @@ from network_tools import noise
 from stillhouse.checkpoints import EDMPickle, load_weights
 from stillhouse.diffusion.denoiser import Denoiser
 from stillhouse.diffusion.preconditioning import EDM, VE, VP
-from stillhouse.networks import DhariwalUNet, SongUNet
+from stillhouse.networks import DhariwalUNet, EDM2UNet, SongUNet
 from stillhouse.networks.layers import Downsample
 
 NCSNPP = {"embedding": "fourier", "channel_mult_noise": 2, "encoder": "residual", "resample_filter": (1, 3, 3, 1)}
@@ -27,6 +27,7 @@ CONSTANTS = {
     "EDMPrecond": {"sigma_data": 0.5},
     "VPPrecond": {"beta_d": 19.9, "beta_min": 0.1, "M": 1000},
     "VEPrecond": {},
+    "Precond": {"sigma_data": 0.5},
 }
 
 
@@ -35,6 +36,8 @@ def build(kind: str = "ddpmpp", **options):
     options = {"num_classes": 4, **options}
     if kind == "adm":
         return DhariwalUNet(16, 3, 3, **{**ADM, **options}).eval()
+    if kind == "edm2":
+        return EDM2UNet(16, 3, 3, **{**ADM, **options}).eval()
     return SongUNet(16, 3, 3, **{**SMALL, **(NCSNPP if kind == "ncsnpp" else {}), **options}).eval()
 
 
@@ -42,12 +45,14 @@ def write(
     path: Path, network, precond: str = "EDMPrecond", change=None, model: str | None = None, **attributes
 ) -> Path:
     tensors = filled(theirs(network))
-    kernel = next(m.kernel for m in network.modules() if isinstance(m, Downsample))
-    tensors["enc.8x8_down.conv0.resample_filter"] = kernel.clone()
+    if precond != "Precond":  # EDM2 has its filter in no tensor
+        kernel = next(m.kernel for m in network.modules() if isinstance(m, Downsample))
+        tensors["enc.8x8_down.conv0.resample_filter"] = kernel.clone()
     if change:
         change(tensors)
     have = {"img_resolution": 16, "img_channels": 3, "label_dim": 4, "use_fp16": False, **CONSTANTS.get(precond, {})}
-    return write_edm(path, tensors, precond, model or type(network).__name__, **{**have, **attributes})
+    name = "UNet" if isinstance(network, EDM2UNet) else type(network).__name__
+    return write_edm(path, tensors, precond, model or name, **{**have, **attributes})
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +67,11 @@ def published(tmp_path_factory) -> Path:
         ("ddpmpp", "VPPrecond", VP, [0.14272, -0.96815, -0.64558, 0.09472, -8.93018, 17.28898, -22.23609, -20.15079]),
         ("ncsnpp", "VEPrecond", VE, [0.57284, -1.23571, -0.94431, 0.32365, 6.96432, 14.75768, -7.47699, -13.67039]),
         ("adm", "EDMPrecond", EDM, [0.11058, -0.98265, -0.757, 0.19084, -0.28734, 0.11602, -0.23425, -0.04916]),
+        ("edm2", "Precond", EDM, [0.24178, -0.76165, -0.4972, 0.15486, 0.11039, 0.54271, -0.49549, -0.07726]),
     ],
 )
 def test_a_files_denoiser_is_that_of_edms_own_code(tmp_path, kind, precond, preconditioning, expected):
-    """`expected`: 8 pixels that NVlabs/edm's own preconditioned networks (commit 008a4e5) make of these weights and inputs."""
+    """`expected`: 8 pixels that the preconditioned networks of NVlabs/edm (008a4e5) and edm2 (4bf8162) make of these weights."""
     network = build(kind)
     file = write(tmp_path / "net.pkl", network, precond)
     EDMPickle(str(file)).provide(str(tmp_path / "net.safetensors"), network, preconditioning(), "test")
@@ -174,7 +180,11 @@ def test_the_weights_card_says_where_they_come_from(published, tmp_path):
         ),
         (lambda: build(attn_resolutions=()), EDM, "unexpected: dec.8x8_block1.norm2.bias"),
         (lambda: build(model_channels=32), EDM, r"of another shape: decoder.16.* instead of "),
-        (lambda: torch.nn.Linear(1, 1), EDM, "holds a SongUNet or a DhariwalUNet of EDM, not a Linear"),
+        (
+            lambda: torch.nn.Linear(1, 1),
+            EDM,
+            "holds a SongUNet or a DhariwalUNet of EDM, or a UNet of EDM2, not a Linear",
+        ),
     ],
 )
 def test_a_file_of_another_teacher_is_refused(published, tmp_path, network, preconditioning, message):

@@ -156,3 +156,35 @@ def test_it_learns_points_of_the_plane_with_the_perceptron_that_they_have(distri
     floor = wasserstein_distance(Points()(torch.from_numpy(data.reference().images[1000:2000].copy())), real)
     assert learnt < 0.6 * from_noise
     assert learnt < 2 * floor
+
+
+def test_a_learned_log_variance_weighs_each_level():
+    """Its own gradient is 1 - exp(-u) l, zero where exp(u) is the loss l of a pixel; at u = 0 the network's is EDM's."""
+    weighed, plain = module(log_variance=True), module()
+    batch = {"image": Mixture().sample(64, torch.Generator().manual_seed(0)).float()}
+    torch.manual_seed(1)
+    batch = plain.prepare(batch)
+    losses = denoising_score_matching(plain.student, batch["image"], batch["sigma"], batch["noise"]).detach()
+    loss, reference = weighed.loss(batch), plain.loss(batch)
+    torch.testing.assert_close(loss, reference / 2)  # two pixels
+    loss.backward()
+    reference.backward()
+    pairs = zip(weighed.student.parameters(), plain.student.parameters(), strict=True)
+    assert all(torch.allclose(ours.grad, 0.5 * theirs.grad, atol=1e-6) for ours, theirs in pairs)
+    (bias,) = (p.grad for name, p in weighed.log_variance.named_parameters() if name.endswith("bias"))
+    torch.testing.assert_close(bias.item(), 1 - losses.mean().item() / 2, rtol=1e-4, atol=1e-4)
+    assert list(weighed.trained_networks()) == ["student", "log_variance"]
+    assert weighed.update_cycle == (("student", "log_variance"),)
+
+
+@pytest.mark.slow
+def test_the_log_variance_becomes_the_loss_of_each_level():
+    method = module(log_variance=True)
+    fit(method, MixtureImages(256))
+    x0 = Mixture().sample(4000, torch.Generator().manual_seed(5)).float()
+    for level in (0.15, 0.4, 1.0):
+        sigma = torch.full((4000,), level)
+        with torch.no_grad():
+            losses = denoising_score_matching(method.student, x0, sigma, torch.randn_like(x0)) / 2
+            u = method.log_variance(sigma[:1]).item()
+        assert u == pytest.approx(losses.mean().log().item(), abs=0.15)

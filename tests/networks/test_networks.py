@@ -40,7 +40,7 @@ def test_augmentation_matters_and_no_label_is_zero(kind):
     torch.testing.assert_close(network(*given), unlabelled)
 
 
-@pytest.mark.parametrize("kind", ["ddpmpp", "adm", "mlp"])
+@pytest.mark.parametrize("kind", ["ddpmpp", "adm", "edm2", "mlp"])
 @torch.no_grad()
 def test_labels_are_hidden_in_training_only(kind):
     network = tiny(kind, label_dropout=0.5)
@@ -72,7 +72,8 @@ def test_weights_depend_on_the_seed_alone_and_state_dicts_hold_no_other_buffers(
         assert all(torch.equal(first[name], again[name]) for name in first), kind
         assert any(not torch.equal(first[name], other[name]) for name in first), kind
         extra = first.keys() - {name for name, _ in made(**options).named_parameters()}
-        assert extra == ({"embed.noise.freqs"} if kind == "ncsnpp" else set()), kind
+        drawn = {"ncsnpp": {"embed.noise.freqs"}, "edm2": {"embed.waves.freqs", "embed.waves.phases"}}
+        assert extra == drawn.get(kind, set()), kind
 
 
 @pytest.mark.parametrize("labelled", [True, False])
@@ -120,7 +121,7 @@ def test_formats_and_precisions(kind):
         torch.testing.assert_close(double.float(), expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [*AUGMENTED, "ddpm"])
+@pytest.mark.parametrize("kind", [*AUGMENTED, "edm2", "ddpm"])
 @torch.no_grad()
 def test_encode_gives_what_the_decoder_gets(kind):
     network = tiny(kind, channel_mult=(1, 3))
@@ -137,7 +138,7 @@ def test_encode_gives_what_the_decoder_gets(kind):
         network.encode(given[0][:, :, :4], given[1])
 
 
-@pytest.mark.parametrize("kind", ["ncsnpp", "adm"])
+@pytest.mark.parametrize("kind", ["ncsnpp", "adm", "edm2"])
 def test_encoding_trains_the_encoder_alone(kind):
     network = tiny(kind)
     network.encode(*inputs(network)).square().sum().backward()

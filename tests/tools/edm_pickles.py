@@ -65,7 +65,7 @@ def layer(tensors: dict[str, Tensor], class_name: str | None = None, **attribute
         first, _, rest = name.partition(".")
         if rest:
             below.setdefault(first, {})[rest] = value
-        elif first in ("resample_filter", "freqs"):
+        elif first in ("resample_filter", "freqs", "phases"):
             base._buffers[first] = value
         else:
             base._parameters[first] = nn.Parameter(value, requires_grad=False)
@@ -78,9 +78,11 @@ def layer(tensors: dict[str, Tensor], class_name: str | None = None, **attribute
 
 
 def write_edm(path: Path, tensors: dict[str, Tensor], precond: str, model: str = "SongUNet", **attributes) -> Path:
-    """tensors: by EDM's names below `model.`; attributes: of the preconditioning."""
-    net = layer({}, precond, **attributes)
-    net.attributes["_modules"]["model"] = layer(tensors, model, _init_kwargs=EasyDict(channel_mult=[1, 2]))
+    """tensors: by EDM's names below `model.`, or `unet.` of EDM2; attributes: of the preconditioning."""
+    beside = {"logvar_fourier.freqs": torch.zeros(8), "logvar_linear.weight": torch.zeros(1, 8)}
+    net = layer(beside if precond == "Precond" else {}, precond, **attributes)
+    inner = layer(tensors, model, _init_kwargs=EasyDict(channel_mult=[1, 2]))
+    net.attributes["_modules"]["unet" if precond == "Precond" else "model"] = inner
     content = {
         "ema": net,
         "loss_fn": Persistent("EDMLoss", {"P_mean": -1.2}),
@@ -103,6 +105,9 @@ def filled(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     """As `network_tools.fill`, in the layout of the file: values by shape alone."""
     result = {}
     for name, shape in shapes.items():
+        if not shape:  # a gain
+            result[name] = torch.tensor(0.7)
+            continue
         new = noise(torch.Size(shape).numel(), *shape)
         last = name.endswith("weight")
         result[name] = 0.2 * new + last if len(shape) == 1 else new / new[0].numel() ** 0.5

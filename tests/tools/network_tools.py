@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from stillhouse.diffusion.random_numbers import sample_noise
-from stillhouse.networks import MLP, DhariwalUNet, DiffusersUNet, SongUNet
+from stillhouse.networks import MLP, DhariwalUNet, DiffusersUNet, EDM2UNet, SongUNet
 
 IMAGES = {"resolution": 8, "in_channels": 1, "out_channels": 1, "channel_mult": (1, 2), "num_blocks": 1}
 UNET = IMAGES | {"attn_resolutions": (4,), "model_channels": 16, "num_classes": 10}
@@ -16,6 +16,7 @@ NETWORKS = {
     "ncsnpp": (SongUNet, UNET | NCSNPP),
     "skip": (SongUNet, UNET | SKIP),
     "adm": (DhariwalUNet, UNET | {"channels_per_head": 8}),
+    "edm2": (EDM2UNet, UNET | {"channels_per_head": 8}),
     "ddpm": (DiffusersUNet, IMAGES | {"attn_resolutions": (4,), "model_channels": 8, "norm_groups": 4}),
     "mlp": (
         MLP,
@@ -43,7 +44,9 @@ def inputs(network: nn.Module, batch: int = 6) -> list[torch.Tensor]:
 def randomised(network: nn.Module) -> nn.Module:
     """The network with no layer near zero, in evaluation mode."""
     for name, parameter in network.named_parameters():
-        if parameter.ndim > 1:
+        if parameter.ndim == 0:  # a gain
+            torch.nn.init.constant_(parameter, 0.7)
+        elif parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
         elif name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.2)
