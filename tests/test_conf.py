@@ -187,12 +187,17 @@ SIZES = {
 }
 
 
+OTHER_SIZES = ("imagenet64_edm2_m", "imagenet64_edm2_l")  # of a network that is here as its smallest and its largest
+
+
 def test_the_published_teachers_are_all_here():
     names = {path.stem for path in (CONF / "teacher").glob("*.yaml")} - {"none", "scratch", "scratch_flow"}
     assert names == set(SIZES)
 
 
-@pytest.mark.parametrize("teacher", SIZES)
+@pytest.mark.parametrize(
+    "teacher", [pytest.param(t, marks=pytest.mark.slow if t in OTHER_SIZES else ()) for t in SIZES]
+)
 def test_the_published_networks_have_their_size_and_ask_for_their_weights(teacher, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     photos = (

@@ -60,14 +60,19 @@ def expand_teachers(cfg: DictConfig) -> None:
     teacher = cfg.get("teacher") or {}
     if "name" in teacher and "teacher" not in cfg.method:
         raise ValueError(f"teacher={cfg.teacher.name} has no effect here: name the teachers in method.teachers")
-    changes = {} if "name" in teacher else teacher  # what trainer=debug changes of any teacher
+    changes = {} if "name" in teacher else teacher  # of any teacher: what trainer=debug makes smaller, and guidance
     with open_dict(cfg):
         cfg.method.teachers = [
-            name if OmegaConf.is_dict(name) else OmegaConf.merge(teacher_config(name, "method.teachers"), changes)
+            name if OmegaConf.is_dict(name) else _changed(teacher_config(name, "method.teachers"), changes)
             for name in names
         ]
         if changes:
             cfg.teacher = {}
+
+
+def _changed(teacher: DictConfig, changes: Mapping[str, Any]) -> DictConfig:
+    with open_dict(teacher):  # those of GUIDANCE are in no teacher's own config
+        return OmegaConf.merge(teacher, changes)
 
 
 def _is_teacher(cfg: DictConfig) -> bool:

@@ -201,10 +201,9 @@ class Teacher:
                 k: v for k, v in vars(preconditioning).items() if isinstance(v, int | float) and k != "training"
             }
             with self.exact_weights():
-                weights = hash_state(self.denoiser.network)
-            parts = [weights, type(preconditioning).__name__, settings]
-            if self.guided:
-                parts += [self.denoiser.description(), None if self.guide is None else self.guide.hash]
+                parts = [hash_state(self.denoiser.network), type(preconditioning).__name__, settings]
+                if self.guided:
+                    parts += [self.denoiser.description(), None if self.guide is None else self.guide.hash]
             text = json.dumps(parts, sort_keys=True)
             self._hash = hashlib.sha256(text.encode()).hexdigest()
         return self._hash

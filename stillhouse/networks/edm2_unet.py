@@ -19,10 +19,9 @@ _SILU_MAGNITUDE = 0.596  # of silu of unit normal numbers
 
 def unit_magnitude(x: Tensor, dims: int | Sequence[int]) -> Tensor:
     """Divide by the root mean square over some dimensions, which is taken in float32 at least."""
-    count = math.prod(x.shape[d] for d in ([dims] if isinstance(dims, int) else dims))
     precise = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=precise)
-    return x / (EPS + norm / math.sqrt(count)).to(x.dtype)
+    return x / (EPS + norm * math.sqrt(norm.numel() / x.numel())).to(x.dtype)
 
 
 def mp_silu(x: Tensor) -> Tensor:

@@ -179,6 +179,7 @@ def test_weights_rounded_for_autocast_give_the_same_bits(monkeypatch):
     before = teacher.hash
     teacher.round_weights(torch.bfloat16)
     assert teacher.guide.denoiser.network.layers[0].weight.dtype == torch.bfloat16
+    teacher._hash = teacher.guide._hash = None
     assert teacher.hash == before
     teacher.round_weights(None)
     assert teacher.guide.denoiser.network.layers[0].weight.dtype == torch.float32

@@ -29,7 +29,7 @@ def complete(kind):
     options = {"dropout": 0.2} | ({} if kind == "ddpm" else {"label_dropout": 0.2})
     network = tiny(kind, **options, **({"augment_dim": 9} if kind in AUGMENTED else {}))
     condition_on_steps(network, 4)
-    widen(network, 2)
+    widen(network, 1 if kind == "edm2" else 2)  # whose output has no branches
     return network
 
 
@@ -65,7 +65,9 @@ def passes(kind):
     def encoder(network):
         return network.encode(*inputs(network))
 
-    kinds = [training, torch.no_grad()(training), branches, autocast, evaluation, frozen, encoder]
+    kinds = [training, torch.no_grad()(training), autocast, evaluation, frozen, encoder]
+    if kind != "edm2":
+        kinds.insert(2, branches)
     if NETWORKS[kind][1].get("num_classes"):
         kinds.append(lambda network: network(*inputs(network)[:2], None, *augment))
     if augment:

@@ -173,6 +173,13 @@ def test_a_guide_is_named_as_teachers_are_and_no_guidance_leaves_no_trace():
         expand_teachers(compose("config", ["method=sfd", "teacher.guide=digits9"]))
 
 
+def test_a_guidance_is_that_of_each_teacher_in_a_list():
+    cfg = compose("config", ["method=bezier", "teacher.guidance=1.5"])
+    expand_teachers(cfg)
+    assert [teacher.guidance for teacher in cfg.method.teachers] == [1.5, 1.5]
+    assert all(build(teacher).guided for teacher in cfg.method.teachers)
+
+
 def test_a_guidance_that_a_method_would_not_see_is_refused():
     def built(*options):
         cfg = compose("config", [*options, "teacher.guidance=2", "teacher.weights=null"])
