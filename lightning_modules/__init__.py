@@ -10,6 +10,7 @@ from lightning_modules.disback import DisBack
 from lightning_modules.dmd2 import DMD2
 from lightning_modules.ect import ECT
 from lightning_modules.flow_distillation import FlowDistillation
+from lightning_modules.mean_flow import MeanFlow
 from lightning_modules.pretrain import Pretrain
 from lightning_modules.progressive import ProgressiveDistillation
 from lightning_modules.rectified_flow import RectifiedFlow, Reflow
@@ -32,6 +33,7 @@ __all__ = [
     "DiffInstruct",
     "DisBack",
     "FlowDistillation",
+    "MeanFlow",
     "Method",
     "Pretrain",
     "ProgressiveDistillation",

@@ -159,6 +159,7 @@ METHODS = {
     "tcm": ["method=tcm", "teacher.solver=renoising"],
     "cmt": ["method=cmt"],
     "scm": ["method=scm"],
+    "mean_flow": ["method=mean_flow"],
     **{name: [f"method={name}"] for name in ("rectified_flow", "reflow", "flow_distill", "bezier")},
     **{f"b_dense {host}": ["method=b_dense", f"host={host}"] for host in ("denoising_student", "progressive", "sfd")},
 }
