@@ -45,6 +45,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "sida": ("method=sida",),
     "dmd2": ("method=dmd2", "method.fake_updates=1"),
     "dmd2, two steps, js": ("method=dmd2", "method.fake_updates=1", "method.steps=2", "method.divergence=js"),
+    "moment_matching": ("method=moment_matching",),
     "degradation": ("method=disback", "method.nodes=1"),
     "disback": ("method=disback", "method.nodes=1", "method.degradation.steps=1"),
     "consistency_distillation": ("method=consistency_distillation", "method.target_halflife=1"),

@@ -11,6 +11,7 @@ from lightning_modules.dmd2 import DMD2
 from lightning_modules.ect import ECT
 from lightning_modules.flow_distillation import FlowDistillation
 from lightning_modules.mean_flow import MeanFlow
+from lightning_modules.moment_matching import MomentMatching
 from lightning_modules.pretrain import Pretrain
 from lightning_modules.progressive import ProgressiveDistillation
 from lightning_modules.rectified_flow import RectifiedFlow, Reflow
@@ -35,6 +36,7 @@ __all__ = [
     "FlowDistillation",
     "MeanFlow",
     "Method",
+    "MomentMatching",
     "Pretrain",
     "ProgressiveDistillation",
     "RectifiedFlow",

@@ -139,8 +139,7 @@ class DiffInstruct(Backtracking):
     def generator_loss(self, batch: Batch, noise: TrainingNoise, labels: Tensor | None) -> Tensor:
         images = self.generate(batch, noise, labels)
         with torch.no_grad():
-            sigma = noise.sigma(self.generator_sigmas)
-            x = noised(images, sigma, noise.noise)
+            x, sigma = self.compared(batch, images, noise, self.generator_sigmas)
             fake, target = self.fake_score(x, sigma, labels), self.target.denoiser(x, sigma, labels)
             gradient = self.matching_gradient(batch, images, fake, target)
             if self.gan:
@@ -150,6 +149,13 @@ class DiffInstruct(Backtracking):
         self.log_generator(images, gradient, fake, target, sigma)
         return surrogate(images, gradient)
 
+    def compared(
+        self, batch: Batch, images: Tensor, noise: TrainingNoise, sigmas: NoiseLevelDistribution
+    ) -> tuple[Tensor, Tensor]:
+        """The noised forms (B, C, H, W) of generated images at which scores are compared, and their noise levels (B,)."""
+        sigma = noise.sigma(sigmas)
+        return noised(images, sigma, noise.noise), sigma
+
     def matching_gradient(self, batch: Batch, images: Tensor, fake: Tensor, target: Tensor) -> Tensor:
         """The gradient (B, C, H, W) at the generator's images that pulls them to the target's distribution."""
         return score_gradient(images, fake, target, self.weighting)
@@ -157,8 +163,8 @@ class DiffInstruct(Backtracking):
     def fake_score_loss(self, batch: Batch, noise: TrainingNoise, labels: Tensor | None) -> Tensor:
         with torch.no_grad():
             images = self.generate(batch, noise, labels)
-        sigma = noise.sigma(self.fake_sigmas)
-        loss = self.score_matching(images, self.fake_score(noised(images, sigma, noise.noise), sigma, labels), sigma)
+            x, sigma = self.compared(batch, images, noise, self.fake_sigmas)
+        loss = self.score_matching(images, self.fake_score(x, sigma, labels), sigma)
         if self.gan:
             classification = self.gan.classification(
                 self.fake_score, images, labels, batch["image"], batch.get("label"), noise
@@ -180,11 +186,15 @@ class DiffInstruct(Backtracking):
         return surrogate(images, gradient) + self.score_matching(images.detach(), fake, sigma)
 
     def score_matching(self, images: Tensor, estimate: Tensor, sigma: Tensor) -> Tensor:
-        """Denoising score matching, as a sum over pixels with "edm" and as a mean with "dmd"."""
-        loss = weighted_square(self.student, estimate - images, sigma).mean()
-        loss = loss if self.weighting == "edm" else loss / images[0].numel()
+        """Denoising score matching: how far the fake score's estimate of noised images at sigma (B,) is from them."""
+        loss = self.estimate_loss(estimate - images, sigma)
         self.log_mean("loss/fake", loss.detach())
         return loss
+
+    def estimate_loss(self, error: Tensor, sigma: Tensor) -> Tensor:
+        """The mean loss of an estimate's error (B, C, H, W), as a sum over pixels with "edm" and as a mean with "dmd"."""
+        loss = weighted_square(self.student, error, sigma).mean()
+        return loss if self.weighting == "edm" else loss / error[0].numel()
 
     # -- how it goes -----------------------------------------------------------------------------------------------
 

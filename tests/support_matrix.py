@@ -48,6 +48,7 @@ METHODS = {
     "sid": ["method.fake_updates=1"],
     "sida": ["method.fake_updates=1", "method.generator_kimg=0", "method.gan_kimg=0"],
     "dmd2": ["method.fake_updates=1", "method.steps=2", "method.divergence=js"],
+    "moment_matching": ["method.steps=2"],
     "consistency_distillation": ["method.target_halflife=0.01", "method.loss=huber"],
     "ect": [],
     "tcm": ["teacher.solver=renoising", "teacher.solver_options=null"],
@@ -63,7 +64,7 @@ METHODS = {
     "bezier": ["method.pairs=8", "method.held_out=4", "method.loss=l2"],
 }
 # Each way in which they train is also another's: tests that run every method leave them to `make test-all`.
-TWINS = ("sid", "tcm", "cmt", "b_dense sfd", "b_dense progressive", "b_dense denoising_student")
+TWINS = ("sid", "moment_matching", "tcm", "cmt", "b_dense sfd", "b_dense progressive", "b_dense denoising_student")
 FAMILIES = ("edm", "ddpm", "flow")
 PLANAR = ("checkerboard", "eight_gaussians")
 COMMON = (

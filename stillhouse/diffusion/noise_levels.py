@@ -59,10 +59,7 @@ class KarrasGrid:
 
     def __post_init__(self) -> None:
         check_counts(2, levels=self.levels)
-        if not 0 < self.sigma_min < self.sigma_max:
-            raise ValueError(f"need 0 < sigma_min < sigma_max, got {self.sigma_min!r} and {self.sigma_max!r}")
-        if self.rho <= 0:
-            raise ValueError(f"rho must be positive, got {self.rho!r}")
+        _check_karras(self.sigma_min, self.sigma_max, self.rho)
         if not 0 <= self.first <= self.last < self.levels:
             raise ValueError(f"need 0 <= first <= last < levels={self.levels}, got {self.first!r} and {self.last!r}")
 
@@ -71,6 +68,34 @@ class KarrasGrid:
         entry = (self.first + u * (self.last - self.first + 1)).floor()
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return (low + entry / (self.levels - 1) * (high - low)).pow(self.rho).float()
+
+
+@dataclass(frozen=True)
+class KarrasUniform:
+    """The distribution that is uniform in sigma^(1/rho) between two levels: what `KarrasGrid` has in steps.
+
+    With u in [0, 1] for a place between them it also turns times of EDM's schedule (arXiv 2206.00364, equation 5) into levels.
+
+    Args:
+        sigma_min: the lowest level, at u = 0.
+        sigma_max: the highest level, at u = 1.
+        rho: positive.
+
+    Raises:
+        ValueError: for impossible numbers.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        _check_karras(self.sigma_min, self.sigma_max, self.rho)
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """Turn uniform numbers u (B,), float64 in [0, 1], into noise levels (B,), float32."""
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return (low + u * (high - low)).pow(self.rho).float()
 
 
 class TruncatedStudentT(nn.Module):
@@ -113,4 +138,11 @@ class TruncatedStudentT(nn.Module):
         return (self.mean + self.width * v.sinh()).clamp(self.low, self.high).exp().float()
 
 
-NoiseLevelDistribution = LogNormal | KarrasGrid
+def _check_karras(sigma_min: float, sigma_max: float, rho: float) -> None:
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(f"need 0 < sigma_min < sigma_max, got {sigma_min!r} and {sigma_max!r}")
+    if rho <= 0:
+        raise ValueError(f"rho must be positive, got {rho!r}")
+
+
+NoiseLevelDistribution = LogNormal | KarrasGrid | KarrasUniform

@@ -1,8 +1,8 @@
 """Samplers: from noise to images along descending noise levels, as pure functions.
 
-All but `renoising` solve the probability-flow ODE dx/dsigma = (x - D(x, sigma)) / sigma (EDM equation 3). Each is a
-generator over `sigmas` (n + 1 levels, descending, on the CPU) that yields the state after every step, so that a caller
-keeps only what it needs. States have the dtype of x; the steps themselves are Python floats (double precision). A call
+All but `renoising` and `ancestral` solve the probability-flow ODE dx/dsigma = (x - D(x, sigma)) / sigma (EDM equation 3).
+Each is a generator over `sigmas` (n + 1 levels, descending, on the CPU) that yields the state after every step, so that a
+caller keeps only what it needs. States have the dtype of x; the steps themselves are Python floats (double precision). A call
 checks the options and evaluates nothing: the first evaluation is made when the first state is asked for.
 
 Noise that is added on the way is a function of each sample's own starting state: independent of the batch around it, of
@@ -48,6 +48,28 @@ def analytic_step(x: Tensor, sigma: float | Tensor, following: float | Tensor) -
     as of `euler_step`.
     """
     return x + (following - sigma) * (x / (1 + sigma**2) ** 0.5)
+
+
+def ancestral_step(
+    x: Tensor, estimate: Tensor, sigma: float | Tensor, following: float | Tensor, noise: Tensor
+) -> Tensor:
+    """Sample the state at a lower level from its distribution q(x' | x, x0), given the state and the clean image.
+
+    It is normal, with r = sigma'^2 / sigma^2, mean r x + (1 - r) x0 and variance sigma'^2 (1 - r): the reverse step of DDPM
+    (arXiv 2006.11239, equation 7), between any two levels.
+
+    Args:
+        x: the state (B, C, H, W).
+        estimate: x0.
+        sigma: the level of x, a float or (B, 1, 1, 1).
+        following: the level to go to, at most sigma.
+        noise: unit normal, of the state's shape.
+
+    Returns:
+        The state at the level `following`.
+    """
+    kept = (following / sigma) ** 2
+    return kept * x + (1 - kept) * estimate + following * (1 - kept) ** 0.5 * noise
 
 
 def _direction(denoiser: DenoiserFunction, x: Tensor, sigma: float, labels: Tensor | None) -> Tensor:
@@ -205,6 +227,28 @@ def _renoised(
         yield x
 
 
+def ancestral(denoiser: DenoiserFunction, x: Tensor, sigmas: Tensor, labels: Tensor | None = None) -> Iterator[Tensor]:
+    """Sample as DDPM does, by `ancestral_step` with the estimate for the clean image; the last step, to zero, is the estimate.
+
+    Where each estimate is a sample of the clean images that a state may come from, every state has the distribution of data
+    at its level.
+
+    Args:
+        denoiser, x, sigmas, labels: as of `euler`.
+
+    Returns:
+        The states after each step.
+    """
+    seeds = _latent_seeds(x)
+    for step, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
+        estimate = denoiser(x, x.new_full((), sigma), labels)
+        if following > 0:
+            noise = sample_noise(seeds, x.shape[1:], stream=step)
+            estimate = ancestral_step(x, estimate, sigma, following, noise.to(x))
+        x = estimate
+        yield x
+
+
 def jumps(denoiser: Denoiser, x: Tensor, sigmas: Tensor, labels: Tensor | None = None) -> Iterator[Tensor]:
     """Jump from level to level by a network of two times, which is told where each step ends (MeanFlow, arXiv 2505.13447).
 
@@ -246,6 +290,7 @@ SOLVERS = {
     "flow_heun": Solver(flow_heun, 2),
     "dpm_solver_pp": Solver(dpm_solver_pp, 1),
     "renoising": Solver(renoising, 1),
+    "ancestral": Solver(ancestral, 1),
     "jumps": Solver(jumps, 1, two_times=True),
 }
 

@@ -63,6 +63,16 @@ class TrainingNoise:
         """Choose uniform whole numbers in [0, count), (B,), int64, such as places in a list of noise levels; replaces `sigma`."""
         return (self._uniforms[1] * count).long()
 
+    @property
+    def place(self) -> Tensor:
+        """The uniform numbers (B,), float64 in (0, 1), of which `sigma` makes noise levels."""
+        return self._uniforms[1]
+
+    @property
+    def place_in_step(self) -> Tensor:
+        """Uniform numbers (B,), float64 in (0, 1), such as of how far into a step a level lies; they replace `step`."""
+        return self._uniforms[3]
+
     def step(self, count: int) -> Tensor:
         """Choose a step of a sample of `count` steps, (B,), int64 in [0, count)."""
         return (self._uniforms[3] * count).long()

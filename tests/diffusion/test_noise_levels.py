@@ -2,7 +2,7 @@ import pytest
 import torch
 from scipy import stats
 
-from stillhouse.diffusion.noise_levels import KarrasGrid, LogNormal, TruncatedStudentT
+from stillhouse.diffusion.noise_levels import KarrasGrid, KarrasUniform, LogNormal, TruncatedStudentT
 from stillhouse.diffusion.schedules import karras
 
 U = (torch.arange(10000, dtype=torch.float64) + 0.5) / 10000
@@ -25,6 +25,15 @@ def test_karras_grid_is_edms_schedule_read_from_below():
     counts = part.unique(return_counts=True)[1]
     assert counts.min() >= 10
     assert counts.max() <= 11
+
+
+def test_karras_uniform_has_the_levels_of_the_schedule_at_its_places():
+    places = torch.linspace(1, 0, 1000, dtype=torch.float64)
+    torch.testing.assert_close(KarrasUniform()(places), karras(1000)[:-1].float(), rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match="need 0 < sigma_min < sigma_max, got 1.0 and 0.5"):
+        KarrasUniform(1.0, 0.5)
+    with pytest.raises(ValueError, match="rho must be positive, got 0"):
+        KarrasUniform(rho=0)
 
 
 @pytest.mark.parametrize(("mean", "scale", "df", "low", "high"), [(0, 0.2, 0.01, 1, 80), (-1.1, 2.0, 3.0, 0.002, 80)])

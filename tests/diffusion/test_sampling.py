@@ -10,7 +10,7 @@ import torch
 from closed_forms import Mixture
 from stillhouse.diffusion.random_numbers import sample_noise
 from stillhouse.diffusion.sampling import Sampling
-from stillhouse.diffusion.solvers import SOLVERS, renoising
+from stillhouse.diffusion.solvers import SOLVERS, ancestral, ancestral_step, renoising
 
 MEAN, STD, SIGMA_MIN = torch.tensor([0.3, -0.2], dtype=torch.float64).view(2, 1, 1), 0.5, 0.1
 VARIANCE = STD**2 + SIGMA_MIN**2
@@ -45,10 +45,44 @@ def test_renoising_keeps_the_distribution_of_data_at_every_level(levels):
     assert correlation.item() == pytest.approx(share, abs=0.03)
 
 
+def test_an_ancestral_step_is_ddpms():
+    """Mean and variance of its equation 7, in its own variables, between two neighbouring levels of its schedule."""
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    signal = (1 - betas).cumprod(0)
+    z, x0, noise = torch.randn(3, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
+    for t in (1, 30, 999):
+        before, after, beta = signal[t], signal[t - 1], betas[t]
+        mean = (after.sqrt() * beta * x0 + (1 - beta).sqrt() * (1 - after) * z) / (1 - before)
+        expected = mean + ((1 - after) / (1 - before) * beta).sqrt() * noise
+        levels = (((1 - share) / share).sqrt() for share in (before, after))
+        ours = ancestral_step(z / before.sqrt(), x0, *levels, noise)
+        torch.testing.assert_close(after.sqrt() * ours, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_ancestral_sampling_of_clean_images_keeps_the_distribution_of_data_at_every_level():
+    """Each estimate is a sample of what the state may come from: means and covariances within 5 standard errors."""
+    generator = torch.Generator().manual_seed(0)
+
+    def possible(x, sigma, labels=None):
+        share = STD**2 / (STD**2 + sigma**2)
+        return MEAN + share * (x - MEAN) + share.sqrt() * sigma * torch.randn(x.shape, generator=generator).double()
+
+    x = MEAN + math.sqrt(STD**2 + 25) * sample_noise(torch.arange(COUNT), (2, 1, 1)).double()
+    states = list(ancestral(possible, x, torch.tensor([5.0, 2.4, 0.9, 0.1, 0.0], dtype=torch.float64)))
+    assert len(states) == 4
+    for state, level in zip(states, (2.4, 0.9, 0.1, 0.0), strict=True):
+        variance = STD**2 + level**2
+        flat = (state - MEAN).flatten(1)
+        assert flat.mean(0).abs().max() < 5 * math.sqrt(variance / COUNT)
+        covariance = flat.T @ flat / COUNT
+        assert (covariance - variance * torch.eye(2)).abs().max() < 5 * variance * math.sqrt(2 / COUNT)
+
+
 PATHS = {
     "several steps": Sampling((10.0, 3.0, 0.5, 0.0), 10.0),
     "one step": Sampling((10.0, 0.0), 10.0, double=False),
     "renoising": Sampling((10.0, 3.0, 0.5, 0.0), 10.0, "renoising", {"sigma_min": 0.1}),
+    "ancestral": Sampling((10.0, 3.0, 0.5, 0.0), 10.0, "ancestral"),
     "heun above zero": Sampling((10.0, 3.0, 0.5), 10.0, "heun"),
     "analytic first step": Sampling((10.0, 3.0, 0.5, 0.0), 10.0, "heun", analytic_first=True),
     "clipped": Sampling((10.0, 3.0, 0.0), 10.0, clip=True),

@@ -53,6 +53,7 @@ METHODS = {
     "sida": ("method=sida", "method.generator_kimg=0.03", "method.gan_kimg=0.15", *SCORE),
     "sid_backtracking": ("method=sid", "method.nodes=2", "method.interval=2", *SCORE, *DEGRADATION),
     "dmd2": ("method=dmd2", "method.steps=2", "method.divergence=js", "method.ratio_ema=0.5", *SCORE),
+    "moment_matching": ("method=moment_matching", "method.steps=2", *SCORE),
     "disback": ("method=disback", "method.nodes=2", "method.interval=2", *SCORE, *DEGRADATION),
     "consistency_distillation": ("method=consistency_distillation", "method.target_halflife=0.05", "method.lr=1e-3"),
     # Its third stage begins after training step 10; dropout masks are drawn.
@@ -113,6 +114,7 @@ def slow(*case):
         slow("sida", "lightning_modules:SiDA.training_step", 8, ("", 6, 13)),
         slow("sid_backtracking", "lightning_modules:SiD.training_step", 8, ("", 6, 13)),  # after a switch of targets
         slow("dmd2", "lightning_modules:DMD2.training_step", 8, ("", 6, 13)),
+        slow("moment_matching", "lightning_modules:MomentMatching.training_step", 8, ("", 6, 13)),
         slow("flow", "lightning_modules:RectifiedFlow.training_step", 8, ("", 6, 13)),
         slow("straight", "lightning_modules:Reflow.training_step", 8, ("", 6, 13)),
         slow("distilled", "lightning_modules:FlowDistillation.training_step", 8, ("", 6, 13)),

@@ -52,6 +52,8 @@ CASES = {
     "sida": (("method=sida", *TINY), None),
     "dmd2": (("method=dmd2", "method.steps=2", *TINY), None),
     "dmd2_in_one": (("method=dmd2", "method.steps=2", *TINY), 1),
+    "moment_matching": (("method=moment_matching", "method.steps=2", *TINY), None),
+    "moment_matching_in_three": (("method=moment_matching", "method.steps=2", *TINY), 3),
     "consistency_distillation": (("method=consistency_distillation", *TINY), None),
     "consistency_distillation_in_two": (("method=consistency_distillation", *TINY), 2),
     "ect": (("method=ect", *TINY), None),
