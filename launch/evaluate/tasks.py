@@ -3,7 +3,7 @@
 from importlib import import_module
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from launch.command_line import check_choices
 from launch.errors import reported
@@ -25,5 +25,8 @@ def run_task(cfg: DictConfig) -> None:
         name = HydraConfig.get().runtime.choices["task"]
         task = import_module(f"launch.evaluate.{name}")
         expand_guide(cfg)
+        if not cfg.get("teacher", True):  # none was named, and nothing of one
+            with open_dict(cfg):
+                del cfg.teacher
         check_options(cfg, task.Options, f"task={name}")
         task.main(cfg)
