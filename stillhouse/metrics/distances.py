@@ -1,7 +1,7 @@
 """Distances between two sets of features, as pure functions in float64."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ BANDWIDTHS = (
     0.5,
     1.0,
 )  # of `gaussian_kernel_distance`: from one mode of the planar data sets to all of them
-_ENTRIES = 1 << 26  # of a distance matrix held at once: 512 MB in float64
+_ENTRIES = 1 << 23  # of a distance matrix held at once: 64 MB in float64
 
 
 def frechet_distance(mu1: Tensor, cov1: Tensor, mu2: Tensor, cov2: Tensor) -> Tensor:
@@ -157,8 +157,7 @@ def neighbour_distances(rows: Tensor, neighbours: int = 3) -> Tensor:
     """Distances (N,), float64, of the rows (N, D) to the k-th neighbour of each among the others."""
     rows = rows.double()
     # The nearest of all is the row itself.
-    nearest = (d.topk(neighbours + 1, dim=1, largest=False) for d in _distances(rows, rows))
-    return torch.cat([found.values[:, -1] for found in nearest])
+    return _of_each(rows, rows, lambda d: d.topk(neighbours + 1, dim=1, largest=False).values[:, -1])
 
 
 def memorised_share(features: Tensor, training: Tensor, held_out: Tensor, own: Tensor | None = None) -> Tensor:
@@ -182,14 +181,9 @@ def memorised_share(features: Tensor, training: Tensor, held_out: Tensor, own: T
     if len(held_out) < 2:
         raise ValueError(f"memorisation compares with 2 held-out images at least, got {len(held_out)}")
     features, training, held_out = features.double(), training.double(), held_out.double()
-    nearest = torch.cat([d.amin(1) for d in _distances(features, training)])
-    others, first = [], 0
-    for d in _distances(features, held_out):
-        if own is not None:
-            d[torch.arange(len(d), device=d.device), own[first : first + len(d)]] = math.inf
-        others.append(d.amin(1))
-        first += len(d)
-    return (nearest < torch.cat(others)).double().mean()
+    nearest = _of_each(features, training, lambda d: d.amin(1))
+    others = _of_each(features, held_out, lambda d: d.amin(1), left_out=own)
+    return (nearest < others).double().mean()
 
 
 def _distances(rows: Tensor, others: Tensor, exact: bool = False) -> Iterator[Tensor]:
@@ -199,8 +193,24 @@ def _distances(rows: Tensor, others: Tensor, exact: bool = False) -> Iterator[Te
     return (torch.cdist(part, others, compute_mode=mode) for part in parts)
 
 
+def _of_each(rows: Tensor, others: Tensor, value: Callable[[Tensor], Tensor], left_out: Tensor | None = None) -> Tensor:
+    """(N,), float64: a value of each row's distances (n, M) to `others`; left_out: places, int64 (N,), that do not count.
+
+    The values are copied into one tensor: a small one kept of each part would lie where a large one was freed, and in a process
+    that keeps what it frees (`launch.allocator`) the next large one would take new memory, in all 18 GB for 60,000 rows.
+    """
+    values, first = rows.new_empty(len(rows)), 0
+    for d in _distances(rows, others):
+        part = slice(first, first + len(d))
+        if left_out is not None:
+            d.scatter_(1, left_out[part, None], math.inf)
+        values[part] = value(d)
+        first += len(d)
+    return values
+
+
 def _inside(rows: Tensor, centres: Tensor, radii: Tensor) -> Tensor:
-    return torch.cat([(d <= radii).any(dim=1) for d in _distances(rows, centres)]).double().mean()
+    return _of_each(rows, centres, lambda d: (d <= radii).any(dim=1)).mean()
 
 
 def inception_score(logits: Tensor, splits: int = 10) -> Tensor:
