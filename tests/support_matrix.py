@@ -51,6 +51,9 @@ METHODS = {
     "moment_matching": ["method.steps=2"],
     "consistency_distillation": ["method.target_halflife=0.01", "method.loss=huber"],
     "ect": [],
+    # In two steps a planar flow's student would not change with it.
+    "scm": ["method.tangent_warmup_kimg=0"],
+    "mean_flow": [],
     "tcm": ["teacher.solver=renoising", "teacher.solver_options=null"],
     "cmt": ["method.pairs=8", "method.held_out=4", "method.loss=l2", "method.steps=2"],
     "progressive": ["method.start_steps=4", "method.end_steps=1"],
@@ -64,7 +67,16 @@ METHODS = {
     "bezier": ["method.pairs=8", "method.held_out=4", "method.loss=l2"],
 }
 # Each way in which they train is also another's: tests that run every method leave them to `make test-all`.
-TWINS = ("sid", "moment_matching", "tcm", "cmt", "b_dense sfd", "b_dense progressive", "b_dense denoising_student")
+TWINS = (
+    "sid",
+    "moment_matching",
+    "scm",
+    "tcm",
+    "cmt",
+    "b_dense sfd",
+    "b_dense progressive",
+    "b_dense denoising_student",
+)
 FAMILIES = ("edm", "ddpm", "flow")
 PLANAR = ("checkerboard", "eight_gaussians")
 COMMON = (

@@ -82,6 +82,7 @@ CASES = {name: (name, {}) for name in METHODS} | {
     "dmd2, noised inputs": ("dmd2", {"method.inputs": "noised", "method.labels": "data", "method.steps": 3}),
     "moment_matching, grid": ("moment_matching", {"method.times": "grid", "method.steps": 3}),
     "sid, checkpointing": ("sid", {"method.checkpointing": True}),
+    "scm, finite differences": ("scm", {"method.derivative": "finite", "method.target": "data"}),
     "consistency_distillation, no average": ("consistency_distillation", {"method.target_halflife": 0}),
     "sfd, several steps": ("sfd", {"method.steps": [1, 2], "method.teacher_afs": True}),
     "rectified_flow, augmented": ("rectified_flow", AUGMENTED),
