@@ -162,6 +162,7 @@ SIZES = {
     "digits": (None, 19),
     "digits_rf1": (None, 19),
     "digits_rf2": (None, 19),
+    "fashion_mnist": (None, 19),
     "cifar10": (55_733_891, 35),
     "cifar10_cond": (55_735_299, 35),
     "cifar10_ve": (56_397_827, 35),
@@ -200,14 +201,13 @@ def test_the_published_teachers_are_all_here():
 )
 def test_the_published_networks_have_their_size_and_ask_for_their_weights(teacher, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    photos = (
-        ["data=image_folder", "data.path=my_photos", "data.resolution=256"]
-        if teacher == "celebahq256_ddpm"
-        else [f"data={data_of(teacher)}"]
-    )
+    photos = {
+        "celebahq256_ddpm": ["data=image_folder", "data.path=my_photos", "data.resolution=256"],
+        "fashion_mnist": ["data=fashion_mnist", "data.resolution=16"],
+    }.get(teacher, [f"data={data_of(teacher)}"])
     cfg = compose("evaluate", ["task=teacher", f"teacher={teacher}", *photos])
     parameters, evaluations = SIZES[teacher]
-    assert cfg.teacher.name == teacher
+    assert cfg.teacher.name == ("fashion16" if teacher == "fashion_mnist" else teacher)
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     weights = cfg.teacher.weights
     if parameters is not None:

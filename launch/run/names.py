@@ -63,6 +63,11 @@ def attention_at(resolution: int) -> ListConfig:
     return OmegaConf.create([level for level in _levels(resolution) if level <= ATTENTION][:1])
 
 
+def halved(number: int) -> int:
+    """Half of a number, rounded down."""
+    return number // 2
+
+
 def _levels(resolution: int) -> list[int]:
     """Resolutions halved down to 8 pixels, or as far as they are even."""
     levels = [resolution]
@@ -106,6 +111,7 @@ def register_resolvers() -> None:
         network_for,
         channel_factors,
         attention_at,
+        halved,
         data_of,
         picture_set,
     ):
