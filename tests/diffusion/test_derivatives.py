@@ -68,6 +68,7 @@ def test_both_kinds_agree_on_every_network_with_equal_dropout_masks(kind):
     assert relative(seeded(2, "forward"), exact) > 0.01
 
 
+@pytest.mark.slow
 def test_a_compiled_network_has_both():
     network = tiny("ddpmpp")
     x, c, labels = inputs(network)

@@ -78,7 +78,9 @@ def test_jumps_by_the_exact_mean_velocity_end_on_the_path_whatever_the_levels():
 
 
 def test_no_teacher_jumps():
-    with pytest.raises(ValueError, match="teacher.solver='jumps' is unknown; choose one of euler, .*, renoising$"):
+    with pytest.raises(
+        ValueError, match="teacher.solver='jumps' is unknown; choose one of euler, .*, renoising, ancestral$"
+    ):
         check_solver("teacher", "jumps", {})
 
 

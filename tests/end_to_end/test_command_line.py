@@ -83,6 +83,7 @@ def test_evaluate_help(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_config_and_its_sources_are_shown(tmp_path):
     config = yaml.safe_load(train(tmp_path, "--cfg", "job", "--resolve", "seed=3").ok().out)
     assert config["method"]["seed"] == config["data"]["seed"] == 3

@@ -5,6 +5,7 @@ import io
 import os
 from functools import partial
 
+import pytest
 from end_to_end_tools import PRETRAIN, RUN, find, read_checkpoint, train
 
 
@@ -24,6 +25,7 @@ def filling(target):
     setattr(owner, name, lambda path: Filling(path, "wb"))
 
 
+@pytest.mark.slow
 def test_of_tensorboard(tmp_path):
     options = (*PRETRAIN, "callbacks.grid=null")
     ended = train(tmp_path, *options, before=partial(filling, "callbacks.loggers.event_files:open_unbuffered"))

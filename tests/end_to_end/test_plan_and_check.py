@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from end_to_end_tools import STUDENT, evaluate, train
 from PIL import Image
 
@@ -12,6 +13,7 @@ def test_a_plan_starts_nothing(tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix not in (".out", ".err")]
 
 
+@pytest.mark.slow
 def test_a_plan_says_which_folder_is_which_class(tmp_path):
     for number in (1, 2, 10):
         (tmp_path / "pictures" / str(number)).mkdir(parents=True)

@@ -162,7 +162,9 @@ def test_what_there_is_of_a_killed_run_can_be_measured(finished, options, tmp_pa
 # -- several numbers of steps -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "counts"), [("progressive", [1, 2, 4]), ("sfd_v", [1, 2, 3])])
+@pytest.mark.parametrize(
+    ("name", "counts"), [("progressive", [1, 2, 4]), pytest.param("sfd_v", [1, 2, 3], marks=pytest.mark.slow)]
+)
 def test_quality_against_the_number_of_steps(finished, name, counts):
     folder = finished(name) / "runs" / name
     ended = evaluate(finished(name), f"run=runs/{name}", f"steps={counts}", "device=cpu").ok()

@@ -124,6 +124,7 @@ def agent_command(**values) -> list[str]:
 VALUES = {"method.lr": 3.5e-05, "method.fake_lr_factor": 2.0, "seed": 100}
 
 
+@pytest.mark.slow
 def test_what_the_agent_runs_is_what_the_sweep_means():
     flag, *options = agent_command(**VALUES)
     assert flag == "-m"

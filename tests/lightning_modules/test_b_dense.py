@@ -326,6 +326,7 @@ def test_a_checkpoint_with_another_number_of_branches_is_refused(rounds, tmp_pat
     ],
     ids=["sfd", "halving", "quartering in bf16-mixed", "student in bf16-mixed"],
 )
+@pytest.mark.slow
 def test_it_beats_the_teacher_at_its_number_of_steps(tmp_path, host, options, nfe, factor, precision):
     """In energy distance to the mixture; the teacher takes Euler steps over the student's own levels."""
     if host == "progressive":

@@ -123,6 +123,7 @@ def held_out_error(module):
     ],
     ids=["cubic", "joint in bf16-mixed", "schedule"],
 )
+@pytest.mark.slow
 def test_it_learns_the_last_teachers_map_in_one_step(tmp_path, options, precision):
     module = method(tmp_path, kimg=60, **options)
     before = held_out_error(module)

@@ -39,6 +39,7 @@ def test_it_learns_the_exact_teachers_map(tmp_path, loss, precision):
     assert held_out_error(module) < 0.1 * before
 
 
+@pytest.mark.slow
 def test_it_learns_from_an_eps_teacher_in_residual_form(tmp_path):
     network = Corrected(ExactNetwork("epsilon", Mixture()))
     teacher = Teacher("eps", network, Epsilon(), ddim_quadratic, solver="euler", steps=25)

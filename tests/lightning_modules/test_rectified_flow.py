@@ -44,7 +44,8 @@ def straightness(module):
     return torch.stack([(whole - v).square().sum((1, 2, 3)).mean() for v in drifts]).mean().item()
 
 
-@pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.slow
 def test_it_learns_the_mixture_from_data(precision):
     """From a velocity of zero, whose samples are the noise itself, to near the floor of two real samples."""
     real = [Mixture().sample(1024, torch.Generator().manual_seed(seed)) for seed in (1, 2)]
