@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from benchmarks.gpu.stages import NOT_REACHED, Budget
 from benchmarks.gpu.worker import FAILED, PASSED
 from benchmarks.measuring import ROOT
-from stillhouse.files import write_json
+from stillhouse.files import write_file, write_json
 
 STOPPED = "stopped"  # by the end of the time; it goes on
 _LETTERS = 300  # of an error's line
@@ -177,7 +177,7 @@ def _write(folder: Path, jobs: Sequence[Job], rows: Mapping[str, dict[str, Any]]
         f"| {name} | {row['status']} | {row.get('seconds', '')} | {row.get('message', '').replace('|', '/')} |"
         for name, row in listed.items()
     ]
-    (folder / "report.md").write_text("\n".join(lines) + "\n")
+    write_file(folder / "report.md", ("\n".join(lines) + "\n").encode())
 
 
 @contextmanager
