@@ -14,11 +14,10 @@ from stillhouse.checks import (
     check_levels,
     check_multiple,
 )
+from stillhouse.networks.adm_levels import ADMLevels, attention_heads
 from stillhouse.networks.branching import BranchedConv2d
 from stillhouse.networks.embeddings import DhariwalEmbedding
-from stillhouse.networks.layers import Downsample, Upsample, attend, group_norm, zeroed
-from stillhouse.networks.network import Network
-from stillhouse.networks.song_unet import DecoderLevel
+from stillhouse.networks.layers import attend, group_norm, zeroed
 
 EPS = 1e-5  # of every group norm
 
@@ -77,7 +76,7 @@ class DhariwalBlock(nn.Module):
         return self.attention(self.skip(self.resample(x)) + h)
 
 
-class DhariwalUNet(Network):
+class DhariwalUNet(ADMLevels):
     """ADM; the defaults are EDM's ImageNet-64 network but for its num_classes=1000.
 
     Layers start as PyTorch's do, the last one of each sum and of the network at zero.
@@ -132,13 +131,7 @@ class DhariwalUNet(Network):
         check_levels(resolution, channel_mult, attn_resolutions)
         check_multiple(4, model_channels=model_channels)
         levels = [(resolution >> level, model_channels * mult) for level, mult in enumerate(channel_mult)]
-        for size, channels in levels:
-            if size in (*attn_resolutions, levels[-1][0]) and channels % channels_per_head:
-                raise ValueError(
-                    f"channels_per_head={channels_per_head} must divide the {channels} channels at resolution {size}, "
-                    "which has attention; change it, model_channels or attn_resolutions"
-                )
-        heads = {size: channels // channels_per_head if size in attn_resolutions else 0 for size, channels in levels}
+        heads = attention_heads(levels, attn_resolutions, channels_per_head)
         self.num_classes = num_classes
         self.augment_dim = augment_dim
 
@@ -146,45 +139,15 @@ class DhariwalUNet(Network):
         self.embed = DhariwalEmbedding(model_channels, emb_channels, num_classes, augment_dim, label_dropout)
         block = partial(DhariwalBlock, emb_channels=emb_channels, dropout=dropout)
 
-        width = levels[0][1]
-        self.stem = nn.Conv2d(in_channels, width, 3, padding=1)
-        self.encoder = nn.ModuleDict()
-        skip_widths = [width]
-        for size, channels in levels:
-            blocks = []
-            if size < resolution:
-                blocks.append(block(width, width, resample=Downsample((1, 1))))
-                skip_widths.append(width)
-            for _ in range(num_blocks):
-                blocks.append(block(width, channels, heads=heads[size]))
-                width = channels
-                skip_widths.append(width)
-            self.encoder[str(size)] = nn.ModuleList(blocks)
-        self.encoder_resolution, self.encoder_channels = size, width  # of what `encode` gives
-
-        self.decoder = nn.ModuleDict()
-        for size, channels in reversed(levels):
-            if size == self.encoder_resolution:
-                entry = [block(width, width, heads=width // channels_per_head), block(width, width)]
-            else:
-                entry = [block(width, width, resample=Upsample((1, 1)))]
-            blocks = []
-            for _ in range(num_blocks + 1):
-                blocks.append(block(width + skip_widths.pop(), channels, heads=heads[size]))
-                width = channels
-            self.decoder[str(size)] = DecoderLevel(entry, blocks)
+        self.stem = nn.Conv2d(in_channels, levels[0][1], 3, padding=1)
+        width = self.build_levels(
+            levels, heads, channels_per_head, num_blocks, encoder_block=lambda _: block, decoder_block=lambda _: block
+        )
         self.norm_out = group_norm(width, EPS)
         self.conv_out = zeroed(BranchedConv2d(width, out_channels, 3, padding=1))
 
     def _encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
-        skips = [self.stem(x)]
-        for level in self.encoder.values():
-            for block in level:
-                skips.append(block(skips[-1], emb))
-        return skips
+        return self._encoded_from(self.stem(x), emb)
 
     def _decode(self, features: list[Tensor], emb: Tensor) -> Tensor:
-        x = features[-1]
-        for level in self.decoder.values():
-            x = level(x, features, emb)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(F.silu(self.norm_out(self._decoded_to(features, emb))))

@@ -1,7 +1,7 @@
 """The magnitude-preserving U-Net of EDM2 (Karras et al. 2023, arXiv 2312.02696, figure 21)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stillhouse.checks import check_counts, check_fractions, check_integers, check_labels, check_levels
-from stillhouse.networks.embeddings import one_hot
-from stillhouse.networks.layers import Downsample, Upsample
-from stillhouse.networks.network import Network
+from stillhouse.networks.adm_levels import ADMLevels, attention_heads
+from stillhouse.networks.embeddings import ConditionEmbedding
+from stillhouse.networks.song_unet import DecoderLevel
 
 EPS = 1e-4  # added to a magnitude before it is divided by
 _SILU_MAGNITUDE = 0.596  # of silu of unit normal numbers
@@ -75,7 +75,7 @@ class MPConv(nn.Module):
         self.weight.copy_(unit_magnitude(self.weight, tuple(range(1, self.weight.ndim))))
 
 
-class EDM2Embedding(nn.Module):
+class EDM2Embedding(ConditionEmbedding):
     """Noise label and class of each sample as one vector (B, emb_channels), in full precision always.
 
     Args:
@@ -89,14 +89,11 @@ class EDM2Embedding(nn.Module):
     def __init__(
         self, noise_channels: int, emb_channels: int, num_classes: int, label_dropout: float, label_balance: float
     ):
-        super().__init__()
-        self.num_classes = num_classes
-        self.label_dropout = label_dropout
+        super().__init__(num_classes, label_dropout)
         self.label_balance = label_balance
         self.waves = MPFourier(noise_channels)
         self.layer1 = MPConv(noise_channels, emb_channels, 0)
         self.label = MPConv(num_classes, emb_channels, 0) if num_classes else None
-        self.steps: nn.Module | None = None  # see stillhouse/networks/step_condition.py
 
     def forward(
         self,
@@ -108,14 +105,9 @@ class EDM2Embedding(nn.Module):
         with torch.autocast(noise_labels.device.type, enabled=False):
             emb = self.layer1(self.waves(noise_labels).to(self.layer1.weight.dtype))
             if self.label is not None:
-                dropout = self.label_dropout if self.training else 0
-                classes = one_hot(class_labels, self.num_classes, dropout, emb)
+                classes = self.classes(class_labels, emb)
                 emb = mp_sum(emb, self.label(classes * math.sqrt(self.num_classes)), self.label_balance)
-            if self.steps is not None:
-                emb = emb + self.steps()
-            if span is not None:
-                emb = emb + self.second_time(span)  # see stillhouse/networks/second_time.py
-            return mp_silu(emb)
+            return mp_silu(self.conditioned(emb, span))
 
 
 class EDM2Attention(nn.Module):
@@ -192,7 +184,7 @@ class EDM2Block(nn.Module):
         return self.attention(x).clamp(-self.clip, self.clip)
 
 
-class EDM2UNet(Network):
+class EDM2UNet(ADMLevels):
     """EDM2's network; the defaults are those of its size S but for num_classes=1000.
 
     Its output starts at zero, by a gain. Channels: 128 XS, 192 S, 256 M, 320 L, 384 XL, 448 XXL.
@@ -238,82 +230,44 @@ class EDM2UNet(Network):
         attn_resolutions = check_integers("attn_resolutions", attn_resolutions)
         check_levels(resolution, channel_mult, attn_resolutions)
         levels = [(resolution >> level, model_channels * mult) for level, mult in enumerate(channel_mult)]
-        for size, channels in levels:
-            if size in (*attn_resolutions, levels[-1][0]) and channels % channels_per_head:
-                raise ValueError(
-                    f"channels_per_head={channels_per_head} must divide the {channels} channels at resolution {size}, "
-                    "which has attention; change it, model_channels or attn_resolutions"
-                )
-        heads = {size: channels // channels_per_head if size in attn_resolutions else 0 for size, channels in levels}
+        heads = attention_heads(levels, attn_resolutions, channels_per_head)
         self.num_classes = num_classes
         emb_channels = max(channels for _, channels in levels)
         self.embed = EDM2Embedding(levels[0][1], emb_channels, num_classes, label_dropout, label_balance=0.5)
         limit = resolution if dropout_resolution is None else dropout_resolution
 
-        width = levels[0][1]
-        self.stem = MPConv(in_channels + 1, width, 3)
-        self.encoder = nn.ModuleDict()
-        skip_widths = [width]
-        for size, channels in levels:
-            block = partial(EDM2Block, emb_channels=emb_channels, dropout=dropout if size <= limit else 0.0)
-            blocks = []
-            if size < resolution:
-                blocks.append(block(width, width, encoder=True, resample=Downsample((1, 1))))
-                skip_widths.append(width)
-            for _ in range(num_blocks):
-                blocks.append(block(width, channels, encoder=True, heads=heads[size]))
-                width = channels
-                skip_widths.append(width)
-            self.encoder[str(size)] = nn.ModuleList(blocks)
-        self.encoder_resolution, self.encoder_channels = size, width  # of what `encode` gives
+        def blocks(size: int, encoder: bool) -> Callable[..., EDM2Block]:
+            share = dropout if size <= limit else 0.0
+            return partial(EDM2Block, emb_channels=emb_channels, encoder=encoder, dropout=share)
 
-        self.decoder = nn.ModuleDict()
-        for size, channels in reversed(levels):
-            block = partial(EDM2Block, emb_channels=emb_channels, dropout=dropout if size <= limit else 0.0)
-            if size == self.encoder_resolution:
-                entry = [
-                    block(width, width, encoder=False, heads=width // channels_per_head),
-                    block(width, width, encoder=False),
-                ]
-            else:
-                entry = [block(width, width, encoder=False, resample=Upsample((1, 1)))]
-            blocks = []
-            for _ in range(num_blocks + 1):
-                blocks.append(block(width + skip_widths.pop(), channels, encoder=False, heads=heads[size]))
-                width = channels
-            self.decoder[str(size)] = EDM2DecoderLevel(entry, blocks)
+        self.stem = MPConv(in_channels + 1, levels[0][1], 3)
+        width = self.build_levels(
+            levels,
+            heads,
+            channels_per_head,
+            num_blocks,
+            encoder_block=partial(blocks, encoder=True),
+            decoder_block=partial(blocks, encoder=False),
+            decoder_level=EDM2DecoderLevel,
+        )
         self.gain = nn.Parameter(torch.zeros(()))
         self.conv_out = MPConv(width, out_channels, 3)
 
     def _encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
-        skips = [self.stem(torch.cat([x, torch.ones_like(x[:, :1])], 1))]  # the ones stand for a bias
-        for level in self.encoder.values():
-            for block in level:
-                skips.append(block(skips[-1], emb))
-        return skips
+        ones = torch.ones_like(x[:, :1])  # in the place of a bias
+        return self._encoded_from(self.stem(torch.cat([x, ones], 1)), emb)
 
     def _decode(self, features: list[Tensor], emb: Tensor) -> Tensor:
-        x = features[-1]
-        for level in self.decoder.values():
-            x = level(x, features, emb)
-        return self.conv_out(x, self.gain)
+        return self.conv_out(self._decoded_to(features, emb), self.gain)
 
 
-class EDM2DecoderLevel(nn.Module):
-    """One resolution of the decoder: its entry, then blocks that each read one more of the encoder's features."""
+class EDM2DecoderLevel(DecoderLevel):
+    """One resolution of the decoder, in which features and skips count alike."""
 
-    def __init__(self, entry: Sequence[EDM2Block], blocks: Sequence[EDM2Block], balance: float = 0.5):
-        super().__init__()
-        self.balance = balance
-        self.entry, self.blocks = nn.ModuleList(entry), nn.ModuleList(blocks)
+    balance = 0.5
 
-    def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor) -> Tensor:
-        """Decode; the features that it reads are taken from the end of `skips`."""
-        for block in self.entry:
-            x = block(x, emb)
-        for block in self.blocks:
-            x = block(mp_cat(x, skips.pop(), self.balance), emb)
-        return x
+    def join(self, x: Tensor, skip: Tensor) -> Tensor:
+        return mp_cat(x, skip, self.balance)
 
 
 def normalised_layers(network: nn.Module) -> list[MPConv]:

@@ -46,7 +46,52 @@ class FourierEmbedding(nn.Module):
 EMBEDDINGS = {"positional": PositionalEmbedding, "fourier": FourierEmbedding}
 
 
-class Embedding(nn.Module):
+class NumberEmbedding(nn.Module):
+    """Numbers (B,) as vectors (B, emb_channels), which start at zero: sines and cosines, two linear layers.
+
+    Args:
+        channels: of the waves.
+        emb_channels: of the vectors.
+    """
+
+    def __init__(self, channels: int, emb_channels: int):
+        super().__init__()
+        self.waves = PositionalEmbedding(channels)
+        self.layer1 = linear(channels, emb_channels)
+        self.layer2 = zeroed(linear(emb_channels, emb_channels))
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        return self.layer2(F.silu(self.layer1(self.waves(numbers).to(self.layer1.weight.dtype))))
+
+
+class ConditionEmbedding(nn.Module):
+    """Base of the embeddings: what those of all networks do with labels, a number of steps and a second time.
+
+    Args:
+        num_classes: 0 without labels.
+        label_dropout: share of training samples whose label is hidden.
+    """
+
+    def __init__(self, num_classes: int, label_dropout: float):
+        super().__init__()
+        self.num_classes = num_classes
+        self.label_dropout = label_dropout
+        self.steps: nn.Module | None = None  # see stillhouse/networks/step_condition.py
+
+    def classes(self, class_labels: Tensor | None, like: Tensor) -> Tensor:
+        """Encode labels as `one_hot`, some of them hidden in training."""
+        return one_hot(class_labels, self.num_classes, self.label_dropout if self.training else 0, like)
+
+    def conditioned(self, emb: Tensor, span: Tensor | None) -> Tensor:
+        """Add the vectors of the number of steps and of the second time, where there are such."""
+        if self.steps is not None:
+            emb = emb + self.steps()
+        if span is not None:
+            emb = emb + self.second_time(span)  # see stillhouse/networks/second_time.py
+        return emb
+
+
+class Embedding(ConditionEmbedding):
     """Noise label, class and augmentation of each sample as one vector (B, emb_channels), in full precision always.
 
     Args:
@@ -67,15 +112,12 @@ class Embedding(nn.Module):
         augment_dim: int,
         label_dropout: float,
     ):
-        super().__init__()
-        self.num_classes = num_classes
-        self.label_dropout = label_dropout
+        super().__init__(num_classes, label_dropout)
         self.noise = EMBEDDINGS[kind](noise_channels)
         self.label = linear(num_classes, noise_channels) if num_classes else None
         self.augment = linear(augment_dim, noise_channels, bias=False) if augment_dim else None
         self.layer1 = linear(noise_channels, emb_channels)
         self.layer2 = linear(emb_channels, emb_channels)
-        self.steps: nn.Module | None = None  # see stillhouse/networks/step_condition.py
 
     def forward(
         self,
@@ -89,34 +131,26 @@ class Embedding(nn.Module):
             emb = self.noise(noise_labels).to(self.layer1.weight.dtype)
             # Absent labels are zeros rather than a skipped layer: every parameter always has a gradient (DDP needs it).
             if self.label is not None:
-                dropout = self.label_dropout if self.training else 0
-                classes = one_hot(class_labels, self.num_classes, dropout, emb)
+                classes = self.classes(class_labels, emb)
                 emb = emb + self.label(classes * math.sqrt(self.num_classes))
             if self.augment is not None:
                 zeros = emb.new_zeros(len(emb), self.augment.in_features)
                 emb = emb + self.augment(zeros if augment_labels is None else augment_labels.to(emb.dtype))
             emb = self.layer2(F.silu(self.layer1(emb)))
-            if self.steps is not None:
-                emb = emb + self.steps()
-            if span is not None:
-                emb = emb + self.second_time(span)  # see stillhouse/networks/second_time.py
-            return F.silu(emb)
+            return F.silu(self.conditioned(emb, span))
 
 
-class DhariwalEmbedding(nn.Module):
+class DhariwalEmbedding(ConditionEmbedding):
     """ADM's `Embedding`, whose label joins behind the two layers; arguments and result as there."""
 
     def __init__(
         self, noise_channels: int, emb_channels: int, num_classes: int, augment_dim: int, label_dropout: float
     ):
-        super().__init__()
-        self.num_classes = num_classes
-        self.label_dropout = label_dropout
+        super().__init__(num_classes, label_dropout)
         self.noise = PositionalEmbedding(noise_channels, endpoint=False)
         self.augment = zeroed(nn.Linear(augment_dim, noise_channels, bias=False)) if augment_dim else None
         self.layer1 = nn.Linear(noise_channels, emb_channels)
         self.layer2 = nn.Linear(emb_channels, emb_channels)
-        self.steps: nn.Module | None = None  # see stillhouse/networks/step_condition.py
         self.label = nn.Linear(num_classes, emb_channels, bias=False) if num_classes else None
         if self.label is not None:
             nn.init.normal_(self.label.weight)
@@ -134,14 +168,9 @@ class DhariwalEmbedding(nn.Module):
             if self.augment is not None:
                 zeros = emb.new_zeros(len(emb), self.augment.in_features)
                 emb = emb + self.augment(zeros if augment_labels is None else augment_labels.to(emb.dtype))
-            emb = self.layer2(F.silu(self.layer1(emb)))
-            if self.steps is not None:
-                emb = emb + self.steps()
-            if span is not None:
-                emb = emb + self.second_time(span)  # see stillhouse/networks/second_time.py
+            emb = self.conditioned(self.layer2(F.silu(self.layer1(emb))), span)
             if self.label is not None:
-                dropout = self.label_dropout if self.training else 0
-                emb = emb + self.label(one_hot(class_labels, self.num_classes, dropout, emb))
+                emb = emb + self.label(self.classes(class_labels, emb))
             return F.silu(emb)
 
 

@@ -1,28 +1,8 @@
 """One network for any two times of a flow: what lies between them is one more condition (MeanFlow, arXiv 2505.13447)."""
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from stillhouse.networks.embeddings import PositionalEmbedding
-from stillhouse.networks.layers import linear, zeroed
-
-
-class SpanEmbedding(nn.Module):
-    """Spans of time (B,) in [0, 1] as vectors (B, emb_channels), which start at zero: sines and cosines, two linear layers.
-
-    Args:
-        channels: of the waves.
-        emb_channels: of the vectors.
-    """
-
-    def __init__(self, channels: int, emb_channels: int):
-        super().__init__()
-        self.waves = PositionalEmbedding(channels)
-        self.layer1 = linear(channels, emb_channels)
-        self.layer2 = zeroed(linear(emb_channels, emb_channels))
-
-    def forward(self, span: Tensor) -> Tensor:
-        return self.layer2(F.silu(self.layer1(self.waves(span).to(self.layer1.weight.dtype))))
+from stillhouse.networks.embeddings import NumberEmbedding
 
 
 def condition_on_second_time(network: nn.Module) -> None:
@@ -42,4 +22,4 @@ def condition_on_second_time(network: nn.Module) -> None:
     if network.two_times:
         raise ValueError("the network knows a second time already")
     like = embed.layer1.weight
-    embed.second_time = SpanEmbedding(like.shape[1], like.shape[0]).to(like.device, like.dtype)
+    embed.second_time = NumberEmbedding(like.shape[1], like.shape[0]).to(like.device, like.dtype)

@@ -91,8 +91,11 @@ class DecoderLevel(nn.Module):
         for block in self.entry:
             x = block(x, emb)
         for block in self.blocks:
-            x = block(torch.cat([x, skips.pop()], dim=1), emb)
+            x = block(self.join(x, skips.pop()), emb)
         return x
+
+    def join(self, x: Tensor, skip: Tensor) -> Tensor:
+        return torch.cat([x, skip], dim=1)
 
 
 class Head(nn.Module):

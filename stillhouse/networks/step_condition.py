@@ -1,17 +1,15 @@
 """One network for several numbers of sampling steps, conditioned on their number (SFD-v, arXiv 2409.19681)."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stillhouse.checks import check_counts
 from stillhouse.networks.branching import plain_state
-from stillhouse.networks.embeddings import PositionalEmbedding
-from stillhouse.networks.layers import linear, zeroed
+from stillhouse.networks.embeddings import NumberEmbedding
 
 
-class StepEmbedding(nn.Module):
-    """The number of steps as a vector (1, emb_channels), which starts at zero: sines and cosines, two linear layers.
+class StepEmbedding(NumberEmbedding):
+    """The number of steps as a vector (1, emb_channels).
 
     The number is a buffer that is filled in place: setting it makes no transfer and no recompilation. It is the same for
     a whole batch and, under DDP, on all processes.
@@ -23,15 +21,11 @@ class StepEmbedding(nn.Module):
     """
 
     def __init__(self, channels: int, emb_channels: int, count: int):
-        super().__init__()
-        self.waves = PositionalEmbedding(channels)
-        self.layer1 = linear(channels, emb_channels)
-        self.layer2 = zeroed(linear(emb_channels, emb_channels))
+        super().__init__(channels, emb_channels)
         self.register_buffer("count", torch.tensor([float(count)]), persistent=False)
 
     def forward(self, count: Tensor | None = None) -> Tensor:
-        waves = self.waves(self.count if count is None else count)
-        return self.layer2(F.silu(self.layer1(waves.to(self.layer1.weight.dtype))))
+        return super().forward(self.count if count is None else count)
 
 
 def condition_on_steps(network: nn.Module, count: int) -> None:
