@@ -11,18 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stillhouse.checkpoints.weights import save_weights
+from stillhouse.metrics.small_classifier import SmallClassifier, save_halved
 
 WEIGHTS = "pretrained/digits_classifier.safetensors"
 FEATURES = 64
 
 
-class DigitsClassifier(nn.Module):
+class DigitsClassifier(SmallClassifier):
     """Three convolutions and a layer of 64 rectified features, then ten classes. Images: uint8 (N, 1, 8, 8)."""
 
     def __init__(self):
-        super().__init__()
-        self.body = nn.Sequential(
+        body = nn.Sequential(
             nn.Conv2d(1, 16, 3, padding=1),
             nn.SiLU(),
             nn.Conv2d(16, 32, 3, padding=1),
@@ -34,15 +33,7 @@ class DigitsClassifier(nn.Module):
             nn.Linear(32 * 4 * 4, FEATURES),
             nn.ReLU(),
         )
-        self.head = nn.Linear(FEATURES, 10)
-
-    def features(self, images: Tensor) -> Tensor:
-        """(N, 64), not negative; takes pixels 0 .. 255 of any dtype."""
-        return self.body(images.float() / 127.5 - 1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, 10)."""
-        return self.head(self.features(images))
+        super().__init__(body, FEATURES)
 
 
 def load_digit_images() -> tuple[Tensor, Tensor]:
@@ -121,7 +112,6 @@ def main() -> None:
         "held_out_sha256": sha256(held_out.numpy().tobytes()).hexdigest(),
         "features": FEATURES,
         "parameters": sum(p.numel() for p in classifier.parameters()),
-        "stored_as": "float16",
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -131,7 +121,7 @@ def main() -> None:
         "licence": "Apache-2.0",
         "data": "scikit-learn's digits: UCI Optical Recognition of Handwritten Digits (Alpaydin and Kaynak 1998), CC BY 4.0",
     }
-    save_weights(arguments.output, {name: value.half() for name, value in classifier.state_dict().items()}, card)
+    save_halved(arguments.output, classifier, card)
     print(f"{arguments.output}: held-out accuracy {card['held_out_accuracy']:.2%}")
 
 

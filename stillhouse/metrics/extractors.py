@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from stillhouse.checkpoints.weights import hash_state, load_weights
@@ -14,6 +14,7 @@ from stillhouse.metrics.digits_classifier import DigitsClassifier
 from stillhouse.metrics.fashion_classifier import FashionClassifier
 from stillhouse.metrics.fidelity import NO_WEIGHTS_ADVICE, Inception, TorchFidelity
 from stillhouse.metrics.images import from_uint8
+from stillhouse.metrics.small_classifier import SmallClassifier
 
 __all__ = ["Digits", "Fashion", "FeatureExtractor", "Inception", "Pixels", "Points", "TorchFidelity"]
 
@@ -50,7 +51,7 @@ class _Classifier:
 
     name: str
 
-    def __init__(self, classifier: nn.Module, side: int, dim: int, weights: str | Path, program: str):
+    def __init__(self, classifier: SmallClassifier, side: int, dim: int, weights: str | Path, program: str):
         self._classifier = classifier.eval().requires_grad_(False)
         self._side, self.dim = side, dim
         try:
