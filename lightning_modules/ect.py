@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.components.consistency import TEACHER_STEPS, ConsistencyMethod, per_image
-from stillhouse.checks import check_choice
+from stillhouse.checks import check_above, check_choice
 from stillhouse.diffusion.losses import noised, pseudo_huber
 from stillhouse.diffusion.noise_levels import LogNormal
 from stillhouse.diffusion.random_numbers import SharedMasks, TrainingStream, position_noise, position_uniforms
@@ -62,9 +62,10 @@ class ECT(ConsistencyMethod):
             ValueError: For options out of range.
         """
         super().__init__(teacher, middle=middle, **common)
-        for option, value, least in (("p_std", p_std, 0), ("q", q, 1), ("stage_kimg", stage_kimg, 0)):
-            if value is not None and not value > least:
-                raise ValueError(f"method.{option} must be above {least}, got {value!r}")
+        check_above(0, **{"method.p_std": p_std})
+        check_above(1, **{"method.q": q})
+        if stage_kimg is not None:
+            check_above(0, **{"method.stage_kimg": stage_kimg})
         for option, value in (("k", k), ("b", b), ("c", c)):
             if value < 0:
                 raise ValueError(f"method.{option} must not be negative, got {value!r}")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from datamodules.components.augmentation import augmented, check_augment, check_unmirrored
 from lightning_modules.components.flow_student import FlowStudent
-from stillhouse.checks import check_choice, check_counts, check_fractions
+from stillhouse.checks import check_above, check_choice, check_counts, check_fractions
 from stillhouse.diffusion.derivatives import DERIVATIVES, derivative
 from stillhouse.diffusion.flow import between, level_of, per_sample, time_of, velocity
 from stillhouse.diffusion.noise_levels import LogNormal
@@ -68,9 +68,7 @@ class MeanFlow(FlowStudent):
         super().__init__(**common)
         check_choice("method.target", target, TARGETS)
         check_choice("method.derivative", derivative, tuple(DERIVATIVES))
-        for option, value in (("p_std", p_std), ("until_std", until_std), ("c", c)):
-            if not value > 0:
-                raise ValueError(f"method.{option} must be above 0, got {value!r}")
+        check_above(0, **{"method.p_std": p_std, "method.until_std": until_std, "method.c": c})
         if not p >= 0:
             raise ValueError(f"method.p must not be negative, got {p!r}")
         check_fractions(**{"method.equal_share": equal_share})

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.components.consistency import ConsistencyMethod, per_image
-from stillhouse.checks import check_choice
+from stillhouse.checks import check_above, check_choice
 from stillhouse.diffusion.derivatives import DERIVATIVES, derivative
 from stillhouse.diffusion.noise_levels import LogNormal
 from stillhouse.diffusion.random_numbers import SharedMasks, TrainingStream, position_noise, position_uniforms
@@ -63,9 +63,7 @@ class SCM(ConsistencyMethod):
         super().__init__(teacher, middle=middle, **common)
         check_choice("method.target", target, TARGETS)
         check_choice("method.derivative", derivative, tuple(DERIVATIVES))
-        for option, value in (("p_std", p_std), ("sigma_data", sigma_data), ("c", c)):
-            if not value > 0:
-                raise ValueError(f"method.{option} must be above 0, got {value!r}")
+        check_above(0, **{"method.p_std": p_std, "method.sigma_data": sigma_data, "method.c": c})
         if not tangent_warmup_kimg >= 0:
             raise ValueError(f"method.tangent_warmup_kimg must not be negative, got {tangent_warmup_kimg!r}")
         self.target, self.derivative = target, derivative

@@ -41,6 +41,13 @@ def check_integers(name: str, values: Sequence[int]) -> tuple[int, ...]:
     return tuple(values)
 
 
+def check_above(bound: float, **options: float) -> None:
+    """Refuse options that are no numbers above `bound`, NaN among them."""
+    for name, value in options.items():
+        if not value > bound:
+            raise ValueError(f"{name} must be above {bound}, got {value!r}")
+
+
 def check_fractions(**options: float) -> None:
     """Refuse options that are no numbers in [0, 1)."""
     for name, value in options.items():

@@ -1,6 +1,5 @@
 """Commands in an order, some at once, within a limit of time: a second call goes on where the time of the first one ended."""
 
-import ctypes
 import json
 import os
 import shlex
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from benchmarks.gpu.stages import NOT_REACHED, Budget
-from benchmarks.gpu.worker import FAILED, PASSED
+from benchmarks.gpu.worker import FAILED, PASSED, die_with_parent
 from benchmarks.measuring import ROOT
 from stillhouse.files import write_file, write_json
 
@@ -24,7 +23,6 @@ STOPPED = "stopped"  # by the end of the time; it goes on
 _LETTERS = 300  # of an error's line
 _POLL = 0.05  # seconds
 _LEAST = 20.0  # seconds without which nothing is begun: an import and a first step
-_DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class _Running:
             stdout=self.log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
 
     def signal(self, number: signal.Signals) -> None:
@@ -198,11 +196,6 @@ def _ends_in_order(running: list[_Running]) -> Any:
             run.signal(signal.SIGKILL)
             run.process.wait()
         signal.signal(signal.SIGTERM, before)
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
 
 
 def _last_line(log: Path, code: int) -> str:

@@ -93,10 +93,15 @@ class Worker:
         self.stop()
 
 
+def die_with_parent() -> None:
+    """End this process with the one that started it, where the system can: a killed parent's must not go on using the GPU."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+
+
 def _serve(connection: Any, log: str) -> None:
     os.setpgid(0, 0)
-    if sys.platform == "linux":  # a killed parent's worker must not go on using the GPU
-        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    die_with_parent()
     with open(log, "a") as file:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()

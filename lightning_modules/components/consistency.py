@@ -26,14 +26,7 @@ class ConsistencyMethod(Method):
         middle: The levels after the first one of a sample of 1 + len(middle) evaluations.
     """
 
-    def __init__(
-        self,
-        teacher: Teacher,
-        *,
-        middle: float | Sequence[float],
-        lowest: float | None = None,
-        **common,
-    ):
+    def __init__(self, teacher: Teacher, *, middle: float | Sequence[float], lowest: float | None = None, **common):
         """Args beside those of `Method`.
 
         Args:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from lightning_modules.components.optimisation import Batch, Optimisation
 from stillhouse.checkpoints.weights import checked_load
-from stillhouse.checks import check_choice
+from stillhouse.checks import check_above, check_choice
 from stillhouse.diffusion.denoiser import Denoiser
 from stillhouse.diffusion.random_numbers import seed_step
 from stillhouse.diffusion.sampling import Sampling
@@ -121,8 +121,8 @@ class Method(Optimisation):
         for option, value in (("warmup_kimg", warmup_kimg), ("weight_decay", weight_decay)):
             if value < 0:
                 raise ValueError(f"method.{option} must not be negative, got {value!r}")
-        if lr_decay_kimg is not None and not lr_decay_kimg > 0:
-            raise ValueError(f"method.lr_decay_kimg must be above 0, got {lr_decay_kimg!r}")
+        if lr_decay_kimg is not None:
+            check_above(0, **{"method.lr_decay_kimg": lr_decay_kimg})
         check_choice("method.optimizer", optimizer, OPTIMIZERS)
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"method.betas must be two numbers in [0, 1), got {betas!r}")

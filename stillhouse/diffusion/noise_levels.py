@@ -59,15 +59,14 @@ class KarrasGrid:
 
     def __post_init__(self) -> None:
         check_counts(2, levels=self.levels)
-        _check_karras(self.sigma_min, self.sigma_max, self.rho)
+        KarrasUniform(self.sigma_min, self.sigma_max, self.rho)  # checks them
         if not 0 <= self.first <= self.last < self.levels:
             raise ValueError(f"need 0 <= first <= last < levels={self.levels}, got {self.first!r} and {self.last!r}")
 
     def __call__(self, u: Tensor) -> Tensor:
         """Turn uniform numbers u (B,), float64 in (0, 1), into noise levels (B,), float32."""
         entry = (self.first + u * (self.last - self.first + 1)).floor()
-        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        return (low + entry / (self.levels - 1) * (high - low)).pow(self.rho).float()
+        return KarrasUniform(self.sigma_min, self.sigma_max, self.rho)(entry / (self.levels - 1))
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,10 @@ class KarrasUniform:
     rho: float = 7.0
 
     def __post_init__(self) -> None:
-        _check_karras(self.sigma_min, self.sigma_max, self.rho)
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise ValueError(f"need 0 < sigma_min < sigma_max, got {self.sigma_min!r} and {self.sigma_max!r}")
+        if self.rho <= 0:
+            raise ValueError(f"rho must be positive, got {self.rho!r}")
 
     def __call__(self, u: Tensor) -> Tensor:
         """Turn uniform numbers u (B,), float64 in [0, 1], into noise levels (B,), float32."""
@@ -136,13 +138,6 @@ class TruncatedStudentT(nn.Module):
         index = place.long()
         v = torch.lerp(self.quantiles[index], self.quantiles[index + 1], place - index)
         return (self.mean + self.width * v.sinh()).clamp(self.low, self.high).exp().float()
-
-
-def _check_karras(sigma_min: float, sigma_max: float, rho: float) -> None:
-    if not 0 < sigma_min < sigma_max:
-        raise ValueError(f"need 0 < sigma_min < sigma_max, got {sigma_min!r} and {sigma_max!r}")
-    if rho <= 0:
-        raise ValueError(f"rho must be positive, got {rho!r}")
 
 
 NoiseLevelDistribution = LogNormal | KarrasGrid | KarrasUniform
