@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from closed_forms import MEANS, CorrectedByLevel, Mixture, energy_distance, exact_teacher, fit
+from closed_forms import MEANS, CorrectedByLevel, Mixture, energy_distance, exact_teacher, fit, resumed_repeats
 from lightning_modules import CMT
 from stillhouse.diffusion.preconditioning import EDM
 from stillhouse.diffusion.random_numbers import HELD_OUT_SEEDS, sample_noise
@@ -99,13 +99,7 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path):
     def fresh():
         return cmt(teacher, tmp_path / "store", steps=3)
 
-    whole, stopped, resumed = fresh(), fresh(), fresh()
-    fit(whole, None)
-    fit(stopped, None, max_steps=3).save_checkpoint(tmp_path / "stopped.ckpt")
-    fit(resumed, None, resume=tmp_path / "stopped.ckpt")
-    ends = [module.student.state_dict() for module in (whole, stopped, resumed)]
-    assert all(torch.equal(value, ends[2][key]) for key, value in ends[0].items())
-    assert not all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+    resumed_repeats(fresh, None, tmp_path)
 
 
 @pytest.mark.parametrize(

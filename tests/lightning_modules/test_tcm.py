@@ -5,7 +5,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from closed_forms import CorrectedByLevel, ExactNetwork, Mixture, MixtureData, energy_distance, exact_teacher, fit
+from closed_forms import (
+    CorrectedByLevel,
+    ExactNetwork,
+    Mixture,
+    MixtureData,
+    energy_distance,
+    exact_teacher,
+    fit,
+    resumed_repeats,
+)
 from launch.run.build import check_fit
 from lightning_modules import ECT, TCM
 from stillhouse.diffusion.preconditioning import EDM
@@ -129,13 +138,7 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path):
     def fresh():
         return tcm(batch_size=8, kimg=0.048)
 
-    whole, stopped, resumed = fresh(), fresh(), fresh()
-    fit(whole, MixtureData(8))
-    fit(stopped, MixtureData(8), max_steps=3).save_checkpoint(tmp_path / "stopped.ckpt")
-    fit(resumed, MixtureData(8), resume=tmp_path / "stopped.ckpt")
-    ends = [module.student.state_dict() for module in (whole, stopped, resumed)]
-    assert all(torch.equal(value, ends[2][key]) for key, value in ends[0].items())
-    assert not all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+    resumed_repeats(fresh, MixtureData(8), tmp_path)
 
 
 def test_samples_stay_above_the_boundary():

@@ -1,6 +1,6 @@
 """Denoisers that are known exactly: the truth that solvers, preconditionings and methods are tested against."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -234,3 +234,20 @@ def fit(
     trainer = pl.Trainer(callbacks=list(callbacks), accelerator="cpu", max_epochs=-1, **(bare | options))
     trainer.fit(module, module.training_data(data), ckpt_path=resume)
     return trainer
+
+
+def resumed_repeats(
+    fresh: Callable[[], pl.LightningModule], data: pl.LightningDataModule | None, folder: Path
+) -> pl.LightningModule:
+    """Train a method whole, and another one from the third step of one that was stopped there; the first one.
+
+    Its state is found again in the resumed one, to the last bit, and its student is not what was there at the stop.
+    """
+    whole, stopped, resumed = fresh(), fresh(), fresh()
+    fit(whole, data)
+    fit(stopped, data, max_steps=3).save_checkpoint(folder / "stopped.ckpt")
+    fit(resumed, data, resume=folder / "stopped.ckpt")
+    again, before = resumed.state_dict(), stopped.student.state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in whole.state_dict().items())
+    assert not all(torch.equal(value, before[key]) for key, value in whole.student.state_dict().items())
+    return whole
