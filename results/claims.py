@@ -133,7 +133,6 @@ def claims_of(folder: Path) -> dict[str, Any]:
 def claims_markdown(content: dict[str, Any]) -> str:
     """The table of `claims_of`, with costs and criteria below it."""
     rows = [Row(**row) for row in content["rows"]]
-    body = [[_title(row), row.measured, row.holds, ", ".join(map(str, row.seeds))] for row in rows]
     said = [
         f"- **{_title_of(claim.name)}**: {claim.paper}." for claim in CLAIMS if claim.name in {r.claim for r in rows}
     ]
@@ -148,7 +147,7 @@ def claims_markdown(content: dict[str, Any]) -> str:
         [
             "\n".join(["The papers say:", "", *said]),
             f"{content['metric']} of {content['data']}, mean ± standard deviation over training seeds:",
-            "\n".join(markdown_table([["claim", "measured", "holds", "seeds"], *body])),
+            claims_summary(content),
             "\n".join(criteria),
             describe_fingerprint(content["fingerprint"]),
             f"Commits of the runs: {', '.join(revision[:12] for revision in revisions)}.",
@@ -159,7 +158,7 @@ def claims_markdown(content: dict[str, Any]) -> str:
 
 
 def claims_summary(content: dict[str, Any]) -> str:
-    """The README's short table."""
+    """The table alone, as the README has it."""
     rows = [Row(**row) for row in content["rows"]]
     body = [[_title(row), row.measured, row.holds, ", ".join(map(str, row.seeds))] for row in rows]
     return "\n".join(markdown_table([["claim", "measured", "holds", "seeds"], *body]))
