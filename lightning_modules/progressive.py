@@ -86,7 +86,7 @@ class ProgressiveDistillation(BranchedMethod):
                 "sigma; use method.weighting=snr, or a teacher that predicts x0 or v"
             )
         self.teacher = teacher
-        self.student = teacher.student().eval()  # no dropout, as released
+        self.student = teacher.student(label_dropout=False).eval()  # no dropout, as released
         self.guide = teacher.replica()  # the round's teacher
         self.widen_student(factor)
         self.weighting, self.clip = weighting, clip

@@ -22,6 +22,7 @@ from stillhouse.analysis.tables import records_text
 from stillhouse.checkpoints.weights import save_weights
 from stillhouse.diffusion.preconditioning import description_of
 from stillhouse.diffusion.random_numbers import MONITOR_SEEDS
+from stillhouse.diffusion.teacher import can_hide_labels
 from stillhouse.metrics.records import Record, save_records
 from stillhouse.ranks import rank_and_world
 
@@ -110,6 +111,8 @@ def export(method: Method, training: Any, records: list[Record], folder: RunFold
         **({"guidance": method.teacher.guidance_name} if method.teacher and method.teacher.guided else {}),
         "licence": method.licence,
         **({"two_times": True} if method.student.two_times else {}),
+        # Whatever its teacher knows: a student from which no label was hidden can't do without.
+        **({} if can_hide_labels(method.student.network) else {"label_dropout": 0.0}),
         "metrics": {
             f"{r.metric}/{r.subject}": {"nfe": r.nfe, "mean": r.mean, "std": r.std, "values": r.values} for r in records
         },

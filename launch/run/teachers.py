@@ -156,6 +156,8 @@ def _student(folder: RunFolder) -> dict[str, Any]:
             f"the student of {folder.path} was distilled into {max(evaluations)} network evaluations and is no teacher to be "
             f"sampled in {config['steps']} steps; take a run of pretrain, rectified_flow or reflow"
         )
+    if config["network"].get("label_dropout"):
+        config["network"]["label_dropout"] = card.get("label_dropout", config["network"]["label_dropout"])
     config.pop("source", None)  # what the first teacher's weights were made of
     for option in GUIDANCE:  # a student of a guided teacher makes its images by itself
         config.pop(option, None)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
@@ -134,6 +135,25 @@ def test_a_run_without_a_student_is_refused():
         FileNotFoundError, match=r"runs/half is no teacher yet, .*no student.safetensors; finish that run"
     ):
         expanded("runs/half")
+
+
+def test_a_student_that_has_seen_all_labels_is_not_guided_by_itself():
+    """2-RF of the digits, and a run whose card says so; one whose card says nothing is what its network's config says."""
+    write_run("tiny", lambda teacher: {"teacher": teacher})
+    weights = Path("runs/tiny/student.safetensors")
+    reflowed, hiding = expanded("digits_rf2", "runs/tiny")
+    save_weights(weights, load_file(weights), {"label_dropout": 0.0}, replace=True)
+    (sighted,) = expanded("runs/tiny")
+    shares = [config.network.label_dropout for config in (reflowed, hiding, sighted)]
+    assert shares == [0.0, 0.1, 0.0]
+    with pytest.raises(
+        InstantiationException, match=r"teacher.guidance=1.5 .* tiny was trained to see all labels .*teacher.guide="
+    ):
+        build(OmegaConf.merge(sighted, {"guidance": 1.5}))
+    reflowed.weights = str(CONF.parent / reflowed.weights)
+    state = build(reflowed).hash
+    reflowed.network.label_dropout = 0.1
+    assert build(reflowed).hash == state
 
 
 def test_a_student_of_fewer_evaluations_is_no_teacher():
