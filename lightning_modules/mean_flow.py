@@ -9,7 +9,7 @@ from torch import Tensor
 from datamodules.components.augmentation import augmented, check_augment, check_unmirrored
 from lightning_modules.components.flow_student import FlowStudent
 from stillhouse.checks import check_above, check_choice, check_counts, check_fractions
-from stillhouse.diffusion.derivatives import DERIVATIVES, derivative
+from stillhouse.diffusion.derivatives import DERIVATIVES, derivative, turns_fast
 from stillhouse.diffusion.flow import between, level_of, per_sample, time_of, velocity
 from stillhouse.diffusion.noise_levels import LogNormal
 from stillhouse.diffusion.random_numbers import SharedMasks, TrainingStream, position_noise, position_uniforms
@@ -36,7 +36,7 @@ class MeanFlow(FlowStudent):
         teacher: Teacher,
         *,
         target: str = "teacher",
-        derivative: str = "forward",
+        derivative: str | None = None,
         p_mean: float = -0.6,
         p_std: float = 1.6,
         until_mean: float = -4.0,
@@ -52,7 +52,8 @@ class MeanFlow(FlowStudent):
         Args:
             teacher: The flow, or another denoiser; its network is the student's beginning.
             target: What the velocity v is of, "teacher" or "data".
-            derivative: How du/dt is made, "forward" or "finite" (`stillhouse.diffusion.derivatives`).
+            derivative: How du/dt is made, "forward" or "finite" (`stillhouse.diffusion.derivatives`); None: forward, but finite
+                for a network whose embedding of the noise level turns fast, with differences that do not see its ripples.
             p_mean: Of ln(sigma) at t.
             p_std: Of ln(sigma) at t.
             until_mean: Of ln(sigma) at r.
@@ -67,7 +68,8 @@ class MeanFlow(FlowStudent):
         """
         super().__init__(**common)
         check_choice("method.target", target, TARGETS)
-        check_choice("method.derivative", derivative, tuple(DERIVATIVES))
+        if derivative is not None:
+            check_choice("method.derivative", derivative, tuple(DERIVATIVES))
         check_above(0, **{"method.p_std": p_std, "method.until_std": until_std, "method.c": c})
         if not p >= 0:
             raise ValueError(f"method.p must not be negative, got {p!r}")
@@ -80,7 +82,10 @@ class MeanFlow(FlowStudent):
         self.follow(teacher, label_dropout=False)
         condition_on_second_time(self.student.network)
         self.teacher = teacher if target == "teacher" or teacher.weights else None
-        self.target, self.derivative, self.augment = target, derivative, augment
+        fast = turns_fast(self.student)
+        self.target, self.augment = target, augment
+        self.derivative = derivative or ("finite" if fast else "forward")
+        self.step = 3e-2 if fast else 1e-3  # of the span
         self.levels, self.second_levels = LogNormal(p_mean, p_std), LogNormal(until_mean, until_std)
         self.equal_share, self.p, self.c = equal_share, p, c
 
@@ -133,7 +138,8 @@ class MeanFlow(FlowStudent):
                 self.derivative,
                 network=self.student.network,
                 masks=masks,
-                step=1e-4,  # time labels up to 999 turn by 0.1 radian at the most
+                step=self.step,
+                room=(t - self.start) / (r - t).clamp_min(torch.finfo(t.dtype).tiny),  # not to before `start`
             )
         square = (u - (v + change)).square().flatten(1).sum(1)
         loss = (square / (square.detach() + self.c) ** self.p).mean().float()

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from stillhouse.diffusion.denoiser import Denoiser
 from stillhouse.diffusion.random_numbers import SharedMasks
 from stillhouse.networks.compiling import eager
+from stillhouse.networks.embeddings import FourierEmbedding
 
 DERIVATIVES = {"forward": 1, "finite": 2}  # evaluations of the network; one in forward mode takes about as long as two
 
@@ -24,6 +26,7 @@ def derivative(
     network: nn.Module,
     masks: SharedMasks,
     step: float = 1e-3,
+    room: Tensor | None = None,
 ) -> Tensor:
     """Compute the derivative of function(*(inputs + s tangents)) with respect to s, at s = 0.
 
@@ -40,6 +43,7 @@ def derivative(
         network: what `function` evaluates.
         masks: the dropout masks.
         step: of the central differences, the size of s.
+        room: how far below zero s may go for each sample (B,), where that is less than `step`; None: as far.
 
     Returns:
         Of the shape of the function's result.
@@ -51,14 +55,35 @@ def derivative(
                 duals = [forward_ad.make_dual(value, tangent) for value, tangent in zip(inputs, tangents, strict=True)]
                 result, change = forward_ad.unpack_dual(function(*duals))
             return torch.zeros_like(result) if change is None else change
-        ahead, behind = (
-            [value + sign * step * tangent for value, tangent in zip(inputs, tangents, strict=True)] for sign in (1, -1)
-        )
+        ahead = inputs[0].new_full((len(inputs[0]),), step)
+        behind = -ahead if room is None else -room.to(ahead).clamp_max(step)
         with masks:
-            after = function(*ahead)
+            after = function(*_moved(inputs, tangents, ahead))
         with masks:
-            before = function(*behind)
-        return (after - before) / (2 * step)
+            before = function(*_moved(inputs, tangents, behind))
+        return (after - before) / _like(ahead - behind, after)
+
+
+def turns_fast(denoiser: Denoiser) -> bool:
+    """Tell whether a network's embedding of the noise level turns by tens of radians or more on the way from noise to an image.
+
+    Its exact derivative along the path is then mostly that of ripples in the noise level, which are no part of what the network
+    has learned and grow in a training on that derivative; differences over more than a ripple do not see them.
+    """
+    embedding = getattr(getattr(denoiser.network, "embed", None), "noise", None)
+    labels = denoiser.preconditioning(torch.tensor([0.01, 10.0], dtype=torch.float64)).noise
+    # Positional waves turn by at most the label, random ones of NCSN++ by a hundred times as much.
+    return isinstance(embedding, FourierEmbedding) or (labels[0] - labels[1]).abs().item() > 30
+
+
+def _moved(inputs: Sequence[Tensor], tangents: Sequence[Tensor], s: Tensor) -> list[Tensor]:
+    """inputs + s tangents, for s (B,)."""
+    return [value + _like(s, value) * tangent for value, tangent in zip(inputs, tangents, strict=True)]
+
+
+def _like(s: Tensor, values: Tensor) -> Tensor:
+    """Numbers (B,) in the shape that is multiplied with values (B, ...)."""
+    return s.to(values.dtype).view(-1, *[1] * (values.ndim - 1))
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from stillhouse.diffusion.random_numbers import HELD_OUT_SEEDS, TrainingStream, 
 from stillhouse.diffusion.schedules import flow_uniform, karras
 from stillhouse.diffusion.teacher import Teacher
 from stillhouse.networks import MLP
+from stillhouse.networks.embeddings import FourierEmbedding
 
 COMMON = {"name": "mean_flow", "batch_size": 16, "seed": 3, "kimg": 40, "lr": 1e-3}
 GAUSSIAN = Mixture(MEANS[:1])
@@ -129,7 +130,7 @@ def test_in_training_from_data_the_exact_mean_velocity_is_the_mean_of_its_target
 @pytest.mark.parametrize("edm", [False, True])
 def test_loss_and_gradient_are_the_papers(target, edm):
     """In the paper's times, s = 1 - t and the end 1 - r, where X_s = (1 - s) x + s e and velocities are -v."""
-    module = moved(mean_flow(mlp(0.0, edm), target=target, p=0.75, c=1e-3))
+    module = moved(mean_flow(mlp(0.0, edm), target=target, derivative="forward", p=0.75, c=1e-3))
     t, r, z, v = drawn(module, BATCH)
     s, end = 1 - t, 1 - r
 
@@ -153,12 +154,42 @@ def test_loss_and_gradient_are_the_papers(target, edm):
 def test_both_kinds_agree_with_dropout():
     losses = []
     for kind in KINDS:
-        module = moved(mean_flow(derivative=kind))
+        module = moved(mean_flow(mlp(edm=True), derivative=kind))
         torch.manual_seed(4)
         losses.append(module.loss(BATCH).item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     torch.manual_seed(5)
     assert module.loss(BATCH).item() != pytest.approx(losses[1], rel=1e-3)
+
+
+def test_a_label_that_turns_fast_has_differences_that_do_not_see_its_ripples():
+    """A ripple of 999 radians is nearly all of the exact derivative; and no state before the first time is read."""
+    fast, slow_label = mean_flow(), mean_flow(mlp(edm=True))
+    assert (fast.derivative, fast.step) == ("finite", 3e-2)
+    assert (slow_label.derivative, slow_label.step) == ("forward", 1e-3)
+    ncsnpp = mlp(edm=True)
+    ncsnpp.denoiser.network.embed.noise = FourierEmbedding(16)
+    assert mean_flow(ncsnpp).derivative == "finite"
+    times = []
+
+    class Rippled(ExactMeanVelocity):
+        def forward(self, z, noise_labels, class_labels=None, augment_labels=None, span=None):
+            times.append(noise_labels / 999)
+            return super().forward(z, noise_labels, span=span) + 0.05 * column(noise_labels.sin())
+
+    changes = {}
+    for kind in KINDS:
+        module = mean_flow(derivative=kind)
+        module.student = Denoiser(Rippled(GAUSSIAN), Velocity())
+        module.sampler.denoiser = Denoiser(ExactMeanVelocity(GAUSSIAN), Velocity())
+        module.loss(BATCH | {"position": torch.arange(2000, 2016)})
+        changes[kind] = module.means["mean_flow/change"].item()
+    assert changes["forward"] > 50 * changes["finite"]
+    module.two_times = lambda position: (torch.full((16,), 1e-3).double(), torch.full((16,), 0.9).double())
+    times.clear()
+    module.loss(BATCH)
+    assert min(time.min().item() for time in times) == pytest.approx(1e-3, rel=1e-4)
+    assert max(time.max().item() for time in times) == pytest.approx(1e-3 + 3e-2 * 0.899, rel=1e-4)
 
 
 @pytest.mark.parametrize(("target", "count"), [("teacher", 1), ("data", 0)])
@@ -174,33 +205,30 @@ def test_the_teacher_is_evaluated_for_distillation_alone(target, count):
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def slow(*values, marks=()):
-    return pytest.param(*values, marks=[pytest.mark.slow, *marks])
-
-
-# Of 0.127 one evaluation leaves 0.105, 0.064 and 0.075 in these, where by an exact teacher in float32 it leaves 0.010.
-UNLEARNED = [
-    pytest.mark.xfail(
-        reason="one evaluation is not learned within this training, in bfloat16 and from data", strict=False
-    )
-]
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
-    ("precision", "target", "kind"),
+    ("edm", "target", "precision", "share"),
     [
-        slow("32-true", "teacher", "forward"),
-        slow("bf16-mixed", "teacher", "forward", marks=UNLEARNED),
-        slow("32-true", "teacher", "finite"),
-        slow("32-true", "data", "finite", marks=UNLEARNED),
-        slow("bf16-mixed", "data", "forward", marks=UNLEARNED),
+        slow(True, "teacher", "32-true", 0.05),
+        slow(True, "teacher", "bf16-mixed", 0.05),
+        slow(True, "data", "bf16-mixed", 0.05),
+        slow(False, "teacher", "bf16-mixed", 0.15),
+        slow(False, "data", "32-true", 0.15),
     ],
 )
-def test_it_learns_the_mixture_and_the_sum_rule(precision, target, kind):
-    """From nothing, by the exact velocity or by data; X_t + (r - t) u(t, r) is where two jumps by way of s end."""
+def test_it_learns_the_mixture_and_the_sum_rule(edm, target, precision, share):
+    """From nothing, by the exact velocity or by data; X_t + (r - t) u(t, r) is where two jumps by way of s end.
+
+    EDM's label by exact derivatives, and a rectified flow's, which runs to 999, by differences that do not see its ripples.
+    """
     real = Mixture().sample(1024, torch.Generator().manual_seed(1))
     options = {"batch_size": 128, "kimg": 256, "lr": 1e-3, "seed": 0, "warmup_kimg": 2, "equal_share": 0.5}
-    module = mean_flow(mlp(0.0, weights=False, width=128), **options, target=target, derivative=kind)
+    # From data |error|^2 varies much in the plane, where its power would pull u from the targets' mean.
+    options["p"] = 0.75 if target == "teacher" else 0.0
+    module = mean_flow(mlp(0.0, edm, weights=False, width=128), **options, target=target)
     if target == "teacher":
         module.sampler.denoiser = Denoiser(ExactFlow(), Velocity())
     before = energy_distance(module.sample(latents()), real)
@@ -208,8 +236,8 @@ def test_it_learns_the_mixture_and_the_sum_rule(precision, target, kind):
     one = energy_distance(module.sample(latents()), real)
     module.chosen_nfe = 4
     four = energy_distance(module.sample(latents()), real)
-    assert before > 0.1  # of noise itself: the network starts at zero
-    assert one < 0.4 * before
+    assert before > 0.1  # the network starts at zero
+    assert one < share * before
     assert four < 0.2 * before
     t, s, r = (torch.full((1024,), value, dtype=torch.float64) for value in (0.1, 0.4, 0.9))
     z = between(latents().double(), real, t)
