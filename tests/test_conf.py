@@ -163,6 +163,7 @@ SIZES = {
     "digits_rf1": (None, 19),
     "digits_rf2": (None, 19),
     "fashion_mnist": (None, 19),
+    "fashion_mnist_rf1": (None, 19),
     "cifar10": (55_733_891, 35),
     "cifar10_cond": (55_735_299, 35),
     "cifar10_ve": (56_397_827, 35),
@@ -201,13 +202,15 @@ def test_the_published_teachers_are_all_here():
 )
 def test_the_published_networks_have_their_size_and_ask_for_their_weights(teacher, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    clothes = ["data=fashion_mnist", "data.resolution=16"]
     photos = {
         "celebahq256_ddpm": ["data=image_folder", "data.path=my_photos", "data.resolution=256"],
-        "fashion_mnist": ["data=fashion_mnist", "data.resolution=16"],
+        "fashion_mnist": clothes,
+        "fashion_mnist_rf1": clothes,
     }.get(teacher, [f"data={data_of(teacher)}"])
     cfg = compose("evaluate", ["task=teacher", f"teacher={teacher}", *photos])
     parameters, evaluations = SIZES[teacher]
-    assert cfg.teacher.name == ("fashion16" if teacher == "fashion_mnist" else teacher)
+    assert cfg.teacher.name == teacher.replace("fashion_mnist", "fashion16")
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     weights = cfg.teacher.weights
     if parameters is not None:
