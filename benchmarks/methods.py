@@ -57,6 +57,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "scm, target=data, finite": ("method=scm", "method.target=data", "method.derivative=finite"),
     "mean_flow": ("method=mean_flow",),
     "mean_flow, target=data, finite": ("method=mean_flow", "method.target=data", "method.derivative=finite"),
+    "imm": ("method=imm",),
     "progressive": ("method=progressive", "method.start_steps=2"),  # one round, which has no stages
     "sfd": ("method=sfd",),
     "b_dense on denoising_student": ("method=b_dense", "host=denoising_student", *_STORED),

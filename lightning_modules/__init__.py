@@ -10,6 +10,7 @@ from lightning_modules.disback import DisBack
 from lightning_modules.dmd2 import DMD2
 from lightning_modules.ect import ECT
 from lightning_modules.flow_distillation import FlowDistillation
+from lightning_modules.imm import IMM
 from lightning_modules.mean_flow import MeanFlow
 from lightning_modules.moment_matching import MomentMatching
 from lightning_modules.pretrain import Pretrain
@@ -25,6 +26,7 @@ __all__ = [
     "CMT",
     "DMD2",
     "ECT",
+    "IMM",
     "SCM",
     "SFD",
     "TCM",

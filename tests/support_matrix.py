@@ -54,6 +54,7 @@ METHODS = {
     # In two steps a planar flow's student would not change with it.
     "scm": ["method.tangent_warmup_kimg=0"],
     "mean_flow": [],
+    "imm": ["method.group_size=2"],
     "tcm": ["teacher.solver=renoising", "teacher.solver_options=null"],
     "cmt": ["method.pairs=8", "method.held_out=4", "method.loss=l2", "method.steps=2"],
     "progressive": ["method.start_steps=4", "method.end_steps=1"],
@@ -71,6 +72,7 @@ TWINS = (
     "sid",
     "moment_matching",
     "scm",
+    "imm",
     "tcm",
     "cmt",
     "b_dense sfd",

@@ -45,7 +45,11 @@ def readme(student: Student, run: TrainedRun, records: Sequence[Record]) -> str:
     path: Sampling = student.path
     config = OmegaConf.to_container(run.config)
     guidance = f", {method.teacher.guidance_name}" if method.teacher and method.teacher.guided else ""
-    teacher = f"distilled from the teacher `{method.teacher.name}`{guidance}" if method.teacher else "trained on images"
+    teacher = "trained on images"
+    if method.teacher in method.learned_teachers():
+        teacher = f"distilled from the teacher `{method.teacher.name}`{guidance}"
+    elif method.teacher:
+        teacher = f"trained from the weights of `{method.teacher.name}`, on images,"
     labels = f", conditioned on {student.num_classes} classes" if student.num_classes else ""
     channels, side, _ = student.image_shape
     kind = {1: "grey", 2: "points of the plane", 3: "RGB"}.get(channels, f"{channels} channels")

@@ -119,6 +119,11 @@ def build_trainer(config: DictConfig, method: Method, folder: RunFolder, here: b
     for option, count in (("batch_size", config.batch_size), ("method.held_out", config.method.get("held_out") or 0)):
         if count % processes:
             raise ValueError(f"{option}={count} can't be shared by the {processes} processes of trainer.devices")
+    if config.batch_size // processes % method.group_size:
+        raise ValueError(
+            f"batch_size={config.batch_size} on {processes} device{'s' * (processes > 1)} can't be divided into groups of "
+            f"method.group_size={method.group_size}: make it a multiple of {processes * method.group_size}"
+        )
     if here:  # a device's share of the images and as much noise, float32: the least that a step holds
         share = 2 * 4 * math.prod(method.image_shape) * config.batch_size // processes
         check_memory(share, f"batch_size={config.batch_size} (lower it): the images and noise of a step")

@@ -1,6 +1,7 @@
 """trainer.micro_batch=auto: the largest part of a batch whose passes the device's memory holds, by trying."""
 
 import gc
+import math
 import sys
 from contextlib import nullcontext
 from typing import Any
@@ -46,12 +47,14 @@ class FindMicroBatch(pl.Callback):
 
     def _largest(self, trainer: pl.Trainer, pl_module: Method, batch: Any, size: int) -> int:
         while not trainer.strategy.reduce_boolean_decision(self._fits(trainer, pl_module, batch, size)):
-            if size == 1:
+            group = pl_module.group_size
+            if size <= group:
+                least = "a single image" if group == 1 else f"a group of {group} images"
                 raise ValueError(
-                    "trainer.micro_batch=auto: the memory does not hold the passes of a single image; take a smaller network, "
+                    f"trainer.micro_batch=auto: the memory does not hold the passes of {least}; take a smaller network, "
                     "a device with more memory, or trainer.precision=bf16-mixed"
                 )
-            size = (size + 1) // 2
+            size = math.ceil(size / (2 * group)) * group
         return size
 
     def _fits(self, trainer: pl.Trainer, method: Method, batch: Any, size: int) -> bool:

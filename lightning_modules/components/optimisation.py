@@ -35,11 +35,13 @@ class Optimisation(pl.LightningModule):
 
     micro_batch: the most images of one backward pass on each device; None for all of the device's share. Micro-batches are as
     equal as possible, their losses are weighted by their share of the images, and the optimiser steps once.
+    group_size: images, side by side in the batch, that one term of the loss is of; a micro-batch has whole groups, at least one.
     gradient_clip: largest norm of each network's gradient, or None; set by `trainer.gradient_clip_val`.
     means: the latest mean over the batch of everything that `log_mean` was given, those of the other updates included.
     """
 
     micro_batch: int | None = None
+    group_size: int = 1
     gradient_clip: float | None = None
     update_cycle: Sequence[tuple[str, ...]]
     cycle_start: int = 0
@@ -116,13 +118,14 @@ class Optimisation(pl.LightningModule):
         self.means[name] = value
 
     def micro_batches(self, batch: Batch) -> Iterator[Batch]:
-        """The batch in micro-batches of at most `micro_batch` images, as equal as possible."""
+        """The batch in micro-batches of whole groups and at most `micro_batch` images, as equal as possible."""
         size = len(next(iter(batch.values())))
-        count = math.ceil(size / self.micro_batch) if self.micro_batch else 1
+        groups = size // self.group_size
+        count = math.ceil(groups / max(self.micro_batch // self.group_size, 1)) if self.micro_batch else 1
         if count == 1:
             yield batch
             return
-        ends = [size * i // count for i in range(count + 1)]
+        ends = [groups * i // count * self.group_size for i in range(count + 1)]
         for i, (start, end) in enumerate(pairwise(ends)):
             self._current = MicroBatch((end - start) / size, i == 0, i == count - 1)
             yield {name: values[start:end] for name, values in batch.items()}

@@ -62,6 +62,7 @@ METHODS = {
     # The tangent grows until training step 10; dropout masks are drawn.
     "scm": ("method=scm", "method.tangent_warmup_kimg=0.16", "method.lr=1e-3", "teacher.network.dropout=0.2"),
     "mean_flow": ("method=mean_flow", "method.lr=1e-3", "teacher.network.dropout=0.2"),
+    "imm": ("method=imm", "method.lr=1e-3", "teacher.network.dropout=0.2"),
     "cmt": ("method=cmt", "method.lr=1e-3", "batch_size=16", *PAIRS),
 }
 FLOWS = {"flow": 3, "straight": 5, "distilled": 1, "bezier": 1, "joint": 1}  # network evaluations of a sample
@@ -123,6 +124,7 @@ def slow(*case):
         slow("tcm", "lightning_modules:TCM.training_step", 8, ("", 6, 13)),
         slow("scm", "lightning_modules:SCM.training_step", 8, ("", 6, 13)),
         slow("mean_flow", "lightning_modules:MeanFlow.training_step", 8, ("", 6, 13)),
+        slow("imm", "lightning_modules:IMM.training_step", 8, ("", 6, 13)),
         slow("cmt", "lightning_modules:CMT.training_step", 8, ("", 6, 13)),
         slow("joint", "lightning_modules:BezierDistillation.training_step", 8, ("", 6, 13)),
     ],

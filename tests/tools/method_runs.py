@@ -60,7 +60,8 @@ def composed(name: str, data: str) -> DictConfig:
 def config(name: str, changes: dict[str, Any], data: str = "digits") -> DictConfig:
     """name: one of METHODS. changes: values by dotted key."""
     cfg = deepcopy(composed(name, data))
-    small = {"batch_size": BATCH, "method.kimg": BATCH * STEPS / 1000, "trainer.log_every_n_steps": 1}
+    batch = BATCH + -BATCH % cfg.method.get("group_size", 1)  # of whole groups
+    small = {"batch_size": batch, "method.kimg": batch * STEPS / 1000, "trainer.log_every_n_steps": 1}
     with open_dict(cfg):
         for teacher in cfg.method.teachers if "teachers" in cfg.method else [cfg.teacher]:
             teacher.network.dropout = 0.0  # whose masks belong to a pass

@@ -66,6 +66,8 @@ CASES = {
     "scm_in_two": (("method=scm", *TINY), 2),
     "mean_flow": (("method=mean_flow", *TINY), None),
     "mean_flow_in_two": (("method=mean_flow", *TINY), 2),
+    "imm": (("method=imm", *TINY), None),
+    "imm_in_two": (("method=imm", *TINY), 2),
     "progressive": (("method=progressive", "method.start_steps=8", "method.end_steps=2", *TINY), None),
     "two_steps": (("method=progressive", "method.start_steps=8", "method.end_steps=2", *TINY), None),
     "own_reading": (("method=progressive", "method.start_steps=8", "method.end_steps=2", *TINY), None),

@@ -92,6 +92,20 @@ def test_a_single_image_that_does_not_fit_ends_the_run(tmp_path, monkeypatch, ro
     assert failures == [5, 2, 1, 1]  # in the first part of one, two, three and five
 
 
+@pytest.mark.slow
+def test_groups_that_a_loss_compares_stay_whole(tmp_path, monkeypatch, room, capsys):
+    monkeypatch.chdir(tmp_path)
+    failures = room(2)
+    train("imm", AUTO)  # of pairs
+    assert failures == [6, 4]
+    assert "auto: 2 images of the 6 on each device in a pass, 3 a step\n" in capsys.readouterr().err
+    room(1)
+    with pytest.raises(
+        ValueError, match="memory does not hold the passes of a group of 2 images; take a smaller network"
+    ):
+        train("imm", AUTO)
+
+
 def test_other_errors_are_not_taken_for_it(tmp_path, monkeypatch, room):
     monkeypatch.chdir(tmp_path)
 

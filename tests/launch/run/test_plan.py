@@ -128,6 +128,7 @@ def test_what_would_run_is_planned(options, tmp_path):
         # what a trainer, its callbacks and the evaluation can tell
         (["trainer.validate_every_n_steps=0"], "validate_every_n_steps"),
         (["batch_size=15", "trainer.devices=2"], "batch_size=15"),
+        (["method=imm", "batch_size=12", "trainer.devices=2"], "can't be divided into groups of method.group_size=4"),
         (["trainer.accelerator=abacus"], "abacus"),
         (["method=disback", "callbacks.checkpoints.every_n_steps=0"], "every_n_steps"),
         (["data=cifar10", "callbacks.metrics.num_samples=1"], "num_samples must be"),
@@ -160,6 +161,7 @@ METHODS = {
     "cmt": ["method=cmt"],
     "scm": ["method=scm"],
     "mean_flow": ["method=mean_flow"],
+    "imm": ["method=imm"],
     **{name: [f"method={name}"] for name in ("rectified_flow", "reflow", "flow_distill", "bezier")},
     **{f"b_dense {host}": ["method=b_dense", f"host={host}"] for host in ("denoising_student", "progressive", "sfd")},
 }
