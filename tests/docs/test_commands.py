@@ -58,6 +58,10 @@ def test_commands_compose(monkeypatch):
                     OmegaConf.update(composed[command.program, choices].copy(), key, None, merge=False)
             except Exception as error:
                 raise AssertionError(f"{command.page.name}: {' '.join(command.words)}") from error
+            if command.program == "evaluate.py" and not command.needs:  # train.py's are run with random weights
+                weights = (composed[command.program, choices].get("teacher") or {}).get("weights")
+                said = f"{command.page.name}: {' '.join(command.words)} reads {weights}; say `# needs ...`"
+                assert not weights or weights.startswith("runs/") or (ROOT / weights).exists(), said
 
 
 def test_what_commands_leave_is_ignored_by_git():
