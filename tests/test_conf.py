@@ -131,7 +131,14 @@ def override(file: Path) -> tuple[list[str], str]:
     return [f"{group}={option}"], "digits"
 
 
-@pytest.mark.parametrize("file", COMPOSED, ids=str)
+def takes_another_whole(file: Path) -> bool:
+    """Whether it is a recipe without an option of its method."""
+    return file.parts[0] == "recipe" and "\nmethod:" not in (CONF / file).read_text()
+
+
+@pytest.mark.parametrize(
+    "file", [pytest.param(f, marks=pytest.mark.slow if takes_another_whole(f) else ()) for f in COMPOSED], ids=str
+)
 def test_every_file_composes_and_builds(file, tmp_path, monkeypatch, torch_home):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(torch_home))

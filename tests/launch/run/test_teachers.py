@@ -194,7 +194,7 @@ def test_a_guide_is_named_as_teachers_are_and_no_guidance_leaves_no_trace():
 
 
 def test_a_guidance_is_that_of_each_teacher_in_a_list():
-    cfg = compose("config", ["method=bezier", "teacher.guidance=1.5"])
+    cfg = compose("config", ["method=bezier", "method.teachers=[digits_rf1,digits_rf1]", "teacher.guidance=1.5"])
     expand_teachers(cfg)
     assert [teacher.guidance for teacher in cfg.method.teachers] == [1.5, 1.5]
     assert all(build(teacher).guided for teacher in cfg.method.teachers)
