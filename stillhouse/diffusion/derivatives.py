@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stillhouse.diffusion.denoiser import Denoiser
+from stillhouse.diffusion.flow import per_sample
 from stillhouse.diffusion.random_numbers import SharedMasks
 from stillhouse.networks.compiling import eager
 from stillhouse.networks.embeddings import FourierEmbedding
@@ -61,7 +62,7 @@ def derivative(
             after = function(*_moved(inputs, tangents, ahead))
         with masks:
             before = function(*_moved(inputs, tangents, behind))
-        return (after - before) / _like(ahead - behind, after)
+        return (after - before) / per_sample(ahead - behind, after)
 
 
 def turns_fast(denoiser: Denoiser) -> bool:
@@ -78,12 +79,7 @@ def turns_fast(denoiser: Denoiser) -> bool:
 
 def _moved(inputs: Sequence[Tensor], tangents: Sequence[Tensor], s: Tensor) -> list[Tensor]:
     """inputs + s tangents, for s (B,)."""
-    return [value + _like(s, value) * tangent for value, tangent in zip(inputs, tangents, strict=True)]
-
-
-def _like(s: Tensor, values: Tensor) -> Tensor:
-    """Numbers (B,) in the shape that is multiplied with values (B, ...)."""
-    return s.to(values.dtype).view(-1, *[1] * (values.ndim - 1))
+    return [value + per_sample(s, value) * tangent for value, tangent in zip(inputs, tangents, strict=True)]
 
 
 @contextmanager

@@ -4,16 +4,12 @@ import pytest
 import torch
 from network_tools import inputs, tiny
 
-from closed_forms import FAMILIES, ExactNetwork, Mixture
+from closed_forms import FAMILIES, ExactNetwork, Mixture, column
 from stillhouse.diffusion.denoiser import Denoiser
 from stillhouse.diffusion.preconditioning import EDM
 from stillhouse.diffusion.trigflow import angle_of, trigflow_output
 
 T = torch.tensor([0.003, 0.1, 0.6, 1.1, 1.5, 1.5645], dtype=torch.float64)
-
-
-def column(values):
-    return values.view(-1, 1, 1, 1)
 
 
 def test_with_edms_preconditioning_it_is_minus_the_networks_output():

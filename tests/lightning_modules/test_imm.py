@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from closed_forms import MEANS, ExactMeanVelocity, Mixture, MixtureData, energy_distance, fit, resumed_repeats
+from closed_forms import MEANS, ExactMeanVelocity, Mixture, MixtureData, column, energy_distance, fit, resumed_repeats
 from lightning_modules import IMM
 from lightning_modules.imm import squared_mmd
 from stillhouse.diffusion.denoiser import Denoiser
@@ -41,10 +41,6 @@ def imm(teacher=None, **options):
     for parameter in module.student.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape)
     return module
-
-
-def column(values):
-    return values.view(-1, 1, 1, 1)
 
 
 def latents(count=1024):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from closed_forms import MEANS, ExactMeanVelocity, Mixture, MixtureData, energy_distance, fit, resumed_repeats
+from closed_forms import MEANS, ExactMeanVelocity, Mixture, MixtureData, column, energy_distance, fit, resumed_repeats
 from lightning_modules import MeanFlow
 from stillhouse.diffusion.denoiser import Denoiser
 from stillhouse.diffusion.flow import between, velocity
@@ -45,10 +45,6 @@ def moved(module):
     for parameter in module.student.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape)
     return module
-
-
-def column(values):
-    return values.view(-1, 1, 1, 1)
 
 
 def drawn(module, batch):

@@ -11,6 +11,7 @@ from closed_forms import (
     CorrectedByLevel,
     Mixture,
     MixtureData,
+    column,
     energy_distance,
     exact_teacher,
     fit,
@@ -60,10 +61,6 @@ def moved(module):
     for parameter in (*module.student.parameters(), *module.log_variance.parameters()):
         parameter.data += 0.1 * torch.randn(parameter.shape)
     return module
-
-
-def column(values):
-    return values.view(-1, 1, 1, 1)
 
 
 def drawn(module, batch):

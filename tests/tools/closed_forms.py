@@ -251,3 +251,8 @@ def resumed_repeats(
     assert all(torch.equal(value, again[key]) for key, value in whole.state_dict().items())
     assert not all(torch.equal(value, before[key]) for key, value in whole.student.state_dict().items())
     return whole
+
+
+def column(values: Tensor) -> Tensor:
+    """Numbers (B,) in the shape that is multiplied with images, (B, 1, 1, 1)."""
+    return values.view(-1, 1, 1, 1)
