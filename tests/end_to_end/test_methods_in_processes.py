@@ -31,15 +31,28 @@ QUICK = ("diff_instruct", "disback", "sfd")
 DRAWN_BY_RANK = ("pretrain",)  # its noise comes from (seed, rank, step)
 UPDATES = {"sfd": 2, "b_dense sfd": 2}  # in each training step
 STRATEGIES = {"diff_instruct": ("averaged", "ddp_find_unused_parameters_true")}
+# "METHOD, ..." with its options: what else the processes could change.
+VARIANTS = {
+    "scm, finite": ["method.derivative=finite"],
+    "scm, edm2": ["teacher/network=edm2", "teacher.network.channels_per_head=8"],
+    "sfd, guided": ["teacher.guidance=1.5"],
+}
+NAMES = (*METHODS, *VARIANTS)
+
+
+def method_of(name):
+    return name.partition(",")[0]
 
 
 def compose(name, strategy, devices):
-    cfg = Case(name, "digits", "flow" if name in FLOWS else "edm").config([])
+    method = method_of(name)
+    cfg = Case(method, "digits", "flow" if method in FLOWS else "edm").config(VARIANTS.get(name, []))
     cfg.batch_size, cfg.method.kimg, cfg.method.lr = BATCH, BATCH * STEPS / 1000, 1e-5
     cfg.trainer.devices, cfg.trainer.strategy = devices, strategy if devices > 1 else "auto"
     cfg.folder, cfg.trainer.log_every_n_steps = f"runs/{name}-{strategy}", 2
     for teacher in cfg.method.teachers if name == "bezier" else [cfg.method.teacher]:
-        teacher.network.label_dropout = 0  # hidden labels are drawn by each process for itself
+        if "guidance" not in teacher:  # which needs a network that also samples without labels
+            teacher.network.label_dropout = 0  # hidden labels are drawn by each process for itself
     return cfg
 
 
@@ -72,7 +85,7 @@ def learn(name, strategy, devices):
         "state": method.state_dict(),
         "bytes": getattr(trainer.strategy, "bytes_reduced", 0),
         "steps": method.total_steps,  # of progressive distillation those of its last round
-        "size": 4 * sum(numbers) * UPDATES.get(name, 1),
+        "size": 4 * sum(numbers) * UPDATES.get(method_of(name), 1),
     }
 
 
@@ -101,7 +114,7 @@ def learned(tmp_path_factory):
         assert single.exitcode == 0
 
     def read(name: str, strategy: str) -> list[dict]:
-        learn_all(QUICK if name in QUICK else tuple(name for name in METHODS if name not in QUICK))
+        learn_all(QUICK if name in QUICK else tuple(name for name in NAMES if name not in QUICK))
         files = [(together, 0), (together, 1), (alone, 0)]
         return [torch.load(Path(folder) / f"{name} {strategy} {rank}.pt") for folder, rank in files]
 
@@ -111,7 +124,7 @@ def learned(tmp_path_factory):
 
 def each(left_out=()):
     """Names with their strategies; those beyond QUICK are slow."""
-    for name in METHODS:
+    for name in NAMES:
         for strategy in STRATEGIES.get(name, ("averaged",)) if name not in left_out else ():
             yield pytest.param(name, strategy, marks=() if name in QUICK else pytest.mark.slow)
 
@@ -145,7 +158,7 @@ def test_two_processes_log_what_one_does(learned, name, strategy):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in METHODS]
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in NAMES]
 )
 def test_each_process_has_its_share_of_the_samples(learned, name):
     """What rank 0 and rank 1 train on is different, and side by side what one process trains on."""
