@@ -56,9 +56,10 @@ def _conf():
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_inception():
-    """Its network takes a second to build, and every config of images has two."""
+    """Its network takes a second to build and to hash, and every config of images has two."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fidelity, "_network", functools.cache(fidelity._network))
+        for name in ("_network", "hash_state"):
+            patch.setattr(fidelity, name, functools.cache(getattr(fidelity, name)))
         yield
 
 
