@@ -137,6 +137,10 @@ CLAIMS = (
             Run("consistency_distillation", ("method=consistency_distillation",), FEW),
             Run("cmt", ("method=cmt",), FEW),
             Run("tcm", ("method=tcm", "teacher={ect}"), FEW, needs=("ect",)),
+            Run("scm", ("method=scm",), FEW),
+            Run("mean_flow", ("method=mean_flow", "teacher={flow}"), FEW),
+            Run("imm", ("method=imm",), FEW),
+            Run("moment_matching", ("method=moment_matching",)),
         ),
     ),
 )
