@@ -69,7 +69,7 @@ class IMM(Method):
         check_counts(**{"method.group_size": group_size})
         if self.batch_size % group_size:
             raise ValueError(f"batch_size must be a multiple of method.group_size={group_size}, got {self.batch_size}")
-        check_above(0, **{"method.sigma_data": sigma_data})
+        check_above(0, **{"method.sigma_data": sigma_data, "method.k": k})
         if not 0 <= t_min < t_max < 1:
             raise ValueError(f"need 0 <= method.t_min < method.t_max < 1, got {t_min!r} and {t_max!r}")
         self.sampler = teacher

@@ -170,7 +170,7 @@ SIZES = {
     "digits": (None, 19),
     "digits_rf1": (None, 19),
     "digits_rf2": (None, 19),
-    "fashion_mnist": (None, 19),
+    "fashion_mnist": (None, 35),
     "fashion_mnist_rf1": (None, 19),
     "cifar10": (55_733_891, 35),
     "cifar10_cond": (55_735_299, 35),

@@ -1,7 +1,8 @@
 """One job of train.py: a composed config becomes a trained, measured run, or goes on where it was stopped."""
 
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,11 +49,22 @@ def run_job(cfg: DictConfig) -> float | None:
     sweep = hydra_config.mode == RunMode.MULTIRUN
     with (
         reported(cfg.folder, sweep=sweep, shared=at_once(hydra_config.launcher)),
+        _no_empty_folder(cfg.folder),
         placed(cfg.trainer, hydra_config.launcher),
         stoppable(cfg.folder),
     ):
         quiet()
         return train(cfg, hydra_config)
+
+
+@contextmanager
+def _no_empty_folder(path: str) -> Iterator[None]:
+    """Hydra makes a job's folder before its options are checked: without a run in it it goes again."""
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.rmdir(path)
 
 
 def train(cfg: DictConfig, hydra_config: DictConfig) -> float | None:

@@ -200,6 +200,7 @@ def test_refused(folder, command, options, message):
     before = snapshot(folder.parent)
     train(folder, *COMMANDS[command], *options.split()).refused(*message)
     assert snapshot(folder.parent) == before
+    assert not (folder / "runs/new").exists()
     assert [path.name for path in folder.parent.iterdir()] == ["here"]
 
 

@@ -251,6 +251,7 @@ def test_it_begins_as_its_teacher_and_is_measured_beside_one_with_weights():
         ({"group_size": 0}, "method.group_size must be an integer of at least 1, got 0"),
         ({"group_size": 3}, "batch_size must be a multiple of method.group_size=3, got 16"),
         ({"sigma_data": 0}, "method.sigma_data must be above 0, got 0"),
+        ({"k": -1}, "method.k must be above 0, got -1"),
         ({"t_max": 1}, "need 0 <= method.t_min < method.t_max < 1, got 0.006 and 1"),
         ({"t_min": -0.1}, "need 0 <= method.t_min < method.t_max < 1, got -0.1 and 0.994"),
         (
