@@ -20,7 +20,7 @@ COMMON = {"name": "imm", "batch_size": 16, "seed": 3, "kimg": 40, "lr": 1e-3}
 GAUSSIAN = Mixture(MEANS[:1])
 BATCH = {"image": Mixture().sample(16, torch.Generator().manual_seed(1)).float(), "position": torch.arange(48, 64)}
 EQUAL = {"k": 1000}  # r = t
-REACHES = {"k": 0}  # r = s
+REACHES = {"k": 1e-9}  # r = s
 
 
 def mlp(dropout=0.5, edm=True, weights=True, width=16):
