@@ -197,10 +197,10 @@ REFUSED = {
     [(command, options, message) for command, rows in REFUSED.items() for options, *message in rows],
 )
 def test_refused(folder, command, options, message):
-    before = snapshot(folder.parent)
+    before, runs = snapshot(folder.parent), sorted((folder / "runs").iterdir())
     train(folder, *COMMANDS[command], *options.split()).refused(*message)
     assert snapshot(folder.parent) == before
-    assert not (folder / "runs/new").exists()
+    assert sorted((folder / "runs").iterdir()) == runs  # nor an empty folder
     assert [path.name for path in folder.parent.iterdir()] == ["here"]
 
 

@@ -11,6 +11,7 @@ def test_a_plan_starts_nothing(tmp_path):
     ended = train(tmp_path, "method=disback", "data=ffhq64", "trainer.devices=8", "plan=true").ok()
     assert "2,500 per kimg" in ended.out
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix not in (".out", ".err")]
+    assert not list(tmp_path.glob("runs/*"))  # nor an empty folder
 
 
 @pytest.mark.slow
