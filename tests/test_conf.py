@@ -37,7 +37,8 @@ COMPOSED = [
     f
     for f in FILES
     if len(f.parts) > 1
-    and f.parts[0] not in ("hydra", "task")
+    and f.parts[0]
+    not in ("hydra", "task", "shrink")  # shrink/: tests/launch/run/test_plan.py has trainer=debug of all methods
     and "shared" not in f.parts  # composed with what shares it
     and f.parts[:-1] != ("teacher",)
     and not BUILT.search(f.stem)
@@ -120,9 +121,6 @@ def override(file: Path) -> tuple[list[str], str]:
         return [f"data={data}", "method=pretrain", "teacher=scratch", f"{group}={option}"], data
     if group == "host":
         return ["method=b_dense", f"{group}={option}"], "digits"
-    if group == "shrink/method":  # debug_METHOD[_HOST]
-        method, _, host = option.removeprefix("debug_").replace("b_dense_", "b_dense ").partition(" ")
-        return ["trainer=debug", f"method={method}", *([f"host={host}"] if host else [])], "digits"
     if group == "recipe":  # METHOD[_HOST]_DATA[_VARIANT]
         data = next(path.stem for path in (CONF / "data").glob("*.yaml") if f"_{path.stem}" in option)
         method, _, variant = option.partition(f"_{data}")
@@ -132,14 +130,29 @@ def override(file: Path) -> tuple[list[str], str]:
     return [f"{group}={option}"], "digits"
 
 
-def takes_another_whole(file: Path) -> bool:
-    """Whether it is a recipe without an option of its method."""
-    return file.parts[0] == "recipe" and "\nmethod:" not in (CONF / file).read_text()
+def option_names(cfg: dict, prefix: str = "") -> set[str]:
+    return {
+        name
+        for key, value in cfg.items()
+        for name in (option_names(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key})
+    }
 
 
-@pytest.mark.parametrize(
-    "file", [pytest.param(f, marks=pytest.mark.slow if takes_another_whole(f) else ()) for f in COMPOSED], ids=str
-)
+def with_slow_recipes(files: list[Path]) -> list:
+    """Recipes are slow that set what another of their method sets, and those that take another one whole."""
+    seen, found = set(), []
+    for file in files:
+        slow = False
+        if file.parts[0] == "recipe":
+            options = OmegaConf.to_container(OmegaConf.load(CONF / file))
+            kind = (tuple(override(file)[0][:-1]), frozenset(option_names(options)))
+            slow = kind in seen or "method" not in options
+            seen.add(kind)
+        found.append(pytest.param(file, marks=pytest.mark.slow if slow else ()))
+    return found
+
+
+@pytest.mark.parametrize("file", with_slow_recipes(COMPOSED), ids=str)
 def test_every_file_composes_and_builds(file, tmp_path, monkeypatch, torch_home):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(torch_home))

@@ -27,7 +27,7 @@ from stillhouse.checkpoints.weights import hash_state
 
 BATCH, STEPS = 8, 4
 FLOWS = ("rectified_flow", "reflow", "flow_distill", "bezier")
-QUICK = ("diff_instruct", "disback", "sfd")
+QUICK = ("disback", "sfd")
 DRAWN_BY_RANK = ("pretrain",)  # its noise comes from (seed, rank, step)
 UPDATES = {"sfd": 2, "b_dense sfd": 2}  # in each training step
 STRATEGIES = {"diff_instruct": ("averaged", "ddp_find_unused_parameters_true")}

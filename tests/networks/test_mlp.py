@@ -14,7 +14,9 @@ def test_it_starts_at_zero_with_as_many_weights_as_planned():
     assert 150_000 < sum(p.numel() for p in MLP(1, 2, 2).parameters()) < 300_000
 
 
-@pytest.mark.parametrize("preconditioning", [P.EDM(), P.Velocity()], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize(
+    "preconditioning", [P.EDM(), pytest.param(P.Velocity(), marks=pytest.mark.slow)], ids=lambda p: type(p).__name__
+)
 def test_every_preconditionings_noise_input_tells_levels_apart(preconditioning):
     """Learns to say which level it sees, from the noise input alone."""
     torch.manual_seed(0)

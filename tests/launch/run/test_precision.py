@@ -3,7 +3,7 @@
 import pytest
 import pytorch_lightning as pl
 import torch
-from method_runs import METHODS, config, train
+from method_runs import METHODS, config, train, twins_slow
 from pytorch_lightning.plugins.precision import Precision
 
 from callbacks.network_layout import all_denoisers
@@ -41,9 +41,7 @@ class Inside(pl.Callback):
         self.training = False
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name.startswith("b_dense") else ()) for name in METHODS]
-)
+@pytest.mark.parametrize("name", twins_slow(METHODS))
 def test_in_mixed_precision_only_the_networks_are_low(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found, kinds, inside = [], set(), Inside()
