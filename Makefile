@@ -27,7 +27,7 @@ test: lint
 test-all: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# Every method on every data set with every family of teachers; `make test` runs a tenth of it.
+# Every method on every data set with every family of teachers; `make test-all` runs a tenth of it, `make test` a part of that.
 matrix: install
 	OMP_NUM_THREADS=1 $(BIN)/python tests/support_matrix.py
 
