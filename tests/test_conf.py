@@ -134,22 +134,27 @@ def option_names(cfg: dict, prefix: str = "") -> set[str]:
     return {
         name
         for key, value in cfg.items()
+        if key != "defaults"
         for name in (option_names(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key})
     }
 
 
 def with_slow_recipes(files: list[Path]) -> list:
-    """Recipes are slow that set what another of their method sets, and those that take another one whole."""
-    seen, found = set(), []
+    """Recipes are slow that set no option but those that another of their method sets."""
+    named = {}
     for file in files:
-        slow = False
         if file.parts[0] == "recipe":
             options = OmegaConf.to_container(OmegaConf.load(CONF / file))
-            kind = (tuple(override(file)[0][:-1]), frozenset(option_names(options)))
-            slow = kind in seen or "method" not in options
-            seen.add(kind)
-        found.append(pytest.param(file, marks=pytest.mark.slow if slow else ()))
-    return found
+            named[file] = tuple(override(file)[0][:-1]), option_names(options)
+
+    def is_slow(file: Path) -> bool:
+        method, options = named.get(file, ((), {"of no recipe"}))
+        return any(
+            method == other and (options < more or (options == more and path < file))
+            for path, (other, more) in named.items()
+        )
+
+    return [pytest.param(file, marks=pytest.mark.slow if is_slow(file) else ()) for file in files]
 
 
 @pytest.mark.parametrize("file", with_slow_recipes(COMPOSED), ids=str)
@@ -210,7 +215,11 @@ SIZES = {
 }
 
 
-OTHER_SIZES = ("imagenet64_edm2_m", "imagenet64_edm2_l")  # of a network that is here as its smallest and its largest
+# Slow: of a network that is here in another size, for other data or labels, or by another training.
+TWINS = (
+    *("imagenet64_edm2_m", "imagenet64_edm2_l", "cifar10_cond", "cifar10_cond_ve", "cifar10_baseline_ve", "ffhq64_ve"),
+    *("cifar10_rf2", "digits_rf2", "lsun_church"),
+)
 
 
 def test_the_published_teachers_are_all_here():
@@ -218,9 +227,7 @@ def test_the_published_teachers_are_all_here():
     assert names == set(SIZES)
 
 
-@pytest.mark.parametrize(
-    "teacher", [pytest.param(t, marks=pytest.mark.slow if t in OTHER_SIZES else ()) for t in SIZES]
-)
+@pytest.mark.parametrize("teacher", [pytest.param(t, marks=pytest.mark.slow if t in TWINS else ()) for t in SIZES])
 def test_the_published_networks_have_their_size_and_ask_for_their_weights(teacher, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     clothes = ["data=fashion_mnist", "data.resolution=16"]
