@@ -37,8 +37,8 @@ COMPOSED = [
     f
     for f in FILES
     if len(f.parts) > 1
-    and f.parts[0]
-    not in ("hydra", "task", "shrink")  # shrink/: tests/launch/run/test_plan.py has trainer=debug of all methods
+    and f.parts[0] not in ("hydra", "task")
+    and f.parts[0] != "shrink"  # tests/launch/run/test_plan.py has trainer=debug of all methods
     and "shared" not in f.parts  # composed with what shares it
     and f.parts[:-1] != ("teacher",)
     and not BUILT.search(f.stem)
@@ -140,21 +140,20 @@ def option_names(cfg: dict, prefix: str = "") -> set[str]:
 
 
 def with_slow_recipes(files: list[Path]) -> list:
-    """Recipes are slow that set no option but those that another of their method sets."""
-    named = {}
+    """Recipes are slow that set no option but those that another of their method sets; not those that recipe= chooses."""
+    of_method = {}
     for file in files:
-        if file.parts[0] == "recipe":
-            options = OmegaConf.to_container(OmegaConf.load(CONF / file))
-            named[file] = tuple(override(file)[0][:-1]), option_names(options)
-
-    def is_slow(file: Path) -> bool:
-        method, options = named.get(file, ((), {"of no recipe"}))
-        return any(
-            method == other and (options < more or (options == more and path < file))
-            for path, (other, more) in named.items()
-        )
-
-    return [pytest.param(file, marks=pytest.mark.slow if is_slow(file) else ()) for file in files]
+        *method, last = override(file)[0]
+        if file.parts[0] == "recipe" and last.startswith("data="):
+            options = option_names(OmegaConf.to_container(OmegaConf.load(CONF / file)))
+            of_method.setdefault(tuple(method), []).append((file, options))
+    slow = {
+        file
+        for recipes in of_method.values()
+        for file, options in recipes
+        if any(options < more or (options == more and other < file) for other, more in recipes)
+    }
+    return [pytest.param(file, marks=pytest.mark.slow if file in slow else ()) for file in files]
 
 
 @pytest.mark.parametrize("file", with_slow_recipes(COMPOSED), ids=str)
@@ -215,8 +214,8 @@ SIZES = {
 }
 
 
-# Slow: of a network that is here in another size, for other data or labels, or by another training.
-TWINS = (
+# Of a network that is here in another size, for other data or labels, or by another training.
+SIBLINGS = (
     *("imagenet64_edm2_m", "imagenet64_edm2_l", "cifar10_cond", "cifar10_cond_ve", "cifar10_baseline_ve", "ffhq64_ve"),
     *("cifar10_rf2", "digits_rf2", "lsun_church"),
 )
@@ -227,7 +226,7 @@ def test_the_published_teachers_are_all_here():
     assert names == set(SIZES)
 
 
-@pytest.mark.parametrize("teacher", [pytest.param(t, marks=pytest.mark.slow if t in TWINS else ()) for t in SIZES])
+@pytest.mark.parametrize("teacher", [pytest.param(t, marks=pytest.mark.slow if t in SIBLINGS else ()) for t in SIZES])
 def test_the_published_networks_have_their_size_and_ask_for_their_weights(teacher, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     clothes = ["data=fashion_mnist", "data.resolution=16"]

@@ -19,6 +19,7 @@ CASES = {
     "several updates in a step": ("sfd", {}),
     "two turns": ("diff_instruct", {"method.clip": 1.0}),
 }
+QUICK = ("several updates in a step", "two turns")
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def assert_same(ours, theirs):
 
 
 @pytest.mark.parametrize(
-    "case", [*list(CASES)[2:], *(pytest.param(case, marks=pytest.mark.slow) for case in list(CASES)[:2])]
+    "case", [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES]
 )
 def test_the_run_is_that_of_the_size_it_finds_bit_for_bit(case, tmp_path, monkeypatch, room, capsys):
     monkeypatch.chdir(tmp_path)
