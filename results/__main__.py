@@ -5,7 +5,7 @@ python -m results compare results/NAME.json runs/A runs/B    # how fast they con
 python -m results quality results/NAME.json runs/A runs/B    # how good at how many evaluations, and the picture
 python -m results flows results/NAME.json runs/flows/flows.json    # what evaluate.py measured of a chain of flows
 python -m results gpu results/benchmarks_gpu-CARD.json DIR    # the stages that python -m benchmarks.gpu --out DIR wrote
-python -m results claims results/claims-DATA.json DIR    # what the runs of python -m benchmarks.evidence --out DIR say
+python -m results claims results/claims-DATA.json DIR    # adds the runs of python -m benchmarks.evidence --out DIR
 python -m results update                                     # write the tables into README.md
 """
 

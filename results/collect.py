@@ -1,5 +1,6 @@
 """Files of measured results, collected from run folders, each with the revision and the machine that it comes from."""
 
+import json
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from benchmarks.gpu.all_stages import SHARES
 from benchmarks.gpu.report import contents
 from benchmarks.measuring import machine
 from launch.run.folder import RunFolder
-from results.claims import claims_of
+from results.trained import TrainedRuns, read_trained
 from stillhouse.analysis.compare_convergence import compare_runs, draw_convergence
 from stillhouse.analysis.compare_quality import compare_quality, draw_quality
 from stillhouse.analysis.convergence import convergence_to_json
@@ -64,8 +65,19 @@ def gpu(target: Path, folder: Path) -> None:
 
 
 def claims(target: Path, folder: Path) -> None:
-    """Write what the runs that `python -m benchmarks.evidence` left in `folder` say of the papers' claims into `target`."""
-    write_ordered_json(target, {**origin(), "claims": claims_of(folder)})
+    """Add the runs that `python -m benchmarks.evidence` left in `folder` for the papers' claims to those in `target`.
+
+    Raises:
+        ValueError: Where there is no such run, and where those of the target are of other data or were measured otherwise.
+    """
+    runs = read_trained(folder)
+    if target.exists():
+        stored = TrainedRuns.from_json(json.loads(target.read_text())["claims"])
+        try:
+            runs = stored.with_others(runs)
+        except ValueError as error:
+            raise ValueError(f"{target} can't take the runs of {folder}: {error}; name another file") from error
+    write_ordered_json(target, {**origin(), "claims": runs.to_json()})
 
 
 def origin() -> dict[str, Any]:

@@ -12,6 +12,7 @@ from benchmarks.measuring import ROOT
 from benchmarks.run import table
 from results.claims import claims_markdown, claims_summary
 from results.support import support_table
+from results.trained import TrainedRuns
 from stillhouse.analysis.convergence import convergence_from_json, convergence_markdown
 from stillhouse.analysis.flow_chain import flow_chain_from_json, flow_chain_markdown
 from stillhouse.analysis.quality import Quality, QualityValue, quality_from_json, quality_markdown
@@ -60,7 +61,7 @@ def section(path: Path, pictures: str = "results") -> str:
     if "records" in content:
         return f"{records_markdown([Record(**entry) for entry in content['records']])}\n\n{_source(path, content)}"
     if "claims" in content:
-        return f"{claims_markdown(content['claims'])}\n\n{_source(path, content)}"
+        return f"{claims_markdown(TrainedRuns.from_json(content['claims']))}\n\n{_source(path, content)}"
     for key, against, tables in _KINDS:
         if key in content:
             picture = f"![Metric against {against}]({pictures}/{path.stem}.png)"
@@ -98,7 +99,7 @@ def measured_entries(content: dict[str, Any]) -> list[dict[str, Any]]:
         *content.get("records", []),
         *content.get("comparison", {"runs": []})["runs"],
         *content.get("quality", {"values": []})["values"],
-        *content.get("claims", {"values": []})["values"],
+        *(value for run in content.get("claims", {"runs": []})["runs"] for value in run["values"]),
         *flows["flows"],
         *flows["distilled"],
     ]
@@ -150,8 +151,8 @@ def updated(text: str) -> str:
 
 
 def _claims(path: Path) -> str:
-    content = json.loads(path.read_text())["claims"]
+    runs = TrainedRuns.from_json(json.loads(path.read_text())["claims"])
     heading = (
-        f"The papers' claims on {content['data']}, in {content['metric']}; criteria: [claims](docs/results/claims.md)"
+        f"The papers' claims on {runs.data}, in {runs.metric}; figures and criteria: [claims](docs/results/claims.md)"
     )
-    return f"{heading}\n\n{claims_summary(content)}"
+    return f"{heading}\n\n{claims_summary(runs)}"

@@ -9,9 +9,8 @@ from functools import cached_property
 from statistics import median, median_low
 from typing import Any
 
-from stillhouse.analysis.curves import COST_UNITS, Cost, Curve
+from stillhouse.analysis.curves import COST_UNITS, Cost, Curve, curve_from_json, curve_to_json
 from stillhouse.analysis.tables import markdown_table, text_table
-from stillhouse.metrics.records import rename_old_keys
 
 FACTORS = (1.0, 1.05, 1.2)
 TitledTable = tuple[str, list[list[str]]]
@@ -227,17 +226,8 @@ def convergence_from_json(content: dict[str, Any]) -> Comparison:
         ValueError: for anything else.
     """
     try:
-        curves = [
-            Curve(
-                **{key: run[key] for key in ("name", "group", "seed", "metric", "weights")},
-                values=tuple(run["values"]),
-                costs=tuple(Cost(*point) for point in zip(*(run[c] for c in COST_UNITS), strict=True)),
-                preparation=Cost(**run["preparation"]),
-                provenance=rename_old_keys(run).get("provenance"),
-            )
-            for run in content["runs"]
-        ]
-        return Comparison(tuple(curves), content["baseline"], tuple(content["notes"]))
+        curves = tuple(curve_from_json(run) for run in content["runs"])
+        return Comparison(curves, content["baseline"], tuple(content["notes"]))
     except (KeyError, TypeError) as error:
         raise ValueError(f"this is no comparison of convergence: {error!r} ") from error
 
@@ -245,15 +235,11 @@ def convergence_from_json(content: dict[str, Any]) -> Comparison:
 def _run(curve: Curve, thresholds: dict[float, float]) -> dict[str, Any]:
     crossings = [curve.crossing(value) for value in thresholds.values()]
     return {
-        **{key: getattr(curve, key) for key in ("name", "group", "seed", "metric", "weights")},
-        "provenance": curve.provenance,
-        "preparation": asdict(curve.preparation),
+        **curve_to_json(curve),
         "crossings": [
             {"factor": factor, "cost": asdict(cost) if cost else None}
             for factor, cost in zip(thresholds, crossings, strict=True)
         ],
-        "values": list(curve.values),
-        **dict(zip(COST_UNITS, map(list, zip(*map(astuple, curve.costs), strict=True)), strict=True)),
     }
 
 

@@ -6,17 +6,19 @@ A lower value is a better one.
 import csv
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from stillhouse.checkpoints.bounds import parse_json
 from stillhouse.files import resolve_inside
-from stillhouse.metrics.records import load_records
+from stillhouse.metrics.records import load_records, rename_old_keys
 
 WINDOW = 3
 COST_UNITS = ("updates", "images", "seconds")
+_NAMED = ("name", "group", "seed", "metric", "weights")
 _FRECHET = ("fid", "fd_")  # prefixes of the metrics that have curves
 UPDATES_COLUMN, SECONDS_COLUMN = "progress/student_updates", "speed/training_seconds"
 
@@ -109,6 +111,33 @@ def trailing_median(values: Sequence[float]) -> tuple[float, ...]:
     """
     padded = [math.inf] * (WINDOW - 1) + list(values)
     return tuple(median(padded[i : i + WINDOW]) for i in range(len(values)))
+
+
+def curve_to_json(curve: Curve) -> dict[str, Any]:
+    """The curve as plain values, its costs by `COST_UNITS`."""
+    return {
+        **{key: getattr(curve, key) for key in _NAMED},
+        "provenance": curve.provenance,
+        "preparation": asdict(curve.preparation),
+        "values": list(curve.values),
+        **dict(zip(COST_UNITS, map(list, zip(*map(astuple, curve.costs), strict=True)), strict=True)),
+    }
+
+
+def curve_from_json(content: dict[str, Any]) -> Curve:
+    """The curve that `curve_to_json` made plain.
+
+    Raises:
+        KeyError, TypeError: For anything else.
+        ValueError: As for `Curve`.
+    """
+    return Curve(
+        **{key: content[key] for key in _NAMED},
+        values=tuple(content["values"]),
+        costs=tuple(Cost(*point) for point in zip(*(content[unit] for unit in COST_UNITS), strict=True)),
+        preparation=Cost(**content["preparation"]),
+        provenance=rename_old_keys(content).get("provenance"),
+    )
 
 
 def read_curve(

@@ -1,6 +1,7 @@
 """The table of the papers' claims, from runs whose numbers are known by hand."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,16 +10,19 @@ from quality_tools import REAL, students, teachers
 
 from results import pages
 from results.__main__ import main
+from results.claims import claim_rows
 from results.pages import measured_entries, section, updated
+from results.trained import TrainedRuns
 from stillhouse.analysis.curves import Cost
 from stillhouse.metrics.records import save_records
 
 
-def run(folder, name, values, *, seed=0, rate=0.3, preparation=NOTHING, teacher=None, **config):
+def run(folder, name, values, *, seed=0, rate=0.3, preparation=NOTHING, teacher=None):
     """A run of `benchmarks.evidence`: {NFE: distance} at its end, and a curve that falls at a rate."""
     method = name.partition("-")[0]
     made = replace(curve(method, decay(rate), seed=seed, preparation=preparation), name=name)
-    path = write_run(folder / f"{name}-seed{seed}", made, **config)
+    options = {"loss": "l2", "nodes": 3, "interval": 5, "order": 2}
+    path = write_run(folder / f"{name}-seed{seed}", made, method=options)
     provenance = {"revision": None, "config": "b" * 64, "weights": "c" * 64}
     found = students(values) + (teachers(teacher, solver="euler") if teacher else [])
     found = [replace(r, provenance=provenance, images_per_second=3000.0 / r.nfe) for r in found]
@@ -36,8 +40,8 @@ def folder(tmp_path):
 def collected(tmp_path, folder):
     target = tmp_path / "claims-digits.json"
     main(["claims", str(target), str(folder)])
-    content = json.loads(target.read_text())["claims"]
-    return target, {(row["claim"], row["setting"]): row for row in content["rows"]}
+    runs = TrainedRuns.from_json(json.loads(target.read_text())["claims"])
+    return target, {(row.claim, row.setting): row for row in claim_rows(runs)}
 
 
 def test_each_claim_that_has_runs_has_a_row(tmp_path, folder, monkeypatch):
@@ -52,20 +56,19 @@ def test_each_claim_that_has_runs_has_a_row(tmp_path, folder, monkeypatch):
 
     target, rows = collected(tmp_path, folder)
     student = rows["denoising_student", "L2"]
-    assert student["holds"] == "in part"  # 1.5 and 2.5 times
-    assert student["seeds"] == [0, 1]
-    assert "0.40 ± 0.14 in 1 evaluation, the teacher 0.2 in 100: 2 times the distance" in student["measured"]
-    assert "100 times as fast" in student["measured"]
+    assert student.holds == "in part"  # 1.5 and 2.5 times
+    assert student.seeds == (0, 1)
+    assert "0.40 ± 0.14 in 1 evaluation, the teacher 0.2 in 100: 2 times the distance" in student.measured
+    assert "100 times as fast" in student.measured
     (disback,) = (row for (claim, _), row in rows.items() if claim == "disback")
-    assert disback["holds"] == "yes"
-    b_dense = rows["b_dense", "on SFD"]
-    assert b_dense["holds"] == "in part"
-    assert "ahead at every seed at 1 NFE; behind at 2 NFE; 1 NFE: 0.4 against 0.5" in b_dense["measured"]
+    assert disback.holds == "yes"
+    ahead, behind = (rows["b_dense", f"on SFD, {nfe} NFE"] for nfe in (1, 2))
+    assert (ahead.holds, behind.holds) == ("yes", "no")
     # exp(-0.1 i) - exp(-0.2 i) is greatest at i = 10 ln 2, the eighth of the measurements after 100 updates of 16 images.
-    assert "at 12.8 of 48 kimg" in b_dense["measured"]
+    assert re.fullmatch(r"0.4 against 0.5; largest lead \S+ at 12.8 of 48 kimg", ahead.measured)
     (bezier,) = (row for (claim, _), row in rows.items() if claim == "bezier")
-    assert bezier["holds"] == "no"
-    assert "1 NFE: 0.3, distilled 2-RF 0.25" in bezier["measured"]
+    assert bezier.holds == "no"
+    assert "1 NFE: 0.3, distilled 2-RF 0.25" in bezier.measured
 
     text = section(target)
     assert "Commits of the runs: unknown." in text
@@ -73,15 +76,43 @@ def test_each_claim_that_has_runs_has_a_row(tmp_path, folder, monkeypatch):
     assert "The papers' claims on digits" not in updated(pages.README.read_text())
     monkeypatch.setattr(pages, "summary", lambda: "")
     monkeypatch.setattr(pages, "RESULTS", tmp_path)
-    assert "The papers' claims on digits, in fid_digits" in updated(pages.README.read_text())
+    readme = updated(pages.README.read_text())
+    assert "The papers' claims on digits, in fid_digits" in readme
+    assert re.search(r"\| B-DENSE \| .* \| 1 of 2 \| 0 \|", readme)
 
 
-def test_a_folder_without_finished_claims_and_unlike_measurements_are_refused(tmp_path, folder):
-    run(folder, "sfd-1", {1: 0.5})  # alone
-    with pytest.raises(ValueError, match="no claim whose runs are finished"):
+def test_runs_of_another_machine_are_added_to_those_of_one_that_is_gone(tmp_path, folder):
+    run(folder, "denoising_student", {1: 0.3}, teacher={100: 0.2})
+    run(folder, "sfd-1", {1: 0.5}, rate=0.1)
+    run(folder, "b_dense_sfd-1", {1: 0.4}, rate=0.2)
+    target, alone = collected(tmp_path, folder)
+    gone = target.read_text()
+    for path in folder.iterdir():
+        path.rename(tmp_path / f"gone-{path.name}") if path.is_dir() else None
+    run(folder, "sfd-1", {1: 0.3}, seed=1, rate=0.1)
+    run(folder, "b_dense_sfd-1", {1: 0.6}, seed=1, rate=0.2)
+    run(folder, "denoising_student", {1: 0.35}, teacher={100: 0.2})  # the same run once more
+
+    _, both = collected(tmp_path, folder)
+    assert alone["b_dense", "on SFD, 1 NFE"].holds == "yes"
+    b_dense = both["b_dense", "on SFD, 1 NFE"]
+    assert (b_dense.holds, b_dense.seeds) == ("in part", (0, 1))
+    assert b_dense.measured.startswith("0.50 ± 0.14 against 0.40 ± 0.14; largest lead")
+    assert both["denoising_student", "L2"].measured.startswith("0.35 in 1 evaluation")
+
+    (folder / "evidence.json").write_text(json.dumps({"data": "fashion_mnist16", "options": []}))
+    target.write_text(gone)
+    with pytest.raises(ValueError, match=r"claims-digits.json can't take the runs of .*of digits.*of fashion_mnist16"):
         collected(tmp_path, folder)
+    assert target.read_text() == gone
+
+
+def test_a_folder_without_finished_runs_and_unlike_measurements_are_refused(tmp_path, folder):
+    with pytest.raises(ValueError, match="no finished run of a claim"):
+        collected(tmp_path, folder)
+    run(folder, "sfd-1", {1: 0.5})
     run(folder, "b_dense_sfd-1", {1: 0.5})
     path = folder / "sfd-1-seed0/metrics.json"
     path.write_text(path.read_text().replace("2000", "100"))
-    with pytest.raises(ValueError, match="not measured alike"):
+    with pytest.raises(ValueError, match="runs: the runs were not measured alike"):
         collected(tmp_path, folder)

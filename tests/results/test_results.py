@@ -1,6 +1,6 @@
 import json
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 from convergence_tools import curve, decay, stored, write_run
@@ -9,8 +9,8 @@ from quality_tools import REAL, students, write_measured
 
 from results import pages
 from results.__main__ import main
-from results.claims import Row
 from results.pages import README, RESULTS, measured_entries, section, updated
+from results.trained import TrainedRuns
 from stillhouse.analysis.compare_convergence import compare_runs
 from stillhouse.analysis.compare_quality import compare_quality
 from stillhouse.analysis.convergence import convergence_from_json, convergence_markdown, convergence_to_json
@@ -24,9 +24,7 @@ ROUND_TRIPS = {
     "comparison": lambda content: json.loads(json.dumps(convergence_to_json(convergence_from_json(content)))),
     "quality": lambda content: quality_to_json(quality_from_json(content)),
     "flows": lambda content: flow_chain_to_json(flow_chain_from_json(content)),
-    "claims": lambda content: (
-        content | {"rows": [json.loads(json.dumps(asdict(Row(**row)))) for row in content["rows"]]}
-    ),
+    "claims": lambda content: json.loads(json.dumps(TrainedRuns.from_json(content).to_json())),
     "records": lambda content: [vars(Record(**entry)) for entry in content],
 }
 

@@ -1,0 +1,167 @@
+"""The runs behind the claims, as a results file holds them: all that the tables are computed from, so that runs of one machine
+can stand beside those of another that is gone.
+"""
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evidence.claims import BASELINES, CLAIMS
+from benchmarks.evidence.jobs import folder_of
+from launch.run.folder import RunFolder
+from stillhouse.analysis.cost import COST_NAMES, read_costs
+from stillhouse.analysis.curves import Curve, curve_from_json, curve_to_json, read_curve
+from stillhouse.metrics.records import Record
+
+_SEEDS = range(100)  # those from 100 on are for tuning
+_OPTIONS = ("loss", "nodes", "interval", "order")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One finished run.
+
+    Attributes:
+        name: Of `benchmarks.evidence.claims.Run`.
+        seed: Of the training.
+        options: The method's, which the tables name.
+        values: Frechet distances of student and teacher, one at each number of evaluations.
+        curve: On the way; None where there is none.
+        costs: Of the training, by `COST_NAMES`.
+    """
+
+    name: str
+    seed: int
+    options: dict[str, Any]
+    values: tuple[Record, ...]
+    curve: Curve | None
+    costs: dict[str, float | None]
+
+    def record(self, nfe: int, subject: str = "student") -> Record | None:
+        """The distance at a number of evaluations."""
+        return next((r for r in self.values if (r.subject, r.nfe) == (subject, nfe)), None)
+
+
+class TrainedRuns:
+    """The runs of one data set, measured alike.
+
+    Attributes:
+        data: Of `benchmarks.evidence.claims.DATA`.
+
+    Raises:
+        ValueError: For runs that were not measured alike, and for none.
+    """
+
+    def __init__(self, data: str, runs: Iterable[Trained]):
+        self.data = data
+        found = {(run.name, run.seed): run for run in runs}
+        self._runs = dict(sorted(found.items(), key=lambda item: (_ORDER.index(item[0][0]), item[0][1])))
+        kinds = {record.kind: record for record in self.records}
+        if len(kinds) != 1:
+            raise ValueError(f"the runs were not measured alike: {len(kinds)} kinds of values, one is needed")
+        (first,) = kinds.values()
+        self.metric, self.fingerprint = first.metric, first.comparable
+
+    @property
+    def records(self) -> list[Record]:
+        """All values of all runs."""
+        return [record for run in self._runs.values() for record in run.values]
+
+    def run(self, name: str, seed: int) -> Trained:
+        return self._runs[name, seed]
+
+    def seeds(self, *names: str) -> tuple[int, ...]:
+        """Of which all of these runs are there."""
+        return tuple(seed for seed in _SEEDS if all((name, seed) in self._runs for name in names))
+
+    def means(self, name: str, seeds: Sequence[int], nfe: int) -> list[float] | None:
+        """The student's distance at each seed; None where one was not measured."""
+        found = [self.run(name, seed).record(nfe) for seed in seeds]
+        return [record.mean for record in found] if found and all(found) else None
+
+    def curves(self, name: str, seeds: Sequence[int]) -> list[Curve] | None:
+        """The curve of each seed; None where one is missing."""
+        found = [self.run(name, seed).curve for seed in seeds]
+        return found if all(found) else None
+
+    def costs(self, name: str, seeds: Sequence[int]) -> dict[str, float | None]:
+        """Of the training, a mean over the seeds that know it."""
+        costs = [self.run(name, seed).costs for seed in seeds]
+        known = {cost: [each[cost] for each in costs if each[cost] is not None] for cost in COST_NAMES}
+        return {cost: statistics.fmean(each) if each else None for cost, each in known.items()}
+
+    def with_others(self, others: "TrainedRuns") -> "TrainedRuns":
+        """These runs and others, of which one takes the place of its namesake.
+
+        Raises:
+            ValueError: Where they are of other data or were measured otherwise.
+        """
+        if (self.data, self.metric, self.fingerprint) != (others.data, others.metric, others.fingerprint):
+            raise ValueError(
+                f"its runs are of {self.data}, {self.metric} {self.records[0].comparable_id}; the new ones of "
+                f"{others.data}, {others.metric} {others.records[0].comparable_id}"
+            )
+        return TrainedRuns(self.data, [*self._runs.values(), *others._runs.values()])
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        runs = [
+            {
+                **{key: getattr(run, key) for key in ("name", "seed", "options", "costs")},
+                "values": [asdict(record) for record in run.values],
+                "curve": curve_to_json(run.curve) if run.curve else None,
+            }
+            for run in self._runs.values()
+        ]
+        return {"data": self.data, "runs": runs}
+
+    @staticmethod
+    def from_json(content: dict[str, Any]) -> "TrainedRuns":
+        """What `to_json` wrote."""
+        runs = [
+            Trained(
+                **{key: run[key] for key in ("name", "seed", "options", "costs")},
+                values=tuple(Record(**value) for value in run["values"]),
+                curve=curve_from_json(run["curve"]) if run["curve"] else None,
+            )
+            for run in content["runs"]
+        ]
+        return TrainedRuns(content["data"], runs)
+
+
+_ORDER = [run.name for claim in CLAIMS if claim.name != BASELINES for run in claim.runs]
+
+
+def read_trained(folder: Path) -> TrainedRuns:
+    """The finished runs that `python -m benchmarks.evidence --out FOLDER` left there for the claims.
+
+    Raises:
+        ValueError: Where there is none, or where they were not measured alike.
+    """
+    places = {(name, seed): RunFolder(folder_of(folder, name, seed)) for name in _ORDER for seed in _SEEDS}
+    runs = [_read(run, name, seed) for (name, seed), run in places.items() if run.complete()]
+    if not runs:
+        raise ValueError(
+            f"{folder} has no finished run of a claim: `python -m benchmarks.evidence --out {folder}` goes on"
+        )
+    try:
+        return TrainedRuns(json.loads((folder / "evidence.json").read_text())["data"], runs)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}; give each measurement a folder of its own") from error
+
+
+def _read(run: RunFolder, name: str, seed: int) -> Trained:
+    values: dict[tuple[str, int], Record] = {}
+    for record in [*run.final_records(), *run.later_records()[0]]:
+        if record.metric.startswith("fid") and record.subject != "real":
+            values.setdefault((record.subject, record.nfe), record)
+    try:
+        curve = read_curve(run.path, name, seed)
+    except (ValueError, OSError):
+        curve = None
+    method = run.plain_config()["method"]
+    options = {key: method[key] for key in _OPTIONS if key in method}
+    return Trained(name, seed, options, tuple(values.values()), curve, read_costs(run.path))
