@@ -78,7 +78,7 @@ def compose_config(case: Case, folder: str, *overrides: str) -> DictConfig:
     register_resolvers()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("config", [*left_out, *places, "method.warmup_kimg=0", *case.overrides, *overrides])
-    if cfg.teacher and cfg.teacher.weights is not None:
+    if cfg.teacher.get("weights") is not None:  # without a teacher it holds the choice of guidance alone
         try:
             find_weights(cfg.teacher.weights)
         except FileNotFoundError:

@@ -91,7 +91,7 @@ def test_an_inference_that_is_not_the_plain_networks_is_refused(monkeypatch):
 
 def test_evaluations_other_than_the_floors_are_refused(monkeypatch):
     monkeypatch.setattr(
-        DiffInstruct, "generator_loss", lambda self, noise, labels: self.fake_score_loss(noise, labels, {})
+        DiffInstruct, "generator_loss", lambda self, batch, noise, labels: self.fake_score_loss(batch, noise, labels)
     )
     with pytest.raises(RuntimeError, match="its floor in benchmarks/floor.py is .*student 1 time with gradient"):
         score.timed(TINY, "32-true", two_sided=False)
