@@ -182,6 +182,9 @@ def _unknown_key(key: str) -> str:
             return f"{key} is a task of its own: python evaluate.py {_TASKS[key]}"
         if others := [f"task={name}" for name in choices("task") if _has_option(name, key)]:
             return f"there is no option {key} of task={task}; it is of {', '.join(others)}"
+    teacher, method = config.get("teacher", {}), config.get("method", {})
+    if key.startswith("teacher.") and "_target_" not in teacher and "teacher" in method:
+        return f"there is no option {key} without a teacher: say teacher=NAME (conf/teacher) or teacher=runs/NAME"
     names = list(_dotted(OmegaConf.to_container(config, resolve=False)))
     names += [group for group in OmegaConf.to_container(config.hydra.runtime.choices) if not group.startswith("hydra/")]
     near = nearest(key, [name for name in names if name.partition(".")[0] != "hydra"])

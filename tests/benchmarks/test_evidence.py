@@ -13,6 +13,8 @@ from benchmarks.evidence.queue import STOPPED, Job, read_rows, run_queue
 from benchmarks.gpu.stages import Budget
 from benchmarks.gpu.worker import FAILED, PASSED
 from results.__main__ import main as results_main
+from results.claims import claim_rows
+from results.trained import TrainedRuns
 
 
 def shell(name, script, *more, needs=()):
@@ -137,7 +139,7 @@ def test_a_claim_of_the_digits_is_trained_measured_packed_and_shown(tmp_path):
     assert not list((tmp_path / "unpacked").rglob("*.ckpt"))
     for folder in (out, tmp_path / "unpacked"):
         results_main(["claims", str(tmp_path / "claims.json"), str(folder)])
-        (row,) = json.loads((tmp_path / "claims.json").read_text())["claims"]["rows"]
-        assert "in 1 evaluation, the teacher" in row["measured"]
-        assert " in 100: " in row["measured"]
-        assert row["seeds"] == [0]
+        (row,) = claim_rows(TrainedRuns.from_json(json.loads((tmp_path / "claims.json").read_text())["claims"]))
+        assert "in 1 evaluation, the teacher" in row.measured
+        assert " in 100: " in row.measured
+        assert row.seeds == (0,)

@@ -132,6 +132,7 @@ REFUSED = {
         ("evaluation=points", "the points extractor reads uint8 images (N, 2, 1, 1), got torch.uint8 (1, 1, 8, 8)"),
         ("teacher.weights=nothing.safetensors", "no weights at", "nothing.safetensors", "method=pretrain"),
         ("teacher.weights=pretrained/digits_classifier.safetensors", "does not fit this SongUNet", "missing: "),
+        ("teacher=none teacher.weights=a.safetensors", "no option teacher.weights without a teacher: say teacher=NAME"),
     ],
     "pretrain": [
         # Names that become paths.
@@ -445,8 +446,8 @@ def test_pairs_that_do_not_fit_are_not_begun(finished, tmp_path):
 
 
 @contextmanager
-def on_a_full_disk(original, path):
-    with original(path) as temporary:
+def on_a_full_disk(original, path, **options):
+    with original(path, **options) as temporary:
         temporary.symlink_to("/dev/full")
         yield temporary
 

@@ -31,8 +31,8 @@ def test_a_run_leaves_its_distances_and_scatter_plots(pretrained):
 
 @pytest.mark.slow
 def test_its_student_is_a_teacher_and_is_measured_beside_the_run(pretrained):
-    weights = f"teacher.weights={RUN}/student.safetensors"
-    sfd = ("method=sfd", "method.lr=1e-4", weights, *(o for o in OPTIONS if not o.startswith(("name=", "teacher.w"))))
+    options = (o for o in OPTIONS if not o.startswith(("name=", "teacher.w")))
+    sfd = ("method=sfd", "method.lr=1e-4", f"teacher={RUN}", *options)
     train(pretrained, "name=sfd", *sfd).ok()
     values = {r["subject"] for r in read_json(pretrained / "runs/sfd/metrics.json")}
     assert values == {"teacher", "student", "real"}

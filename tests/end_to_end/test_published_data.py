@@ -102,7 +102,7 @@ def test_score_distillation_with_a_gan_reads_the_images(pretrained, tmp_path):
     rows = read_csv(tmp_path / RUN / "metrics.csv")
     assert all(float(rows[-1][key]) > 0 for key in ("loss/gan_fake", "loss/gan_generator"))
     state = torch.load(tmp_path / RUN / "checkpoints/last.ckpt", weights_only=True)
-    assert {key.partition(".")[0] for key in state["state_dict"]} == {"student", "fake", "gan"}
+    assert {key.partition(".")[0] for key in state["state_dict"]} == {"student", "fake_score", "gan"}
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ def test_csv_alone_is_enough_for_pictures_curves_and_a_report(finished, tmp_path
     (row,) = (row for table in page.tables[:1] for row in table if row[0] == "denoising_student")
     assert row[2] == "0, 1"
     assert float(row[4].split()[0]) == round(sum(values) / 2, len(row[4].split()[0].partition(".")[2]))
-    (costs,) = (table for table in page.tables if table[0][-1] == "network evaluations")
+    (costs,) = (table for table in page.tables if table[0][3:] == ["kimg", "seconds", "network evaluations"])
     assert costs[1][3:] == ["0.208", costs[1][4], "448"]  # 13 steps of 16 images, and 80 pairs of 3 evaluations
     (curves,) = (table for table in page.tables if table[0][-1] == "spread of last third")
     assert curves[1][:2] == ["denoising_student", "0, 1"]
