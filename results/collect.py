@@ -70,14 +70,15 @@ def claims(target: Path, folder: Path) -> None:
     Raises:
         ValueError: Where there is no such run, and where those of the target are of other data or were measured otherwise.
     """
-    runs = read_trained(folder)
+    here = origin()
+    runs = read_trained(folder, here["machine"])
     if target.exists():
         stored = TrainedRuns.from_json(json.loads(target.read_text())["claims"])
         try:
             runs = stored.with_others(runs)
         except ValueError as error:
             raise ValueError(f"{target} can't take the runs of {folder}: {error}; name another file") from error
-    write_ordered_json(target, {**origin(), "claims": runs.to_json()})
+    write_ordered_json(target, {**here, "machine": "; ".join(runs.machines), "claims": runs.to_json()})
 
 
 def origin() -> dict[str, Any]:

@@ -18,6 +18,7 @@ from stillhouse.metrics.records import Record
 
 _SEEDS = range(100)  # those from 100 on are for tuning
 _OPTIONS = ("loss", "nodes", "interval", "order")
+_PLAIN = ("name", "seed", "machine", "options", "costs")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Trained:
     Attributes:
         name: Of `benchmarks.evidence.claims.Run`.
         seed: Of the training.
+        machine: On which it was collected.
         options: The method's, which the tables name.
         values: Frechet distances of student and teacher, one at each number of evaluations.
         curve: On the way; None where there is none.
@@ -35,6 +37,7 @@ class Trained:
 
     name: str
     seed: int
+    machine: str
     options: dict[str, Any]
     values: tuple[Record, ...]
     curve: Curve | None
@@ -69,6 +72,11 @@ class TrainedRuns:
     def records(self) -> list[Record]:
         """All values of all runs."""
         return [record for run in self._runs.values() for record in run.values]
+
+    @property
+    def machines(self) -> list[str]:
+        """On which the runs were collected."""
+        return list(dict.fromkeys(run.machine for run in self._runs.values()))
 
     def run(self, name: str, seed: int) -> Trained:
         return self._runs[name, seed]
@@ -110,7 +118,7 @@ class TrainedRuns:
         """As plain values."""
         runs = [
             {
-                **{key: getattr(run, key) for key in ("name", "seed", "options", "costs")},
+                **{key: getattr(run, key) for key in _PLAIN},
                 "values": [asdict(record) for record in run.values],
                 "curve": curve_to_json(run.curve) if run.curve else None,
             }
@@ -123,7 +131,7 @@ class TrainedRuns:
         """What `to_json` wrote."""
         runs = [
             Trained(
-                **{key: run[key] for key in ("name", "seed", "options", "costs")},
+                **{key: run[key] for key in _PLAIN},
                 values=tuple(Record(**value) for value in run["values"]),
                 curve=curve_from_json(run["curve"]) if run["curve"] else None,
             )
@@ -135,14 +143,18 @@ class TrainedRuns:
 _ORDER = [run.name for claim in CLAIMS if claim.name != BASELINES for run in claim.runs]
 
 
-def read_trained(folder: Path) -> TrainedRuns:
+def read_trained(folder: Path, machine: str) -> TrainedRuns:
     """The finished runs that `python -m benchmarks.evidence --out FOLDER` left there for the claims.
+
+    Args:
+        folder: Of the runs.
+        machine: That they came from.
 
     Raises:
         ValueError: Where there is none, or where they were not measured alike.
     """
     places = {(name, seed): RunFolder(folder_of(folder, name, seed)) for name in _ORDER for seed in _SEEDS}
-    runs = [_read(run, name, seed) for (name, seed), run in places.items() if run.complete()]
+    runs = [_read(run, name, seed, machine) for (name, seed), run in places.items() if run.complete()]
     if not runs:
         raise ValueError(
             f"{folder} has no finished run of a claim: `python -m benchmarks.evidence --out {folder}` goes on"
@@ -153,7 +165,7 @@ def read_trained(folder: Path) -> TrainedRuns:
         raise ValueError(f"{folder}: {error}; give each measurement a folder of its own") from error
 
 
-def _read(run: RunFolder, name: str, seed: int) -> Trained:
+def _read(run: RunFolder, name: str, seed: int, machine: str) -> Trained:
     values: dict[tuple[str, int], Record] = {}
     for record in [*run.final_records(), *run.later_records()[0]]:
         if record.metric.startswith("fid") and record.subject != "real":
@@ -164,4 +176,4 @@ def _read(run: RunFolder, name: str, seed: int) -> Trained:
         curve = None
     method = run.plain_config()["method"]
     options = {key: method[key] for key in _OPTIONS if key in method}
-    return Trained(name, seed, options, tuple(values.values()), curve, read_costs(run.path))
+    return Trained(name, seed, machine, options, tuple(values.values()), curve, read_costs(run.path))
