@@ -2,7 +2,7 @@
 
 python -m results record results/NAME.json runs/A runs/B     # the final records of runs
 python -m results compare results/NAME.json runs/A runs/B    # how fast they converged, and results/NAME.png
-python -m results quality results/NAME.json runs/A runs/B    # how good at how many evaluations, and the picture
+python -m results quality results/NAME.json runs/A runs/B    # adds how good at how many evaluations, and the picture
 python -m results flows results/NAME.json runs/flows/flows.json    # what evaluate.py measured of a chain of flows
 python -m results gpu results/benchmarks_gpu-CARD.json DIR    # the stages that python -m benchmarks.gpu --out DIR wrote
 python -m results claims results/claims-DATA.json DIR    # adds the runs of python -m benchmarks.evidence --out DIR

@@ -1,6 +1,8 @@
 """Files of measured results, collected from run folders, each with the revision and the machine that it comes from."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from stillhouse.analysis.compare_quality import compare_quality, draw_quality
 from stillhouse.analysis.convergence import convergence_to_json
 from stillhouse.analysis.flow_chain import flow_chain_to_json, load_flow_chain
 from stillhouse.analysis.flow_plot import plot_flow_chain
-from stillhouse.analysis.quality import quality_to_json
+from stillhouse.analysis.quality import quality_from_json, quality_to_json
 from stillhouse.files import write_ordered_json
 from stillhouse.metrics.provenance import revision
 from stillhouse.metrics.records import Record, load_records, merge_records
@@ -39,9 +41,18 @@ def compare(target: Path, folders: list[Path]) -> None:
 
 
 def quality(target: Path, folders: list[Path]) -> None:
-    """Write how good the runs are at how many evaluations, as evaluate.py's quality.json, into `target`, and the picture."""
+    """Add how good the runs are at how many evaluations to the runs in `target`, as evaluate.py's quality.json, and draw all.
+
+    Raises:
+        ValueError: As for `compare_quality`, and where those in the target were measured otherwise.
+    """
     compared = compare_quality([RunFolder(folder) for folder in folders])
-    write_ordered_json(target, {**origin(), "quality": quality_to_json(compared)})
+    here = origin()
+    if stored := _stored(target):
+        with _added_to(target):
+            compared = quality_from_json(stored["quality"]).with_others(compared)
+        here["machine"] = "; ".join(dict.fromkeys((*stored["machine"].split("; "), here["machine"])))
+    write_ordered_json(target, {**here, "quality": quality_to_json(compared)})
     draw_quality(target.with_suffix(".png"), compared)
 
 
@@ -72,13 +83,22 @@ def claims(target: Path, folder: Path) -> None:
     """
     here = origin()
     runs = read_trained(folder, here["machine"])
-    if target.exists():
-        stored = TrainedRuns.from_json(json.loads(target.read_text())["claims"])
-        try:
-            runs = stored.with_others(runs)
-        except ValueError as error:
-            raise ValueError(f"{target} can't take the runs of {folder}: {error}; name another file") from error
+    if stored := _stored(target):
+        with _added_to(target):
+            runs = TrainedRuns.from_json(stored["claims"]).with_others(runs)
     write_ordered_json(target, {**here, "machine": "; ".join(runs.machines), "claims": runs.to_json()})
+
+
+def _stored(target: Path) -> dict[str, Any] | None:
+    return json.loads(target.read_text()) if target.exists() else None
+
+
+@contextmanager
+def _added_to(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{target} can't take these runs: {error}; name another file") from error
 
 
 def origin() -> dict[str, Any]:

@@ -80,6 +80,20 @@ class Quality:
         if len({(v.group, v.seed, v.nfe) for v in self.values}) != len(self.values):
             raise ValueError("two values of one group have the same seed and NFE; name one of their runs")
 
+    def with_others(self, others: "Quality") -> "Quality":
+        """These values and others, of which one takes the place of that of the same group, seed and NFE.
+
+        Raises:
+            ValueError: For another metric or fingerprint.
+        """
+        if (self.metric, self.fingerprint) != (others.metric, others.fingerprint):
+            kinds = [f"{q.metric} of {describe_fingerprint(q.fingerprint)}" for q in (self, others)]
+            raise ValueError(f"it has {kinds[0]}, these are {kinds[1]}")
+        values = {(v.group, v.seed, v.nfe): v for v in (*self.values, *others.values)}
+        floor = self.floor if others.floor is None else others.floor
+        notes = dict.fromkeys((*self.notes, *others.notes))
+        return Quality(self.metric, self.fingerprint, tuple(values.values()), floor, tuple(notes))
+
     @property
     def counts(self) -> list[int]:
         """Every NFE that occurs, ascending."""

@@ -102,7 +102,7 @@ def test_runs_of_another_machine_are_added_to_those_of_one_that_is_gone(tmp_path
 
     (folder / "evidence.json").write_text(json.dumps({"data": "fashion_mnist16", "options": []}))
     target.write_text(gone)
-    with pytest.raises(ValueError, match=r"claims-digits.json can't take the runs of .*of digits.*of fashion_mnist16"):
+    with pytest.raises(ValueError, match=r"claims-digits.json can't take these runs: .*of digits.*of fashion_mnist16"):
         collected(tmp_path, folder)
     assert target.read_text() == gone
 

@@ -16,6 +16,7 @@ from stillhouse.analysis.compare_quality import compare_quality
 from stillhouse.analysis.convergence import convergence_from_json, convergence_markdown, convergence_to_json
 from stillhouse.analysis.flow_chain import flow_chain_from_json, flow_chain_markdown, flow_chain_to_json
 from stillhouse.analysis.quality import quality_from_json, quality_markdown, quality_to_json
+from stillhouse.files import write_ordered_json
 from stillhouse.metrics.records import Record, save_records
 
 FILES = sorted(RESULTS.glob("*.json"))
@@ -105,6 +106,28 @@ def test_a_comparison_is_stored_drawn_and_shown(tmp_path, kind, measured):
         main([kind, str(target)])
     with pytest.raises(FileNotFoundError, match="holds (no|neither a) run"):
         main([kind, str(target), str(tmp_path)])
+
+
+def test_qualities_are_added_to_those_of_a_machine_that_is_gone(tmp_path):
+    def measured(name, seed, values, **changes):
+        records = [replace(record, **changes) for record in (*students(values), REAL)]
+        return write_measured(tmp_path / name, records, seed=seed, steps=1)
+
+    target = tmp_path / "race.json"
+    main(["quality", str(target), str(measured("sfd0", 0, {1: 0.5}))])
+    content = json.loads(target.read_text())
+    write_ordered_json(target, {**content, "machine": "another"})
+    main(["quality", str(target), str(measured("sfd1", 1, {1: 0.3, 2: 0.1}))])
+    both = json.loads(target.read_text())
+    assert both["machine"] == f"another; {content['machine']}"
+    (line,) = both["quality"]["lines"]
+    assert [(point["nfe"], point["mean"], point["seeds"]) for point in line["points"]] == [
+        (1, 0.4, [0, 1]),
+        (2, 0.1, [1]),
+    ]
+    with pytest.raises(ValueError, match=r"race.json can't take these runs: .*; name another file"):
+        main(["quality", str(target), str(measured("sfd2", 2, {1: 0.3}, fingerprint={"num_samples": 7}))])
+    assert json.loads(target.read_text()) == both
 
 
 def test_records_and_a_chain_of_flows_are_stored_and_shown(tmp_path):
