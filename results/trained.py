@@ -16,6 +16,7 @@ from stillhouse.analysis.cost import COST_NAMES, read_costs
 from stillhouse.analysis.curves import Curve, curve_from_json, curve_to_json, read_curve
 from stillhouse.metrics.records import Record
 
+_ORDER = [run.name for claim in CLAIMS if claim.name != BASELINES for run in claim.runs]
 _SEEDS = range(100)  # those from 100 on are for tuning
 _OPTIONS = ("loss", "nodes", "interval", "order")
 _PLAIN = ("name", "seed", "machine", "options", "costs")
@@ -138,9 +139,6 @@ class TrainedRuns:
             for run in content["runs"]
         ]
         return TrainedRuns(content["data"], runs)
-
-
-_ORDER = [run.name for claim in CLAIMS if claim.name != BASELINES for run in claim.runs]
 
 
 def read_trained(folder: Path, machine: str) -> TrainedRuns:
