@@ -177,7 +177,8 @@ def _disback(runs: TrainedRuns) -> list[Row]:
         speeds = {factor: comparison.speed_up(method, factor, "images", prepared=True) for factor in FACTORS}
         found = [f"{format_speed_up(speed)} to {comparison.thresholds[factor]:.3g}" for factor, speed in speeds.items()]
         options = runs.run(method, seeds[0]).options
-        setting = f"{setting} ({options['nodes']} nodes of {options['interval']} updates)"
+        nodes = f"{options['nodes']} node{'s' * (options['nodes'] > 1)}"
+        setting = f"{setting} ({nodes} of {options['interval']} updates)"
         criterion = "with stage 1 it needs fewer images than Diff-Instruct to the latter's best distance, 1.05 and 1.2 times that"
         holds = _all([(speed.median or 0) > 1 for speed in speeds.values()])
         costs = {name.partition("-")[0]: runs.costs(name, seeds) for name in (baseline, method)}
