@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from support_matrix import METHODS
+from method_runs import METHODS, twins_slow
 from torch import nn
 
 from launch.errors import EXPECTED
@@ -147,7 +147,7 @@ def test_weights_that_are_there_are_checked(tmp_path):
         planned("teacher.network.model_channels=8")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", twins_slow(METHODS))
 def test_debug_shrinks_all_that_takes_time(method):
     method, _, host = method.partition(" ")
     options = [f"host={host}"] if host else ["teacher.solver=renoising"] if method == "tcm" else []
