@@ -1,11 +1,9 @@
 """Files of measured results, collected from run folders, each with the revision and the machine that it comes from."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.gpu.all_stages import SHARES
 from benchmarks.gpu.report import contents
@@ -17,10 +15,12 @@ from stillhouse.analysis.compare_quality import compare_quality, draw_quality
 from stillhouse.analysis.convergence import convergence_to_json
 from stillhouse.analysis.flow_chain import flow_chain_to_json, load_flow_chain
 from stillhouse.analysis.flow_plot import plot_flow_chain
-from stillhouse.analysis.quality import quality_from_json, quality_to_json
+from stillhouse.analysis.quality import Quality, quality_from_json, quality_to_json
 from stillhouse.files import write_ordered_json
 from stillhouse.metrics.provenance import revision
 from stillhouse.metrics.records import Record, load_records, merge_records
+
+_Measured = TypeVar("_Measured", Quality, TrainedRuns)
 
 
 def record(target: Path, folders: list[Path]) -> None:
@@ -49,8 +49,7 @@ def quality(target: Path, folders: list[Path]) -> None:
     compared = compare_quality([RunFolder(folder) for folder in folders])
     here = origin()
     if stored := _stored(target):
-        with _added_to(target):
-            compared = quality_from_json(stored["quality"]).with_others(compared)
+        compared = _joined(target, quality_from_json(stored["quality"]), compared)
         here["machine"] = "; ".join(dict.fromkeys((*stored["machine"].split("; "), here["machine"])))
     write_ordered_json(target, {**here, "quality": quality_to_json(compared)})
     draw_quality(target.with_suffix(".png"), compared)
@@ -84,8 +83,7 @@ def claims(target: Path, folder: Path) -> None:
     here = origin()
     runs = read_trained(folder, here["machine"])
     if stored := _stored(target):
-        with _added_to(target):
-            runs = TrainedRuns.from_json(stored["claims"]).with_others(runs)
+        runs = _joined(target, TrainedRuns.from_json(stored["claims"]), runs)
     write_ordered_json(target, {**here, "machine": "; ".join(runs.machines), "claims": runs.to_json()})
 
 
@@ -93,10 +91,9 @@ def _stored(target: Path) -> dict[str, Any] | None:
     return json.loads(target.read_text()) if target.exists() else None
 
 
-@contextmanager
-def _added_to(target: Path) -> Iterator[None]:
+def _joined(target: Path, stored: _Measured, new: _Measured) -> _Measured:
     try:
-        yield
+        return stored.with_others(new)
     except ValueError as error:
         raise ValueError(f"{target} can't take these runs: {error}; name another file") from error
 
