@@ -6,6 +6,7 @@ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[name] = "1"
 
 import pytest  # noqa: E402
+import read_once  # noqa: E402, F401
 import torch  # noqa: E402
 
 torch.set_num_threads(1)

@@ -10,6 +10,7 @@ import io
 import pkgutil
 from pathlib import Path
 
+import read_once  # noqa: F401
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from matplotlib.figure import Figure
