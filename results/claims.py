@@ -170,7 +170,7 @@ def _disback(runs: TrainedRuns) -> list[Row]:
     for baseline, method, setting in settings:
         if not (seeds := runs.seeds(baseline, method)):
             continue
-        curves = [runs.curves(name, seeds) for name in (baseline, method)]
+        curves = [runs.curves(name, seeds, 1) for name in (baseline, method)]
         if None in curves:
             continue
         comparison = Comparison((*curves[0], *curves[1]), baseline)
@@ -197,7 +197,7 @@ def _b_dense(runs: TrainedRuns) -> list[Row]:
             if theirs is None or ours is None:
                 continue
             text = f"{_spread(ours)} against {_spread(theirs)}"
-            if moment := _largest_gap(runs.curves(base, seeds), runs.curves(branched, seeds)):
+            if moment := _largest_lead(runs.curves(base, seeds, nfe), runs.curves(branched, seeds, nfe)):
                 text += f"; {moment}"
             holds = _all([a < b for a, b in zip(ours, theirs, strict=True)])
             costs = {name: runs.costs(name, seeds) for name in (base, branched)}
@@ -205,8 +205,8 @@ def _b_dense(runs: TrainedRuns) -> list[Row]:
     return rows
 
 
-def _largest_gap(base: list[Curve] | None, branched: list[Curve] | None) -> str | None:
-    """At how many images the host's mean curve was furthest above the other one; None without curves at the same places."""
+def _largest_lead(base: list[Curve] | None, branched: list[Curve] | None) -> str | None:
+    """After how many images the host's mean curve was furthest above the other one; None without curves at the same places."""
     if base is None or branched is None:
         return None
     places = [[cost.images for cost in curve.costs] for curve in (*base, *branched)]
@@ -218,6 +218,8 @@ def _largest_gap(base: list[Curve] | None, branched: list[Curve] | None) -> str 
     )
     gaps = [a - b for a, b in zip(theirs, ours, strict=True)]
     index = max(range(len(gaps)), key=gaps.__getitem__)
+    if gaps[index] <= 0:
+        return "never ahead on the way"
     return f"largest lead {gaps[index]:.3g} at {places[0][index] / 1000:.4g} of {places[0][-1] / 1000:.4g} kimg"
 
 

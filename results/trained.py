@@ -31,8 +31,8 @@ class Trained:
         seed: Of the training.
         machine: On which it was collected.
         options: The method's, which the tables name.
-        values: Frechet distances of student and teacher, one at each number of evaluations.
-        curve: On the way; None where there is none.
+        values: Frechet distances of student and teacher, one at each number of evaluations; first those of the run itself.
+        curve: On the way, at `nfe` evaluations; None where there is none.
         costs: Of the training, by `COST_NAMES`.
     """
 
@@ -43,6 +43,11 @@ class Trained:
     values: tuple[Record, ...]
     curve: Curve | None
     costs: dict[str, float | None]
+
+    @property
+    def nfe(self) -> int:
+        """Evaluations of the student as it was trained: of several rounds, in the last one."""
+        return next(r.nfe for r in self.values if r.subject == "student")
 
     def record(self, nfe: int, subject: str = "student") -> Record | None:
         """The distance at a number of evaluations."""
@@ -91,10 +96,10 @@ class TrainedRuns:
         found = [self.run(name, seed).record(nfe) for seed in seeds]
         return [record.mean for record in found] if found and all(found) else None
 
-    def curves(self, name: str, seeds: Sequence[int]) -> list[Curve] | None:
-        """The curve of each seed; None where one is missing."""
-        found = [self.run(name, seed).curve for seed in seeds]
-        return found if all(found) else None
+    def curves(self, name: str, seeds: Sequence[int], nfe: int) -> list[Curve] | None:
+        """The curve of each seed at so many evaluations; None where one is missing."""
+        found = [self.run(name, seed) for seed in seeds]
+        return [run.curve for run in found] if all(run.curve and run.nfe == nfe for run in found) else None
 
     def costs(self, name: str, seeds: Sequence[int]) -> dict[str, float | None]:
         """Of the training, a mean over the seeds that know it."""

@@ -51,6 +51,8 @@ def test_each_claim_that_has_runs_has_a_row(tmp_path, folder, monkeypatch):
     run(folder, "disback-sigma2.5-fake1", {1: 0.4}, rate=0.4, preparation=Cost(10, 160, 5.0))
     for host, distance in (("sfd-1", 0.5), ("b_dense_sfd-1", 0.4), ("sfd-2", 0.2), ("b_dense_sfd-2", 0.3)):
         run(folder, host, {int(host[-1]): distance}, rate=0.2 if "dense" in host else 0.1)
+    for host, distance in (("progressive", 0.5), ("b_dense_progressive", 0.6)):  # whose curves are of their last round
+        run(folder, host, {1: distance, 2: distance / 2}, rate=0.1 if "dense" in host else 0.2)
     run(folder, "bezier", {1: 0.3})
     run(folder, "flow_distill-rf2", {1: 0.25})
 
@@ -66,19 +68,21 @@ def test_each_claim_that_has_runs_has_a_row(tmp_path, folder, monkeypatch):
     assert (ahead.holds, behind.holds) == ("yes", "no")
     # exp(-0.1 i) - exp(-0.2 i) is greatest at i = 10 ln 2, the eighth of the measurements after 100 updates of 16 images.
     assert re.fullmatch(r"0.4 against 0.5; largest lead \S+ at 12.8 of 48 kimg", ahead.measured)
+    rounds = [rows["b_dense", f"on progressive distillation, {nfe} NFE"].measured for nfe in (1, 2)]
+    assert rounds == ["0.6 against 0.5; never ahead on the way", "0.3 against 0.25"]
     (bezier,) = (row for (claim, _), row in rows.items() if claim == "bezier")
     assert bezier.holds == "no"
     assert "1 NFE: 0.3, distilled 2-RF 0.25" in bezier.measured
 
     text = section(target)
     assert "Commits of the runs: unknown." in text
-    assert len(measured_entries(json.loads(target.read_text()))) == 12
+    assert len(measured_entries(json.loads(target.read_text()))) == 16
     assert "The papers' claims on digits" not in updated(pages.README.read_text())
     monkeypatch.setattr(pages, "summary", lambda: "")
     monkeypatch.setattr(pages, "RESULTS", tmp_path)
     readme = updated(pages.README.read_text())
     assert "The papers' claims on digits, in fid_digits" in readme
-    assert re.search(r"\| B-DENSE \| .* \| 1 of 2 \| 0 \|", readme)
+    assert re.search(r"\| B-DENSE \| .* \| 1 of 4 \| 0 \|", readme)
 
 
 def test_runs_of_another_machine_are_added_to_those_of_one_that_is_gone(tmp_path, folder):
