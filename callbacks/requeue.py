@@ -28,10 +28,10 @@ class Requeue(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.world_size > 1 and trainer.global_step % self.every_n_steps == 0:
-            _share_signal(trainer)
-        if trainer.world_size == 1 or trainer.global_step % self.every_n_steps == 0:
+        if trainer.world_size == 1:
             self._ending = NOTICE.given is not None
+        elif trainer.global_step % self.every_n_steps == 0:
+            self._ending = _share_signal(trainer)
         if self._ending:
             for checkpoints in _checkpoints(trainer):
                 checkpoints.save_this_step()
@@ -64,10 +64,15 @@ class Requeue(pl.Callback):
         NOTICE.end_if_given()
 
 
-def _share_signal(trainer: pl.Trainer) -> None:
-    """Let every rank know of the signal that any rank received."""
+def _share_signal(trainer: pl.Trainer) -> bool:
+    """Let every rank know of the signal that any rank had received, and return whether there was one.
+
+    One that comes while the ranks ask each other is kept for the next time: the others do not know of it.
+    """
     given = trainer.strategy.on_any_rank([NOTICE.given == number for number in SIGNALS])
-    NOTICE.given = next((number for number, on_any in zip(SIGNALS, given, strict=True) if on_any), None)
+    shared = next((number for number, on_any in zip(SIGNALS, given, strict=True) if on_any), None)
+    NOTICE.given = shared or NOTICE.given
+    return shared is not None
 
 
 def _checkpoints(trainer: pl.Trainer) -> list[Checkpoints]:
