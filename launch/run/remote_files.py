@@ -1,5 +1,6 @@
 """What a config needs from elsewhere: published weights, data sets and statistics. Fetched on request alone (download=true)."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from stillhouse.checkpoints.download import download
 from stillhouse.checkpoints.weights import find_weights
 
 _FILES = ("file", "path", "weights")  # the key beside `url` that says where its file lies
+_POLL = 1.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,19 @@ def remote_files(config: dict[str, Any]) -> list[RemoteFile]:
 
 
 def fetch(config: dict[str, Any]) -> None:
-    """Download what is missing, in the first process alone.
+    """Download what is missing, in the first process; others that were started beside it wait for each file.
 
     Raises:
         OSError, ValueError: As `download`.
     """
-    for source in remote_files(config) if is_rank_zero() else ():
-        if source.missing:
+    for source in remote_files(config):
+        if source.missing and is_rank_zero():
             print(f"{source.option}: fetching {source.url} to {source.file}", flush=True)
             download(source.url, source.file, source.sha256)
+        elif source.missing:
+            print(f"{source.option}: waiting for {source.file}, which the first process fetches", flush=True)
+            while source.missing:
+                time.sleep(_POLL)
 
 
 def _perceptual(method: dict[str, Any]) -> Iterator[RemoteFile]:

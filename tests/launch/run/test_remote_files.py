@@ -119,11 +119,21 @@ def test_what_is_missing_is_fetched_unless_something_stands_for_it(served, tmp_p
     assert not Path("data/d.zip").exists()
 
 
-def test_other_ranks_leave_it_to_the_first(served, tmp_path, monkeypatch):
+def test_other_ranks_wait_for_the_first(served, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    fetch(config(served[1]))  # where nothing is served: the first process has fetched it, or failed
-    assert not Path("w").exists()
+    asked, appear = config(served[1]), []
+    monkeypatch.setattr("time.sleep", lambda _: appear.append(1) or fetched())
+
+    def fetched():
+        name = ("w/t.pkl", "data/d.zip", "w/i.pth")[len(appear) - 1]
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+
+    fetch(asked)  # of which nothing is served
+    said = capsys.readouterr().out.splitlines()
+    assert len(appear) == len(said) == 3
+    assert said[1] == "data: waiting for data/d.zip, which the first process fetches"
 
 
 def test_what_cannot_be_had_is_said(served, tmp_path, monkeypatch):
