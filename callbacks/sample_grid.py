@@ -42,7 +42,9 @@ class SampleGrid(pl.Callback):
 
     @rank_zero_only
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        path = Path(trainer.default_root_dir) / "samples" / f"{pl_module.nimg // 1000:06d}.png"
+        whole = float(self.every_kimg).is_integer()
+        name = f"{pl_module.nimg // 1000:06d}" if whole else f"{pl_module.nimg / 1000:010.3f}"
+        path = Path(trainer.default_root_dir) / "samples" / f"{name}.png"
         (weights,) = student_weights(trainer, self, None).values()
         with evaluation_mode(pl_module), weights(pl_module):
             picture = save_progress_picture(

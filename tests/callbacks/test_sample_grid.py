@@ -31,6 +31,9 @@ def test_files_by_kimg_and_at_the_end(tmp_path):
         one, two = ((tmp_path / run / "samples" / name).read_bytes() for run in "ab")
         assert one == two
     assert (tmp_path / "a/samples/000001.png").read_bytes() != one
+    fit(tmp_path / "c", 3, EMA(), SampleGrid(0.5, rows=2, columns=3))
+    names = ["000000.500.png", "000001.000.png", "000001.500.png"]
+    assert sorted(p.name for p in (tmp_path / "c/samples").iterdir()) == names
 
 
 def test_shows_the_average_by_seed_and_label(tmp_path):

@@ -101,7 +101,7 @@ def test_a_run_leaves_what_the_issue_promises(finished):
     folder = finished / RUN
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     names = "config.yaml checkpoints/last.ckpt checkpoints/best.ckpt metrics.csv metrics.json samples.png curves.png"
-    assert set(names.split()) | {"interpolation.png", "samples/000000.png", "student.safetensors"} <= files
+    assert set(names.split()) | {"interpolation.png", "samples/000000.080.png", "student.safetensors"} <= files
     assert any(name.startswith("tensorboard/events.out.tfevents") for name in files)
     records = read_json(folder / "metrics.json")
     subjects = {record["subject"]: record for record in records}
