@@ -200,5 +200,7 @@ def _ends_in_order(running: list[_Running]) -> Any:
 
 def _last_line(log: Path, code: int) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    last = max((index for index, line in enumerate(lines) if line.startswith("$ ")), default=0)
+    lines = lines[last:]  # what is above is of other commands, and of an earlier try
     errors = [line for line in lines if line.startswith("error:")]
     return f"exit code {code}, {(errors or lines)[-1][:_LETTERS]}"
