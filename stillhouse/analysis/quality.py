@@ -81,15 +81,24 @@ class Quality:
             raise ValueError("two values of one group have the same seed and NFE; name one of their runs")
 
     def with_others(self, others: "Quality") -> "Quality":
-        """These values and others, of which one takes the place of that of the same group, seed and NFE.
+        """These values and others, of which one takes the place of that of the same run and NFE.
 
         Raises:
-            ValueError: For another metric or fingerprint.
+            ValueError: For another metric or fingerprint, and for another run where one of its group and seed is: a group's label
+                tells apart the runs that were compared with it alone.
         """
         if (self.metric, self.fingerprint) != (others.metric, others.fingerprint):
             kinds = [f"{q.metric} of {describe_fingerprint(q.fingerprint)}" for q in (self, others)]
             raise ValueError(f"it has {kinds[0]}, these are {kinds[1]}")
-        values = {(v.group, v.seed, v.nfe): v for v in (*self.values, *others.values)}
+        values = {(v.group, v.seed, v.nfe): v for v in self.values}
+        for value in others.values:
+            twin = values.setdefault((value.group, value.seed, value.nfe), value)
+            if twin.name != value.name:
+                raise ValueError(
+                    f"{twin.name} of it and {value.name} of these would both be {value.group!r} of seed {value.seed} with "
+                    f"{value.nfe} NFE"
+                )
+            values[value.group, value.seed, value.nfe] = value
         floor = self.floor if others.floor is None else others.floor
         notes = dict.fromkeys((*self.notes, *others.notes))
         return Quality(self.metric, self.fingerprint, tuple(values.values()), floor, tuple(notes))

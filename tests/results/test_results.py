@@ -127,6 +127,10 @@ def test_qualities_are_added_to_those_of_a_machine_that_is_gone(tmp_path):
     ]
     with pytest.raises(ValueError, match=r"race.json can't take these runs: .*; name another file"):
         main(["quality", str(target), str(measured("sfd2", 2, {1: 0.3}, fingerprint={"num_samples": 7}))])
+    with pytest.raises(
+        ValueError, match="sfd1 of it and fast of these would both be 'sfd' of seed 1 with 1 NFE; name ano"
+    ):
+        main(["quality", str(target), str(measured("fast", 1, {1: 0.3}))])
     assert json.loads(target.read_text()) == both
 
 
