@@ -1,6 +1,7 @@
 """Files of measured results, collected from run folders, each with the revision and the machine that it comes from."""
 
 import json
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from stillhouse.analysis.convergence import convergence_to_json
 from stillhouse.analysis.flow_chain import flow_chain_to_json, load_flow_chain
 from stillhouse.analysis.flow_plot import plot_flow_chain
 from stillhouse.analysis.quality import Quality, quality_from_json, quality_to_json
+from stillhouse.analysis.stored_runs import distinct_names
 from stillhouse.files import write_ordered_json
 from stillhouse.metrics.provenance import revision
 from stillhouse.metrics.records import Record, load_records, merge_records
@@ -25,11 +27,12 @@ _Measured = TypeVar("_Measured", Quality, TrainedRuns)
 
 def record(target: Path, folders: list[Path]) -> None:
     """Write the records of the runs' metrics.json into `target`."""
+    names = distinct_names(map(RunFolder, folders))
     records: list[Record] = []
-    for folder in folders:
-        records = merge_records(records, load_records(folder / "metrics.json"))
-    runs = [folder.name for folder in folders]
-    write_ordered_json(target, {**origin(), "runs": runs, "records": [vars(r) for r in records]})
+    for folder, name in names.items():
+        found = load_records(folder / "metrics.json")
+        records = merge_records(records, [replace(r, name=name) if r.subject == "student" else r for r in found])
+    write_ordered_json(target, {**origin(), "runs": list(names.values()), "records": [vars(r) for r in records]})
 
 
 def compare(target: Path, folders: list[Path]) -> None:

@@ -22,7 +22,7 @@ from stillhouse.checkpoints.weights import hash_state
 from stillhouse.checks import check_choice, check_memory
 from stillhouse.diffusion.sampling import Sampling
 from stillhouse.diffusion.teacher import Teacher
-from stillhouse.files import write_cache
+from stillhouse.files import check_writable, write_cache
 from stillhouse.metrics.evaluation import (
     check_evaluation,
     check_feature_memory,
@@ -230,7 +230,7 @@ def leave_out_measurement(cfg: DictConfig) -> None:
     """
     if not measures_nothing(cfg.evaluation):
         _check_extractor(cfg.evaluation)
-    elif cfg.callbacks:
+    elif "metrics" in (cfg.callbacks or {}):
         cfg.callbacks.metrics = None
 
 
@@ -288,6 +288,23 @@ def check_data(settings: Mapping[str, Any], data: Any) -> None:
 RESULT_FILES = ("metrics.json", "samples.png", "interpolation.png", "quality.png")
 
 
+def check_results(folder: Path) -> None:
+    """Check, before hours of measuring, that `write_results` can write there.
+
+    Raises:
+        OSError: Where it can't.
+        ValueError: For damaged records of other measurements.
+    """
+    for name in RESULT_FILES:
+        check_writable(folder / name)
+    _stored_records(folder)
+
+
+def _stored_records(folder: Path) -> list[Record]:
+    path = folder / "metrics.json"
+    return load_records(path) if path.exists() else []
+
+
 def write_results(
     folder: Path, records: Sequence[Record], evaluation: Evaluation, samplers: Mapping[str, Sampler]
 ) -> None:
@@ -303,8 +320,7 @@ def write_results(
         OSError: Where the disk refuses.
     """
     path = folder / "metrics.json"
-    stored = load_records(path) if path.exists() else []
-    save_records(path, merge_records(stored, records))
+    save_records(path, merge_records(_stored_records(folder), records))
     evaluation.pictures(folder, dict(samplers))
     draw_measured(folder / "quality.png", records)
     print(f"{path} written", flush=True)

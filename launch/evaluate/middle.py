@@ -14,6 +14,7 @@ from launch.run.build import build
 from stillhouse.analysis.tables import text_table
 from stillhouse.diffusion.random_numbers import MONITOR_SEEDS
 from stillhouse.files import write_ordered_json
+from stillhouse.metrics.evaluation import DISTANCES
 from stillhouse.pictures.plots import log_scale, save_figure
 
 FILES = ("middle.json", "middle.png")
@@ -46,6 +47,11 @@ def search(run: TrainedRun, settings: Mapping[str, Any], device: torch.device) -
     first, middle, end = own.sigmas
     levels = sorted({level for level in LEVELS if level < first} | {middle})
     evaluation = Evaluation(dict(settings), build(run.config.data), device, first_seed=MONITOR_SEEDS)
+    if (metric := settings["metrics"][0]) not in DISTANCES:
+        raise ValueError(
+            f"middle=search looks for the least of a distance, which {metric} is not: metrics=[...] must begin with one of "
+            f"{', '.join(DISTANCES)}"
+        )
     records = []
     for level in levels:
         sampling = replace(own, sigmas=[first, level, end])

@@ -76,7 +76,8 @@ def run_folders(value: Any, option: str = "run") -> list[Path]:
     """
     folders: dict[Path, None] = {}
     for pattern in names(value, option):
-        matches = [Path(path) for path in sorted(glob(pattern)) if (Path(path) / "config.yaml").is_file()]
+        found = [pattern] if Path(pattern).is_dir() else sorted(glob(pattern))  # a name may hold brackets
+        matches = [Path(path) for path in found if (Path(path) / "config.yaml").is_file()]
         if not matches:
             raise FileNotFoundError(
                 f"{option}={pattern} names no run (a folder with the config.yaml that train.py writes)"

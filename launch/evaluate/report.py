@@ -1,6 +1,7 @@
 """task=report: one page of stored runs, with results, curves, samples and what differs in their configs."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from glob import glob
 from pathlib import Path
@@ -14,6 +15,7 @@ from stillhouse.analysis.config_groups import comparable_options, labels, traini
 from stillhouse.analysis.cost import read_costs
 from stillhouse.analysis.report_page import REPORT_MARK, html_page
 from stillhouse.analysis.report_sections import Gathered, Measured, sections
+from stillhouse.analysis.stored_runs import distinct_names
 from stillhouse.files import check_writable, resolve_inside, write_file
 from stillhouse.metrics.provenance import revision
 from stillhouse.metrics.records import load_records, merge_records
@@ -30,7 +32,8 @@ def gather(patterns: Sequence[str]) -> Gathered:
     """
     paths: dict[Path, None] = {}
     for pattern in patterns:
-        matches = [path for path in map(Path, sorted(glob(str(pattern)))) if _holds(path)]
+        found = [pattern] if Path(pattern).is_dir() else sorted(glob(pattern))  # a name may hold brackets
+        matches = [path for path in map(Path, found) if _holds(path)]
         if not matches:
             raise FileNotFoundError(f"run={pattern} names no run (a folder with the config.yaml that train.py writes)")
         paths.update(dict.fromkeys(matches))
@@ -46,8 +49,15 @@ def gather(patterns: Sequence[str]) -> Gathered:
     if not stored:
         raise ValueError("\n".join(["no complete run for a report", *left_out]))
     groups = labels([training_options(comparable_options(values["config"])) for values in stored])
-    runs = [Measured(label=group, **values) for values, group in zip(stored, groups, strict=True)]
+    found = distinct_names(values["folder"] for values in stored)
+    runs = [_named(found[values["folder"].path], group, values) for values, group in zip(stored, groups, strict=True)]
     return Gathered(runs, teachers, left_out)
+
+
+def _named(name: str, label: str, values: dict[str, Any]) -> Measured:
+    for key in ("final", "records"):
+        values[key] = [replace(r, name=name) if r.subject == "student" else r for r in values[key]]
+    return Measured(name=name, label=label, **values)
 
 
 def _holds(path: Path) -> bool:
@@ -55,7 +65,7 @@ def _holds(path: Path) -> bool:
 
 
 def _read(path: Path, left_out: list[str]) -> dict[str, Any]:
-    """All of `Measured` but the label; records of half-trained weights are left out, with a line.
+    """All of `Measured` but name and label; records of half-trained weights are left out, with a line.
 
     Raises:
         ValueError: For a run that is not complete, or has a damaged file, which it names.

@@ -1,6 +1,7 @@
 """task=runs: measure runs' students beside their teachers and real images, and compare several runs."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from omegaconf import DictConfig
 
 from launch.errors import EXPECTED, one_line
 from launch.evaluate import middle
-from launch.evaluate.measure import RESULT_FILES, Evaluation, checked, print_table, write_results
+from launch.evaluate.measure import Evaluation, check_results, checked, print_table, write_results
 from launch.evaluate.options import (
     MeasurementOptions,
     WeightsOptions,
@@ -24,6 +25,7 @@ from launch.run.build import build
 from launch.run.folder import RunFolder
 from stillhouse.analysis.compare_convergence import write_convergence
 from stillhouse.analysis.compare_quality import write_quality
+from stillhouse.analysis.stored_runs import distinct_names
 from stillhouse.checks import check_choice
 from stillhouse.files import check_writable
 from stillhouse.metrics.records import Record, merge_records
@@ -58,12 +60,13 @@ def main(cfg: DictConfig) -> None:
         search_middle(cfg, folders, device)
         return
     compared = len(folders) > 1 and cfg.comparison is not None
-    files = [folder / "evaluation" / name for folder in folders for name in RESULT_FILES]
-    files += [path_option(cfg, "comparison") / name for name in COMPARISON_FILES if compared]
-    for file in files:
-        check_writable(file)
+    for folder in folders:
+        check_results(folder / "evaluation")
+    for name in COMPARISON_FILES if compared else ():
+        check_writable(path_option(cfg, "comparison") / name)
     alone = len(folders) == 1 and len(counts) < 2
     runs = {folders[0]: counts} if alone else measurable(cfg, folders, counts)
+    names = distinct_names(map(RunFolder, folders))
     shown: list[Record] = []
     try:
         for path, possible in runs.items():
@@ -74,7 +77,8 @@ def main(cfg: DictConfig) -> None:
                     raise
                 print(f"not measured: {_line_about(path, error)}", flush=True)
                 continue
-            shown = merge_records(shown, records)
+            in_table = [replace(r, name=names[path]) if r.subject == "student" else r for r in records]
+            shown = merge_records(shown, in_table)
             write_results(path / "evaluation", records, evaluation, samplers(run.method, run.folder, possible))
     finally:  # also where an error ends the rest
         print_table(shown)
@@ -89,10 +93,16 @@ def search_middle(cfg: DictConfig, folders: Sequence[Path], device: torch.device
     for path in folders:
         for name in middle.FILES:
             check_writable(path / "evaluation" / name)
-        run = load(cfg, path)
-        settings = evaluation_settings(cfg, run.config)
-        fewer = {"blocks": cfg.blocks or 1, "num_samples": cfg.num_samples or settings["training"]["num_samples"]}
-        print(f"\n{middle.search(run, settings | fewer, device)}", flush=True)
+    for path in folders:
+        try:
+            run = load(cfg, path)
+            settings = evaluation_settings(cfg, run.config)
+            fewer = {"blocks": cfg.blocks or 1, "num_samples": cfg.num_samples or settings["training"]["num_samples"]}
+            print(f"\n{middle.search(run, settings | fewer, device)}", flush=True)
+        except EXPECTED as error:
+            if len(folders) == 1:
+                raise
+            print(f"not searched: {_line_about(path, error)}", flush=True)
 
 
 def load(cfg: DictConfig, path: Path) -> TrainedRun:

@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from launch.evaluate.measure import RESULT_FILES, Evaluation, print_table, write_results
+from launch.evaluate.measure import Evaluation, check_results, print_table, write_results
 from launch.evaluate.options import (
     MeasurementOptions,
     TeacherOptions,
@@ -15,7 +15,6 @@ from launch.evaluate.options import (
     step_counts,
 )
 from launch.run.build import build, build_seeded
-from stillhouse.files import check_writable
 
 
 class Options(TeacherOptions, MeasurementOptions):
@@ -35,8 +34,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.solver is not None:
         cfg.teacher.solver = cfg.solver
     steps, device, folder = step_counts(cfg.steps) or [None], compute_device(cfg.device), teacher_folder(cfg)
-    for name in RESULT_FILES:
-        check_writable(folder / name)
+    check_results(folder)
     fetch_missing(cfg)
     data, teacher = build(cfg.data), build_seeded(cfg.teacher, cfg.seed)
     evaluation = Evaluation(evaluation_settings(cfg), data, device)

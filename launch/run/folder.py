@@ -128,16 +128,25 @@ class RunFolder:
         return load_records(resolve_inside(self.path, self.metrics.name))
 
     def later_records(self) -> tuple[list[Record], list[str]]:
-        """Return the records that evaluate.py made of the final weights, and a line for each of a half-trained student, left out.
+        """Return the records that evaluate.py made of the final weights, and a line for each of others, which are left out.
+
+        Others are of a half-trained student, and of another checkpoint than the final evaluation's (`checkpoint=last`).
 
         Raises:
             ValueError: For damaged records.
         """
         path = resolve_inside(self.path, "evaluation/metrics.json")
         records = load_records(path) if path.is_file() else []
-        unfinished = {f"{r.training['step']} of {r.training['total']}": None for r in records if r.unfinished}
-        lines = [f"{path.relative_to(self.path)} has values after {at} training steps, left out" for at in unfinished]
-        return [record for record in records if not record.unfinished], lines
+        final = self.final_records() if self.complete() else []
+        steps = {_weights(record): record.training["step"] for record in final if record.training}
+
+        def other(record: Record) -> bool:
+            at = record.training
+            return at is not None and (record.unfinished or at["step"] != steps.get(_weights(record), at["step"]))
+
+        left_out = {f"{r.training['step']} of {r.training['total']}": None for r in records if other(r)}
+        lines = [f"{path.relative_to(self.path)} has values after {at} training steps, left out" for at in left_out]
+        return [record for record in records if not other(record)], lines
 
     def results_table(self) -> str:
         """Return the table of the final evaluation."""
@@ -202,6 +211,8 @@ class RunFolder:
             if self.config.exists():
                 self.read_config()
             return
+        if not self.config.exists() and (inner := next(self.path.glob("*/**/config.yaml"), None)):
+            raise ValueError(f"{self.path} holds other runs, such as {inner.parent}; choose another name=...")
         stored = self.plain_config()
         if not self.complete() and stored != self.stored_config():
             raise ValueError(
@@ -243,6 +254,10 @@ class RunFolder:
             yield
         finally:
             lock.release()
+
+
+def _weights(record: Record) -> Any:
+    return record.fingerprint.get("weights")
 
 
 def _odd(config: Any) -> str:

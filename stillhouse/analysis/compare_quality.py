@@ -14,7 +14,7 @@ from stillhouse.analysis.quality import (
     quality_to_json,
 )
 from stillhouse.analysis.quality_plot import plot_quality
-from stillhouse.analysis.stored_runs import StoredRun
+from stillhouse.analysis.stored_runs import StoredRun, distinct_names
 from stillhouse.analysis.tables import shorten_hash
 from stillhouse.files import resolve_inside, write_ordered_json
 from stillhouse.metrics.records import Record, load_records
@@ -37,9 +37,8 @@ def compare_quality(folders: Sequence[StoredRun], *, like: Record | None = None,
     notes: list[str] = []
     measured: dict[Path, tuple[list[Record], list[Record]]] = {}
     costs: dict[Path, dict[str, float | None]] = {}
-    names: dict[Path, str] = {}
+    names = distinct_names(folders)
     for folder in folders:
-        names[folder.path] = folder.name
         try:
             costs[folder.path] = read_costs(folder.path)
             measured[folder.path] = _stored(folder, notes)

@@ -90,14 +90,14 @@ def measuring_difference(baseline: ComparableOptions, other: ComparableOptions) 
     return next((k for k in keys if baseline.get(k) != other.get(k)), None)
 
 
-def options_that_differ(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str | None]]:
+def options_that_differ(configs: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, list[str | None]]:
     """Return {dotted key: each run's value as text, None where it has none}, without names, and copies such as method.seed.
 
     Args:
-        configs: By the name of the run's folder, which as a part of a path is no difference.
+        configs: Each after the name of its run's folder, which as a part of a path is no difference.
     """
     runs = []
-    for name, config in configs.items():
+    for name, config in configs:
         texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in _leaves(config)}
         runs.append({k: "FOLDER" if name in text.split("/") else text for k, text in texts.items() if k not in _NAMES})
     keys = _differing(dict.fromkeys(key for run in runs for key in run), runs)

@@ -25,6 +25,7 @@ class Measured:
 
     Attributes:
         folder: The run's.
+        name: Of the folder, see `distinct_names`; that of its student's records too.
         config: Its config, plain.
         seed: Its seed.
         label: Of the runs that differ from it by their seed or number of steps alone.
@@ -35,6 +36,7 @@ class Measured:
     """
 
     folder: StoredRun
+    name: str
     config: dict[str, Any]
     seed: int
     label: str
@@ -42,11 +44,6 @@ class Measured:
     records: list[Record]
     costs: dict[str, float | None]
     samples: bytes | None
-
-    @property
-    def name(self) -> str:
-        """The name of the run's folder."""
-        return self.folder.name
 
     @property
     def student(self) -> Record | None:
@@ -211,7 +208,7 @@ def samples(gathered: Gathered) -> list[Block]:
 
 def differences(gathered: Gathered) -> list[Block]:
     """Options with several values, then, folded away, those that some runs have and others lack."""
-    found = options_that_differ({run.name: run.config for run in gathered.runs})
+    found = options_that_differ([(run.folder.name, run.config) for run in gathered.runs])
     header = ["option", *(run.name for run in gathered.runs)]
     several, lacking = [], []
     for key, values in found.items():

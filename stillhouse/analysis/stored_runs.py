@@ -1,5 +1,7 @@
 """What a comparison reads of a run's folder."""
 
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,3 +55,10 @@ class StoredRun(Protocol):
         Raises:
             ValueError: For damaged records.
         """
+
+
+def distinct_names(folders: Iterable[StoredRun]) -> dict[Path, str]:
+    """Return the folders' names by their paths; the path itself where several have one name, as exp1/seed0 and exp2/seed0."""
+    names = {folder.path: folder.name for folder in folders}
+    counts = Counter(names.values())
+    return {path: name if counts[name] == 1 else str(path) for path, name in names.items()}

@@ -29,6 +29,7 @@ from stillhouse.metrics.statistics import RunningGaussian
 from stillhouse.ranks import rank_and_world
 
 METRICS = ("fid", "kid", "precision", "recall", "memorisation", "is", "w2", "mmd")
+DISTANCES = ("fid", "kid", "w2", "mmd")  # of which less is better
 SHIFT_SAMPLES = 2000  # from which the shift of a fast extractor is measured
 MAX_W2_SAMPLES = 5000  # samples: the time of an exact assignment grows with their cube
 MIN_REAL_IMAGES = {

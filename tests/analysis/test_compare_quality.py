@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from convergence_tools import stored
@@ -148,3 +149,23 @@ def test_damaged_comparisons_are_refused(runs):
         quality_from_json({**content, "values": 2 * content["values"][:1]})
     assert content["lines"][1]["points"][0] == {"nfe": 1, "mean": 0.55, "std": None, "seeds": [0]}
     assert compare_quality(stored(runs)).lines[1].points[0] == QualityPoint(1, 0.55, None, (0,))
+
+
+def test_runs_of_one_name_in_several_folders_are_called_by_their_paths(tmp_path):
+    paths = [write_measured(tmp_path / f"{exp}/seed0", students({1: 0.5}), lr=exp) for exp in "ab"]
+    paths.append(write_measured(tmp_path / "b/seed1", students({1: 0.3}), seed=1, lr="b"))
+    names = [value.name for value in compare_quality(stored(paths)).values]
+    assert names == [str(paths[0]), str(paths[1]), "seed1"]
+
+
+def test_a_later_measurement_of_another_checkpoint_is_no_result(tmp_path):
+    def at(step, value, weights="ema"):
+        training = {"step": step, "reached": 100, "total": 100}
+        return [replace(record, training=training) for record in students({1: value}, weights=weights)]
+
+    again = [*at(100, 0.8), *at(100, 0.9, "raw"), *students({2: 0.3})]  # evaluate.py checkpoint=last, and others
+    run = write_measured(tmp_path / "run", at(40, 0.5), again)
+    quality = compare_quality(stored([run]))
+    assert lines(quality)["sfd"] == {1: (0.5, None, (0,)), 2: (0.3, None, (0,))}
+    assert quality.notes == (f"{run}: evaluation/metrics.json has values after 100 of 100 training steps, left out",)
+    assert lines(compare_quality(stored([run]), weights="raw"))["sfd"][1] == (0.9, None, (0,))

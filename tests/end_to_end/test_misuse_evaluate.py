@@ -42,6 +42,9 @@ def folder(finished, tmp_path_factory):
         shutil.copytree(folder / "runs/a1", folder / f"odd/blocked-{name}")
     (folder / "odd/blocked-evaluation/evaluation").write_text("a file where a folder should be")
     (folder / "odd/blocked-quality/evaluation/quality.png").mkdir(parents=True)
+    shutil.copytree(folder / "runs/a1", folder / "odd/again[2]")
+    (folder / "odd/again[2]/evaluation").mkdir(exist_ok=True)
+    (folder / "odd/again[2]/evaluation/metrics.json").write_text("[{")
     return folder
 
 
@@ -111,6 +114,8 @@ EXPORT = "task=export run=runs/a1"
             ["cannot write odd/blocked-evaluation/evaluation/metrics.json: Not a directory"],
         ),
         ("run=odd/blocked-quality", ["cannot write odd/blocked-quality/evaluation/quality.png: it is a folder"]),
+        # found before the first run is measured
+        ("run=[runs/a1,'odd/again[2]']", ["odd/again[2]/evaluation/metrics.json is damaged or no list of metrics"]),
         ("run=[runs/a1,runs/a2] comparison=file", ["cannot write file/convergence.json: Not a directory"]),
         ("run=[runs/a1,runs/a2] comparison=true", ["comparison=True must be the name of a file or folder"]),
         (f"{EXPORT} target=true", ["target=True must be the name of a file or folder"]),

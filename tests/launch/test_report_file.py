@@ -218,3 +218,17 @@ def test_misuse(tmp_path):
     with pytest.raises(ValueError, match=r"(?s)no complete run for a report.*it is not complete"):
         write_report(tmp_path / "r.html", [str(tmp_path)])
     assert not (tmp_path / "r.html").exists()
+
+
+def test_runs_of_one_name_in_several_folders_have_a_column_each(tmp_path):
+    for value, experiment in enumerate(("a", "b")):
+        run(tmp_path / experiment, 0, 0.1 + value, method="sfd", steps=1 + value)
+        (tmp_path / experiment / f"sfd-seed0-steps{1 + value}").rename(tmp_path / experiment / "seed0")
+    run(tmp_path, 1, 0.3)
+    write_report(tmp_path / "page.html", [f"{tmp_path}/a/*", f"{tmp_path}/b/*", f"{tmp_path}/sfd-*"])
+    page = Page((tmp_path / "page.html").read_text())
+    (table,) = (table for table in page.tables if table[0][0] == "option" and table[1][0] == "seed")
+    assert table[0] == ["option", f"{tmp_path}/a/seed0", f"{tmp_path}/b/seed0", "sfd-seed1-steps1"]
+    assert table[2] == ["method.steps", "1", "2", "1"]
+    alone = [[row[0] for row in table[1:]] for table in page.tables]
+    assert [f"{tmp_path}/a/seed0", f"{tmp_path}/b/seed0", "sfd-seed1-steps1"] in alone

@@ -1,10 +1,12 @@
-"""What a kept measurement of a teacher is known by."""
+"""What a kept measurement of a teacher is known by, and what measures nothing."""
 
 from types import SimpleNamespace
 
+import pytest
 import torch
+from omegaconf import OmegaConf
 
-from launch.evaluate.measure import Evaluation
+from launch.evaluate.measure import Evaluation, leave_out_measurement
 from stillhouse.diffusion.preconditioning import EDM, Epsilon
 from stillhouse.diffusion.schedules import karras
 from stillhouse.diffusion.teacher import Teacher
@@ -51,3 +53,11 @@ def test_the_weights_in_memory_are_hashed_and_not_their_file():
     with torch.no_grad():
         next(changed.denoiser.network.parameters()).flatten()[0] += 1e-3
     assert key(one) != key(changed)
+
+
+@pytest.mark.parametrize("callbacks", [{"metrics": {"every_kimg": 1}, "grid": None}, {"grid": None}, None])
+def test_without_a_measurement_there_is_none_on_the_way_either(callbacks):
+    cfg = OmegaConf.create({"evaluation": {"extractor": None, "metrics": None}, "callbacks": callbacks})
+    OmegaConf.set_struct(cfg, True)
+    leave_out_measurement(cfg)
+    assert (cfg.callbacks or {}).get("metrics") is None

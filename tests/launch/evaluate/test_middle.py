@@ -65,6 +65,11 @@ def test_the_level_that_does_best_by_the_monitoring_seeds(tmp_path, monkeypatch)
 
 def test_what_can_not_be_searched_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    run, settings = trained("method=ect")
+    with pytest.raises(
+        ValueError, match="the least of a distance, which precision is not: metrics=.* fid, kid, w2, mmd"
+    ):
+        middle.search(run, settings | {"metrics": ["precision"]}, CPU)
     run, settings = trained("method=pretrain")
     run.method.sampler.steps = 1
     with pytest.raises(ValueError, match="steps=2: the student takes 1, and no other number"):

@@ -105,6 +105,12 @@ def test_a_run_within_another_one_is_refused(tmp_path):
             RunFolder(outer.path / name).check(CONFIG)
 
 
+def test_a_folder_of_runs_is_no_run(tmp_path):
+    inner = begun(tmp_path)
+    with pytest.raises(ValueError, match=rf"^{tmp_path} holds other runs, such as {inner.path}; choose another name"):
+        RunFolder(tmp_path).check(CONFIG)
+
+
 def test_a_folder_without_checkpoint_may_be_used_again(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.check(CONFIG)
