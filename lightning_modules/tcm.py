@@ -79,7 +79,8 @@ class TCM(ECT):
 
     def at_boundary(self, position: Tensor) -> Tensor:
         """Whether samples (B,) stand exactly at t': of any that follow each other in the sequence their share."""
-        return ((position + 1) * self.share).floor() > (position * self.share).floor()
+        place = position.double()  # float32 has no fractions of a place from 2^24 on
+        return ((place + 1) * self.share).floor() > (place * self.share).floor()
 
     def levels(self, uniform: Tensor, position: Tensor) -> Tensor:
         return torch.where(self.at_boundary(position), self.boundary, super().levels(uniform, position))

@@ -1,13 +1,17 @@
 """Work spread over the processes of torch.distributed, in an order that does not depend on their number."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
+
+_APART = ContextVar("apart", default=False)
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -36,10 +40,20 @@ def gather_rows(rows: Tensor, total: int) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
+@contextmanager
+def apart_from_others() -> Iterator[None]:
+    """Within the block `average_over_ranks` gives back this rank's own values: an attempt may fail on one rank alone."""
+    token = _APART.set(True)
+    try:
+        yield
+    finally:
+        _APART.reset(token)
+
+
 def average_over_ranks(values: Mapping[str, Tensor | float], device: torch.device | str) -> dict[str, Tensor | float]:
     """Values by name, each its mean over all ranks, which must ask for the same ones in the same order; floats are float32."""
     _, world = rank_and_world()
-    if world == 1 or not values:
+    if world == 1 or not values or _APART.get():
         return dict(values)
     tensors = [v.to(device) if isinstance(v, Tensor) else torch.tensor(v, device=device) for v in values.values()]
     flat = torch.cat([tensor.flatten() for tensor in tensors])

@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 
 import torch
 import torch.distributed as dist
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_modules.components.degradation_path import DegradationPath, node_steps
@@ -158,6 +159,12 @@ class Backtracking(Method):
         """Before a checkpoint is restored, which then has the last word."""
         super().setup(stage)
         if stage == "fit" and self.path:
+            needed, updates = (self.nodes - 1) * self.interval, self.student_updates_in(self.total_steps)
+            if needed >= updates:
+                rank_zero_warn(
+                    f"the teacher itself becomes the target after {needed} updates of the student, and this run has {updates}: "
+                    "with method.switch=interval it follows degraded scores to its end; lower method.nodes or method.interval"
+                )
             for step in self.path.steps:  # a missing or damaged node shows now, not after hours
                 self.path.load(step, self.target.denoiser.network, verify=getattr(self.data, "verify", False))
             self.fake_score.network.load_state_dict(self.target.denoiser.network.state_dict())

@@ -293,9 +293,13 @@ class Method(Optimisation):
     @property
     def student_updates(self) -> int:
         """Updates of the student so far."""
+        return self.student_updates_in(self.trainer.global_step)
+
+    def student_updates_in(self, steps: int) -> int:
+        """Updates of the student in so many training steps from the first one on."""
         updated = ["student" in names for names in self.update_cycle]
-        before = min(self.trainer.global_step, self.cycle_start)
-        whole, rest = divmod(self.trainer.global_step - before, len(updated))
+        before = min(steps, self.cycle_start)
+        whole, rest = divmod(steps - before, len(updated))
         return before * updated[0] + whole * sum(updated) + sum(updated[:rest])
 
     @property

@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from stillhouse.ranks import average_over_ranks
+from stillhouse.ranks import apart_from_others, average_over_ranks
 
 Batch = dict[str, Tensor]
 
@@ -208,9 +208,10 @@ class Optimisation(pl.LightningModule):
         before = {key: copy(value) if type(value) in (dict, list) else value for key, value in self._state().items()}
         self._memory_trial = {}
         try:
-            for kind in dict.fromkeys(self.update_cycle):
-                self._step = self.cycle_start + self.update_cycle.index(kind)
-                self.train_on(batch)
+            with apart_from_others():
+                for kind in dict.fromkeys(self.update_cycle):
+                    self._step = self.cycle_start + self.update_cycle.index(kind)
+                    self.train_on(batch)
         finally:
             for key in self._state():
                 delattr(self, key)

@@ -38,13 +38,18 @@ def condition_on_steps(network: nn.Module, count: int) -> None:
         count: the number of steps until `set_steps`.
 
     Raises:
-        ValueError: for count < 1, a network without `embed`, or one that is conditioned already.
+        ValueError: for count < 1, a network without `embed` or with one that ends without a bias, or one that is conditioned
+            already.
     """
     check_counts(count=count)
     embed = getattr(network, "embed", None)
     if embed is None:
         raise ValueError(
             f"{type(network).__name__} has no embedding of the noise level that a number of steps could join"
+        )
+    if getattr(getattr(embed, "layer2", None), "bias", None) is None:
+        raise ValueError(
+            f"{type(network).__name__} has no bias in its embedding that could take up a number of steps: train it for one number"
         )
     if embed.steps is not None:
         raise ValueError("the network knows its number of steps already; set_steps changes it")

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -300,3 +301,18 @@ def test_of_a_guided_teacher_the_last_target_alone_is_guided(recorded, tmp_path)
     assert module.path.folder != method(tmp_path).path.folder
     generator_updates = module.total_steps / len(module.update_cycle)
     assert module.target_evaluations == 2 - 2 * 2 / generator_updates
+
+
+def test_a_run_that_ends_before_its_target_is_the_teacher_says_so(recorded, tmp_path):
+    def begin(**options):
+        module = method(tmp_path, **options)
+        module.data, module.path.load = None, lambda step, network, **_: None
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            module.setup("fit")
+        return [str(warning.message) for warning in said if "degraded scores" in str(warning.message)]
+
+    updates = method(tmp_path).student_updates_in(method(tmp_path).total_steps)
+    assert begin(interval=(updates - 1) // 2) == []
+    (text,) = begin(interval=updates)
+    assert text.startswith(f"the teacher itself becomes the target after {2 * updates} updates of the student")

@@ -138,3 +138,5 @@ def test_odd_requests_are_refused():
         condition_on_steps(network, 4)
     with pytest.raises(ValueError, match="ExactNetwork has no embedding of the noise level"):
         condition_on_steps(ExactNetwork("edm", Mixture()), 4)
+    with pytest.raises(ValueError, match="EDM2UNet has no bias in its embedding .* train it for one number"):
+        condition_on_steps(tiny("edm2"), 4)

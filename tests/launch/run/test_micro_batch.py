@@ -149,6 +149,8 @@ def _two(rank, folder):
     os.chdir(folder)
     two = {"trainer.devices": 2, "batch_size": 10}
     whole = train("diff_instruct", two)
+    weighted = {"method.divergence": "js"}  # by a mean over the processes
+    train("dmd2", two | weighted)
     if rank == 1:  # which has less memory than the other
         original = Optimisation.micro_batches
 
@@ -159,6 +161,7 @@ def _two(rank, folder):
                 yield part
 
         Optimisation.micro_batches = parts
+    assert train("dmd2", two | weighted | AUTO).method.micro_batch == 2
     found = train("diff_instruct", two | AUTO)
     assert found.method.micro_batch == 2
     for a, b in zip(found.gradients, whole.gradients, strict=True):
