@@ -59,6 +59,10 @@ class DenoisingStudent(BranchedMethod):
         self.distance, self.target_noise = loss, target_noise
         self.pairs = {"pairs": pairs, "held_out": held_out, "dtype": dtype, "root": store}
 
+    def frozen_networks(self) -> list[Teacher]:
+        """None: the teacher's samples are stored before."""
+        return []
+
     def training_data(self, data: pl.LightningDataModule) -> pl.LightningDataModule:
         super().training_data(data)
         options = {"batch_size": self.batch_size, "seed": self.seed, "images": data}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 from torch import Tensor
@@ -103,6 +104,10 @@ class PairedFlow(FlowStudent):
         self.teacher = self.teachers[-1]
         self.pairs = {"pairs": pairs, "held_out": held_out, "dtype": dtype, "root": store}
         self.follow(self.teacher, label_dropout=False)
+
+    def frozen_networks(self) -> list[Any]:
+        """None: its teachers' samples are stored before."""
+        return []
 
     def training_data(self, data: pl.LightningDataModule) -> pl.LightningDataModule:
         super().training_data(data)

@@ -143,6 +143,7 @@ def test_the_drift_of_a_bent_path_carries_noise_to_the_end_points(tmp_path):
     real = Mixture().sample(512, torch.Generator().manual_seed(1))
     noise_distance = energy_distance(latents(), real)
     assert energy_distance(module.sample(latents()), ends) < 0.05 * noise_distance
+    assert module.frozen_networks() == [module.distance]  # the flows' samples are stored
 
 
 @pytest.mark.slow

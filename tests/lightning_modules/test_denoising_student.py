@@ -56,6 +56,7 @@ def test_it_learns_from_an_eps_teacher_in_residual_form(tmp_path):
 
 def test_a_sample_is_one_evaluation_at_the_highest_noise(tmp_path):
     module = method(tmp_path)
+    assert module.frozen_networks() == []  # the teacher's samples are stored: no step has a use for it
     seen = []
     module.student.network.register_forward_hook(lambda _, args, out: seen.append(args[1]))
     noise = sample_noise(torch.arange(8), (2, 1, 1))
