@@ -37,6 +37,11 @@ class CIFAR10(PixelDataModule):
         super().__init__(name, root, path=path, **common)
         self.sha256 = sha256
 
+    @property
+    def source_paths(self) -> list[Path]:
+        # Of torchvision's root, which may hold other data sets and runs, nothing else.
+        return [_batches(self.path) / name for name in _BATCHES] if self.path.is_dir() else [self.path]
+
     def source(self) -> ImageSource:
         if zipfile.is_zipfile(self.path):
             return edm_source(self.path, self.resolution, self.classes)
@@ -45,7 +50,7 @@ class CIFAR10(PixelDataModule):
                 f"data.resolution={self.resolution}, data.num_classes={self.classes}: CIFAR-10 has {_SIDE} pixels a side "
                 f"and {_CLASSES} classes; correct the options"
             )
-        if self.path.is_file() and self.sha256 and (actual := hash_file(self.path)) != self.sha256:
+        if self.path.is_file() and self.sha256 and (actual := hash_file(self.path)) != self.sha256.lower():
             way_out = f"add download=true to fetch {self.url}" if self.url else "get it again"
             raise OSError(
                 f"{self.path} is cut short or another file, its SHA-256 is {actual[:16]}... instead of {self.sha256[:16]}...; "
@@ -59,11 +64,16 @@ class CIFAR10(PixelDataModule):
         return array_source(images, labels if self.classes else None, description)
 
 
+def _batches(path: Path) -> Path:
+    """The folder of the batches: this one, or the one in it."""
+    return path / _FOLDER if (path / _FOLDER).is_dir() else path
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator:
     """Yield a function from a batch's name to its file."""
     if path.is_dir():
-        folder = path / _FOLDER if (path / _FOLDER).is_dir() else path
+        folder = _batches(path)
 
         def member(name: str) -> BinaryIO:
             if not (folder / name).is_file():

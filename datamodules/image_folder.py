@@ -56,5 +56,10 @@ class ImageFolder(PictureDataModule, PixelDataModule):
         return picture_source(self.name, files, self.rules, self._crop, steps, labels)
 
     def _crop(self, image: Image.Image, where: str) -> Image.Image:
-        upright = ImageOps.exif_transpose(image)
+        try:
+            upright = ImageOps.exif_transpose(image)
+        except Exception as error:  # Pillow's are of many kinds
+            raise OSError(
+                f"{where} has damaged EXIF data, which say what is up ({error}); remove them, or take the picture out"
+            ) from error
         return centre_crop(upright if self.channels == 3 else upright.convert("L"), self.resolution)

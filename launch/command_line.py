@@ -4,6 +4,7 @@ Hydra composes a config before the program's own code runs, and reports errors i
 """
 
 import difflib
+import io
 import os
 import re
 import signal
@@ -36,6 +37,8 @@ def run(main: Callable[[], Any]) -> None:
 
     With HYDRA_FULL_ERROR=1 it is Hydra's own report, a traceback.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text, and are no reason to end
     hydras = utils.run_and_report
     utils.run_and_report = lambda function: hydras(lambda: _reported(function))
     try:

@@ -173,7 +173,8 @@ def _bits(image: Image.Image) -> int:
     elif image.format == "TIFF":
         bits = max(image.tag_v2.get(258, (1,)))
     elif image.format == "PPM" and image.tile[0].codec_name.startswith("ppm"):
-        bits = int(image.tile[0].args[-1]).bit_length()  # of the largest value
+        args = image.tile[0].args
+        bits = 0 if isinstance(args, str) else int(args[-1]).bit_length()  # of the largest value; text has one bit
     if image.mode.startswith(("I", "F")):
         bits = max(bits, 16 if image.mode.startswith("I;16") or image.format == "PPM" else 32)
     return bits if bits > 8 else 0

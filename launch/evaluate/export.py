@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import torch
 from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
 from torch import Tensor
 
 from launch.evaluate.model_card import readme
@@ -215,7 +216,7 @@ def export(target: str | Path, student: Student, run: TrainedRun, records: Seque
             (temporary / "README.md").write_text(readme(student, run, records))
             if (PROJECT_ROOT / "LICENSE").is_file():
                 shutil.copyfile(PROJECT_ROOT / "LICENSE", temporary / "LICENSE-code")
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise OSError(f"cannot write {target}: {error}; free some space there or choose another folder") from error
 
 

@@ -91,7 +91,7 @@ def test_the_checksum_is_that_of_the_archive(tmp_path):
         module(tmp_path, path, sha256="0" * 64).prepare_data()
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "data").exists()
-    assert len(module(tmp_path, path, sha256=right).reference()) == len(IMAGES)
+    assert len(module(tmp_path, path, sha256=right.upper()).reference()) == len(IMAGES)
     folder = write_folder(tmp_path / "cifar-10-batches-py")
     assert len(module(tmp_path, folder, "folder", sha256=right).reference()) == len(IMAGES)
 
@@ -169,3 +169,13 @@ def test_an_archive_replaced_by_another_is_seen_and_a_copy_is_not(tmp_path, caps
         ValueError, match=r"a.zip is of another kind than what .*cifar10 was packed of .*data.path back"
     ):
         module(tmp_path, edm).check_source()
+
+
+def test_of_torchvisions_root_the_batches_alone_are_looked_at(tmp_path, capsys):
+    write_folder(tmp_path / "all/cifar-10-batches-py")
+    module(tmp_path, tmp_path / "all").reference()
+    (tmp_path / "all/link").symlink_to("nowhere")
+    (tmp_path / "all/other").write_text("another data set")
+    capsys.readouterr()
+    module(tmp_path, tmp_path / "all").check_source()
+    assert "comparing" not in capsys.readouterr().out

@@ -47,6 +47,15 @@ def test_photographs_are_turned_upright(tmp_path, channels):
     )
 
 
+def test_a_picture_whose_exif_data_are_damaged_is_named(tmp_path):
+    content = encoded(pattern(16, 16, 1), "JPEG")
+    exif = b"Exif\0\0garbagegarbage"
+    marker = b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif
+    folder_of(tmp_path / "my_photos", {"a.jpg": content[:2] + marker + content[2:]})
+    with pytest.raises(OSError, match=r"a.jpg has damaged EXIF data, .*not a TIFF file.*; remove them, or take"):
+        module(tmp_path).reference()
+
+
 def test_pictures_may_be_grey(tmp_path, capsys):
     """Colours by Pillow's luma, before they are shrunk; what is grey already stays as it is."""
     grey = pattern(16, 16, 1)

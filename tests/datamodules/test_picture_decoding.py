@@ -242,3 +242,8 @@ def test_whatever_bytes_are_damaged_it_is_an_oserror_or_a_picture(kind, monkeypa
             decode(bytes(damaged), "a picture", DecodingRules())
         except (OSError, ValueError) as error:
             assert str(error).startswith("a picture ")  # noqa: PT017
+
+
+def test_a_bitmap_in_text_has_one_bit():
+    values = np.asarray(decode(b"P1\n3 2\n1 0 1\n0 1 0\n", "a picture", DecodingRules()).image)
+    assert values[..., 0].tolist() == [[0, 255, 0], [255, 0, 255]]
