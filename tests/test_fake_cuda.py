@@ -93,7 +93,7 @@ CASES = {name: (name, {}) for name in METHODS} | {
         | {f"method.teachers.{i}.steps": 4 for i in range(2)},
     ),
 }
-QUICK = ("pretrain, micro-batches, clipped", "disback, gan")
+QUICK = ("pretrain, micro-batches, clipped",)
 
 
 class Count(pl.Callback):

@@ -6,7 +6,7 @@ import logging
 import pytest
 from hydra import initialize_config_dir
 from published_files import PUBLISHED
-from support_matrix import FAMILIES, METHODS, ROOT, TRAINED, TWINS, Case, cases, covering, planned, published, run
+from support_matrix import FAMILIES, METHODS, ROOT, TRAINED, Case, cases, covering, planned, published, run
 
 from launch.run.names import register_resolvers
 
@@ -27,9 +27,7 @@ QUICK = ("pretrain", "diff_instruct", "sfd")
     [
         pytest.param(
             case,
-            marks=()
-            if case.method in QUICK or (case.family == "edm" and case.method not in TWINS)
-            else pytest.mark.slow,
+            marks=() if case.method in QUICK else pytest.mark.slow,
             id=f"{case.data}-{case.method.replace(' ', '_')}-{case.family}",
         )
         for case in covering()

@@ -56,6 +56,7 @@ def test_a_run_measured_again_gives_the_same_values(finished, tmp_path):
         assert np.array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_several_runs_share_one_table(folder):
     ended = evaluate(folder, "run=[runs/a2,runs/a*]", "metrics=[fid,is]", "num_samples=30", "blocks=1").ok()
     table = ended.out[ended.out.index("fingerprint") :].partition("\n\n")[0]

@@ -31,6 +31,7 @@ def test_a_plan_says_which_folder_is_which_class(tmp_path):
     train(tmp_path, *own, "data.resolution=32", "data.num_classes=4").refused("3 class folders", "data.num_classes=4")
 
 
+@pytest.mark.slow
 def test_neither_plan_nor_download_belong_to_a_run(tmp_path):
     """They change nothing, so a run that was planned, or begun with download=true, goes on without."""
     train(tmp_path, *STUDENT, "download=true").ok()

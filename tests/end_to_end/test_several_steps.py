@@ -68,6 +68,7 @@ def test_one_number_is_drawn_as_ever(folder):
     assert not (folder / "runs/one/evaluation/quality.png").exists()
 
 
+@pytest.mark.slow
 def test_several_runs_are_compared_at_every_number(folder):
     ended = evaluate(folder, "run=runs/few*", "steps=[1,2]", *SETTINGS).ok()
     table = ended.out[ended.out.index("fid_digits against NFE") :]

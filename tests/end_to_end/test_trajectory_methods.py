@@ -182,7 +182,10 @@ def test_quality_against_the_number_of_steps(finished, name, counts):
     ("name", "steps", "message"),
     [
         ("progressive", "[8,3]", ["steps=8: runs/progressive has students of 4, 2, 1 steps"]),
-        ("sfd_v", "4", ["steps=4: the student takes 3, 2, 1, and no other number (runs/sfd_v)"]),
+        pytest.param(
+            *("sfd_v", "4", ["steps=4: the student takes 3, 2, 1, and no other number (runs/sfd_v)"]),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_other_numbers_of_steps_are_refused(finished, name, steps, message):

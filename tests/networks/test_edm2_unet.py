@@ -13,7 +13,6 @@ from stillhouse.diffusion.preconditioning import EDM
 from stillhouse.diffusion.sampling import one_step_sampling
 from stillhouse.networks import EDM2UNet
 from stillhouse.networks.edm2_unet import MPConv, mp_cat, mp_silu, mp_sum, normalised_layers, unit_magnitude
-from stillhouse.networks.step_condition import condition_on_steps
 
 
 def rms(x):
@@ -49,17 +48,6 @@ def test_weights_count_by_direction_and_normalising_changes_no_output():
         assert layer.weight.flatten(1).square().mean(1).sqrt().sub(1).abs().max() < 2e-4
     torch.testing.assert_close(network(*given), before, rtol=5e-3, atol=5e-3)
     assert not EDM2UNet(8, 1, 1, model_channels=16, channels_per_head=8, attn_resolutions=()).eval()(*given[:2]).any()
-
-
-@torch.no_grad()
-def test_it_takes_the_condition_of_a_number_of_steps():
-    network = tiny("edm2")
-    given = inputs(network)
-    before = network(*given)
-    condition_on_steps(network, 3)
-    assert torch.equal(network(*given), before)
-    torch.nn.init.normal_(network.embed.steps.layer2.weight)
-    assert not torch.equal(network(*given), before)
 
 
 class Toy(Method):
