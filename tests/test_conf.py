@@ -140,19 +140,15 @@ def option_names(cfg: dict, prefix: str = "") -> set[str]:
 
 
 def with_slow_recipes(files: list[Path]) -> list:
-    """Recipes are slow that set no option but those that another of their method sets; not those that recipe= chooses."""
+    """Of a method's recipes all are slow but the one with the most options; not those that recipe= chooses."""
     of_method = {}
     for file in files:
         *method, last = override(file)[0]
         if file.parts[0] == "recipe" and last.startswith("data="):
             options = option_names(OmegaConf.to_container(OmegaConf.load(CONF / file)))
             of_method.setdefault(tuple(method), []).append((file, options))
-    slow = {
-        file
-        for recipes in of_method.values()
-        for file, options in recipes
-        if any(options < more or (options == more and other < file) for other, more in recipes)
-    }
+    most = {max(recipes, key=lambda recipe: (len(recipe[1]), recipe[0]))[0] for recipes in of_method.values()}
+    slow = {file for recipes in of_method.values() for file, _ in recipes} - most
     return [pytest.param(file, marks=pytest.mark.slow if file in slow else ()) for file in files]
 
 
