@@ -1,7 +1,6 @@
 """Files of measured results, collected from run folders, each with the revision and the machine that it comes from."""
 
 import json
-from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +19,7 @@ from stillhouse.analysis.quality import Quality, quality_from_json, quality_to_j
 from stillhouse.analysis.stored_runs import distinct_names
 from stillhouse.files import write_ordered_json
 from stillhouse.metrics.provenance import revision
-from stillhouse.metrics.records import Record, load_records, merge_records
+from stillhouse.metrics.records import Record, load_records, merge_records, name_student
 
 _Measured = TypeVar("_Measured", Quality, TrainedRuns)
 
@@ -30,8 +29,7 @@ def record(target: Path, folders: list[Path]) -> None:
     names = distinct_names(map(RunFolder, folders))
     records: list[Record] = []
     for folder, name in names.items():
-        found = load_records(folder / "metrics.json")
-        records = merge_records(records, [replace(r, name=name) if r.subject == "student" else r for r in found])
+        records = merge_records(records, name_student(load_records(folder / "metrics.json"), name))
     write_ordered_json(target, {**origin(), "runs": list(names.values()), "records": [vars(r) for r in records]})
 
 

@@ -170,7 +170,8 @@ def read_trained(folder: Path, machine: str) -> TrainedRuns:
 
 def _read(run: RunFolder, name: str, seed: int, machine: str) -> Trained:
     values: dict[tuple[str, int], Record] = {}
-    for record in [*run.final_records(), *run.later_records()[0]]:
+    final = run.final_records()
+    for record in [*final, *run.later_records(final)[0]]:
         if record.metric.startswith("fid") and record.subject != "real":
             values.setdefault((record.subject, record.nfe), record)
     try:

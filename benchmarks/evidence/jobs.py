@@ -14,7 +14,7 @@ from benchmarks.measuring import ROOT
 from stillhouse.files import atomic_write
 
 _WEIGHTS = "student.safetensors"
-_LARGE = (".ckpt", ".safetensors", ".npz", ".pt")
+_LARGE = (".ckpt", ".safetensors", ".npz", ".pt", ".gz")  # a pack is the last
 
 
 def folder_of(out: Path, run: str, seed: int) -> Path:
@@ -66,6 +66,6 @@ def pack(out: Path, todo: Sequence[Job], target: Path) -> int:
         for item in sorted(out.rglob("*")):
             run = item.relative_to(out).parts[0]
             small = item.suffix not in _LARGE or (item.name == _WEIGHTS and run in needed and item.parent.name == run)
-            if item.is_file() and small and item != target and (item.parent in (out, out / "logs") or run in passed):
+            if item.is_file() and small and (item.parent in (out, out / "logs") or run in passed):
                 file.add(item, arcname=item.relative_to(out))
     return target.stat().st_size

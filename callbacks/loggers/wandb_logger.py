@@ -168,7 +168,7 @@ def final_metric_name(record: Record) -> str:
 
 
 def _cells(record: Record) -> list[Any]:
-    how = (record.fingerprint.get("weights"), record.nfe, record.mean, record.std, record.images_per_second)
+    how = (record.weights, record.nfe, record.mean, record.std, record.images_per_second)
     return [record.metric, record.subject, record.name, *how, record.comparable_id]
 
 

@@ -1,6 +1,6 @@
 """Options that several tasks of evaluate.py have, and what their values mean."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from glob import glob
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -74,10 +74,19 @@ def run_folders(value: Any, option: str = "run") -> list[Path]:
         FileNotFoundError: For a pattern that matches no run.
         ValueError: As `names`.
     """
+    return matching_folders(names(value, option), lambda path: (path / "config.yaml").is_file(), option)
+
+
+def matching_folders(patterns: Sequence[str], wanted: Callable[[Path], bool], option: str = "run") -> list[Path]:
+    """List the wanted ones of the folders that names and patterns stand for, each once, in their order.
+
+    Raises:
+        FileNotFoundError: For a pattern that matches none of them.
+    """
     folders: dict[Path, None] = {}
-    for pattern in names(value, option):
+    for pattern in patterns:
         found = [pattern] if Path(pattern).is_dir() else sorted(glob(pattern))  # a name may hold brackets
-        matches = [Path(path) for path in found if (Path(path) / "config.yaml").is_file()]
+        matches = [path for path in map(Path, found) if wanted(path)]
         if not matches:
             raise FileNotFoundError(
                 f"{option}={pattern} names no run (a folder with the config.yaml that train.py writes)"

@@ -1,15 +1,13 @@
 """task=report: one page of stored runs, with results, curves, samples and what differs in their configs."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import datetime
-from glob import glob
 from pathlib import Path
 from typing import Any, TypedDict
 
 from omegaconf import DictConfig
 
-from launch.evaluate.options import names, path_option
+from launch.evaluate.options import matching_folders, names, path_option
 from launch.run.folder import RunFolder
 from stillhouse.analysis.config_groups import comparable_options, labels, training_options
 from stillhouse.analysis.cost import read_costs
@@ -18,7 +16,7 @@ from stillhouse.analysis.report_sections import Gathered, Measured, sections
 from stillhouse.analysis.stored_runs import distinct_names
 from stillhouse.files import check_writable, resolve_inside, write_file
 from stillhouse.metrics.provenance import revision
-from stillhouse.metrics.records import load_records, merge_records
+from stillhouse.metrics.records import load_records, merge_records, name_student
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -30,15 +28,8 @@ def gather(patterns: Sequence[str]) -> Gathered:
         FileNotFoundError: Where a pattern names nothing of either kind.
         ValueError: Where no run is complete.
     """
-    paths: dict[Path, None] = {}
-    for pattern in patterns:
-        found = [pattern] if Path(pattern).is_dir() else sorted(glob(pattern))  # a name may hold brackets
-        matches = [path for path in map(Path, found) if _holds(path)]
-        if not matches:
-            raise FileNotFoundError(f"run={pattern} names no run (a folder with the config.yaml that train.py writes)")
-        paths.update(dict.fromkeys(matches))
     stored, teachers, left_out = [], [], []
-    for path in paths:
+    for path in matching_folders(patterns, _holds):
         try:
             if RunFolder(path).config.is_file():
                 stored.append(_read(path, left_out))
@@ -56,7 +47,7 @@ def gather(patterns: Sequence[str]) -> Gathered:
 
 def _named(name: str, label: str, values: dict[str, Any]) -> Measured:
     for key in ("final", "records"):
-        values[key] = [replace(r, name=name) if r.subject == "student" else r for r in values[key]]
+        values[key] = name_student(values[key], name)
     return Measured(name=name, label=label, **values)
 
 
@@ -72,7 +63,7 @@ def _read(path: Path, left_out: list[str]) -> dict[str, Any]:
     """
     folder = RunFolder(path)
     config, final = folder.plain_config(), folder.final_records()
-    again, unfinished = folder.later_records()
+    again, unfinished = folder.later_records(final)
     left_out += [f"{path}: {line}" for line in unfinished]
     return {
         "folder": folder,

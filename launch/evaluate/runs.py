@@ -1,7 +1,6 @@
 """task=runs: measure runs' students beside their teachers and real images, and compare several runs."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from stillhouse.analysis.compare_quality import write_quality
 from stillhouse.analysis.stored_runs import distinct_names
 from stillhouse.checks import check_choice
 from stillhouse.files import check_writable
-from stillhouse.metrics.records import Record, merge_records
+from stillhouse.metrics.records import Record, merge_records, name_student
 
 COMPARISON_FILES = tuple(f"{name}.{kind}" for name in ("convergence", "quality") for kind in ("json", "png"))
 
@@ -77,8 +76,7 @@ def main(cfg: DictConfig) -> None:
                     raise
                 print(f"not measured: {_line_about(path, error)}", flush=True)
                 continue
-            in_table = [replace(r, name=names[path]) if r.subject == "student" else r for r in records]
-            shown = merge_records(shown, in_table)
+            shown = merge_records(shown, name_student(records, names[path]))
             write_results(path / "evaluation", records, evaluation, samplers(run.method, run.folder, possible))
     finally:  # also where an error ends the rest
         print_table(shown)
@@ -89,20 +87,28 @@ def main(cfg: DictConfig) -> None:
 
 
 def search_middle(cfg: DictConfig, folders: Sequence[Path], device: torch.device) -> None:
-    """Search each run's middle noise level, by as many samples as measurements on the way have, unless the options say more."""
+    """Search each run's middle noise level, by as many samples as measurements on the way have, unless the options say more.
+
+    Raises:
+        ValueError: Where no run can be searched.
+    """
     for path in folders:
         for name in middle.FILES:
             check_writable(path / "evaluation" / name)
+    searched = False
     for path in folders:
         try:
             run = load(cfg, path)
             settings = evaluation_settings(cfg, run.config)
             fewer = {"blocks": cfg.blocks or 1, "num_samples": cfg.num_samples or settings["training"]["num_samples"]}
             print(f"\n{middle.search(run, settings | fewer, device)}", flush=True)
+            searched = True
         except EXPECTED as error:
             if len(folders) == 1:
                 raise
             print(f"not searched: {_line_about(path, error)}", flush=True)
+    if not searched:
+        raise ValueError("nothing was searched; the lines above say why")
 
 
 def load(cfg: DictConfig, path: Path) -> TrainedRun:

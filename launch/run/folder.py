@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -127,22 +127,24 @@ class RunFolder:
         self.check_complete()
         return load_records(resolve_inside(self.path, self.metrics.name))
 
-    def later_records(self) -> tuple[list[Record], list[str]]:
+    def later_records(self, final: Iterable[Record]) -> tuple[list[Record], list[str]]:
         """Return the records that evaluate.py made of the final weights, and a line for each of others, which are left out.
 
         Others are of a half-trained student, and of another checkpoint than the final evaluation's (`checkpoint=last`).
+
+        Args:
+            final: The records of the final evaluation.
 
         Raises:
             ValueError: For damaged records.
         """
         path = resolve_inside(self.path, "evaluation/metrics.json")
         records = load_records(path) if path.is_file() else []
-        final = self.final_records() if self.complete() else []
-        steps = {_weights(record): record.training["step"] for record in final if record.training}
+        steps = {record.weights: record.training["step"] for record in final if record.training}
 
         def other(record: Record) -> bool:
             at = record.training
-            return at is not None and (record.unfinished or at["step"] != steps.get(_weights(record), at["step"]))
+            return at is not None and (record.unfinished or at["step"] != steps.get(record.weights, at["step"]))
 
         left_out = {f"{r.training['step']} of {r.training['total']}": None for r in records if other(r)}
         lines = [f"{path.relative_to(self.path)} has values after {at} training steps, left out" for at in left_out]
@@ -254,10 +256,6 @@ class RunFolder:
             yield
         finally:
             lock.release()
-
-
-def _weights(record: Record) -> Any:
-    return record.fingerprint.get("weights")
 
 
 def _odd(config: Any) -> str:

@@ -53,10 +53,12 @@ def fetch(config: dict[str, Any]) -> None:
         OSError, ValueError: As `download`.
     """
     for source in remote_files(config):
-        if source.missing and is_rank_zero():
+        if not source.missing:
+            continue
+        if is_rank_zero():
             print(f"{source.option}: fetching {source.url} to {source.file}", flush=True)
             download(source.url, source.file, source.sha256)
-        elif source.missing:
+        else:
             print(f"{source.option}: waiting for {source.file}, which the first process fetches", flush=True)
             while source.missing:
                 time.sleep(_POLL)

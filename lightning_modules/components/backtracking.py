@@ -131,10 +131,15 @@ class Backtracking(Method):
         return [self.target]
 
     @property
+    def path_updates(self) -> int:
+        """Updates of the student after which its target is the teacher, with "converged" at the latest."""
+        return (self.nodes - 1) * self.interval
+
+    @property
     def target_evaluations(self) -> float:
         """Network evaluations of one of the target's estimates, on average; with "converged" the fewest."""
         share = sum("student" in names for names in self.update_cycle) / len(self.update_cycle)
-        before = min((self.nodes - 1) * self.interval / (share * self.total_steps), 1.0) if self.nodes else 0.0
+        before = min(self.path_updates / (share * self.total_steps), 1.0) if self.nodes else 0.0
         return 1.0 + (1.0 - before) * (self.teacher.evaluations_per_estimate - 1)
 
     # -- stage 1 ---------------------------------------------------------------------------------------------------
@@ -159,10 +164,11 @@ class Backtracking(Method):
         """Before a checkpoint is restored, which then has the last word."""
         super().setup(stage)
         if stage == "fit" and self.path:
-            needed, updates = (self.nodes - 1) * self.interval, self.student_updates_in(self.total_steps)
-            if needed >= updates:
+            updates = self.student_updates_in(self.total_steps)
+            if self.path_updates >= updates:
                 rank_zero_warn(
-                    f"the teacher itself becomes the target after {needed} updates of the student, and this run has {updates}: "
+                    f"the teacher itself becomes the target after {self.path_updates} updates of the student, "
+                    f"and this run has {updates}: "
                     "with method.switch=interval it follows degraded scores to its end; lower method.nodes or method.interval"
                 )
             for step in self.path.steps:  # a missing or damaged node shows now, not after hours

@@ -60,11 +60,11 @@ def compare_quality(folders: Sequence[StoredRun], *, like: Record | None = None,
                 seed,
                 record.nfe,
                 record.mean,
-                record.fingerprint.get("weights"),
+                record.weights,
                 record.provenance,
                 costs[path],
             )
-            twin = values.setdefault((group, seed, record.nfe), value)
+            twin = values.setdefault(value.place, value)
             if twin is not value:
                 notes.append(f"{path} at {record.nfe} NFE left out: {twin.name} has its configuration, seed and NFE")
     if not values:
@@ -76,7 +76,7 @@ def compare_quality(folders: Sequence[StoredRun], *, like: Record | None = None,
             value = QualityValue(
                 record.name, label_teacher(record), None, record.nfe, record.mean, None, record.provenance
             )
-            twin = values.setdefault((value.group, None, value.nfe), value)
+            twin = values.setdefault(value.place, value)
             if twin.mean != value.mean:
                 notes.append(
                     f"{value.group} at {value.nfe} NFE has two values, {twin.mean:.4g} and {value.mean:.4g}, perhaps of "
@@ -97,7 +97,8 @@ def _stored(folder: StoredRun, notes: list[str]) -> tuple[list[Record], list[Rec
         if not folder.metrics.is_file():
             raise FileNotFoundError(f"{path} holds neither a run nor a measured teacher; give folders that do")
         return load_records(resolve_inside(path, folder.metrics.name)), []
-    final, (again, unfinished) = folder.final_records(), folder.later_records()
+    final = folder.final_records()
+    again, unfinished = folder.later_records(final)
     notes += [f"{path}: {line}" for line in unfinished]
     return final, again
 
@@ -121,11 +122,11 @@ def _chosen(final: list[Record], again: list[Record], like: Record, weights: str
     found: dict[int, dict[str | None, Record]] = {}
     for record in filter(_student, (*final, *again)):
         if record.kind == like.kind:
-            found.setdefault(record.nfe, {})[record.fingerprint.get("weights")] = record
+            found.setdefault(record.nfe, {})[record.weights] = record
     chosen = []
     for nfe, kinds in sorted(found.items()):
         finals = sorted(filter(_student, final), key=lambda record: record.nfe != nfe)
-        order = [weights, *(record.fingerprint.get("weights") for record in finals), *kinds]
+        order = [weights, *(record.weights for record in finals), *kinds]
         chosen.append(kinds[next(kind for kind in order if kind in kinds)])
     return chosen
 

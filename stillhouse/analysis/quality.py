@@ -54,6 +54,11 @@ class QualityValue:
     provenance: dict[str, str | None] | None = None
     costs: dict[str, float | None] | None = None
 
+    @property
+    def place(self) -> tuple[str, int | None, int]:
+        """What no two values of a table have in common."""
+        return self.group, self.seed, self.nfe
+
 
 @dataclass(frozen=True)
 class Quality:
@@ -77,7 +82,7 @@ class Quality:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if len({(v.group, v.seed, v.nfe) for v in self.values}) != len(self.values):
+        if len({value.place for value in self.values}) != len(self.values):
             raise ValueError("two values of one group have the same seed and NFE; name one of their runs")
 
     def with_others(self, others: "Quality") -> "Quality":
@@ -90,15 +95,15 @@ class Quality:
         if (self.metric, self.fingerprint) != (others.metric, others.fingerprint):
             kinds = [f"{q.metric} of {describe_fingerprint(q.fingerprint)}" for q in (self, others)]
             raise ValueError(f"it has {kinds[0]}, these are {kinds[1]}")
-        values = {(v.group, v.seed, v.nfe): v for v in self.values}
+        values = {value.place: value for value in self.values}
         for value in others.values:
-            twin = values.setdefault((value.group, value.seed, value.nfe), value)
+            twin = values.get(value.place, value)
             if twin.name != value.name:
                 raise ValueError(
                     f"{twin.name} of it and {value.name} of these would both be {value.group!r} of seed {value.seed} with "
                     f"{value.nfe} NFE"
                 )
-            values[value.group, value.seed, value.nfe] = value
+            values[value.place] = value
         floor = self.floor if others.floor is None else others.floor
         notes = dict.fromkeys((*self.notes, *others.notes))
         return Quality(self.metric, self.fingerprint, tuple(values.values()), floor, tuple(notes))

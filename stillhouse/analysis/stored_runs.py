@@ -49,8 +49,8 @@ class StoredRun(Protocol):
             ValueError: For a run that is not complete, and for damaged records.
         """
 
-    def later_records(self) -> tuple[list[Record], list[str]]:
-        """Return the records that evaluate.py made of the final weights, and a line for each other one, left out.
+    def later_records(self, final: Iterable[Record]) -> tuple[list[Record], list[str]]:
+        """Return the records that evaluate.py made of the weights of `final_records`, and a line for each other one, left out.
 
         Raises:
             ValueError: For damaged records.

@@ -83,7 +83,7 @@ def _rows(records: list[Record]) -> list[list[str]]:
     metrics = list(dict.fromkeys(record.metric for record in records))
     subjects: dict[tuple, dict[str, Record]] = {}
     for r in records:
-        key = (r.name, r.subject, r.fingerprint.get("weights"), r.nfe, r.steps, r.solver)
+        key = (r.name, r.subject, r.weights, r.nfe, r.steps, r.solver)
         subjects.setdefault(key, {})[r.metric] = r
     order = sorted(subjects.values(), key=lambda row: _rank(next(iter(row.values()))))
     body = []
@@ -100,7 +100,7 @@ def _rank(record: Record) -> tuple:
 
 def describe_subject(record: Record) -> str:
     """Such as student (ema_0.999), student (raw, after 6 of 13 training steps), teacher (heun, 10 steps), real."""
-    notes = [record.fingerprint.get("weights") if record.subject == "student" else None, record.solver]
+    notes = [record.weights if record.subject == "student" else None, record.solver]
     notes.append(f"{record.steps} steps" if record.steps and record.steps > 1 else None)
     if record.unfinished:
         notes.append(f"after {record.training['step']} of {record.training['total']} training steps")

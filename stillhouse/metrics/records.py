@@ -5,7 +5,7 @@ import json
 import math
 import types
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -72,6 +72,11 @@ class Record:
         return self.training is not None and self.training["reached"] < self.training["total"]
 
     @property
+    def weights(self) -> str | None:
+        """Which of a student's were measured: an average's name, or raw."""
+        return self.fingerprint.get("weights")
+
+    @property
     def comparable(self) -> dict[str, Any]:
         """The part of the fingerprint that values in one table have in common: all but the choice of weights."""
         return {key: value for key, value in self.fingerprint.items() if key != "weights"}
@@ -103,6 +108,11 @@ def merge_records(old: Iterable[Record], new: Iterable[Record]) -> list[Record]:
     merged = {record.identity: record for record in old}
     merged.update({record.identity: record for record in new})
     return list(merged.values())
+
+
+def name_student(records: Iterable[Record], name: str) -> list[Record]:
+    """The records, those of the student under another name."""
+    return [replace(record, name=name) if record.subject == "student" else record for record in records]
 
 
 def save_records(path: str | Path, records: Iterable[Record]) -> None:

@@ -21,6 +21,7 @@ from stillhouse.diffusion.random_numbers import MONITOR_SEEDS
 
 CONF = Path(__file__).parents[3] / "conf"
 CPU = torch.device("cpu")
+WEIGHTS = {"weights": None, "checkpoint": None, "download": False}
 
 
 def trained(*options: str) -> tuple[TrainedRun, dict]:
@@ -63,7 +64,7 @@ def test_the_level_that_does_best_by_the_monitoring_seeds(tmp_path, monkeypatch)
     assert imread(run.folder.path / "evaluation/middle.png").shape[:2] == (480, 720)
 
 
-def test_what_can_not_be_searched_is_refused(tmp_path, monkeypatch):
+def test_what_can_not_be_searched_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run, settings = trained("method=ect")
     with pytest.raises(
@@ -77,6 +78,12 @@ def test_what_can_not_be_searched_is_refused(tmp_path, monkeypatch):
     run.method.sampling = lambda nfe: replace(run.method.sampler.sampling(), solver="euler")
     with pytest.raises(ValueError, match="is for students that renoise between two evaluations, which pretrain's does"):
         middle.search(run, settings, CPU)
+    for name in ("a", "b"):
+        run.folder.path.joinpath(f"../{name}").mkdir()
+        Path(f"runs/{name}/config.yaml").write_text("")
+    with pytest.raises(ValueError, match="nothing was searched; the lines above say why"):
+        runs.main(OmegaConf.create({"run": "runs/[ab]", "middle": "search", "steps": None, "device": "cpu"} | WEIGHTS))
+    assert "not searched: runs/a/config.yaml is not the config of a run" in capsys.readouterr().out
     options = {"run": "runs/x", "middle": "find", "steps": None, "device": "cpu"}
     with pytest.raises(ValueError, match="middle must be one of None, search, got 'find'"):
         runs.main(OmegaConf.create(options))
