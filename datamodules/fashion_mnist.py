@@ -10,9 +10,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from datamodules.components.file_datamodule import ImageSource, PixelDataModule, array_source
-from datamodules.components.packed_images import PackedImages
+from datamodules.components.file_datamodule import ContentHashes, ImageSource, PixelDataModule, array_source
+from datamodules.components.packed_images import PackedImages, read_meta, way_out
 from stillhouse.checkpoints.bounds import BoundedStream
+from stillhouse.checks import check_choice
 
 _CLASSES, _SIDE = 10, 28
 _PARTS = {
@@ -40,18 +41,19 @@ class FashionMNIST(PixelDataModule):
 
     Args:
         path: The folder with the four files, as they are published (NAME.gz) or unpacked (NAME).
-        packaged: A folder that is read where `path` is missing: that of Debian's package dataset-fashion-mnist.
+        packaged: The folder of Debian's package dataset-fashion-mnist, from which each file is read that `path` lacks.
         url: The folder from which `download=true` fetches `files`.
         files: SHA-256 of the published files by their names; what is read is then compared with the published content. None:
-            any files of that format.
+            any files of that format, from `path` alone.
         part: "training" or "test".
 
     Raises:
-        ValueError: For another resolution or number of classes.
+        ValueError: For another resolution, number of classes or part.
     """
 
-    how_to_get = "add download=true, install Debian's package dataset-fashion-mnist, or set data.path"
+    how_to_get = "put the file there, packed by gzip or not, or set data.path"
     source_channels = 1
+    test_files = tuple(f"{name}.gz" for name in _PARTS["test"])
 
     def __init__(
         self,
@@ -65,57 +67,87 @@ class FashionMNIST(PixelDataModule):
         part: str = "training",
         **common: Any,
     ):
-        super().__init__(name, root, path=path, **common)
+        super().__init__(name, root, path=path, url=url, **common)
+        check_choice("data.part", part, tuple(_PARTS))
         if self.resolution not in _PREPROCESSING or self.classes not in (0, _CLASSES):
             raise ValueError(
                 f"data.resolution={self.resolution}, data.num_classes={self.classes}: Fashion-MNIST is served with "
                 f"{', '.join(map(str, sorted(_PREPROCESSING)))} pixels a side and {_CLASSES} classes; correct the options"
             )
-        if packaged and not self.path.exists() and Path(packaged).exists():
-            self.path = Path(packaged)
         self.published, self.part = files is not None, part
-        self._common = common
-        self._held_out: PackedImages | None = None
+        # A copy of the published files stands in for these alone, never for others of the same format.
+        self._folders = [self.path, *([Path(packaged).expanduser()] if packaged and self.published else [])]
+        self._test: FashionMNIST | None = None
+        if part == "training":
+            options = {"path": path, "packaged": packaged, "url": url, "files": files, **common}
+            self._test = FashionMNIST("test", str(self.folder), part="test", **options)
 
     @property
     def source_paths(self) -> list[Path]:
-        return [_file(self.path, name) for name in _PARTS[self.part]]
+        return [self._file(name) for name in _PARTS[self.part]]
+
+    @property
+    def place(self) -> str:
+        return " and ".join(dict.fromkeys(str(path.parent) for path in self.source_paths))
+
+    def missing_source(self) -> Path | None:
+        return next((path for path in self.source_paths if not path.is_file()), None)
+
+    def way_to_get(self, missing: Path) -> str:
+        ways = (
+            [f"add download=true to fetch {self.url.rstrip('/')}/{missing.name}"] if self.url and self.published else []
+        )
+        ways += ["install Debian's package dataset-fashion-mnist"] if len(self._folders) > 1 else []
+        return ", ".join([*ways, f"or {self.how_to_get}" if ways else self.how_to_get])
+
+    def provenance(self, stamp: str, hashes: ContentHashes) -> dict[str, Any]:
+        return {**super().provenance(stamp, hashes), "published": self.published}
+
+    def check_source(self) -> None:
+        super().check_source()
+        if self._test is not None:
+            self._test.check_source()
 
     def source(self) -> ImageSource:
         images, labels = (self._read(name) for name in _PARTS[self.part])
         if images.shape[1:] != (_SIDE, _SIDE) or labels.shape != images.shape[:1]:
             raise OSError(
-                f"{self.path}: {_PARTS[self.part][0]} holds {_by(images.shape)} values and {_PARTS[self.part][1]} "
+                f"{self.place}: {_PARTS[self.part][0]} holds {_by(images.shape)} values and {_PARTS[self.part][1]} "
                 f"{_by(labels.shape)}, instead of images of {_SIDE}x{_SIDE} and a class for each; get them again"
             )
         return array_source(
             resized(images, self.resolution)[:, None],
             labels if self.classes else None,
-            f"{self.path.name}, {_PARTS[self.part][0]}",
+            f"{self.source_paths[0].parent.name}, {_PARTS[self.part][0]}",
             _PREPROCESSING[self.resolution],
         )
 
     def prepare_data(self) -> None:
         super().prepare_data()
-        if self.part == "training" and self.folder.exists():
-            self.held_out()  # so that missing test images are seen before a training, not after it
+        if self._test is not None and self.folder.exists():
+            self._test.prepare_data()
 
-    def held_out(self) -> PackedImages:
-        if self._held_out is not None:
-            return self._held_out
-        test = FashionMNIST(
-            f"{self.name}_test",
-            str(self.folder.parent),
-            path=str(self.path),
-            files={} if self.published else None,
-            part="test",
-            **self._common,
-        )
-        self._held_out = test.reference()
-        return self._held_out
+    def held_out(self) -> PackedImages | None:
+        if self._test is None:
+            return None
+        self.reference()  # first: the folder of the test images lies in that of the training images
+        return self._test.reference()
+
+    def _check_unchanged(self) -> None:
+        super()._check_unchanged()
+        if self.published and not read_meta(self.folder).get("published", True):
+            raise ValueError(
+                f"{self.folder} was packed with data.files=null, of any files of that format: {way_out(self.folder)}, or set "
+                "data.files=null or data.name"
+            )
+
+    def _file(self, name: str) -> Path:
+        """The file that is read; where there is none, its place in `path`."""
+        places = [folder / file for folder in self._folders for file in (name, f"{name}.gz")]
+        return next((place for place in places if place.is_file()), self.path / f"{name}.gz")
 
     def _read(self, name: str) -> np.ndarray:
-        file = _file(self.path, name)
+        file = self._file(name)
         values, digest = read_idx(file)
         if self.published and digest != _CONTENT[name]:
             raise OSError(
@@ -168,11 +200,6 @@ def _values(file: BinaryIO | BoundedStream) -> tuple[np.ndarray, str]:
             f"it announces {_by(shape)} values and holds {'more' if len(values) > math.prod(shape) else len(values)}"
         )
     return np.frombuffer(values, np.uint8).reshape(shape), sha256(magic + axes + values).hexdigest()
-
-
-def _file(folder: Path, name: str) -> Path:
-    unpacked = folder / name
-    return unpacked if unpacked.is_file() else folder / f"{name}.gz"
 
 
 def _by(shape: tuple[int, ...]) -> str:

@@ -44,7 +44,7 @@ class ImageFolder(PictureDataModule, PixelDataModule):
         return {**super().pixel_options, "class_order": self.class_order}
 
     def class_table(self) -> str | None:
-        if not (self.classes and self.path.exists()):
+        if not (self.classes and self.has_source()):
             return None
         return class_table(class_folders(PictureFiles(self.path), self.classes, self.class_order), orders=True)
 

@@ -27,7 +27,7 @@ class ImageNet(PictureDataModule, PixelDataModule):
         return picture_source(self.name, files, self.rules, self._crop, CENTRE_CROP, labels)
 
     def class_table(self) -> str | None:
-        if not (self.classes and self.path.exists()) or is_edm_zip(self.path):
+        if not (self.classes and self.has_source()) or is_edm_zip(self.path):
             return None
         return class_table(class_folders(PictureFiles(self.path), self.classes))
 

@@ -140,6 +140,8 @@ class FileDataModule(ImageDataModule):
     """Channels of the images in the source."""
     other_channels: ClassVar[tuple[int, ...]] = ()
     """Channels that it can be packed with as well."""
+    test_files: ClassVar[tuple[str, ...]] = ()
+    """Published files of the test images, which are packed into ROOT/NAME/test."""
 
     def __init__(
         self,
@@ -171,6 +173,25 @@ class FileDataModule(ImageDataModule):
         """All files and folders that are read."""
         return [self.path]
 
+    @property
+    def place(self) -> str:
+        """Where the source is, for messages."""
+        return str(self.path)
+
+    def missing_source(self) -> Path | None:
+        """What of the source is not there; None where nothing is missing."""
+        return None if self.path.exists() else self.path
+
+    def has_source(self) -> bool:
+        """Whether the source is there, so that it can be packed, or compared with what was packed."""
+        return self.missing_source() is None
+
+    def way_to_get(self, missing: Path) -> str:
+        """What to do about a file or folder of the source that is missing."""
+        if self.url:
+            return f"add download=true to fetch {self.url}, or put the file there"
+        return self.how_to_get.format(path=missing, resolution=self.resolution)
+
     @abstractmethod
     def content_hashes(self) -> ContentHashes:
         """The hashes of the source as it is now."""
@@ -192,7 +213,7 @@ class FileDataModule(ImageDataModule):
         return json_hash(stats)
 
     def prepare_data(self) -> None:
-        if self.path.exists():
+        if self.has_source():
             super().prepare_data()
 
     def reference(self) -> PackedImages:
@@ -205,11 +226,9 @@ class FileDataModule(ImageDataModule):
             if not self._compared:
                 self._check_unchanged()
             self._compared = True
-        elif not self.path.exists():
-            get = f"add download=true to fetch {self.url}, or put the file there" if self.url else self.how_to_get
+        elif (missing := self.missing_source()) is not None:
             raise FileNotFoundError(
-                f"no {self.name} images: neither {self.folder} nor {self.path} exists; "
-                + get.format(path=self.path, resolution=self.resolution)
+                f"no {self.name} images: neither {self.folder} nor {missing} exists; {self.way_to_get(missing)}"
             )
 
     def _check_unchanged(self) -> None:
@@ -217,7 +236,7 @@ class FileDataModule(ImageDataModule):
         self.check_sizes(meta)
         if "source_sha256" not in meta:
             print(
-                f"{self.folder} was packed by an older version, which did not record its source: changes of {self.path} are "
+                f"{self.folder} was packed by an older version, which did not record its source: changes of {self.place} are "
                 f"not seen; to have them seen, {way_out(self.folder)}",
                 flush=True,
             )
@@ -228,19 +247,19 @@ class FileDataModule(ImageDataModule):
                     f"data.{option}={value}, but {self.folder} was packed with {meta['options'].get(option)}: "
                     f"{way_out(self.folder)}, or set data.name"
                 )
-        if not self.path.exists() or (stamp := self.source_stamp()) == meta["source_stamp"]:
+        if not self.has_source() or (stamp := self.source_stamp()) == meta["source_stamp"]:
             return
-        print(f"{self.path}: sizes or times of files differ from when {self.folder} was packed; comparing", flush=True)
+        print(f"{self.place}: sizes or times of files differ from when {self.folder} was packed; comparing", flush=True)
         hashes, packed = self.content_hashes(), meta["source_sha256"]
         if set(hashes) != set(packed):
             raise ValueError(
-                f"{self.path} is of another kind than what {self.folder} was packed of ({meta['source']}) and can't be "
+                f"{self.place} is of another kind than what {self.folder} was packed of ({meta['source']}) and can't be "
                 f"compared with it: {way_out(self.folder)}, set data.path back, or set data.name"
             )
         other = next((what for what, value in hashes.items() if value() != packed[what]), None)
         if other is not None:
             raise ValueError(
-                f"{self.path} has changed since {self.folder} was packed of it ({meta['source']}; now other {other}): "
+                f"{self.place} has changed since {self.folder} was packed of it ({meta['source']}; now other {other}): "
                 f"{way_out(self.folder)}, or set data.name"
             )
         with suppress(OSError):  # where it can't be kept the next process compares again
@@ -263,7 +282,7 @@ class PixelDataModule(FileDataModule):
             print(f"{self.name}: {table}", flush=True)
 
         def chunks(start: int) -> Iterator[np.ndarray]:
-            with progress_bar(source.count - start, f"packing {self.path}") as bar:
+            with progress_bar(source.count - start, f"packing {self.place}") as bar:
                 for chunk in source.chunks(start):
                     yield chunk
                     bar.update(len(chunk))
@@ -336,7 +355,7 @@ class EncodedDataModule(PictureDataModule):
 
         def contents(start: int) -> Iterator[tuple[str, bytes]]:
             pictures.report(self.name)
-            with progress_bar(len(pictures) - start, f"packing {self.path}") as bar:
+            with progress_bar(len(pictures) - start, f"packing {self.place}") as bar:
                 for picture in pictures.contents(start):
                     yield picture
                     bar.update()

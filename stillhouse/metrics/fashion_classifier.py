@@ -4,7 +4,6 @@ python -m stillhouse.metrics.fashion_classifier --data data/fashion_mnist16
 """
 
 import argparse
-import json
 import platform
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from stillhouse.checkpoints.bounds import parse_json
 from stillhouse.metrics.small_classifier import SmallClassifier, save_halved
 
 RESOLUTIONS = (16, 32)
@@ -129,28 +129,46 @@ def _augmented(images: Tensor, labels: Tensor, generator: torch.Generator) -> Te
     return padded[torch.arange(len(images))[:, None, None], top[:, :, None], left[:, None, :]][:, None]
 
 
-def _split(folder: str) -> tuple[np.ndarray, np.ndarray, str]:
-    """Images, labels and their hash, of a packed folder."""
-    meta = json.loads((Path(folder) / "meta.json").read_text())
-    images, labels = (np.load(Path(folder) / f"{name}.npy") for name in ("images", "labels"))
+def _split(folder: Path) -> tuple[np.ndarray, np.ndarray, str]:
+    """Images, labels and their hash, of a packed folder.
+
+    Raises:
+        FileNotFoundError: Nothing is packed there.
+        ValueError: Its images are no clothes of a classifier's size, or have no labels.
+    """
+    if not (folder / "meta.json").is_file():
+        raise FileNotFoundError(
+            f"no packed images in {folder}; a run of data=fashion_mnist data.resolution=16 packs them"
+        )
+    meta = parse_json((folder / "meta.json").read_bytes())
+    kind = [meta.get(key) for key in ("channels", "resolution", "classes")]
+    if kind not in [[1, side, 10] for side in RESOLUTIONS]:
+        raise ValueError(
+            f"{folder} holds images of channels={kind[0]}, resolution={kind[1]}, num_classes={kind[2]}; pack grey ones of "
+            f"{' or '.join(map(str, RESOLUTIONS))} pixels a side with ten classes, by a run of data=fashion_mnist"
+        )
+    images, labels = (np.load(folder / f"{name}.npy") for name in ("images", "labels"))
     return images, labels.astype(np.int64), meta["sha256"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the classifier whose features fid_fashion is measured in.")
     parser.add_argument(
-        "--data", default="data/fashion_mnist16", help="the packed training images; the test images in DATA_test"
+        "--data", default="data/fashion_mnist16", help="the packed training images, with the test images in DATA/test"
     )
     parser.add_argument("--output", help="the .safetensors file to write, its card beside it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--device", default="cpu", help="cuda trains faster, and gives other weights than the CPU")
     arguments = parser.parse_args()
-    for folder in (arguments.data, f"{arguments.data}_test"):
-        if not (Path(folder) / "meta.json").is_file():
-            parser.error(f"no packed images in {folder}; a run of data=fashion_mnist (evaluation=pixels) packs them")
-    images, labels, source = _split(arguments.data)
-    tests, test_labels, test_source = _split(f"{arguments.data}_test")
+    folder = Path(arguments.data)
+    try:
+        images, labels, source = _split(folder)
+        tests, test_labels, test_source = _split(folder / "test")
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if len(images) < 2 * HELD_OUT:
+        parser.error(f"{folder} holds {len(images):,} images, and {HELD_OUT:,} are held out: pack all 60,000")
     output = arguments.output or weights_file(images.shape[-1])
     if Path(output).exists():
         parser.error(f"{output} exists already; move it away or choose another --output")

@@ -1,6 +1,8 @@
 """Fashion-MNIST's IDX files: pixels and labels exactly, both splits, and what is wrong with a file in one line."""
 
 import gzip
+import shutil
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -41,18 +43,53 @@ def test_every_resolution_and_both_parts(folder):
         assert packed.labels.tolist() == ARRAYS[1].tolist()
         assert (len(held_out), held_out.shape[1:]) == (12, packed.shape[1:])
         assert held_out.labels.tolist() == ARRAYS[3].tolist()
+        assert held_out.folder == data.folder / "test"
     assert np.array_equal(fashion(folder, 28).held_out().images[:, 0], TEST)
 
 
-def test_unpacked_files_and_a_packaged_copy_do_as_well(folder, tmp_path):
-    first = fashion(folder, 28).reference()
+def test_unpacked_files_do_as_well_and_changed_ones_are_noticed_in_both_parts(folder):
+    fashion(folder, 28).reference()
     for name in NAMES:
         (folder / name).write_bytes(gzip.decompress((folder / f"{name}.gz").read_bytes()))
         (folder / f"{name}.gz").unlink()
     fashion(folder, 28).check_source()  # the same content
-    other = fashion(tmp_path / "elsewhere/nothing", 28, packaged=str(folder), num_classes=0)
-    assert np.array_equal(other.reference().images, first.images)
-    assert other.reference().labels is None
+    (folder / NAMES[2]).write_bytes(gzip.decompress(idx(255 - TEST)))
+    with pytest.raises(ValueError, match=r"files has changed since .*fashion28/test was packed of it .*other images"):
+        fashion(folder, 28).check_source()
+    (folder / NAMES[3]).unlink()
+    assert len(fashion(folder, 28).held_out()) == 12  # with a part of its source there is nothing to compare
+
+
+def test_each_file_that_is_missing_is_read_from_a_copy_where_the_published_ones_are_asked_for(
+    folder, tmp_path, monkeypatch
+):
+    content = {name: sha256(gzip.decompress((folder / f"{name}.gz").read_bytes())).hexdigest() for name in NAMES}
+    monkeypatch.setattr("datamodules.fashion_mnist._CONTENT", content)
+    debian = folder.rename(tmp_path / "debian")
+    copied = {"packaged": str(debian), "url": "http://a/b/"}
+    folder.mkdir()
+    shutil.copy(debian / f"{NAMES[1]}.gz", folder)
+    missing = (
+        f"no fashion28 images: neither .*fashion28 nor {folder}/{NAMES[0]}.gz exists; put the file there, .*data.path$"
+    )
+    with pytest.raises(FileNotFoundError, match=missing):
+        fashion(folder, 28, **copied).reference()
+    both = fashion(folder, 28, files={}, num_classes=0, **copied)
+    assert np.array_equal(both.reference().images[:, 0], IMAGES)
+    assert both.reference().labels is None
+    assert len(both.held_out()) == 12
+    (folder / f"{NAMES[2]}.gz").write_bytes(idx(255 - TEST))
+    with pytest.raises(OSError, match="t10k-images-idx3-ubyte.gz is another file than the published"):
+        fashion(folder, 16, files={}, **copied).held_out()
+    (debian / f"{NAMES[3]}.gz").unlink()
+    ways = (
+        rf"add download=true to fetch http://a/b/{NAMES[3]}.gz, install Debian's package dataset-fashion-mnist, or put"
+    )
+    with pytest.raises(
+        FileNotFoundError, match=f"no test images: .*fashion32/test nor {folder}/{NAMES[3]}.gz exists; {ways}"
+    ):
+        fashion(folder, 32, files={}, **copied).check_source()
+    assert not (tmp_path / "packed/fashion32").exists()
 
 
 @pytest.mark.parametrize(
@@ -91,16 +128,23 @@ def test_what_is_wrong_with_a_file_is_one_line(folder, name, content, message):
     assert "\n" not in str(error.value)
 
 
-def test_other_content_options_and_missing_files_are_refused(folder, tmp_path):
+def test_other_content_options_and_missing_files_are_refused(folder):
     with pytest.raises(OSError, match=r"other file than the published train-images.*data\.files=null"):
         fashion(folder, files={}).reference()
     with pytest.raises(ValueError, match="data.resolution=64, data.num_classes=10: .* 16, 28, 32 pixels a side"):
         fashion(folder, 64)
+    with pytest.raises(ValueError, match="data.part must be one of training, test, got 'train'"):
+        fashion(folder, part="train")
+    assert fashion(folder, 16, part="test").held_out() is None
+    fashion(folder).reference()
+    with pytest.raises(ValueError, match=r"fashion32 was packed with data\.files=null, of any files .*or data\.name"):
+        fashion(folder, files={}).check_source()
     (folder / f"{NAMES[1]}.gz").unlink()
-    with pytest.raises(FileNotFoundError, match="train-labels-idx1-ubyte.gz is missing; get it again"):
-        fashion(folder).reference()
-    with pytest.raises(FileNotFoundError, match="no fashion32 images: .*add download=true, install Debian's package"):
-        fashion(tmp_path / "nothing").reference()
+    fashion(folder, 16).prepare_data()  # for a method that needs no images
+    with pytest.raises(
+        FileNotFoundError, match="no fashion16 images: neither .*train-labels-idx1-ubyte.gz exists; put"
+    ):
+        fashion(folder, 16).reference()
 
 
 @pytest.mark.slow

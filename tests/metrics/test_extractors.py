@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch.nn import functional
 
+from datamodules import pack
 from datamodules.fashion_mnist import read_idx, resized
 from stillhouse.checkpoints.weights import find_weights
 from stillhouse.metrics.digits_classifier import WEIGHTS, classifier_accuracy, load_digit_images, split_digits
 from stillhouse.metrics.distances import frechet_distance
 from stillhouse.metrics.evaluation import printed_metric
 from stillhouse.metrics.extractors import Digits, Fashion, Pixels, Points
-from stillhouse.metrics.fashion_classifier import RESOLUTIONS, accuracy, train_classifier, weights_file
+from stillhouse.metrics.fashion_classifier import RESOLUTIONS, accuracy, main, train_classifier, weights_file
 from stillhouse.metrics.images import from_uint8, to_uint8
 from stillhouse.metrics.statistics import RunningGaussian
 
@@ -130,6 +131,35 @@ def test_a_classifier_of_clothes_learns_the_same_twice():
     one, two = (train_classifier(images, labels, seed=3, epochs=6, batch_size=10) for _ in range(2))
     assert accuracy(one, images, labels) == 1
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("side", "classes", "test", "message"),
+    [
+        (
+            28,
+            10,
+            True,
+            "holds images of channels=1, resolution=28, num_classes=10; pack grey ones of 16 or 32 pixels",
+        ),
+        (16, 0, True, "holds images of channels=1, resolution=16, num_classes=0; pack grey ones of 16 or 32 pixels"),
+        (16, 10, False, "no packed images in {folder}/test; a run of data=fashion_mnist data.resolution=16 packs them"),
+        (16, 10, True, "{folder} holds 20 images, and 5,000 are held out: pack all 60,000"),
+    ],
+)
+def test_a_classifier_of_clothes_refuses_other_data_before_it_is_trained(
+    tmp_path, monkeypatch, capsys, side, classes, test, message
+):
+    folder = tmp_path / "packed"
+    for place in (folder, folder / "test") if test else (folder,):
+        meta = {"name": "f", "classes": classes, "source": "", "preprocessing": ""}
+        labels = np.arange(20) % classes if classes else None
+        pack(place, np.zeros((20, 1, side, side), np.uint8), 20, (1, side, side), labels=labels, meta=meta)
+    command = ["fashion_classifier", "--data", str(folder), "--output", str(tmp_path / "c.safetensors")]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert message.format(folder=folder) in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_every_feature_is_alive_and_the_covariance_has_full_rank(extractor):
