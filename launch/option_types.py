@@ -48,7 +48,7 @@ def check_node(node: DictConfig) -> None:
         ValueError: For a target that may not be built, an option that it does not have, or one of the wrong type.
     """
     key = _key(node)
-    target = _target(str(node[_TARGET]), key)
+    target = find_target(str(node[_TARGET]), key)
     hydra_keys = {_TARGET: str, _PARTIAL: bool}
     _check_members(node, hydra_keys | parameters(target), key, target.__name__)
 
@@ -87,7 +87,12 @@ def _constructors(target: type) -> Iterator[Any]:
             yield vars(base)["__init__"]
 
 
-def _target(name: str, key: str) -> Any:
+def find_target(name: str, key: str) -> Any:
+    """The class or function that the option `key` names by `_target_`.
+
+    Raises:
+        ValueError: For one that may not be built, or is not there.
+    """
     packages = [*PACKAGES, *filter(None, os.environ.get(ADDED, "").split(","))]
     if name.partition(".")[0] not in packages:
         raise ValueError(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.option_types import find_target
 from launch.process_environment import is_rank_zero
 from stillhouse.checkpoints.download import download
 from stillhouse.checkpoints.weights import find_weights
@@ -40,7 +41,8 @@ def exists(path: Path) -> bool:
 def remote_files(config: dict[str, Any]) -> list[RemoteFile]:
     """Each file with an address in a resolved config, once: in nodes with `url` and one of `file`, `path` and `weights`.
 
-    With `files`, names with their SHA-256, the address and the path are folders of these, as is `packaged`, of copies.
+    With `files`, names with their SHA-256, the address and the path are folders of these, as is `packaged`, of copies; with
+    files=null none is asked for. Unpacked ones (without .gz) do as well.
     """
     files = {source.file: source for source in (*_walk(config, "", ()), *_perceptual(config.get("method") or {}))}
     return list(files.values())
@@ -71,6 +73,15 @@ def _perceptual(method: dict[str, Any]) -> Iterator[RemoteFile]:
         yield RemoteFile("method.lpips_weights", vgg16_file(method.get("lpips_weights")), URL)
 
 
+def _packed(node: dict[str, Any], option: str, name: str | None = None) -> tuple[Path, ...]:
+    """Where the images of a data set, or of one of its files, are once they are packed."""
+    if not {"name", "root"} <= set(node):
+        return ()
+    folder = Path(node["root"]) / str(node["name"])
+    test_files = getattr(find_target(node["_target_"], option), "test_files", ()) if "_target_" in node else ()
+    return (folder / "test" if name in test_files else folder,)
+
+
 def _walk(node: Any, option: str, instead: tuple[Path, ...]) -> Iterator[RemoteFile]:
     if isinstance(node, list):
         for index, part in enumerate(node):
@@ -79,13 +90,14 @@ def _walk(node: Any, option: str, instead: tuple[Path, ...]) -> Iterator[RemoteF
         return
     place = next((key for key in _FILES if node.get(key)), None)
     if node.get("url") and place:
-        if {"name", "root"} <= set(node):  # a data set, which is packed there
-            instead = (Path(node["root"]) / str(node["name"]),)
-        if node.get("files"):
-            for name, sha256 in node["files"].items():
-                copies = (*instead, Path(node["packaged"]) / name) if node.get("packaged") else instead
-                yield RemoteFile(option, Path(node[place]) / name, f"{node['url'].rstrip('/')}/{name}", sha256, copies)
+        if "files" in node:
+            folders = [Path(node[key]) for key in (place, "packaged") if node.get(key)]
+            for name, sha256 in (node["files"] or {}).items():
+                file, *copies = [folder / form for folder in folders for form in (name, name.removesuffix(".gz"))]
+                url, instead = f"{node['url'].rstrip('/')}/{name}", (*copies, *_packed(node, option, name))
+                yield RemoteFile(option, file, url, sha256, instead)
         else:
+            instead = _packed(node, option) or instead
             yield RemoteFile(option, Path(node[place]), node["url"], node.get("sha256"), instead)
     for key, part in node.items():
         if key == "source" and not node.get("weights"):  # a network with random weights needs none

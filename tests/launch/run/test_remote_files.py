@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from datamodules import FashionMNIST
 from launch.run.remote_files import RemoteFile, fetch, remote_files
 
 
@@ -52,25 +53,36 @@ def test_nodes_with_an_address_are_found_once():
 
 def test_files_of_one_folder_may_lie_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    names = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz", *FashionMNIST.test_files)
     data = {
+        "_target_": "datamodules.FashionMNIST",
         "name": "d",
         "root": "data",
         "path": "d",
         "packaged": "debian",
         "url": "http://a/b/",
-        "files": {"x.gz": "ab", "y.gz": "cd"},
+        "files": dict.fromkeys(names, "ab"),
     }
-    first, second = remote_files({"data": data})
-    copies = (Path("data/d"), Path("debian/x.gz"))
-    assert first == RemoteFile("data", Path("d/x.gz"), "http://a/b/x.gz", "ab", copies)
+    files = remote_files({"data": data})
+
+    def missing():
+        return [source.file.name for source in files if source.missing]
+
+    copies = (f"d/{names[0][:-3]}", f"debian/{names[0]}", f"debian/{names[0][:-3]}", "data/d")
+    assert files[0] == RemoteFile("data", Path(f"d/{names[0]}"), f"http://a/b/{names[0]}", "ab", (*map(Path, copies),))
+    assert missing() == [*names]
     Path("debian").mkdir()
-    Path("debian/x.gz").touch()
-    assert (first.missing, second.missing) == (False, True)
-    Path("data/d").mkdir(parents=True)  # packed already
-    assert not second.missing
-    assert remote_files({"data": data | {"files": None}}) == [
-        RemoteFile("data", Path("d"), "http://a/b/", None, copies[:1])
-    ]
+    Path(f"debian/{names[0]}").touch()
+    Path("d").mkdir()
+    Path(f"d/{names[3][:-3]}").touch()  # unpacked
+    assert missing() == [*names[1:3]]
+    Path("data/d").mkdir(parents=True)  # the training images are packed
+    assert missing() == [names[2]]
+    Path("data/d/test").mkdir()
+    assert missing() == []
+    assert (
+        remote_files({"data": data | {"files": None}, "teacher": {"path": "t", "url": "http://a", "files": None}}) == []
+    )
 
 
 def test_several_teachers_are_found_and_random_weights_need_nothing():
