@@ -26,7 +26,9 @@ _CHUNK = 128  # images of 299x299 in Inception, which take some 20 MB each
 
 
 class TorchFidelity:
-    """A network of torch-fidelity as a feature extractor for RGB images (N, 3, H, W), which it resizes in its own way.
+    """A network of torch-fidelity as a feature extractor for images (N, 1 or 3, H, W), which it resizes in its own way.
+
+    Grey counts as three equal colours.
 
     Metrics end in _clip, _dinov2 or _vgg16. With `precision` or `compile` it is another extractor, with another name and hash,
     whose `exact` is the one in float32.
@@ -102,9 +104,9 @@ class TorchFidelity:
             return self._network(torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=device))[0].shape[1]
 
     def __call__(self, images: Tensor) -> Tensor:
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ValueError(
-                f"the {self.name} extractor reads uint8 RGB images (N, 3, H, W), got {images.dtype} "
+                f"the {self.name} extractor reads uint8 images (N, 1 or 3, H, W), got {images.dtype} "
                 f"{tuple(images.shape)}; choose an extractor that fits the data (evaluation=...)"
             )
         fast = self._precision == "bf16"
@@ -113,6 +115,8 @@ class TorchFidelity:
 
     def _features(self, images: Tensor) -> Tensor:
         count = len(images)
+        if images.shape[1] == 1:
+            images = images.repeat(1, 3, 1, 1)
         if self._whole_batches and count < _CHUNK:  # another size would be compiled anew
             images = torch.cat([images, images.new_zeros(_CHUNK - count, *images.shape[1:])])
         return self._run(images)[0][:count].float()

@@ -38,6 +38,8 @@ def test_clip_is_torch_fidelitys(folder):
     theirs = FeatureExtractorCLIP("clip-vit-b-32", ["clip"], feature_extractor_weights_path=str(folder / "clip.pt"))
     assert torch.equal(extractor(IMAGES), theirs(IMAGES)[0])
     assert extractor(IMAGES).shape == (3, extractor.dim) == (3, 24)
+    grey = IMAGES[:, :1]
+    assert torch.equal(extractor(grey), extractor(grey.repeat(1, 3, 1, 1)))
     assert extractor(IMAGES).std(dim=0).mean() > 1e-3
     assert (extractor.name, extractor.metric_suffix, len(extractor.hash)) == ("clip-vit-b-32", "_clip", 64)
     with pytest.raises(ValueError, match="clip-vit-b-32 extractor has no classes: leave `is` out of the metrics"):

@@ -66,8 +66,8 @@ def test_metrics_have_their_own_names_and_the_weights_a_hash(extractor, weights,
 
 
 def test_other_images_are_refused(extractor):
-    for images in (IMAGES[:, :1], IMAGES.float(), IMAGES[0]):
-        with pytest.raises(ValueError, match=r"reads uint8 RGB images \(N, 3, H, W\), got .*evaluation=") as caught:
+    for images in (IMAGES[:, :2], IMAGES.float(), IMAGES[0]):
+        with pytest.raises(ValueError, match=r"reads uint8 images \(N, 1 or 3, H, W\), got .*evaluation=") as caught:
             extractor(images)
         assert "\n" not in str(caught.value)
 
