@@ -36,7 +36,7 @@ from stillhouse.metrics.evaluation import (
 )
 from stillhouse.metrics.extractors import FeatureExtractor
 from stillhouse.metrics.fidelity import NO_WEIGHTS_ADVICE
-from stillhouse.metrics.labels import DISTRIBUTIONS, check_class_shares, sampling_class_counts
+from stillhouse.metrics.labels import DISTRIBUTIONS, check_class_shares, check_classes, sampling_class_counts
 from stillhouse.metrics.provenance import with_provenance
 from stillhouse.metrics.records import Record, load_records, merge_records, save_records
 from stillhouse.metrics.reference import Reference, published_reference, reference_statistics
@@ -196,6 +196,8 @@ class Evaluation:
         }
         if teacher.num_classes and self.class_counts:
             key["class_counts"] = self.class_counts
+        if self.reference.held_out_hash:
+            key["held_out"] = self.reference.held_out_hash
         if self.first_seed:
             key["first_seed"] = self.first_seed
         return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
@@ -279,10 +281,11 @@ def checked(settings: dict[str, Any], data: Any) -> dict[str, Any]:
 
 
 def check_data(settings: Mapping[str, Any], data: Any) -> None:
-    """Refuse data of too few images for the metrics of `checked` settings; packs them where they are not yet."""
+    """Refuse data of too few images for the metrics and classes of `checked` settings; packs them where they are not yet."""
     if needs_images(settings):
         check_real_images(settings["metrics"], len(data.reference()), settings["num_samples"])
         check_held_out(settings["metrics"], data.held_out())
+        check_classes(settings["labels"], data)
 
 
 RESULT_FILES = ("metrics.json", "samples.png", "interpolation.png", "quality.png")

@@ -60,23 +60,35 @@ def check_class_shares(distribution: str, data: Any) -> None:
     """Print `class_share_warning`, from rank zero, where the data's images have classes.
 
     Raises:
-        ValueError: for a class without images.
+        ValueError: as `check_classes`.
     """
+    check_classes(distribution, data)
     if not data.num_classes:
         return
-    counts = count_classes(data.reference().labels, data.num_classes)
-    if distribution == "uniform":
-        _check_present(counts)
-    line = class_share_warning(distribution, counts)
+    line = class_share_warning(distribution, count_classes(data.reference().labels, data.num_classes))
     if line and rank_and_world()[0] == 0:
         print(line, flush=True)
 
 
-def _check_present(counts: Sequence[int]) -> None:
-    if not all(counts):
+def check_classes(distribution: str, data: Any) -> None:
+    """Raise ValueError for a class of the samples that has no real image, or none of those held out where there are any."""
+    if not data.num_classes:
+        return
+    drawn = sampling_class_counts(distribution, data) or (1,) * data.num_classes
+    for packed in filter(None, (data.reference(), data.held_out())):
+        _check_present(drawn, count_classes(packed.labels, data.num_classes))
+
+
+def _check_present(drawn: Sequence[int], counts: Sequence[int]) -> None:
+    """Raise ValueError for a class that samples have, by their shares, and none of the images, by their counts."""
+    absent = [place for place, (share, count) in enumerate(zip(drawn, counts, strict=True)) if share and not count]
+    if absent:
+        uniform = len(set(drawn)) == 1
         raise ValueError(
-            f"class {list(counts).index(0)} of {len(counts)} has no real image among {sum(counts):,}, and "
-            "evaluation.labels=uniform draws every class as often: correct data.num_classes, or set evaluation.labels=data"
+            f"class {absent[0]} of {len(counts)} has no real image among {sum(counts):,}, and evaluation.labels draws "
+            + ("every class as often: " if uniform else "it: ")
+            + "correct data.num_classes, or "
+            + ("set evaluation.labels=data" if uniform else "complete the test images")
         )
 
 
@@ -89,8 +101,8 @@ def draw_real_images(
 ) -> Tensor:
     """Draw a real image for each seed, with replacement.
 
-    Classes follow the distribution of `sample_labels` with the same arguments. Without classes, and where the distribution is
-    that of all images, all images at `among` are equally likely.
+    Each has the class that `sample_labels` gives its seed, and within it all images at `among` are equally likely. Without
+    classes, and where all images have these classes in these shares, all images at `among` are equally likely.
 
     Args:
         seeds: (B,), int64.
@@ -105,14 +117,19 @@ def draw_real_images(
     Raises:
         ValueError: for a class of the distribution without an image.
     """
-    if not num_classes or class_counts is not None or len(set(count_classes(labels, num_classes))) == 1:
+    drawn = np.array(class_counts or [1] * num_classes)
+    if not num_classes or _proportional(drawn, np.array(count_classes(labels, num_classes))):
         return among[sample_labels(seeds, len(among))]
     candidates = torch.from_numpy(labels)[among]
     counts = candidates.bincount(minlength=num_classes)
-    _check_present(counts.tolist())
-    classes = sample_labels(seeds, num_classes)
+    _check_present(drawn.tolist(), counts.tolist())
+    classes = sample_labels(seeds, num_classes, class_counts)
     place = (counts.cumsum(0) - counts)[classes] + (sample_uniforms(seeds) * counts[classes]).long()
     return among[candidates.argsort(stable=True)[place]]
+
+
+def _proportional(one: np.ndarray, other: np.ndarray) -> bool:
+    return np.array_equal(one * other.sum(), other * one.sum())
 
 
 def describe_labels(num_classes: int, class_counts: tuple[int, ...] | None) -> str:

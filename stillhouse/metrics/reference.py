@@ -1,7 +1,7 @@
 """Features of real images, which samples are compared with."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -42,6 +42,7 @@ class Reference:
         hash: of the images, or of the statistics file, that they come from.
         features: all rows (N, D), where they are kept.
         held_out: rows (M, D) of the real images that no training sees, where they are kept and there are any.
+        held_out_hash: of these images.
     """
 
     mu: Tensor
@@ -49,13 +50,14 @@ class Reference:
     hash: str
     features: Tensor | None = None
     held_out: Tensor | None = None
+    held_out_hash: str | None = None
 
     def to(self, device: torch.device | str) -> "Reference":
         """The same on a device."""
         if self.mu.to(device) is self.mu:
             return self
         rows, others = (None if kept is None else kept.to(device) for kept in (self.features, self.held_out))
-        return Reference(self.mu.to(device), self.cov.to(device), self.hash, rows, others)
+        return replace(self, mu=self.mu.to(device), cov=self.cov.to(device), features=rows, held_out=others)
 
     @cached_property
     def radii(self) -> Tensor:
@@ -127,9 +129,9 @@ def reference_statistics(
         cached = run_on_rank_zero(lambda: load_statistics(cache, identity) if cache.exists() else None)
         if cached is not None and not keep_features:
             return Reference(*cached, packed.hash).to(device)
-    rows = others = None
+    rows = others = others_hash = None
     if keep_features and held_out is not None:
-        others = real_features(held_out, extractor, batch_size, device, label=label)
+        others, others_hash = real_features(held_out, extractor, batch_size, device, label=label), held_out.hash
     if keep_features:
         rows = real_features(packed, extractor, batch_size, device, label=label)
         gaussian = RunningGaussian(extractor.dim, device).update(rows)
@@ -140,7 +142,7 @@ def reference_statistics(
         gaussian = gaussian.merged()
     if cache is not None and cached is None:
         run_on_rank_zero(lambda: write_cache(lambda: save_statistics(cache, gaussian.mean, gaussian.cov, identity)))
-    return Reference(gaussian.mean, gaussian.cov, packed.hash, rows, others)
+    return Reference(gaussian.mean, gaussian.cov, packed.hash, rows, others, others_hash)
 
 
 def load_reference(path: str | Path) -> Reference:

@@ -176,6 +176,7 @@ def test_memorisation_is_of_training_against_held_out_images_and_the_floor_is_th
     held_out.images = 255 - held_out.images
     reference = reference_statistics(training, Stub(), keep_features=True, held_out=held_out)
     assert torch.equal(reference.held_out, Stub()(held_out.images))
+    assert reference.to("meta").held_out_hash == held_out.hash
     settings = {"metrics": ("fid", "memorisation"), "num_samples": 12, "blocks": 2}
 
     def of(images):

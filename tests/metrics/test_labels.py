@@ -28,6 +28,9 @@ class Imbalanced(Packed):
     def reference(self):
         return self
 
+    def held_out(self):
+        return None
+
     def perfect(self, noise, labels):
         """A real image of the class, chosen by the noise."""
         chosen = []
@@ -62,6 +65,17 @@ def test_real_images_are_drawn_by_the_distribution_of_the_samples():
     assert stats.binomtest(int(data.labels[as_data].sum()), len(SEEDS), 0.1).pvalue > 0.01
     few = torch.arange(0, 1000, 7)
     assert set(draw_real_images(SEEDS, data.labels, few, 2, None).tolist()) == set(few.tolist())
+
+
+def test_images_of_a_split_with_other_shares_have_the_classes_of_the_samples():
+    labels, among = np.repeat([0, 1, 2], [20, 70, 10]), torch.arange(100)
+    for counts in ((900, 50, 50), (0, 0, 7), None):  # of the training images, of a class alone, uniform
+        drawn = draw_real_images(SEEDS, labels, among, 3, counts)
+        assert np.array_equal(labels[drawn], sample_labels(SEEDS, 3, counts))
+        ones = np.bincount(drawn, minlength=100)[labels == 2]
+        assert stats.chisquare(ones).pvalue > 0.01
+    same = draw_real_images(SEEDS, labels, among, 3, (400, 1400, 200))  # the split's own shares
+    assert torch.equal(same, sample_labels(SEEDS, 100))
 
 
 @pytest.fixture(scope="module")
@@ -119,11 +133,17 @@ def test_other_shares_than_the_datas_are_said_in_one_line(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_class_without_images_is_refused():
+def test_a_class_without_images_is_refused(monkeypatch):
     data = Imbalanced()
     data.num_classes = 3
     with pytest.raises(ValueError, match=r"class 2 of 3 has no real image among 1,000.*or set evaluation.labels=data"):
         check_class_shares("uniform", data)
+    data.num_classes, test = 2, Imbalanced()
+    test.labels = np.zeros(1000, np.int64)
+    monkeypatch.setattr(data, "held_out", lambda: test)
+    for distribution, way in (("uniform", "set evaluation.labels=data"), ("data", "complete the test images")):
+        with pytest.raises(ValueError, match=f"class 1 of 2 has no real image among 1,000, .*, or {way}"):
+            check_class_shares(distribution, data)
     with pytest.raises(ValueError, match="class 1 of 2 has no real image among 9"):
         draw_real_images(SEEDS, data.labels, torch.arange(1, 10), 2, None)
     with pytest.raises(ValueError, match="evaluation.labels must be one of uniform, data, got 'law'"):

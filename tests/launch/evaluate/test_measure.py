@@ -19,9 +19,13 @@ def teacher(preconditioning=None, seed=0, name="t", solver="heun", **options) ->
     return Teacher(name, SongUNet(8, 1, 1, **sizes, **options), preconditioning or EDM(), karras, solver=solver)
 
 
+def reference(real: str, held_out: str | None = None) -> SimpleNamespace:
+    return SimpleNamespace(hash=real, held_out_hash=held_out)
+
+
 def key(teacher: Teacher, steps: int | None = None, **changes) -> str:
     evaluation = Evaluation.__new__(Evaluation)
-    evaluation.extractor, evaluation.reference = SimpleNamespace(hash="e"), SimpleNamespace(hash="r")
+    evaluation.extractor, evaluation.reference = SimpleNamespace(hash="e"), reference("r")
     evaluation.device, evaluation.settings = torch.device("cpu"), {"num_samples": 10}
     evaluation.first_seed = 0
     vars(evaluation).update(changes)
@@ -41,7 +45,9 @@ def test_a_teachers_measurement_is_known_by_all_that_decides_it_and_not_by_names
         key(teacher(solver="euler")),
         key(teacher(), steps=3),
         key(teacher(), extractor=SimpleNamespace(hash="f")),
-        key(teacher(), reference=SimpleNamespace(hash="s")),
+        key(teacher(), reference=reference("s")),
+        key(teacher(), reference=reference("r", "h")),
+        key(teacher(), reference=reference("r", "i")),
         key(teacher(), settings={"num_samples": 11}),
         key(teacher(), first_seed=10),
     ]
