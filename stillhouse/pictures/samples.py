@@ -18,7 +18,8 @@ from stillhouse.pictures.points import PLANE, figure_pixels, plot_interpolations
 
 _ROWS, _STRIPS = 16, 4
 _PIXELS, _GRID_PIXELS = 48, 32  # small images are enlarged to about so many, in the end and on the way
-_NEAREST_AMONG = 50_000  # the first ones of a larger data set
+_NEAREST_AMONG = 70_000  # the first ones of a larger data set, whose pictures may take hours to decode
+_AT_ONCE = 5_000  # of them in memory
 _POINTS = 2000  # of samples and of real points
 
 
@@ -43,7 +44,8 @@ def save_final_pictures(
 ) -> None:
     """Write samples.png and interpolation.png.
 
-    Rows of images in samples.png share noise and label; the last column is the real image nearest to the last sampler's.
+    Rows of images in samples.png share noise and label; the last column is the real image nearest to the last sampler's,
+    by its pixels, among all of them (the first 70,000 of more).
     Points are shown in one panel for each sampler, all of the same noise, over real points.
 
     Args:
@@ -69,8 +71,7 @@ def save_final_pictures(
     columns = {title: to_uint8(sample(noise, labels)).cpu() for title, sample in samplers.items()}
     if with_real:
         packed = data.reference()
-        real, _ = packed.fetch(np.arange(min(len(packed), _NEAREST_AMONG)))
-        columns["nearest real"] = real[nearest_images(list(columns.values())[-1], real)]
+        columns["nearest real"] = nearest_real(packed, list(columns.values())[-1])
     save_side_by_side(folder / "samples.png", columns, scale)
     save_interpolations(
         folder / "interpolation.png",
@@ -104,6 +105,15 @@ def save_progress_picture(
 def _samples(sample: Sampler, data: Data, count: int, device: torch.device) -> Tensor:
     seeds = torch.arange(count, device=device)
     return sample(sample_noise(seeds, image_shape(data)), sample_labels(seeds, data.num_classes))
+
+
+def nearest_real(packed: PackedImages, images: Tensor) -> Tensor:
+    """For each image, uint8 (N, C, H, W), the nearest real one."""
+    nearest = torch.empty(0, *images.shape[1:], dtype=torch.uint8)
+    for indices in torch.arange(min(len(packed), _NEAREST_AMONG)).split(_AT_ONCE):
+        candidates = torch.cat([nearest, packed.fetch(indices.numpy())[0]])
+        nearest = candidates[nearest_images(images, candidates)]
+    return nearest
 
 
 def _real_points(data: Data) -> Tensor:

@@ -8,8 +8,10 @@ from PIL import Image
 from datamodules import Digits, PlanePoints
 from stillhouse.diffusion.interpolation import slerp
 from stillhouse.diffusion.random_numbers import sample_noise
+from stillhouse.metrics.images import to_uint8
+from stillhouse.pictures.grids import nearest_images
 from stillhouse.pictures.points import PLANE, figure_pixels, plot_interpolations, plot_points
-from stillhouse.pictures.samples import save_final_pictures, save_progress_picture
+from stillhouse.pictures.samples import nearest_real, save_final_pictures, save_progress_picture
 
 CPU = torch.device("cpu")
 
@@ -94,7 +96,18 @@ def test_a_picture_of_points_on_the_way(points, tmp_path):
     assert Image.open(tmp_path / "a" / "1.png").size[0] > 300
 
 
-def test_images_are_shown_as_images(tmp_path):
+def test_the_nearest_real_image_is_sought_among_all_of_60000():
+    class Clothes:
+        def __len__(self):
+            return 60_000
+
+        def fetch(self, indices):
+            return torch.from_numpy(indices % 200 + 55 * (indices == 59_999)).byte()[:, None, None, None], None
+
+    assert nearest_real(Clothes(), torch.tensor([7, 255]).byte()[:, None, None, None]).flatten().tolist() == [7, 254]
+
+
+def test_images_are_shown_as_images(tmp_path, monkeypatch):
     digits = Digits(root=str(tmp_path / "data"), batch_size=1)
     seen = []
 
@@ -106,5 +119,9 @@ def test_images_are_shown_as_images(tmp_path):
     assert (tmp_path / "samples.png").is_file()
     assert seen[0][0] == 16
     assert seen[0][1].tolist() == [*range(10), *range(6)], "every class once"
+    packed, images = digits.reference(), to_uint8(sample(sample_noise(torch.arange(16), (1, 8, 8)), None))
+    real = packed.fetch(np.arange(len(packed)))[0]
+    monkeypatch.setattr("stillhouse.pictures.samples._AT_ONCE", 500)
+    assert torch.equal(nearest_real(packed, images), real[nearest_images(images, real)])
     picture = save_progress_picture(tmp_path / "grid.png", sample, digits, CPU, rows=2, columns=3)
     assert picture.shape == (64, 96, 3)
