@@ -24,7 +24,7 @@ from launch.run.processes import process_count
 from launch.run.remote_files import RemoteFile, exists, remote_files
 from launch.run.trainer_options import choose_channels_last
 from lightning_modules import Method
-from stillhouse.checkpoints.weights import load_weights
+from stillhouse.checkpoints.weights import did_you_mean, load_weights
 from stillhouse.diffusion.denoiser import Denoiser
 from stillhouse.diffusion.teacher import Teacher
 
@@ -172,7 +172,9 @@ def missing(
             continue
         if not (source and exists(Path(source.file))):
             places = [str(node.weights), *([source.file] if source else [])]
-            lines.append(f"teacher {node.name}: no {' or '.join(places)}; train one, or put the file there")
+            lines.append(
+                f"teacher {node.name}: no {' or '.join(places)}{did_you_mean(node.weights)}; train one, or put the file there"
+            )
     without_images = (
         _missing_file_message(data.check_source) if needs_images or measure.needs_images(cfg.evaluation) else None
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.checkpoints.bounds import check_archive
-from stillhouse.checkpoints.weights import find_weights
+from stillhouse.checkpoints.weights import did_you_mean, find_weights
 from stillhouse.networks.lpips import LPIPS, STAGES, check_lpips_resize, vgg16
 
 URL = "https://download.pytorch.org/models/vgg16-397923af.pth"  # torchvision's, 528 MB
@@ -40,8 +40,10 @@ def _read_vgg16(weights: str | Path | None) -> nn.Sequential:
     try:
         path = find_weights(path)
     except FileNotFoundError as error:
+        near = did_you_mean(weights) if weights else ""
         raise FileNotFoundError(
-            f"no VGG-16 weights at {path}; add download=true to fetch {URL}, or say where that file is by method.lpips_weights"
+            f"no VGG-16 weights at {path}{near}; add download=true to fetch {URL}, or say where that file is by "
+            "method.lpips_weights"
         ) from error
     try:
         # The published file is older than the zip format of torch.save, and only that can be mapped.

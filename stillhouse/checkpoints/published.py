@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stillhouse.checkpoints.bounds import check_archive, check_tensors
 from stillhouse.checkpoints.inert_pickle import shown
-from stillhouse.checkpoints.weights import check_state, find_file, hash_file, places, save_weights
+from stillhouse.checkpoints.weights import check_state, did_you_mean, find_file, hash_file, places, save_weights
 
 
 class PublishedCheckpoint:
@@ -70,7 +70,8 @@ class PublishedCheckpoint:
         missing = f"no weights at {' or '.join(map(str, places(weights)))}"
         if Path(weights).stem != self.name:
             raise FileNotFoundError(
-                f"{missing}, and {self.file} becomes only {self.name}.safetensors; train them first, or set teacher.weights"
+                f"{missing}{did_you_mean(weights)}, and {self.file} becomes only {self.name}.safetensors; train them first, "
+                "or set teacher.weights"
             )
         file = find_file(self.file)
         if file is None:

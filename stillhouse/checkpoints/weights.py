@@ -1,9 +1,10 @@
 """Weights on disk: safetensors files, each with a JSON card beside it that says where the weights come from."""
 
+import difflib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -208,13 +209,13 @@ def find_weights(path: str | Path) -> Path:
         The file's absolute path.
 
     Raises:
-        FileNotFoundError: where there is none, with the commands that make some.
+        FileNotFoundError: where there is none, with the nearest name that is there and the commands that make some.
     """
     file = find_file(path)
     if file is not None:
         return file
     raise FileNotFoundError(
-        f"no weights at {' or '.join(map(str, places(path)))}; "
+        f"no weights at {' or '.join(map(str, places(path)))}{did_you_mean(path)}; "
         "train some with `python train.py method=pretrain data=...` (flows: method=rectified_flow), or set teacher.weights"
     )
 
@@ -228,6 +229,16 @@ def places(path: str | Path) -> list[Path]:
     """List the absolute paths at which a file is sought; the first one is where it is written."""
     path = Path(path).expanduser()
     return list(dict.fromkeys([Path.cwd() / path, PROJECT_ROOT / path]))  # both are `path` if it is absolute
+
+
+def did_you_mean(path: str | Path) -> str:
+    """Name, in brackets, the file whose name is most like that of a missing one in the same folder; empty without one."""
+    path, near = Path(path), {}
+    for folder in {place.parent for place in places(path)}:
+        with suppress(OSError):  # there is no such folder, or it can't be read
+            near |= {file.stem: file.name for file in folder.iterdir() if file.suffix != ".json" and file.is_file()}
+    match = difflib.get_close_matches(path.stem, sorted(near), 1)
+    return f" (did you mean {path.with_name(near[match[0]])}?)" if match else ""
 
 
 def hash_state(state: nn.Module | Mapping[str, Tensor]) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from stillhouse.checkpoints.weights import hash_state, load_weights
+from stillhouse.checkpoints.weights import did_you_mean, hash_state, load_weights
 from stillhouse.metrics import digits_classifier, fashion_classifier
 from stillhouse.metrics.digits_classifier import DigitsClassifier
 from stillhouse.metrics.fashion_classifier import FashionClassifier
@@ -58,7 +58,8 @@ class _Classifier:
             load_weights(weights, self._classifier)
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"no classifier of {self.name} at {weights}; make it: python -m {program} --output {weights}"
+                f"no classifier of {self.name} at {weights}{did_you_mean(weights)}; make it: "
+                f"python -m {program} --output {weights}"
             ) from error
         self.hash = hash_state(self._classifier)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.checkpoints.bounds import check_archive, check_tensors
-from stillhouse.checkpoints.weights import find_weights, hash_file, hash_state
+from stillhouse.checkpoints.weights import did_you_mean, find_weights, hash_file, hash_state
 from stillhouse.metrics.dinov2 import DINOv2
 
 # Advice in errors, for data sets that no extractor's weights fit.
@@ -75,8 +75,9 @@ class TorchFidelity:
         usual, published = _published(name)
         path = find_hub_file(weights or usual)
         if path is None:
+            place = f"{weights}{did_you_mean(weights)}" if weights else hub_folder() / usual
             raise FileNotFoundError(
-                f"no {name} weights at {weights or hub_folder() / usual}; add download=true to fetch {url or published}, "
+                f"no {name} weights at {place}; add download=true to fetch {url or published}, "
                 f"or put the file there; {NO_WEIGHTS_ADVICE}"
             )
         check_hub_name(path)

@@ -214,6 +214,12 @@ def test_missing_weights_say_how_to_get_them(tmp_path, monkeypatch):
             load_weights(path, Net())
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
+        assert "did you mean" not in str(caught.value)
+    (tmp_path / "w").mkdir()
+    for name in ("digits_teacher.pth", "digits_taecher.json", "clothes.pth"):
+        (tmp_path / "w" / name).touch()
+    with pytest.raises(FileNotFoundError, match=r" \(did you mean w/digits_teacher.pth\?\); train some with"):
+        load_weights("w/digits_taecher.safetensors", Net())
 
 
 def test_hash_is_that_of_names_shapes_and_values():
