@@ -25,7 +25,14 @@ _PREPROCESSING = {
     32: "a margin of 2 zeros",
     16: "a margin of 2 zeros, then means of 2x2 pixels, halves rounded up",
 }
-# SHA-256 of the unpacked files; Debian packs them anew, with the same content.
+# SHA-256 of the published files, as conf/data/fashion_mnist.yaml has them.
+_FILES = {
+    "train-images-idx3-ubyte.gz": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+    "train-labels-idx1-ubyte.gz": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+    "t10k-images-idx3-ubyte.gz": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+    "t10k-labels-idx1-ubyte.gz": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+}
+# Of what is in them: Debian packs the same content anew.
 _CONTENT = {
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
@@ -48,7 +55,7 @@ class FashionMNIST(PixelDataModule):
         part: "training" or "test".
 
     Raises:
-        ValueError: For another resolution, number of classes or part.
+        ValueError: For another resolution, number of classes or part, or other files than the published ones.
     """
 
     how_to_get = "put the file there, packed by gzip or not, or set data.path"
@@ -73,6 +80,11 @@ class FashionMNIST(PixelDataModule):
             raise ValueError(
                 f"data.resolution={self.resolution}, data.num_classes={self.classes}: Fashion-MNIST is served with "
                 f"{', '.join(map(str, sorted(_PREPROCESSING)))} pixels a side and {_CLASSES} classes; correct the options"
+            )
+        if changed := [file for file, sha256 in (files or {}).items() if sha256 != _FILES.get(file)]:
+            raise ValueError(
+                f"data.files: {changed[0]} has another SHA-256 than the published file; leave data.files as it is, or set "
+                "data.files=null and put files of your own at data.path"
             )
         self.published, self.part = files is not None, part
         # A copy of the published files stands in for these alone, never for others of the same format.

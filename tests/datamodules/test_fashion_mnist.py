@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 from published_files import idx
 
 from datamodules import FashionMNIST
 from datamodules.fashion_mnist import read_idx
+from stillhouse.checkpoints.weights import PROJECT_ROOT
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 RANDOM = np.random.default_rng(0)
@@ -131,6 +133,10 @@ def test_what_is_wrong_with_a_file_is_one_line(folder, name, content, message):
 def test_other_content_options_and_missing_files_are_refused(folder):
     with pytest.raises(OSError, match=r"other file than the published train-images.*data\.files=null"):
         fashion(folder, files={}).reference()
+    published = dict(OmegaConf.load(PROJECT_ROOT / "conf/data/fashion_mnist.yaml").files)
+    assert fashion(folder, files=published).published
+    with pytest.raises(ValueError, match=f"data.files: {NAMES[3]}.gz has another SHA-256 .* or set data.files=null"):
+        fashion(folder, files=published | {f"{NAMES[3]}.gz": "0" * 64})
     with pytest.raises(ValueError, match="data.resolution=64, data.num_classes=10: .* 16, 28, 32 pixels a side"):
         fashion(folder, 64)
     with pytest.raises(ValueError, match="data.part must be one of training, test, got 'train'"):
