@@ -49,22 +49,38 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None, begun: float | None = None) -> None:
     begun = time.monotonic() if begun is None else begun
     options = arguments(argv)
+    from benchmarks.evidence.jobs import LOCK
+    from stillhouse.file_locks import try_lock
+
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        lock = try_lock(options.out / LOCK, "choose another --out")
+    except OSError as error:
+        sys.exit(f"error: {error}")
+    if lock is None:
+        sys.exit(f"error: --out {options.out} is in use by another launch: wait for its end, or choose another folder")
+    try:
+        _launch(options, begun)
+    finally:
+        lock.release()
+
+
+def _launch(options: argparse.Namespace, begun: float) -> None:
     from benchmarks.evidence.jobs import jobs, pack
     from benchmarks.evidence.queue import run_queue
     from benchmarks.gpu.stages import Budget
     from stillhouse.files import write_json
 
-    options.out.mkdir(parents=True, exist_ok=True)
     chosen, stored = {"data": options.data, "options": options.extra}, options.out / "evidence.json"
     if stored.exists() and (there := json.loads(stored.read_text())) != chosen:
         sys.exit(f"error: --out {options.out} has runs of {there}, this command says {chosen}: choose another folder")
     write_json(stored, chosen)
-    todo = jobs(options.out, options.data, options.only, options.seeds, options.extra)
     if options.minutes:
+        todo = jobs(options.out, options.data, options.only, options.seeds, options.extra)
         budget = Budget(60 * options.minutes - (time.monotonic() - begun) - (5 if options.pack else 1))
         run_queue(todo, options.out, budget, options.workers, retry=options.retry, say=_say)
     if options.pack:
-        _say(f"{options.pack}: {pack(options.out, todo, options.pack) / 2**20:.1f} MiB")
+        _say(f"{options.pack}: {pack(options.out, options.pack) / 2**20:.1f} MiB")
 
 
 def _say(line: str) -> None:

@@ -4,7 +4,7 @@ import os
 import re
 import sys
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from benchmarks.evidence.claims import CLAIMS, COMMON, DATA, Run
@@ -13,6 +13,7 @@ from benchmarks.gpu.worker import PASSED
 from benchmarks.measuring import ROOT
 from stillhouse.files import atomic_write
 
+LOCK = "lock"  # in --out, of the launch that works there
 _WEIGHTS = "student.safetensors"
 _LARGE = (".ckpt", ".safetensors", ".npz", ".pt", ".gz")  # a pack is the last
 
@@ -50,22 +51,32 @@ def _job(out: Path, data: str, run: Run, seed: int, extra: Sequence[str]) -> Job
     return Job(folder.name, tuple(commands), needs)
 
 
-def pack(out: Path, todo: Sequence[Job], target: Path) -> int:
-    """Write the small files of the finished runs, and the weights that unfinished ones need, into a .tar.gz.
+def pack(out: Path, target: Path) -> int:
+    """Write the small files of the finished runs, and the weights that unfinished ones of any claim need, into a .tar.gz.
 
     A run that is not finished is left out: where its checkpoint is lost it begins again.
 
     Returns:
         The file's size in bytes.
     """
-    rows = read_rows(out)
-    passed = {name for name, row in rows.items() if row["status"] == PASSED}
-    needed = {need for job in todo if job.name not in passed for need in job.needs}
+    passed = {name for name, row in read_rows(out).items() if row["status"] == PASSED}
+    needed = _needed(passed)
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(target) as path, tarfile.open(path, "w:gz") as file:
         for item in sorted(out.rglob("*")):
             run = item.relative_to(out).parts[0]
             small = item.suffix not in _LARGE or (item.name == _WEIGHTS and run in needed and item.parent.name == run)
-            if item.is_file() and small and (item.parent in (out, out / "logs") or run in passed):
+            if item.is_file() and small and item.name != LOCK and (item.parent in (out, out / "logs") or run in passed):
                 file.add(item, arcname=item.relative_to(out))
     return target.stat().st_size
+
+
+def _needed(passed: Collection[str]) -> set[str]:
+    """Those of the runs that passed whose weights a run that did not needs, of any claim: the next machine may be given all."""
+    pairs = [(run.name, need) for claim in CLAIMS for run in claim.runs for need in run.needs]
+    found = set()
+    for folder in passed:
+        name, _, seed = folder.rpartition("-seed")
+        if any(need == name and f"{run}-seed{seed}" not in passed for run, need in pairs):
+            found.add(folder)
+    return found

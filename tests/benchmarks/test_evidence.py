@@ -8,13 +8,14 @@ import pytest
 
 from benchmarks.evidence.__main__ import arguments, main
 from benchmarks.evidence.claims import CLAIMS, DATA
-from benchmarks.evidence.jobs import jobs, pack
+from benchmarks.evidence.jobs import jobs
 from benchmarks.evidence.queue import STOPPED, Job, read_rows, run_queue
 from benchmarks.gpu.stages import Budget
 from benchmarks.gpu.worker import FAILED, PASSED
 from results.__main__ import main as results_main
 from results.claims import claim_rows
 from results.trained import TrainedRuns
+from stillhouse.file_locks import try_lock
 
 
 def shell(name, script, *more, needs=()):
@@ -84,21 +85,40 @@ def test_every_claim_has_its_first_seed_before_any_second_one(tmp_path):
             assert job.commands[0][-1] == "method.kimg=1"
 
 
-def test_a_pack_has_the_small_files_of_finished_runs_and_the_weights_that_others_need(tmp_path):
-    todo = [Job("a", ()), Job("b", (), ("a",)), Job("c", (), ("a",)), Job("d", ())]
-    passed = {
-        "runs": [{"run": name, "status": status} for name, status in {"a": PASSED, "b": PASSED, "d": STOPPED}.items()]
-    }
-    (tmp_path / "runs.json").write_text(json.dumps(passed))
-    for run in "abd":
+def test_a_pack_has_the_small_files_of_finished_runs_and_the_weights_that_any_claim_still_needs(tmp_path):
+    # Of ect's needs tcm has passed; of seed 1's reflow only some.
+    finished = ["ect-seed0", "tcm-seed0", "reflow-seed1", "bezier-seed1", "flow_distill-rf1-seed1"]
+    rows = dict.fromkeys(finished, PASSED) | {"sid-seed0": STOPPED}
+    (tmp_path / "runs.json").write_text(
+        json.dumps({"runs": [{"run": name, "status": status} for name, status in rows.items()]})
+    )
+    for run in rows:
         (tmp_path / run / "checkpoints").mkdir(parents=True)
         for name in ("metrics.json", "student.safetensors", "checkpoints/last.ckpt"):
             (tmp_path / run / name).write_text(name)
     target = tmp_path / "small.tar.gz"
     for _ in range(2):  # the second time the first pack lies there
-        pack(tmp_path, todo, target)
+        main(
+            [
+                "--out",
+                str(tmp_path),
+                "--minutes",
+                "0",
+                "--only",
+                "denoising_student",
+                "--seeds",
+                "5",
+                "--pack",
+                str(target),
+            ]
+        )
     with tarfile.open(target) as file:
-        assert set(file.getnames()) == {"runs.json", "a/metrics.json", "a/student.safetensors", "b/metrics.json"}
+        assert set(file.getnames()) == {
+            "runs.json",
+            "evidence.json",
+            *(f"{name}/metrics.json" for name in finished),
+            "reflow-seed1/student.safetensors",
+        }
 
 
 @pytest.mark.parametrize(
@@ -121,6 +141,20 @@ def test_a_folder_holds_runs_of_one_command(tmp_path):
     main([*common, "--", "method.kimg=1"])
     with pytest.raises(SystemExit, match="choose another folder"):
         main(common)
+
+
+def test_a_second_launch_over_a_folder_is_refused_until_the_first_one_ends(tmp_path):
+    command = ["--out", str(tmp_path), "--minutes", "0"]
+    held = try_lock(tmp_path / "lock")
+    with pytest.raises(SystemExit, match=rf"error: --out {tmp_path} is in use by another launch: wait for its end, or"):
+        main(command)
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    held.release()
+    main(command)
+    main(command)  # the first one has let go of it
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=f"error: .*{tmp_path}/file"):
+        main(["--out", str(tmp_path / "file")])
 
 
 @pytest.mark.slow
