@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from launch.evaluate.options import matching_folders, names, path_option
 from launch.run.folder import RunFolder
-from stillhouse.analysis.config_groups import comparable_options, labels, training_options
+from stillhouse.analysis.config_groups import compared_options, labels, training_options
 from stillhouse.analysis.cost import read_costs
 from stillhouse.analysis.report_page import REPORT_MARK, html_page
 from stillhouse.analysis.report_sections import Gathered, Measured, sections
@@ -39,7 +39,9 @@ def gather(patterns: Sequence[str]) -> Gathered:
             left_out.append(f"{path}: {' '.join(str(error).split())}")
     if not stored:
         raise ValueError("\n".join(["no complete run for a report", *left_out]))
-    groups = labels([training_options(comparable_options(values["config"])) for values in stored])
+    groups = labels(
+        [training_options(options) for options in compared_options([values["config"] for values in stored])]
+    )
     found = distinct_names(values["folder"] for values in stored)
     runs = [_named(found[values["folder"].path], group, values) for values, group in zip(stored, groups, strict=True)]
     return Gathered(runs, teachers, left_out)

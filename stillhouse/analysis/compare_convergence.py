@@ -7,7 +7,7 @@ from pathlib import Path
 
 from stillhouse.analysis.config_groups import (
     ComparableOptions,
-    comparable_options,
+    compared_options,
     labels,
     measuring_difference,
     other_differences,
@@ -32,7 +32,7 @@ def compare_runs(runs: Sequence[StoredRun], *, metric: str | None = None, weight
         ValueError: Where no run, or none of the baseline, has a curve.
     """
     configs = [run.plain_config() for run in runs]
-    options_of_runs = [comparable_options(config) for config in configs]
+    options_of_runs = compared_options(configs)
     groups = labels(options_of_runs)
     curves: dict[tuple[str, int], Curve] = {}
     left_out: list[str] = []

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from stillhouse.analysis.config_groups import comparable_options, labels, training_options
+from stillhouse.analysis.config_groups import compared_options, labels, training_options
 from stillhouse.analysis.cost import read_costs
 from stillhouse.analysis.quality import (
     Quality,
@@ -107,7 +107,7 @@ def _groups(folders: Iterable[StoredRun]) -> dict[Path, tuple[str, int]]:
     """Return the runs' labels and seeds."""
     runs = {folder.path: folder for folder in folders if folder.config.is_file()}
     configs = [run.plain_config() for run in runs.values()]
-    groups = labels([training_options(comparable_options(config)) for config in configs])
+    groups = labels([training_options(options) for options in compared_options(configs)])
     seeds = [config.get("seed", 0) for config in configs]
     return dict(zip(runs, zip(groups, seeds, strict=True), strict=True))
 

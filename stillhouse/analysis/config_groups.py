@@ -1,7 +1,8 @@
 """Groups of runs whose configs differ by the seed alone, and how other configs differ."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 # Leaves of a run's config, or what they begin with, that change neither its training nor what its curve is measured by.
@@ -23,37 +24,54 @@ _MEASURED_ON = ("data.", "evaluation.extractor", "evaluation.labels", "evaluatio
 # Options that choose how many evaluations a student takes: another number is another place on the same line.
 _STEPS = ("method.steps", "method.end_steps")
 _NAMES = ("name", "folder")
+_SEVERAL = "method.teachers"
 _WATCHED = ("evaluation.training", "callbacks.metrics", "callbacks.grid")  # how a run's curve is made, not how it ends
 
 ComparableOptions = dict[str, str]
 
 
-def comparable_options(config: Mapping[str, Any]) -> ComparableOptions:
+def comparable_options(config: Mapping[str, Any], shared: Collection[str] = ()) -> ComparableOptions:
     """Return the options that decide a run's results, {dotted key: value}, equal for runs that differ by their seed alone.
 
     Devices are not among them: results do not depend on them, but seconds do. A teacher that is a run of the same seed, by its
-    name, counts as the same for all seeds.
+    name, counts as the same for all seeds; also one of several.
 
     Args:
         config: The run's, plain.
+        shared: Names of teachers for which that does not hold.
     """
-    folder, own = str(config.get("folder")), f"-seed{config.get('seed')}"
-    leaves = dict(_leaves(config))
-    chained = {
-        key.removesuffix("name") for key, value in leaves.items() if _names_teacher(key) and str(value).endswith(own)
-    }
+    folder, own = str(config.get("folder")), re.compile(rf"-seed{config.get('seed')}(?!\d)")
+    teachers = _teachers(config)
+    chained = {place for place, name in teachers.items() if name not in shared and own.search(name)}
+    names = {place: own.sub("-seed*", name) if place in chained else name for place, name in teachers.items()}
     options = {}
-    for key, value in leaves.items():
+    for key, value in _leaves(config):
         ours = key.rpartition(".")[2] == "seed" or any(_within(key, k) for k in _IRRELEVANT)
-        if any(key in (f"{teacher}weights", f"{teacher}sha256") for teacher in chained):
+        place, _, last = key.rpartition(".")
+        if place in chained and last in ("weights", "sha256"):
             continue
-        if key.removesuffix("name") in chained:
-            value = f"{value.removesuffix(own)}-seed*"
+        if place in chained and last == "name":
+            value = names[place]
+        elif key == _SEVERAL and any(_within(one, key) for one in chained):
+            value = ",".join(name for one, name in names.items() if _within(one, key))
         if not ours or (key == "callbacks.guard.gradients" and value == "replace"):
             text = value if isinstance(value, str) else json.dumps(value)
             inside = text == folder or text.startswith(f"{folder}/")
             options[key] = text.replace(folder, "FOLDER", 1) if inside else text
     return options
+
+
+def compared_options(configs: Sequence[Mapping[str, Any]]) -> list[ComparableOptions]:
+    """Return the comparable options of runs beside each other: a teacher of several seeds of a method is one teacher for them."""
+    seeds: dict[tuple, set] = {}
+    for config in configs:
+        for name in _teachers(config).values():
+            seeds.setdefault((config["method"].get("name"), name), set()).add(config.get("seed"))
+    shared = {teacher for teacher, users in seeds.items() if len(users) > 1}
+    return [
+        comparable_options(config, [name for method, name in shared if method == config["method"].get("name")])
+        for config in configs
+    ]
 
 
 def training_options(options: ComparableOptions) -> ComparableOptions:
@@ -124,8 +142,13 @@ def _unnamed(config: dict) -> dict:
     return {key: value for key, value in config.items() if key != "name"}
 
 
-def _names_teacher(key: str) -> bool:
-    return key in ("teacher.name", "method.teacher.name")
+def _teachers(config: Mapping[str, Any]) -> dict[str, str]:
+    """The names of a run's teachers by their places, such as method.teachers.1."""
+    method = config.get("method", {})
+    found = {"teacher": config.get("teacher"), "method.teacher": method.get("teacher")}
+    if names_in(method.get("teachers")) is not None:
+        found |= {f"{_SEVERAL}.{i}": teacher for i, teacher in enumerate(method["teachers"])}
+    return {place: str(one["name"]) for place, one in found.items() if isinstance(one, Mapping) and "name" in one}
 
 
 def _within(key: str, parent: str) -> bool:

@@ -7,7 +7,13 @@ import pytest
 from convergence_tools import curve, decay, stored, write_run
 
 from stillhouse.analysis.compare_convergence import compare_runs, write_convergence
-from stillhouse.analysis.config_groups import comparable_options, labels, measuring_difference, other_differences
+from stillhouse.analysis.config_groups import (
+    comparable_options,
+    compared_options,
+    labels,
+    measuring_difference,
+    other_differences,
+)
 from stillhouse.analysis.convergence import convergence_from_json
 from stillhouse.analysis.curves import Cost
 from stillhouse.metrics.records import Record, save_records
@@ -109,6 +115,37 @@ def test_named_configs_are_compared_by_all_that_they_hold():
     assert found == ["base teachers=a,b steps=10", "base teachers=a,b steps=5", "base teachers=a,c steps=5"]
     assert labels([comparable_options(plain), comparable_options(wider)]) == ["base width=8", "base width=16"]
     assert other_differences(comparable_options(plain), comparable_options(longer)) == ["steps 5, not 10"]
+
+
+def chained(seed, *names, **changes):
+    """A run whose teachers are conf/teacher's or runs, one in `teacher` or several in a list, each of other weights."""
+    found = (
+        with_teachers(*names)
+        if len(names) > 1
+        else changed(teacher={"name": names[0], "weights": names[0], "steps": 10})
+    )
+    return found | {"seed": seed} | changes
+
+
+def test_teachers_of_the_same_seed_make_one_group_and_a_shared_one_another():
+    for names in (
+        ["rf1", "reflow-seed{}"],
+        ["reflow-seed{}"],
+        ["reflow-seed{}-lr-0.1", "rf1"],
+        ["a-seed{}", "b-seed{}"],
+    ):
+        for seeds in ((0, 1, 2), (1, 11)):
+            own = [chained(seed, *(name.format(seed) for name in names)) for seed in seeds]
+            assert labels(compared_options(own)) == ["base"] * len(seeds)
+            assert len({json.dumps(options) for options in compared_options(own)}) == 1
+        common = [chained(seed, *(name.format(1) for name in names)) for seed in (0, 1, 2)]
+        assert labels(compared_options(common)) == ["base"] * 3
+        assert len(set(labels(compared_options([*own, chained(0, *(name.format(11) for name in names))])))) == 2
+    own = [chained(seed, "rf1", f"reflow-seed{seed}") for seed in (0, 1)]
+    other = chained(0, "rf1", "reflow-seed0", batch_size=8)
+    assert labels(compared_options([*own, other])) == ["base batch_size=16"] * 2 + ["base batch_size=8"]
+    found = labels(compared_options([*own, chained(0, "rf1", "rf2"), chained(1, "rf1", "rf2")]))
+    assert found == ["base teachers=rf1,reflow-seed*"] * 2 + ["base teachers=rf1,rf2"] * 2
 
 
 def test_options_that_methods_share_are_compared():
