@@ -52,7 +52,7 @@ class Row:
         holds: `HOLDS`, `FAILS` or `PARTLY`, by the criterion.
         criterion: When it would hold.
         seeds: Behind it.
-        costs: Of each method's training, a mean over the seeds.
+        costs: Of each method's training, for each seed.
     """
 
     claim: str
@@ -61,7 +61,7 @@ class Row:
     holds: str
     criterion: str
     seeds: tuple[int, ...]
-    costs: dict[str, dict[str, float | None]]
+    costs: dict[str, list[dict[str, float | None]]]
 
 
 def claim_rows(runs: TrainedRuns) -> list[Row]:
@@ -78,7 +78,7 @@ def claims_markdown(runs: TrainedRuns) -> str:
     body = [[_title(row), row.measured, row.holds, ", ".join(map(str, row.seeds))] for row in rows]
     criteria = dict.fromkeys(f"- {_title_of(row.claim)} holds where {row.criterion}." for row in rows)
     costs = [
-        [_title(row), name, *(format_cost([costs[cost]]) for cost in COST_NAMES)]
+        [_title(row), name, *(format_cost([each[cost] for each in costs]) for cost in COST_NAMES)]
         for row in rows
         for name, costs in row.costs.items()
     ]
@@ -91,7 +91,8 @@ def claims_markdown(runs: TrainedRuns) -> str:
             "\n".join(criteria),
             describe_fingerprint(runs.fingerprint),
             f"Commits of the runs: {', '.join(revision[:12] for revision in revisions)}.",
-            "What a training cost, its preparation included (seconds beside other runs on the same device):",
+            "What a training cost, its preparation included, least .. greatest over the seeds (seconds beside other runs on the "
+            "same device):",
             "\n".join(markdown_table([["claim", "method", *COST_NAMES], *costs])),
         ]
     )

@@ -3,7 +3,6 @@ can stand beside those of another that is gone.
 """
 
 import json
-import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from benchmarks.evidence.claims import BASELINES, CLAIMS
 from benchmarks.evidence.jobs import folder_of
 from launch.run.folder import RunFolder
-from stillhouse.analysis.cost import COST_NAMES, read_costs
+from stillhouse.analysis.cost import read_costs
 from stillhouse.analysis.curves import Curve, curve_from_json, curve_to_json, read_curve
 from stillhouse.metrics.records import Record
 
@@ -101,11 +100,9 @@ class TrainedRuns:
         found = [self.run(name, seed) for seed in seeds]
         return [run.curve for run in found] if all(run.curve and run.nfe == nfe for run in found) else None
 
-    def costs(self, name: str, seeds: Sequence[int]) -> dict[str, float | None]:
-        """Of the training, a mean over the seeds that know it."""
-        costs = [self.run(name, seed).costs for seed in seeds]
-        known = {cost: [each[cost] for each in costs if each[cost] is not None] for cost in COST_NAMES}
-        return {cost: statistics.fmean(each) if each else None for cost, each in known.items()}
+    def costs(self, name: str, seeds: Sequence[int]) -> list[dict[str, float | None]]:
+        """Of each seed's training."""
+        return [self.run(name, seed).costs for seed in seeds]
 
     def with_others(self, others: "TrainedRuns") -> "TrainedRuns":
         """These runs and others, of which one takes the place of its namesake.

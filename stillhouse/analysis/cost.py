@@ -44,7 +44,7 @@ def read_costs(folder: Path) -> dict[str, float | None]:
 
 
 def cost_rows(runs: Sequence[RunCost], metric: str) -> list[list[str]]:
-    """A table's header and body: means over the seeds of each label."""
+    """A table's header and body: the metric's mean and the least and greatest costs over the seeds of each label."""
     body = []
     for label, group in group_by_label(runs).items():
         cells = [format_cost([run.costs[cost] for run in group]) for cost in COST_NAMES]
@@ -54,12 +54,12 @@ def cost_rows(runs: Sequence[RunCost], metric: str) -> list[list[str]]:
 
 
 def format_cost(costs: Sequence[float | None]) -> str:
-    """The mean of the known costs of some runs: 76.8 or 12,345; a dash where none is known."""
+    """The known costs of some runs, 76.8 or 12,345, least .. greatest where they differ; a dash where none is known."""
     known = [cost for cost in costs if cost is not None]
     if not known:
         return "–"
-    mean = statistics.fmean(known)
-    return f"{mean:.4g}" if mean < 1000 else f"{mean:,.0f}"
+    ends = [f"{cost:.4g}" if cost < 1000 else f"{cost:,.0f}" for cost in (min(known), max(known))]
+    return " .. ".join(dict.fromkeys(ends))
 
 
 def group_by_label(runs: Sequence[RunCost]) -> dict[str, list[RunCost]]:

@@ -114,9 +114,8 @@ class Quality:
         return sorted({value.nfe for value in self.values})
 
     def costs(self, group: str, name: str) -> list[float]:
-        """One of `COST_NAMES` of each training behind a group's values, one per run: runs of other NFE are others."""
-        runs = {v.name: v.costs[name] for v in self.values if v.group == group and v.costs}
-        return [cost for cost in runs.values() if cost is not None]
+        """One of `COST_NAMES` of the trainings behind a group's values, where it is known."""
+        return [v.costs[name] for v in self.values if v.group == group and v.costs and v.costs[name] is not None]
 
     @cached_property
     def lines(self) -> tuple[QualityLine, ...]:
@@ -213,6 +212,9 @@ def quality_heading(quality: Quality) -> str:
     weights = ", ".join(dict.fromkeys(value.weights for value in quality.values if value.weights))
     spread = any(point.std is not None for line in quality.lines for point in line.points)
     mean = "mean ± standard deviation over training seeds" if spread else "one training seed each"
+    groups = [line.label for line in quality.lines]
+    if any(len(set(quality.costs(group, cost))) > 1 for group in groups for cost in COST_NAMES):
+        mean += ", costs as least .. greatest"
     floor = "" if quality.floor is None else f"; real images score {quality.floor:.4g}"
     return f"{quality.metric} against NFE ({weights}): {mean}{floor}"
 

@@ -142,7 +142,8 @@ def quality_against_cost(gathered: Gathered) -> list[Block]:
             Picture(
                 picture,
                 f"Plot of {like.metric} against images, seconds and network evaluations of training",
-                "Faint dots are runs, large ones means over seeds. Seconds compare only on one machine.",
+                "Faint dots are runs, large ones means over seeds; the table's costs are least .. greatest. "
+                "Seconds compare only on one machine.",
             ),
             Table(cost_rows(runs, like.metric), caption=describe_fingerprint(like.comparable)),
         ]

@@ -67,10 +67,10 @@ def priced(label, seed, value, seconds):
 RUNS = [priced("slow", 0, 0.2, 1000.0), priced("slow", 1, 0.4, 3000.0), priced("fast", 0, 0.5, 10.0)]
 
 
-def test_rows_are_means_over_seeds():
+def test_rows_have_the_mean_of_the_metric_and_the_range_of_the_costs_over_seeds():
     assert cost_rows(RUNS, "fid") == [
         ["group", "seeds", "fid", "kimg", "seconds", "network evaluations"],
-        ["slow", "0, 1", "0.3", "1.5", "2,000", "–"],
+        ["slow", "0, 1", "0.3", "1.5", "1,000 .. 3,000", "–"],
         ["fast", "0", "0.5", "1.5", "10", "–"],
     ]
 

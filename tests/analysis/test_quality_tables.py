@@ -34,13 +34,16 @@ def test_numbers_by_hand():
     assert len(rule) == len(header)
 
 
-def test_costs_are_means_over_trainings_not_over_values():
-    """A run measured at two numbers counts once; those of a teacher are not known."""
+def test_costs_are_ranges_over_trainings_and_their_heading_says_so():
     few, many = ({"kimg": kimg, "seconds": None, "network evaluations": kimg * 1e5} for kimg in (10.0, 30.0))
     values = [replace(sfd(0, nfe, 0.3), costs=few) for nfe in (1, 2)] + [replace(sfd(1, 1, 0.5), costs=many), VALUES[0]]
-    header, first, teacher = quality_rows(Quality("fid", PRINT, tuple(values)))
+    quality = Quality("fid", PRINT, tuple(values))
+    assert quality_text(quality).startswith(
+        "fid against NFE (ema): mean ± standard deviation over training seeds, costs as least .. greatest\n"
+    )
+    header, first, teacher = quality_rows(quality)
     assert header[-3:] == ["19 NFE", "kimg", "network evaluations"]
-    assert (first[-2:], teacher[-2:]) == (["20", "2,000,000"], ["–", "–"])
+    assert (first[-2:], teacher[-2:]) == (["10 .. 30", "1,000,000 .. 3,000,000"], ["–", "–"])
 
 
 def test_one_seed_has_no_spread():
