@@ -18,7 +18,7 @@ from benchmarks import branching, features, loader, methods, packing, scaling, s
 from benchmarks.cases import CIFAR10, DIGITS
 from benchmarks.measuring import ROOT, machine, slug
 from stillhouse.files import write_json
-from stillhouse.metrics.provenance import revision
+from stillhouse.metrics.provenance import revision, short_revision
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "digits": lambda: training.measure(DIGITS),
@@ -127,7 +127,7 @@ def table(result: dict[str, Any]) -> str:
 def _beside_fastgen(result: dict[str, Any]) -> str:
     """What `benchmarks.fastgen` has measured."""
     threads = f"{result['threads']} thread{'s' * (result['threads'] > 1)}"
-    size, version = f"{result['parameters'] / 1e6:.3g} M parameters", (result["fastgen"] or "of an unknown commit")[:7]
+    size, version = f"{result['parameters'] / 1e6:.3g} M parameters", short_revision(result["fastgen"])
     mix = " to ".join(map(str, result["mix"].values()))
     names = {"fake": "fake-score update", "generator": "generator update", "mix": f"mean at {mix}"}
     rounds = result["beside_fastgen"]["mix"]["ratio"]["repeats"]

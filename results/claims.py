@@ -24,6 +24,7 @@ from stillhouse.analysis.convergence import FACTORS, Comparison, format_speed_up
 from stillhouse.analysis.cost import COST_NAMES, format_cost
 from stillhouse.analysis.curves import Curve
 from stillhouse.analysis.tables import describe_fingerprint, format_mean_std, markdown_table
+from stillhouse.metrics.provenance import short_revision
 
 HOLDS, FAILS, PARTLY = "yes", "no", "in part"
 # The paper's own distance over its teacher's, on CIFAR-10: what "near" means here.
@@ -82,7 +83,7 @@ def claims_markdown(runs: TrainedRuns) -> str:
         for row in rows
         for name, costs in row.costs.items()
     ]
-    revisions = dict.fromkeys((record.provenance or {}).get("revision") or "unknown" for record in runs.records)
+    revisions = dict.fromkeys(short_revision((record.provenance or {}).get("revision")) for record in runs.records)
     return "\n\n".join(
         [
             "\n".join(["The papers say:", "", *said]),
@@ -90,7 +91,7 @@ def claims_markdown(runs: TrainedRuns) -> str:
             "\n".join(markdown_table([["claim", "measured", "holds", "seeds"], *body])),
             "\n".join(criteria),
             describe_fingerprint(runs.fingerprint),
-            f"Commits of the runs: {', '.join(revision[:12] for revision in revisions)}.",
+            f"Commits of the runs: {', '.join(revisions)}.",
             "What a training cost, its preparation included, least .. greatest over the seeds (seconds beside other runs on the "
             "same device):",
             "\n".join(markdown_table([["claim", "method", *COST_NAMES], *costs])),

@@ -17,6 +17,7 @@ from stillhouse.analysis.convergence import convergence_from_json, convergence_m
 from stillhouse.analysis.flow_chain import flow_chain_from_json, flow_chain_markdown
 from stillhouse.analysis.quality import Quality, QualityValue, quality_from_json, quality_markdown
 from stillhouse.analysis.tables import records_markdown
+from stillhouse.metrics.provenance import short_revision
 from stillhouse.metrics.records import Record
 
 RESULTS = ROOT / "results"
@@ -78,7 +79,7 @@ _KINDS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
 
 
 def _source(path: Path, content: dict[str, Any]) -> str:
-    source = f"From `results/{path.name}`: commit {content['commit'][:7]}, {content['date']}, {content['machine']}"
+    source = f"From `results/{path.name}`: commit {short_revision(content['commit'])}, {content['date']}, {content['machine']}"
     entries = measured_entries(content)
     known = sum(entry["provenance"] is not None for entry in entries)
     provenance = (

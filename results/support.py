@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.analysis.tables import markdown_table
+from stillhouse.metrics.provenance import short_revision
 
 _LETTERS = {"edm": "E", "ddpm": "D", "flow": "F"}
 _TRAINED = "trained"
@@ -18,7 +19,8 @@ def support_table(content: dict[str, Any], recipes: Path) -> str:
         rows.append(
             [f"`{method}`", *(_cell(found[name], recipes / f"{method.replace(' ', '_')}_{name}.yaml") for name in data)]
         )
-    source = f"From `results/support.json`: commit {content['commit'][:7]}, {content['date']}, {content['machine']}."
+    commit = short_revision(content["commit"])
+    source = f"From `results/support.json`: commit {commit}, {content['date']}, {content['machine']}."
     return f"{chr(10).join(markdown_table(rows))}\n\n{source}"
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.gpu.stages import NOT_REACHED, Stage, read
 from benchmarks.gpu.worker import PASSED, Row
 from stillhouse.files import write_file
+from stillhouse.metrics.provenance import short_revision
 
 
 def contents(stages: Sequence[Stage], folder: Path) -> dict[str, Any]:
@@ -39,9 +40,9 @@ def section(stage: Stage, content: dict[str, Any]) -> str:
     reached = [row for row in rows if row["status"] != NOT_REACHED]
     lines += stage.table(reached) if reached else []
     counts = Counter(row["status"] for row in rows)
-    commits = dict.fromkeys(row.get("commit") or "unknown" for row in reached)
+    commits = dict.fromkeys(short_revision(row.get("commit")) for row in reached)
     lines += ["", f"{', '.join(f'{count} {status}' for status, count in counts.items())}, of {len(rows)} entries."]
-    lines += [f"Commit {', '.join(commit[:12] for commit in commits)}, {content['date']}."] if reached else []
+    lines += [f"Commit {', '.join(commits)}, {content['date']}."] if reached else []
     failures = [f"- {_failure(row)}" for row in reached if row["status"] != PASSED]
     return "\n".join([*lines, *([""] if failures else []), *failures])
 

@@ -23,6 +23,12 @@ def revision() -> str | None:
     return found.stdout.strip() or None
 
 
+def short_revision(full: str | None) -> str:
+    """A `revision()` for tables: 7 digits, and -dirty where that is said; unknown without one."""
+    digits, mark, _ = (full or "unknown").partition("-dirty")
+    return f"{digits[:7]}{mark}"
+
+
 def with_provenance(records: Sequence[Record], config: Path | str | None, weights: str | None) -> list[Record]:
     """The records with their provenance, see `Record.provenance`. config: the run's config.yaml, or a hash of the settings."""
     if isinstance(config, Path):

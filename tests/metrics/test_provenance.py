@@ -5,7 +5,7 @@ import pytest
 from quality_tools import REAL, students
 
 from stillhouse.metrics import provenance
-from stillhouse.metrics.provenance import revision, student_provenance, with_provenance
+from stillhouse.metrics.provenance import revision, short_revision, student_provenance, with_provenance
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +33,7 @@ def test_the_revision_says_whether_files_differ_from_it(tmp_path, monkeypatch):
     revision.cache_clear()
     (tmp_path / "a").write_text("b")
     assert revision() == f"{head}-dirty"
+    assert [short_revision(each) for each in (head, revision(), None)] == [head[:7], f"{head[:7]}-dirty", "unknown"]
 
 
 def test_inside_another_project_there_is_no_revision(tmp_path, monkeypatch):

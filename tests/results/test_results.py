@@ -17,6 +17,7 @@ from stillhouse.analysis.convergence import convergence_from_json, convergence_m
 from stillhouse.analysis.flow_chain import flow_chain_from_json, flow_chain_markdown, flow_chain_to_json
 from stillhouse.analysis.quality import quality_from_json, quality_markdown, quality_to_json
 from stillhouse.files import write_ordered_json
+from stillhouse.metrics.provenance import short_revision
 from stillhouse.metrics.records import Record, save_records
 
 FILES = sorted(RESULTS.glob("*.json"))
@@ -96,7 +97,8 @@ def test_a_comparison_is_stored_drawn_and_shown(tmp_path, kind, measured):
     picture, *tables, source = section(target, pictures="../somewhere").split("\n\n")
     assert picture.endswith("](../somewhere/race.png)")
     assert "\n\n".join(tables) == measured(found)
-    assert source.startswith("From `results/race.json`: commit ")
+    commit = json.loads(target.read_text())["commit"]
+    assert source.startswith(f"From `results/race.json`: commit {short_revision(commit)}, ")
     entries = measured_entries(json.loads(target.read_text()))
     if kind == "compare":
         assert {entry["provenance"]["revision"] for entry in entries} == {"a" * 40}
