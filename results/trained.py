@@ -17,7 +17,8 @@ from stillhouse.metrics.records import Record
 
 _ORDER = [run.name for claim in CLAIMS if claim.name != BASELINES for run in claim.runs]
 _SEEDS = range(100)  # those from 100 on are for tuning
-_OPTIONS = ("loss", "nodes", "interval", "order")
+_UNTOLD = ("_target_", "name", "seed", "store")  # of a method's options: names, which the run has, and a place
+_TEACHER = ("name", "solver", "steps")
 _PLAIN = ("name", "seed", "machine", "options", "costs")
 
 
@@ -29,7 +30,8 @@ class Trained:
         name: Of `benchmarks.evidence.claims.Run`.
         seed: Of the training.
         machine: On which it was collected.
-        options: The method's, which the tables name.
+        options: The method's, with the recipe's and the defaults, teachers by `_TEACHER`. Runs collected before these were kept
+            have those that `benchmarks.evidence.claims` gives, and what a table named.
         values: Frechet distances of student and teacher, one at each number of evaluations; first those of the run itself.
         curve: On the way, at `nfe` evaluations; None where there is none.
         costs: Of the training, by `COST_NAMES`.
@@ -175,6 +177,18 @@ def _read(run: RunFolder, name: str, seed: int, machine: str) -> Trained:
         curve = read_curve(run.path, name, seed)
     except (ValueError, OSError):
         curve = None
-    method = run.plain_config()["method"]
-    options = {key: method[key] for key in _OPTIONS if key in method}
+    options = _options(run.plain_config()["method"])
     return Trained(name, seed, machine, options, tuple(values.values()), curve, read_costs(run.path))
+
+
+def _options(method: dict[str, Any]) -> dict[str, Any]:
+    options = {key: value for key, value in method.items() if key not in _UNTOLD}
+    if options.get("teacher"):
+        options["teacher"] = _teacher(options["teacher"])
+    if options.get("teachers"):
+        options["teachers"] = [_teacher(teacher) for teacher in options["teachers"]]
+    return options
+
+
+def _teacher(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: config[key] for key in _TEACHER if key in config}

@@ -8,6 +8,7 @@ import pytest
 from convergence_tools import NOTHING, curve, decay, write_run
 from quality_tools import REAL, students, teachers
 
+from benchmarks.evidence.claims import CLAIMS
 from results import pages
 from results.__main__ import main
 from results.claims import claim_rows
@@ -16,12 +17,16 @@ from results.trained import TrainedRuns
 from stillhouse.analysis.curves import Cost
 from stillhouse.metrics.records import save_records
 
+OPTIONS = {"lr": 1e-3, "loss": "l2", "nodes": 3, "interval": 5, "order": 2}
+TEACHER = {"name": "digits", "solver": "euler", "steps": 100}
+
 
 def run(folder, name, values, *, seed=0, rate=0.3, preparation=NOTHING, teacher=None):
     """A run of `benchmarks.evidence`: {NFE: distance} at its end, and a curve that falls at a rate."""
     method = name.partition("-")[0]
     made = replace(curve(method, decay(rate), seed=seed, preparation=preparation), name=name)
-    options = {"loss": "l2", "nodes": 3, "interval": 5, "order": 2}
+    options = {"_target_": "M", "store": "data", "teachers": [{**TEACHER, "weights": "w"}, {"name": "reflow-seed0"}]}
+    options |= {"teacher": {**TEACHER, "network": {"width": 8}}, **OPTIONS}
     path = write_run(folder / f"{name}-seed{seed}", made, method=options)
     provenance = {"revision": None, "config": "b" * 64, "weights": "c" * 64}
     found = students(values) + (teachers(teacher, solver="euler") if teacher else [])
@@ -74,6 +79,10 @@ def test_each_claim_that_has_runs_has_a_row(tmp_path, folder, monkeypatch):
     assert bezier.holds == "no"
     assert "1 NFE: 0.3, distilled 2-RF 0.25" in bezier.measured
 
+    (stored,) = {
+        json.dumps(each["options"], sort_keys=True) for each in json.loads(target.read_text())["claims"]["runs"]
+    }
+    assert json.loads(stored) == {"teacher": TEACHER, "teachers": [TEACHER, {"name": "reflow-seed0"}], **OPTIONS}
     text = section(target)
     assert "Commits of the runs: unknown." in text
     assert len(measured_entries(json.loads(target.read_text()))) == 16
@@ -83,6 +92,20 @@ def test_each_claim_that_has_runs_has_a_row(tmp_path, folder, monkeypatch):
     readme = updated(pages.README.read_text())
     assert "The papers' claims on digits, in fid_digits" in readme
     assert re.search(r"\| B-DENSE \| .* \| 1 of 4 \| 0 \|", readme)
+
+
+def test_the_stored_runs_have_the_options_that_their_claims_give():
+    given = {run.name: dict(o.split("=") for o in run.options) for claim in CLAIMS for run in claim.runs}
+    stored = [
+        each for path in pages.RESULTS.glob("claims-*.json") for each in json.loads(path.read_text())["claims"]["runs"]
+    ]
+    for each in stored:
+        options, teacher = each["options"], each["options"].get("teacher", {})
+        for key, value in given[each["name"]].items():
+            group, _, name = key.rpartition(".")
+            if group and "{" not in value:
+                assert str({"method": options, "teacher": teacher}[group][name]) == value, (each["name"], key)
+    assert len(stored) > 40
 
 
 def test_runs_of_another_machine_are_added_to_those_of_one_that_is_gone(tmp_path, folder):
