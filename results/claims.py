@@ -4,6 +4,7 @@ A claim without runs has no row. Where several seeds were trained, they are comp
 """
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,6 +43,9 @@ _CONTROLS = {
 }
 
 
+_SEEDS = "seeds of each"  # of the methods that a row compares
+
+
 @dataclass(frozen=True)
 class Row:
     """One claim in one setting.
@@ -52,7 +56,7 @@ class Row:
         measured: What was found, in words and numbers.
         holds: `HOLDS`, `FAILS` or `PARTLY`, by the criterion.
         criterion: When it would hold.
-        seeds: Behind it.
+        seeds: Of each of the methods.
         costs: Of each method's training, for each seed.
     """
 
@@ -76,7 +80,7 @@ def claims_markdown(runs: TrainedRuns) -> str:
     said = [
         f"- **{_title_of(claim.name)}**: {claim.paper}." for claim in CLAIMS if claim.name in {r.claim for r in rows}
     ]
-    body = [[_title(row), row.measured, row.holds, ", ".join(map(str, row.seeds))] for row in rows]
+    body = [[_title(row), row.measured, row.holds, _listed(row.seeds)] for row in rows]
     criteria = dict.fromkeys(f"- {_title_of(row.claim)} holds where {row.criterion}." for row in rows)
     costs = [
         [_title(row), name, *(format_cost([each[cost] for each in costs]) for cost in COST_NAMES)]
@@ -88,7 +92,7 @@ def claims_markdown(runs: TrainedRuns) -> str:
         [
             "\n".join(["The papers say:", "", *said]),
             f"{runs.metric} of {runs.data}, mean ± standard deviation over training seeds:",
-            "\n".join(markdown_table([["claim", "measured", "holds", "seeds"], *body])),
+            "\n".join(markdown_table([["claim", "measured", "holds", _SEEDS], *body])),
             "\n".join(criteria),
             describe_fingerprint(runs.fingerprint),
             f"Commits of the runs: {', '.join(revisions)}.",
@@ -108,9 +112,20 @@ def claims_summary(runs: TrainedRuns) -> str:
     for claim in CLAIMS:
         if rows := by_claim.get(claim.name):
             holds = f"{sum(row.holds == HOLDS for row in rows)} of {len(rows)}"
-            seeds = sorted({seed for row in rows for seed in row.seeds})
-            body.append([_title_of(claim.name), claim.paper, holds, ", ".join(map(str, seeds))])
-    return "\n".join(markdown_table([["method", "its paper's claim", "settings in which it holds", "seeds"], *body]))
+            body.append([_title_of(claim.name), claim.paper, holds, _seeds_of(rows)])
+    return "\n".join(markdown_table([["method", "its paper's claim", "settings in which it holds", _SEEDS], *body]))
+
+
+def _seeds_of(rows: Sequence[Row]) -> str:
+    """Those of every setting: 0, 1, 2, or 0, 1, 2 (in 1 of 7); 0 (in 6 of 7)."""
+    counts = Counter(_listed(row.seeds) for row in rows)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return "; ".join(f"{seeds} (in {count} of {len(rows)})" for seeds, count in counts.items())
+
+
+def _listed(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))
 
 
 def _title_of(claim: str) -> str:
@@ -237,8 +252,9 @@ def _bezier(runs: TrainedRuns) -> list[Row]:
     texts = [f"1 NFE: {_spread(ours)}", *(f"{label} {_spread(v)}" for label, v in theirs.items() if v)]
     for label, control in controls.items():
         trained = f"{control}-2" if control in distilled else control
-        if values := runs.means(trained, runs.seeds(trained), 2):
-            texts.append(f"2 NFE: {label} {_spread(values)}")
+        if values := runs.means(trained, trained_seeds := runs.seeds(trained), 2):
+            others = "" if trained_seeds == seeds else f" (seed {_listed(trained_seeds)})"
+            texts.append(f"2 NFE: {label} {_spread(values)}{others}")
     best = [min(runs.run(control, seed).record(1).mean for control in distilled) for seed in seeds]
     holds = _all([a < b for a, b in zip(ours, best, strict=True)])
     criterion = "its distance in one evaluation is below the best distilled flow's, at every seed"

@@ -60,6 +60,9 @@ def test_each_claim_that_has_runs_has_a_row(tmp_path, folder, monkeypatch):
         run(folder, host, {1: distance, 2: distance / 2}, rate=0.1 if "dense" in host else 0.2)
     run(folder, "bezier", {1: 0.3})
     run(folder, "flow_distill-rf2", {1: 0.25})
+    for seed in (0, 1):  # a second one has no partner
+        run(folder, "flow_distill-rf2-2", {2: 0.2}, seed=seed)
+        run(folder, "b_dense_student", {1: 0.6}, seed=seed)
 
     target, rows = collected(tmp_path, folder)
     student = rows["denoising_student", "L2"]
@@ -77,21 +80,24 @@ def test_each_claim_that_has_runs_has_a_row(tmp_path, folder, monkeypatch):
     assert rounds == ["0.6 against 0.5; never ahead on the way", "0.3 against 0.25"]
     (bezier,) = (row for (claim, _), row in rows.items() if claim == "bezier")
     assert bezier.holds == "no"
-    assert "1 NFE: 0.3, distilled 2-RF 0.25" in bezier.measured
+    assert bezier.measured == "1 NFE: 0.3, distilled 2-RF 0.25, 2 NFE: distilled 2-RF 0.2 (seed 0, 1)"
 
     (stored,) = {
         json.dumps(each["options"], sort_keys=True) for each in json.loads(target.read_text())["claims"]["runs"]
     }
     assert json.loads(stored) == {"teacher": TEACHER, "teachers": [TEACHER, {"name": "reflow-seed0"}], **OPTIONS}
     text = section(target)
+    assert "| claim | measured | holds | seeds of each |" in text
     assert "Commits of the runs: unknown." in text
-    assert len(measured_entries(json.loads(target.read_text()))) == 16
+    assert len(measured_entries(json.loads(target.read_text()))) == 20
     assert "The papers' claims on digits" not in updated(pages.README.read_text())
     monkeypatch.setattr(pages, "summary", lambda: "")
     monkeypatch.setattr(pages, "RESULTS", tmp_path)
     readme = updated(pages.README.read_text())
     assert "The papers' claims on digits, in fid_digits" in readme
-    assert re.search(r"\| B-DENSE \| .* \| 1 of 4 \| 0 \|", readme)
+    assert "| settings in which it holds | seeds of each |" in readme
+    assert re.search(r"\| Denoising Student \| .* \| 0 of 1 \| 0, 1 \|", readme)
+    assert re.search(r"\| B-DENSE \| .* \| 1 of 5 \| 0 \(in 4 of 5\); 0, 1 \(in 1 of 5\) \|", readme)
 
 
 def test_the_stored_runs_have_the_options_that_their_claims_give():
