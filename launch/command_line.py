@@ -180,6 +180,13 @@ _TASKS = {
 
 def _unknown_key(key: str) -> str:
     config = _composed()
+    if (
+        key.startswith("hydra.sweeper.")
+        and OmegaConf.select(_compose(["hydra/sweeper=search"]), key, default=key) != key
+    ):
+        return (
+            f"{key} is an option of a search, and this command has none: add -m hydra/sweeper=search, or leave it out"
+        )
     if (task := _chosen_task(config)) and "." not in key:
         if key in _TASKS:
             return f"{key} is a task of its own: python evaluate.py {_TASKS[key]}"

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from launch.command_line import explained
 from launch.process_environment import is_rank_zero
+from launch.run.folder import RunInUse
 
 # What bad input and broken files raise here. A programming error (TypeError, KeyError, ...) keeps its traceback.
 EXPECTED = (
@@ -50,6 +51,10 @@ class JobFailed(CompactHydraException):
     """A job of a sweep ended in an error that has been reported already; Hydra exits with code 1 after the last job."""
 
 
+class JobInUse(JobFailed):
+    """The job's run is trained already, by another process: what an earlier call's launcher left behind."""
+
+
 @contextmanager
 def reported(job: str, *, sweep: bool = False, shared: bool = False) -> Iterator[None]:
     """Report expected errors in one line naming `job`; exit, or in a sweep let the other jobs go on.
@@ -70,7 +75,7 @@ def reported(job: str, *, sweep: bool = False, shared: bool = False) -> Iterator
         sys.stderr.write("\n" * shared + f"error: {job}: {one_line(error)}\n")
         sys.stderr.flush()
         if sweep:
-            raise JobFailed(one_line(error)) from None
+            raise (JobInUse if isinstance(error, RunInUse) else JobFailed)(one_line(error)) from None
         sys.exit(1)
 
 

@@ -78,6 +78,10 @@ def _target(name: Any) -> Any:
     return name if old is None else _MOVED[old] + name[len(old) :]
 
 
+class RunInUse(ValueError):
+    """Another process trains this run."""
+
+
 class RunFolder:
     """runs/NAME with config.yaml, checkpoints/, metrics.csv, metrics.json and pictures, and a folder for each stage."""
 
@@ -245,12 +249,12 @@ class RunFolder:
         """`claim` the folder, and keep other processes out: a second job of a sweep, or the same command twice.
 
         Raises:
-            ValueError: Where another process trains this run.
+            RunInUse: Where another process trains this run.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         lock = try_lock(self.path / "lock")
         if lock is None:
-            raise ValueError("another process trains this run: wait for it, or choose another name=...")
+            raise RunInUse("another process trains this run: wait for it, or choose another name=...")
         try:
             self.claim(config)
             yield

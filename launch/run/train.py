@@ -25,7 +25,7 @@ from launch.run.remote_files import fetch
 from launch.run.teachers import expand_teachers
 from launch.signals import stoppable
 from launch.sweep.jobs import at_once, placed
-from launch.sweep.search import check_measured, last_monitored
+from launch.sweep.search import check_interval, check_measured, check_multirun, last_monitored
 from launch.sweep.study import Pruned, report_to_study, trial_number
 from lightning_modules import Method
 
@@ -74,6 +74,7 @@ def train(cfg: DictConfig, hydra_config: DictConfig) -> float | None:
         ValueError: For options that do not fit each other, the data or an earlier part of the run.
         OSError: For missing files, or a folder that can't be written.
     """
+    check_multirun(hydra_config)
     folder, search = RunFolder(cfg.folder), trial_number(hydra_config) is not None
     config = checked_config(cfg)
     folder.check(config)
@@ -94,6 +95,7 @@ def train(cfg: DictConfig, hydra_config: DictConfig) -> float | None:
         fetch(config)
     run = Run.build(cfg, folder)
     if search:
+        check_interval(cfg, run.method.total_steps)
         report_to_study(run.trainer, folder, hydra_config)
     run.fit(config)
     return None if search and folder.pruned.exists() else last_monitored(folder, search)

@@ -15,7 +15,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from launch.errors import EXPECTED, JobFailed, one_line
+from launch.errors import EXPECTED, JobFailed, JobInUse, one_line
 from launch.run.folder import RunFolder
 from stillhouse.file_locks import try_lock
 
@@ -130,8 +130,9 @@ class Job:
         overrides: Its whole command.
         options: Those by which it differs from the other jobs.
         folder: Its run's.
-        error: Why it failed.
+        error: Why it failed, or did not come to its end.
         value: What it returned.
+        under_way: Whether it has no end yet, and no fault of its own: its launcher died, or it still runs under an earlier one.
     """
 
     overrides: tuple[str, ...]
@@ -139,11 +140,12 @@ class Job:
     folder: RunFolder
     error: str | None = None
     value: float | None = None
+    under_way: bool = False
 
     @property
     def state(self) -> str:
         """Its state: failed, complete, pruned, interrupted (the same command resumes it) or not begun."""
-        if self.error is not None:
+        if self.error is not None and not self.under_way:
             return "failed"
         if self.folder.complete():
             return "complete"
@@ -167,20 +169,28 @@ class Jobs:
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
+    def compose(self, overrides: Sequence[str]) -> DictConfig:
+        """Return a job's config, with Hydra's part. Hydra's errors of overrides that do not compose pass."""
+        return self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+
     def job(self, overrides: Sequence[str], options: dict[str, str]) -> Job:
         """Compose one job. Hydra's errors of overrides that do not compose pass."""
-        config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+        config = self.compose(overrides)
         place = Path(OmegaConf.select(config, "hydra.sweep.dir")) / OmegaConf.select(config, "hydra.sweep.subdir")
         return Job(tuple(overrides), options, RunFolder(place))
 
     def launch(self, jobs: Sequence[Job], first: int = 0) -> None:
-        """Run jobs, numbered from `first` on, and store in each its error or value."""
+        """Run jobs, numbered from `first` on, and store in each its error or value.
+
+        Where the launcher dies, the answers are lost: what has come to its end says so in its folder, the others are under way.
+        """
         try:
             returns = self._launcher.launch([job.overrides for job in jobs], initial_job_idx=first)
-        except Exception as error:  # of the launcher: the answer of a worker that died is lost
+        except Exception as error:  # of the launcher, such as of a worker that was killed
             for job in jobs:
-                if not job.folder.complete():
+                if job.state not in ("complete", "pruned"):
                     job.error = f"its launcher stopped: {type(error).__name__}: {one_line(error)}"
+                    job.under_way = True
             return
         for job, returned in zip(jobs, returns, strict=True):
             _store_outcome(job, returned)
@@ -191,5 +201,6 @@ def _store_outcome(job: Job, returned: JobReturn) -> None:
         job.value = returned.return_value
         return
     error = returned._return_value  # the property would raise it
+    job.under_way = isinstance(error, JobInUse)
     named = isinstance(error, (JobFailed, *EXPECTED))
     job.error = one_line(error) if named else f"{type(error).__name__}: {one_line(error)}"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import yaml
 from hydra.core.override_parser.types import Override
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from launch.evaluate.measure import measures_nothing
@@ -21,7 +22,8 @@ from stillhouse.files import write_file
 def run_search(jobs: Jobs, overrides: Sequence[Override], n_trials: int, n_jobs: int, settings: Settings) -> None:
     """Bring the study in the search's folder to `n_trials` trials, complete or pruned, `n_jobs` at a time.
 
-    Trials that were killed come first, and resume. One that fails is stored as such, and another is sampled at the next call.
+    Trials that were killed, or whose launcher was, come first, and resume. One that fails is stored as such, and another is
+    sampled at the next call.
 
     Raises:
         ValueError: For impossible settings or another study.
@@ -34,6 +36,7 @@ def run_search(jobs: Jobs, overrides: Sequence[Override], n_trials: int, n_jobs:
     if not space:
         raise ValueError("a search needs an option to search over, such as 'method.lr=tag(log,interval(1e-5,1e-3))'")
     fixed = [one.input_line for one in overrides if not one.is_sweep_override()]
+    _check_least(jobs.compose([*fixed, *(f"{key}={_text(_least(values))}" for key, values in space.items())]))
     with alone(jobs.folder):
         study = open_study(jobs.folder)
         searched = {key: str(value) for key, value in space.items()}
@@ -68,6 +71,8 @@ class _Search:
                 numbers.append(self._sample())
             left -= len(numbers)
             self._launch(numbers)
+            if any(self.made[number].under_way for number in numbers):
+                return
 
     def _sample(self) -> int:
         number = len(self.study.get_trials(deepcopy=False))
@@ -86,11 +91,16 @@ class _Search:
             job.overrides = (*job.overrides, f"hydra.sweeper.trial={job.options['trial']}")
         self.jobs.launch(launched, first=numbers[0])
         for job, same in zip(launched, batch.values(), strict=True):
+            if job.state == "complete" and job.value is None:  # its launcher died before it could hand on the answer
+                job.value = last_monitored(job.folder, needed=False)
             for number in same:
-                self.made[number].error, self.made[number].value = job.error, job.value
+                of_trial = self.made[number]
+                of_trial.error, of_trial.value, of_trial.under_way = job.error, job.value, job.under_way
                 self._store_outcome(number, job)
 
     def _store_outcome(self, number: int, job: Job) -> None:
+        if job.under_way:  # the trial stays a running one, which the next call resumes
+            return
         if job.state == "pruned":
             self.study.tell(number, state=_state("PRUNED"))
         elif job.state == "complete" and job.value is not None and math.isfinite(job.value):
@@ -135,6 +145,24 @@ def _text(value: str | int | float) -> str:
     return value if isinstance(value, str) else repr(value)
 
 
+def _least(distribution) -> str | int | float:
+    """The least value, of choices the first."""
+    return distribution.choices[0] if hasattr(distribution, "choices") else distribution.low
+
+
+def _check_least(cfg: DictConfig) -> None:
+    """Check that a run of the least values will leave a curve, as far as its config shows: each job checks its own once more.
+
+    Raises:
+        ValueError: As `check_measured` and `check_interval`.
+    """
+    check_measured(cfg)
+    kimg, batch_size = cfg.method.get("kimg"), cfg.batch_size
+    # What else is wrong with these the first job says.
+    if all(type(n) in (int, float) and n > 0 for n in (kimg, batch_size, cfg.callbacks.metrics.get("every_kimg"))):
+        check_interval(cfg, math.ceil(1000 * kimg / batch_size))
+
+
 def check_measured(cfg: DictConfig) -> None:
     """Check, before training, that a run of a search will leave a curve.
 
@@ -146,6 +174,36 @@ def check_measured(cfg: DictConfig) -> None:
         missing = ["evaluation=none"]
     if missing:
         raise ValueError(f"a search minimises what a run's curve ends at, and with {missing[0]} there is no curve")
+
+
+def check_interval(cfg: DictConfig, steps: int) -> None:
+    """Check that a run of a search is measured before its end, too: a curve takes two measurements.
+
+    Args:
+        cfg: Of the run.
+        steps: Of its training; where that has stages, of the last part.
+
+    Raises:
+        ValueError: Where the interval is too long for the run.
+    """
+    every = cfg.callbacks.metrics.every_kimg
+    if (steps - 1) * cfg.batch_size < round(1000 * every):
+        raise ValueError(
+            f"a search minimises what a run's curve ends at, and a training of {steps * cfg.batch_size / 1000:g} kimg, measured "
+            f"every {every:g} kimg, is measured at its end alone; lower evaluation.training.every_kimg"
+        )
+
+
+def check_multirun(hydra_config: DictConfig) -> None:
+    """Check that a command with a search has -m, without which Hydra would ignore it.
+
+    Raises:
+        ValueError: For a search without -m.
+    """
+    if "n_trials" in hydra_config.sweeper and hydra_config.mode != RunMode.MULTIRUN:
+        name = hydra_config.runtime.choices.get("sweep")
+        chosen = "hydra/sweeper=search" if name in (None, "grid") else f"sweep={name}"
+        raise ValueError(f"without -m this is one run, no search: add -m, or leave {chosen} out")
 
 
 def last_monitored(folder: RunFolder, needed: bool) -> float | None:
