@@ -40,10 +40,12 @@ class Grid(_Stillhouse):
 
     def sweep(self, arguments: list[str]) -> None:
         from launch.errors import reported
-        from launch.sweep.grid import run_grid
+        from launch.sweep.grid import check_values, run_grid
 
-        (jobs,) = BasicSweeper.split_arguments(self.overrides(arguments), None)
+        overrides = self.overrides(arguments)
         with reported("sweep"):
+            check_values(overrides)
+            (jobs,) = BasicSweeper.split_arguments(overrides, None)
             run_grid(self.jobs, jobs, arguments)
 
 
