@@ -78,7 +78,7 @@ def atomic_write(path: str | Path, sync: bool = False) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, path.name)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{_process_space()}")
-    _remove(temporary)  # of a dead process that had this one's number
+    remove(temporary)  # of a dead process that had this one's number
     try:
         yield temporary
         if sync:
@@ -87,7 +87,7 @@ def atomic_write(path: str | Path, sync: bool = False) -> Iterator[Path]:
         if sync:
             _sync(path.parent)
     finally:
-        _remove(temporary)
+        remove(temporary)
 
 
 def _sync(path: Path) -> None:
@@ -116,7 +116,7 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
         else:
             dead = time.time() - path.lstat().st_mtime > _DAY
         if dead:
-            _remove(path)
+            remove(path)
 
 
 @cache
@@ -129,7 +129,8 @@ def _process_space() -> str:
     return hashlib.sha256(place.encode()).hexdigest()[:8]
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with all that it holds, as far as the disk lets it go; nothing where there is none."""
     with contextlib.suppress(OSError):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

@@ -31,8 +31,9 @@ class WandbRun(WandbLogger):
     of the run's folder, by key, and online in the summary that W&B hands a resumed run, by the images seen.
     """
 
-    def __init__(self, *, batch_size: int, log_model: bool, **options: Any) -> None:
+    def __init__(self, *, batch_size: int, log_model: bool, id_file: Path, **options: Any) -> None:
         super().__init__(**options)
+        self._id_file = id_file
         self._wandb_init.pop("anonymous")  # of which wandb warns, whatever its value
         self.batch_size, self.with_weights = batch_size, log_model
         self._sent: dict[int, set[str]] | None = (
@@ -40,6 +41,13 @@ class WandbRun(WandbLogger):
         )
         self._sent_before = 0  # the step before which W&B had everything
         self._latest: dict[str, Any] = {}  # its newest values
+
+    @property
+    def version(self) -> str:
+        """The run's id, made or read when it is first needed: by then the folder is the run's, and holds no other one's."""
+        if self._id is None:
+            self._id = _identifier(self._id_file)
+        return super().version
 
     @property
     @rank_zero_experiment
@@ -50,6 +58,7 @@ class WandbRun(WandbLogger):
 
         if wandb.run is not None:  # of a sweep's job that failed: wandb would go on with it
             wandb.run.finish(exit_code=1)
+        self._wandb_init["id"] = self.version
         run = super().experiment
         run.define_metric("nimg")
         run.define_metric("*", step_metric="nimg", step_sync=True, overwrite=True)
@@ -218,7 +227,7 @@ def wandb_logger(
         group=group or re.sub(r"-seed\d+(?=-|$)", "", name),
         tags=list(dict.fromkeys(tags)),
         notes=notes,
-        id=_identifier(Path(folder) / "wandb_id"),
+        id_file=Path(folder) / "wandb_id",
         save_dir=folder,
         offline=offline,
     )

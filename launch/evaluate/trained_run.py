@@ -11,7 +11,7 @@ from torch import Tensor
 from callbacks import RAW, SNAPSHOTS, check_owner, read_checkpoint, student_state
 from launch import option_types
 from launch.run.build import build_seeded
-from launch.run.folder import RunFolder, identity
+from launch.run.folder import RunFolder
 from launch.run.remote_files import fetch
 from lightning_modules import Method
 from stillhouse.checkpoints.posthoc_average import reconstructed
@@ -161,7 +161,7 @@ def _read_chosen(method: Method, folder: RunFolder, checkpoint: str | None) -> t
         if rank_and_world()[0] == 0:
             print(f"{error}. Until then last.ckpt is taken, not the best one by held-out loss", flush=True)
         return _read_chosen(method, folder, "last")
-    check_owner(path, content, identity(folder.stored_config(), method.name))
+    check_owner(path, content, folder.checkpoint_owner(folder.stored_config(), method.name))
     return name, content
 
 

@@ -14,7 +14,7 @@ from pytorch_lightning.callbacks import Checkpoint
 
 from launch.option_types import check_targets
 from launch.process_environment import is_rank_zero
-from launch.run.folder import RunFolder, identity
+from launch.run.folder import RunFolder
 from launch.run.processes import LeavesSignals, check_present, choose_strategy, process_count
 from launch.run.strategies import check_machines
 from launch.run.trainer_options import check_options, lightning_options
@@ -102,10 +102,13 @@ def _check_equal(owner: str, pairs: Iterable[tuple[str, int, int]], data: Any) -
             )
 
 
-def build_trainer(config: DictConfig, method: Method, folder: RunFolder, here: bool = True) -> pl.Trainer:
+def build_trainer(
+    config: DictConfig, method: Method, folder: RunFolder, here: bool = True, run: RunFolder | None = None
+) -> pl.Trainer:
     """A Trainer for endless loaders, in the run folder, with its strategy chosen by the number of processes.
 
     here: whether the run is for this machine, and is refused where that lacks something; else the Trainer can't train.
+    run: the one that a stage's folder is a part of.
     """
     options = dict(build(config.trainer))
     check_options(options)
@@ -128,7 +131,7 @@ def build_trainer(config: DictConfig, method: Method, folder: RunFolder, here: b
         share = 2 * 4 * math.prod(method.image_shape) * config.batch_size // processes
         check_memory(share, f"batch_size={config.batch_size} (lower it): the images and noise of a step")
     options["strategy"] = choose_strategy(options["strategy"], processes)
-    owner = identity(OmegaConf.to_container(config, resolve=True), method.name)
+    owner = (run or folder).checkpoint_owner(OmegaConf.to_container(config, resolve=True), method.name)
     options, first = lightning_options(options, method, folder.path, here, owner)
     if not here:
         accelerator = "cpu" if options["accelerator"] in ("gpu", "cuda") else options["accelerator"]
@@ -194,7 +197,7 @@ def build_stages(config: DictConfig, method: Method, data: Any, folder: RunFolde
         if cfg.callbacks.get("progress"):
             OmegaConf.update(cfg.callbacks, "progress.stage", name, force_add=True)
         cfg.logger = {key: value for key, value in cfg.logger.items() if key == "csv"}
-        trainer = build_trainer(cfg, module, part, here)
+        trainer = build_trainer(cfg, module, part, here, folder)
         stages.append(Stage(module, module.training_data(data), trainer, part))
     return stages
 

@@ -14,7 +14,7 @@ from stillhouse.analysis.config_groups import names_in
 from stillhouse.analysis.tables import records_text
 from stillhouse.checkpoints.bounds import check_aliases
 from stillhouse.file_locks import try_lock
-from stillhouse.files import check_writable, resolve_inside, write_file
+from stillhouse.files import check_writable, remove, remove_leftovers, resolve_inside, write_file
 from stillhouse.metrics.records import Record, load_records
 
 # The last revision with other checkpoints, which can finish its runs: training goes on from one of today's engine alone.
@@ -47,6 +47,8 @@ FREE = (
     "logger.tensorboard._target_",
     "data.verify",
 )
+# What a run writes before its first checkpoint.
+_LOGGED = ("metrics.csv", "samples", "tensorboard", "wandb", "wandb_id")
 # Options that came after runs had begun, with what those runs had in effect; what their data were packed by stays as it is.
 EARLIER = {
     "evaluation.labels": "uniform",
@@ -229,7 +231,9 @@ class RunFolder:
         changes = [
             (key, was, now)
             for key, was, now in changes
-            if key not in FREE and (was is not None or key not in EARLIER or now != EARLIER[key])
+            if key not in FREE
+            and not self._says_where(key, was, now)
+            and (was is not None or key not in EARLIER or now != EARLIER[key])
         ]
         if changes:
             (key, was, now), *others = changes
@@ -239,10 +243,35 @@ class RunFolder:
                 "choose another name=..., or remove the folder"
             )
 
+    def _says_where(self, key: str, was: Any, now: Any) -> bool:
+        """Whether an option that changed says where the run lies and no more: its name, a logger's folder. A run may be moved."""
+        inside = isinstance(was, str) and isinstance(now, str) and Path(now).is_relative_to(self.path)
+        return key == "name" or (key.startswith("logger.") and inside)
+
+    def checkpoint_owner(self, config: Mapping[str, Any], method: str) -> dict[str, str]:
+        """Return the `identity` of this run's checkpoints, or of a stage's: by the config that the run was begun with.
+
+        Args:
+            config: The command's, plain, which may have options that came later; of a stage with its own batch size.
+            method: The name of what is trained.
+        """
+        stored = self.stored_config() if self.begun() else config
+        return identity({**stored, "batch_size": config.get("batch_size")}, method)
+
     def claim(self, config: dict[str, Any]) -> None:
-        """Write the config of a run that has not begun; that of one that has begun is never touched."""
-        if not self.begun():
-            write_file(self.config, OmegaConf.to_yaml(OmegaConf.create(config)).encode())
+        """Write the config of a run that has not begun; that of one that has begun is never touched.
+
+        What an attempt with another config logged here before it ended without a checkpoint is removed: the same files go on.
+        """
+        if self.begun():
+            return
+        if self.config.is_file() and self.stored_config() != config:
+            stages = [path for path in self.path.glob("*/**/metrics.csv") if not (path.parent / "config.yaml").exists()]
+            for path in (*(self.path / name for name in _LOGGED), *stages):
+                remove(path)
+        for folder in (self.path, self.checkpoints):
+            remove_leftovers(folder)
+        write_file(self.config, OmegaConf.to_yaml(OmegaConf.create(config)).encode())
 
     @contextmanager
     def held(self, config: dict[str, Any]) -> Iterator[None]:

@@ -3,7 +3,7 @@ import importlib
 import pytest
 from omegaconf import OmegaConf
 
-from launch.run.folder import RunFolder, differences
+from launch.run.folder import RunFolder, differences, identity
 from stillhouse.metrics.records import Record, save_records
 
 CONFIG = {"seed": 0, "method": {"lr": 1e-3, "betas": [0.9, 0.999]}}
@@ -96,6 +96,50 @@ def check_names(node):
             assert hasattr(importlib.import_module(module), name), value
         elif OmegaConf.is_dict(value):
             check_names(value)
+
+
+def logged(path):
+    return {
+        "name": path.name,
+        "logger": {"csv": {"folder": str(path)}, "tensorboard": {"save_dir": f"{path}/tensorboard"}},
+    }
+
+
+def test_a_run_may_be_moved_with_the_folders_of_its_loggers_inside(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.claim(CONFIG | logged(folder.path))
+    folder.checkpoints.mkdir()
+    folder.last.touch()
+    moved = RunFolder(folder.path.rename(tmp_path / "moved"))
+    moved.check(CONFIG | logged(moved.path))
+    for other in (CONFIG | logged(tmp_path / "elsewhere"), CONFIG | logged(moved.path) | {"logger": {}}):
+        with pytest.raises(ValueError, match="was started with logger.csv"):
+            moved.check(other)
+
+
+def test_a_checkpoint_is_known_by_the_config_that_its_run_was_begun_with(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    today = CONFIG | {"batch_size": 16, "method": CONFIG["method"] | {"branches": 1}}
+    assert folder.checkpoint_owner(today, "sfd") == identity(today, "sfd")
+    earlier = begun(tmp_path)  # before there were branches
+    earlier.config.write_text(OmegaConf.to_yaml(CONFIG | {"batch_size": 16}))
+    earlier.check(today)
+    assert earlier.checkpoint_owner(today, "sfd") == identity(CONFIG | {"batch_size": 16}, "sfd")
+    assert earlier.checkpoint_owner(today | {"batch_size": 8}, "sfd") == identity(CONFIG | {"batch_size": 8}, "sfd")
+
+
+def test_a_run_begins_without_what_another_attempt_logged(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.claim(CONFIG)
+    written = [folder.path / name for name in ("metrics.csv", "tensorboard/events", "wandb_id", "rounds/2/metrics.csv")]
+    others = [folder.path / name for name in ("notes.txt", "inner/config.yaml", "inner/metrics.csv")]
+    for path in (*written, *others):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("of the first attempt")
+    folder.claim(CONFIG)
+    assert all(path.exists() for path in (*written, *others))  # the same run: these go on
+    folder.claim(CONFIG | {"seed": 1})
+    assert [path.exists() for path in (*written, *others)] == [False] * len(written) + [True] * len(others)
 
 
 def test_a_run_within_another_one_is_refused(tmp_path):
