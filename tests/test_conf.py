@@ -22,6 +22,7 @@ from launch.run.build import build, build_trainer, check_fit
 from launch.run.folder import RunFolder
 from launch.run.names import data_of, register_resolvers
 from launch.run.teachers import expand_teachers
+from launch.sweep.search import check_interval
 from stillhouse.checkpoints import save_weights
 from stillhouse.diffusion.losses import regression
 from stillhouse.diffusion.time_distributions import UShaped
@@ -176,6 +177,8 @@ def test_every_file_composes_and_builds(file, tmp_path, monkeypatch, torch_home)
     if file.parts[0] not in ("data", "evaluation"):
         trainer = build_trainer(cfg, method, RunFolder(cfg.folder))
         assert trainer.max_steps == method.total_steps
+    if file.parts[0] == "recipe":
+        check_interval(cfg, method.total_steps)
 
 
 # Of each published or embedded network: parameters, and network evaluations of a sample.
