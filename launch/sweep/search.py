@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import yaml
 from hydra.core.override_parser.types import Override
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from launch.evaluate.measure import measures_nothing
@@ -197,10 +196,12 @@ def check_interval(cfg: DictConfig, steps: int) -> None:
 def check_multirun(hydra_config: DictConfig) -> None:
     """Check that a command with a search has -m, without which Hydra would ignore it.
 
+    The jobs of a search, and the processes that they start without -m, are trials.
+
     Raises:
         ValueError: For a search without -m.
     """
-    if "n_trials" in hydra_config.sweeper and hydra_config.mode != RunMode.MULTIRUN:
+    if "n_trials" in hydra_config.sweeper and hydra_config.sweeper.trial is None:
         name = hydra_config.runtime.choices.get("sweep")
         chosen = "hydra/sweeper=search" if name in (None, "grid") else f"sweep={name}"
         raise ValueError(f"without -m this is one run, no search: add -m, or leave {chosen} out")

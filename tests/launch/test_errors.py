@@ -5,7 +5,8 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from launch.errors import JobFailed, one_line, reported
+from launch.errors import JobFailed, JobInUse, one_line, reported
+from launch.run.folder import RunInUse
 
 
 def strict(size: int) -> int:
@@ -25,6 +26,8 @@ def test_a_sweep_goes_on_after_the_message(capsys):
     with pytest.raises(JobFailed, match="no file"), reported("runs/b", sweep=True):
         raise FileNotFoundError("no file")
     assert capsys.readouterr().err == "error: runs/b: no file\n"
+    with pytest.raises(JobInUse), reported("runs/b", sweep=True):  # a search keeps such a trial
+        raise RunInUse("another process trains this run")
 
 
 def test_beside_other_jobs_the_message_begins_a_line_of_its_own(capsys):

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from launch.errors import JobFailed, JobInUse
 from launch.run.folder import RunFolder
 from launch.sweep.jobs import Job, Jobs
-from launch.sweep.search import check_interval, check_measured, last_monitored, run_search
+from launch.sweep.search import check_interval, check_measured, check_multirun, last_monitored, run_search
 from launch.sweep.study import Settings, open_study, trial_number
 from stillhouse.metrics.records import save_records
 
@@ -69,6 +69,17 @@ def test_a_run_that_would_be_measured_at_its_end_alone_is_refused():
         ValueError, match=r"a training of 0.208 kimg, measured every 0.193 kimg, is measured at its end alone"
     ):
         check_interval(measured_every(0.193), steps=13)
+
+
+def test_a_search_without_m_is_refused_and_a_process_of_a_trial_is_not():
+    def command(trial, sweep):
+        return OmegaConf.create({"sweeper": {"n_trials": 3, "trial": trial}, "runtime": {"choices": {"sweep": sweep}}})
+
+    check_multirun(command(0, "grid"))
+    check_multirun(OmegaConf.create({"sweeper": {"params": None}}))
+    for sweep, chosen in (("grid", "hydra/sweeper=search"), ("weights", "sweep=weights")):
+        with pytest.raises(ValueError, match=f"without -m this is one run, no search: add -m, or leave {chosen} out"):
+            check_multirun(command(None, sweep))
 
 
 class Trials(Jobs):
