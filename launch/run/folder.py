@@ -255,7 +255,7 @@ class RunFolder:
             config: The command's, plain, which may have options that came later; of a stage with its own batch size.
             method: The name of what is trained.
         """
-        stored = self.stored_config() if self.begun() else config
+        stored = self.stored_config() if self.begun() and self.config.is_file() else config
         return identity({**stored, "batch_size": config.get("batch_size")}, method)
 
     def claim(self, config: dict[str, Any]) -> None:
