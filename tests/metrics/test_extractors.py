@@ -124,6 +124,7 @@ def test_the_extractor_of_clothes_refuses_other_images_and_sizes():
     assert printed_metric("fid", Fashion(16)) == "fid_fashion"
 
 
+@pytest.mark.slow
 def test_a_classifier_of_clothes_learns_the_same_twice():
     labels = np.arange(40) % 2 * 9  # boots, which are never mirrored, beside shirts
     images = np.zeros((40, 1, 16, 16), np.uint8)
