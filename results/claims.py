@@ -252,7 +252,8 @@ def _bezier(runs: TrainedRuns) -> list[Row]:
     texts = [f"1 NFE: {_spread(ours)}", *(f"{label} {_spread(v)}" for label, v in theirs.items() if v)]
     for label, control in controls.items():
         trained = f"{control}-2" if control in distilled else control
-        if values := runs.means(trained, trained_seeds := runs.seeds(trained), 2):
+        trained_seeds = runs.seeds(trained)
+        if values := runs.means(trained, trained_seeds, 2):
             others = "" if trained_seeds == seeds else f" (seed {_listed(trained_seeds)})"
             texts.append(f"2 NFE: {label} {_spread(values)}{others}")
     best = [min(runs.run(control, seed).record(1).mean for control in distilled) for seed in seeds]

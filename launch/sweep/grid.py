@@ -10,8 +10,7 @@ from statistics import mean, stdev
 from hydra.core.override_parser.types import Override
 
 from launch.run.names import run_name
-from launch.sweep.jobs import Job, Jobs
-from stillhouse.analysis.curves import read_curve
+from launch.sweep.jobs import Job, Jobs, curve_on_the_way
 from stillhouse.analysis.tables import format_mean_std, group_by_fingerprint, markdown_table, text_table
 from stillhouse.files import write_file
 from stillhouse.metrics.records import Record, load_records
@@ -123,10 +122,7 @@ def _result(job: Job) -> _Result | None:
     record = next((record for record in load_records(job.folder.metrics) if record.subject == "student"), None)
     if record is None:
         return None
-    try:
-        curve = None if "trial" in job.options else read_curve(job.folder.path, job.folder.name, seed=0)
-    except (OSError, ValueError):
-        curve = None
+    curve = None if "trial" in job.options else curve_on_the_way(job.folder)
     return _Result(record, (curve.metric, curve.values[-1]) if curve else None)
 
 

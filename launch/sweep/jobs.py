@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from launch.errors import EXPECTED, JobFailed, JobInUse, one_line
 from launch.run.folder import RunFolder
+from stillhouse.analysis.curves import Curve, read_curve
 from stillhouse.file_locks import try_lock
 
 _EXTRAS = {"hydra_joblib_launcher": "joblib", "hydra_submitit_launcher": "submitit"}
@@ -152,6 +153,22 @@ class Job:
         if self.folder.pruned.exists():
             return "pruned"
         return "interrupted" if self.folder.begun() else "not begun"
+
+
+def curve_on_the_way(folder: RunFolder, needed: bool = False) -> Curve | None:
+    """A run's curve, of the first average or the weights as trained; None for a run without one.
+
+    It is of the monitoring seeds, by which runs may be chosen, never of those of the final evaluation.
+
+    Raises:
+        ValueError, OSError: With `needed`, as `read_curve`.
+    """
+    try:
+        return read_curve(folder.path, folder.name, seed=0)
+    except (OSError, ValueError):
+        if needed:
+            raise
+        return None
 
 
 class Jobs:

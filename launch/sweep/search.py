@@ -11,9 +11,8 @@ from omegaconf import DictConfig
 from launch.evaluate.measure import measures_nothing
 from launch.run.folder import RunFolder
 from launch.sweep.grid import IRRELEVANT, write_table
-from launch.sweep.jobs import Job, Jobs
+from launch.sweep.jobs import Job, Jobs, curve_on_the_way
 from launch.sweep.study import Settings, alone, distributions, open_study, settled
-from stillhouse.analysis.curves import read_curve
 from stillhouse.checks import check_counts
 from stillhouse.files import write_file
 
@@ -208,19 +207,9 @@ def check_multirun(hydra_config: DictConfig) -> None:
 
 
 def last_monitored(folder: RunFolder, needed: bool) -> float | None:
-    """The last value of a run's curve, of the first average or the weights as trained; None for a run without a curve.
-
-    It is of the monitoring seeds, by which runs may be chosen, never of those of the final evaluation.
-
-    Raises:
-        ValueError, OSError: With `needed`, as `read_curve`.
-    """
-    try:
-        return read_curve(folder.path, folder.name, seed=0).values[-1]
-    except (OSError, ValueError):
-        if needed:
-            raise
-        return None
+    """The last value of `curve_on_the_way`; None without a curve. It raises as that does."""
+    curve = curve_on_the_way(folder, needed)
+    return curve.values[-1] if curve else None
 
 
 def _selected(cfg: DictConfig, key: str) -> bool:
