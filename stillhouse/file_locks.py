@@ -2,6 +2,8 @@
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -36,6 +38,25 @@ def try_lock(path: Path, way_out: str | None = None) -> FileLock | None:
             reason = os.strerror(error.errno)
             raise OSError(f"{path.parent} lies on a disk without file locks ({reason}); {way_out}") from error
     return lock
+
+
+@contextmanager
+def hold_lock(path: Path, refusal: Exception, way_out: str | None = None) -> Iterator[None]:
+    """Hold the lock of the file `path` inside the block; see `try_lock`.
+
+    Args:
+        refusal: What is raised where another process has the lock.
+
+    Raises:
+        OSError: As `try_lock`.
+    """
+    lock = try_lock(path, way_out)
+    if lock is None:
+        raise refusal
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def wait_for_lock(path: Path, message: str, way_out: str | None = None) -> FileLock:

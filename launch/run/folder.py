@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from stillhouse.analysis.config_groups import names_in
 from stillhouse.analysis.tables import records_text
 from stillhouse.checkpoints.bounds import check_aliases
-from stillhouse.file_locks import try_lock
+from stillhouse.file_locks import hold_lock
 from stillhouse.files import check_writable, remove, remove_leftovers, resolve_inside, write_file
 from stillhouse.metrics.records import Record, load_records
 
@@ -281,14 +281,10 @@ class RunFolder:
             RunInUse: Where another process trains this run.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = try_lock(self.path / "lock")
-        if lock is None:
-            raise RunInUse("another process trains this run: wait for it, or choose another name=...")
-        try:
+        refusal = RunInUse("another process trains this run: wait for it, or choose another name=...")
+        with hold_lock(self.path / "lock", refusal):
             self.claim(config)
             yield
-        finally:
-            lock.release()
 
 
 def _odd(config: Any) -> str:

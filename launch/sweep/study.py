@@ -16,7 +16,7 @@ from callbacks.components.intervals import interval_reached, is_last_step
 from launch.run.folder import RunFolder
 from stillhouse.analysis.curves import curve_column_names
 from stillhouse.checks import check_counts
-from stillhouse.file_locks import try_lock
+from stillhouse.file_locks import hold_lock
 from stillhouse.files import write_json
 from stillhouse.ranks import run_on_rank_zero
 
@@ -157,13 +157,9 @@ def alone(folder: Path) -> Iterator[None]:
         ValueError: Where another process has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = try_lock(folder / "lock", "choose another hydra.sweep.dir")
-    if lock is None:
-        raise ValueError(f"{folder}: another process runs this search; wait for it, or choose another hydra.sweep.dir")
-    try:
+    refusal = ValueError(f"{folder}: another process runs this search; wait for it, or choose another hydra.sweep.dir")
+    with hold_lock(folder / "lock", refusal, "choose another hydra.sweep.dir"):
         yield
-    finally:
-        lock.release()
 
 
 class Pruned(Exception):

@@ -12,7 +12,7 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from stillhouse.checkpoints.weights import hash_file
-from stillhouse.file_locks import try_lock
+from stillhouse.file_locks import hold_lock
 
 _BLOCK = 1 << 20
 _SILENCE = 60  # seconds without a byte after which a server is given up
@@ -71,19 +71,15 @@ def download(url: str, path: str | Path, sha256: str | None = None) -> Path:
 def _exclusive(part: Path) -> Iterator[BinaryIO]:
     """Open PATH.part at its end, for one process at a time; an empty one does not stay."""
     lock_file = part.with_name(f"{part.name}.lock")
-    lock = try_lock(lock_file)
-    if lock is None:
-        raise OSError(f"another process is downloading {part}; wait for it and run again")
-    try:
-        with open(part, "ab") as file:
-            try:
+    refusal = OSError(f"another process is downloading {part}; wait for it and run again")
+    with hold_lock(lock_file, refusal):
+        try:
+            with open(part, "ab") as file:
                 yield file
-            finally:
-                if part.exists() and not part.stat().st_size:
-                    part.unlink()
-    finally:
-        lock_file.unlink(missing_ok=True)
-        lock.release()
+        finally:
+            if part.exists() and not part.stat().st_size:
+                part.unlink()
+            lock_file.unlink(missing_ok=True)
 
 
 def _receive(url: str, path: Path, file: BinaryIO) -> None:

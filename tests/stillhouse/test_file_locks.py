@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from stillhouse.file_locks import try_lock, wait_for_lock
+from stillhouse.file_locks import hold_lock, try_lock, wait_for_lock
 
 FORK = multiprocessing.get_context("fork")
 
@@ -31,8 +31,12 @@ def holder(tmp_path):
 
 def test_one_process_holds_a_lock_and_a_kill_frees_it(holder, tmp_path):
     assert try_lock(tmp_path / "lock") is None
+    with pytest.raises(ValueError, match="in use"), hold_lock(tmp_path / "lock", ValueError("in use")):
+        pytest.fail("both have it")
     holder.kill()
     wait_for_lock(tmp_path / "lock", "waiting").release()
+    with hold_lock(tmp_path / "lock", ValueError("in use")):
+        assert try_lock(tmp_path / "lock") is None
     assert try_lock(tmp_path / "lock") is not None
 
 
