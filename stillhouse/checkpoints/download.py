@@ -77,7 +77,7 @@ def _exclusive(part: Path) -> Iterator[BinaryIO]:
             with open(part, "ab") as file:
                 yield file
         finally:
-            if part.exists() and not part.stat().st_size:
+            if part.is_file() and not part.stat().st_size:  # open() also refuses a folder
                 part.unlink()
             lock_file.unlink(missing_ok=True)
 
