@@ -88,6 +88,8 @@ class Quality:
     def with_others(self, others: "Quality") -> "Quality":
         """These values and others, of which one takes the place of that of the same run and NFE.
 
+        A teacher that is a run with values of its own (the student before) has no second line as a teacher.
+
         Raises:
             ValueError: For another metric or fingerprint, and for another run where one of its group and seed is: a group's label
                 tells apart the runs that were compared with it alone.
@@ -104,9 +106,11 @@ class Quality:
                     f"{value.nfe} NFE"
                 )
             values[value.place] = value
+        runs = {value.name for value in values.values() if value.seed is not None}
+        kept = tuple(value for value in values.values() if value.seed is not None or value.name not in runs)
         floor = self.floor if others.floor is None else others.floor
         notes = dict.fromkeys((*self.notes, *others.notes))
-        return Quality(self.metric, self.fingerprint, tuple(values.values()), floor, tuple(notes))
+        return Quality(self.metric, self.fingerprint, kept, floor, tuple(notes))
 
     @property
     def counts(self) -> list[int]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from convergence_tools import curve, decay, stored, write_run
 from flow_chain_tools import chain, write_chain
-from quality_tools import REAL, students, write_measured
+from quality_tools import REAL, students, teachers, write_measured
 
 from results import pages
 from results.__main__ import main
@@ -112,7 +112,9 @@ def test_a_comparison_is_stored_drawn_and_shown(tmp_path, kind, measured):
 
 def test_qualities_are_added_to_those_of_a_machine_that_is_gone(tmp_path):
     def measured(name, seed, values, **changes):
-        records = [replace(record, **changes) for record in (*students(values), REAL)]
+        # Its teacher is the run that was measured first, which has no second line.
+        taught = [replace(record, name="sfd0") for record in teachers({1: 0.5})]
+        records = [replace(record, **changes) for record in (*students(values), *taught, REAL)]
         return write_measured(tmp_path / name, records, seed=seed, steps=1)
 
     target = tmp_path / "race.json"
