@@ -39,3 +39,8 @@ def test_the_signal_of_another_rank_is_this_ones_too(monkeypatch):
     assert notice.given == signal.SIGTERM
     with pytest.raises(Stopped):
         callback.on_train_batch_start(trainer, None, None, 0)
+
+
+def test_misuse():
+    with pytest.raises(ValueError, match="Requeue: every_n_steps must be at least 1, got 0"):
+        requeue.Requeue(0)

@@ -96,6 +96,7 @@ def test_loading_leaves_the_global_generator_alone(root):
         ({"resolution": 16}, r"resolution=16, but .*digits was packed with 8; correct the option"),
         ({"channels": 3}, "channels=3, but"),
         ({"num_classes": 11}, "num_classes=11, but"),
+        ({"name": "../../x"}, "data.name='../../x' must name one folder below "),
         ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
         ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
     ],

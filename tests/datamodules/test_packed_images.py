@@ -319,7 +319,9 @@ def damage(path: Path, how: str) -> None:
     if how == "gone":
         path.unlink()
     else:
-        path.write_bytes({"short": data[:-1], "long": data + b"0", "text": b"hello", "empty": b""}[how])
+        path.write_bytes(
+            {"short": data[:-1], "long": data + b"0", "text": b"hello", "deep": 200_000 * b"[", "empty": b""}[how]
+        )
 
 
 @pytest.mark.parametrize(
@@ -334,6 +336,7 @@ def damage(path: Path, how: str) -> None:
         ("labels.npy", "gone", "labels.npy is missing"),
         ("meta.json", "short", None),
         ("meta.json", "text", "meta.json is damaged or of another version"),
+        ("meta.json", "deep", "meta.json is damaged or of another version"),
         ("meta.json", "gone", "meta.json is missing"),
     ],
 )

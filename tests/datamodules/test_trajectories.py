@@ -147,7 +147,10 @@ def test_teachers_of_nearly_one_range_are_not(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"resolution": 8}, "gauss has resolution=4, other 8; teachers that start from one noise"),
+        (
+            {"resolution": 8},
+            "gauss has resolution=4, other 8; teachers that start from one noise and label must agree in size and classes",
+        ),
         ({"channels": 1}, "gauss has channels=2, other 1;"),
         ({"num_classes": 0}, "gauss has num_classes=4, other 0;"),
     ],
@@ -155,6 +158,13 @@ def test_teachers_of_nearly_one_range_are_not(tmp_path):
 def test_teachers_of_another_size_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         data_of(tmp_path, [GaussianTeacher(), GaussianTeacher("other", **options)])
+
+
+def test_pairs_whose_order_fits_into_no_memory_are_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"^method.pairs=100000000000000 \(lower it\): .* would take some 1.6e\+06 GB of memory"
+    ):
+        data_of(tmp_path, pairs=10**14)
 
 
 def test_no_teacher_is_refused(tmp_path):

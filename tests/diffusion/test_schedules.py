@@ -112,6 +112,8 @@ def test_bad_ranges_are_refused():
         S.karras(4, sigma_min=5, sigma_max=2)
     with pytest.raises(ValueError, match="0 < sigma_min < sigma_max, got sigma_min=0, sigma_max=80"):
         S.karras_grid(4, sigma_min=0)
+    with pytest.raises(ValueError, match="rho must be positive, got 0"):
+        S.karras(4, rho=0)
     with pytest.raises(ValueError, match="number of intervals must be at least 1, got 0"):
         S.karras_grid(0)
     with pytest.raises(ValueError, match="t_start must lie in"):

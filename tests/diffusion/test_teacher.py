@@ -31,6 +31,13 @@ def teacher(weights: str, source: PublishedCheckpoint | None) -> Teacher:
     return Teacher("t", Net(), EDM(), karras, weights=weights, source=source, licence="L")
 
 
+def test_misuse():
+    with pytest.raises(ValueError, match="^teacher.name='a/b' must name one folder below data/"):
+        Teacher("a/b", Net(), EDM(), karras)
+    with pytest.raises(ValueError, match=r"^100000000000 solver steps of teacher t \(lower them\): .* GB of memory"):
+        Teacher("t", Net(), EDM(), karras).sigmas(10**11)
+
+
 def test_missing_weights_are_made_of_the_source_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "number.txt").write_text("2.5")

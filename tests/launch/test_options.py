@@ -10,22 +10,23 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from launch.evaluate import teacher
 from launch.option_types import check_targets
-from launch.options import check_run
+from launch.options import check_options, check_run
 from launch.run.build import build
 from launch.run.names import register_resolvers
 
 
 @cache
-def composed(choices):
+def composed(choices, program="config"):
     register_resolvers()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("config", overrides=choices.split())
+        return compose(program, overrides=choices.split())
 
 
-def changed(choices, *options):
-    """The config of the `choices` with `options` as Hydra reads them."""
-    config = copy.deepcopy(composed(choices))
+def changed(choices, *options, program="config"):
+    """The program's config of the `choices` with `options` as Hydra reads them."""
+    config = copy.deepcopy(composed(choices, program))
     ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(list(options)), config)
     return config
 
@@ -81,6 +82,10 @@ ROWS = {
         ("method.store=null", f"method.store=null: {TEXT}"),
         ("trainer.precision=12", "trainer.precision=12: give one of 32-true, tf32, bf16-mixed, 16-mixed"),
         ("trainer.profile=yes", "trainer.profile=yes: give one of simple, advanced, torch or null"),
+        (
+            "name=../../outside",
+            "name='../../outside' must name a folder, or one in others (a/b), below runs/, not empty",
+        ),
         # lists and dicts
         ("method.betas=[0.9]", "method.betas=[0.9]: give a list of 2 finite numbers"),
         ("method.betas=[0.9,inf]", "method.betas=[0.9,inf]: give a list of 2 finite numbers"),
@@ -97,6 +102,12 @@ ROWS = {
         ("callbacks.ema=5", "callbacks.ema=5: give a config of type Callback"),
         ("+callbacks.foo=1", "callbacks.foo=1: give a config of type Callback"),
         ("+logger.foo=1", "logger.foo=1: give a config of type Logger"),
+        # without which nothing of the run would be left
+        (
+            "callbacks.checkpoints=null",
+            "callbacks.checkpoints=null would lose the training, since a checkpoint is what is",
+        ),
+        ("~callbacks", "callbacks is missing: train.py needs it"),
         # unknown
         ("+batchsize=7", "batchsize is unknown: did you mean batch_size?"),
         ("+foo={a:1}", "foo is unknown: train.py takes name, "),
@@ -205,6 +216,21 @@ ROWS = {
 def test_what_is_refused(choices, option, message):
     with pytest.raises(ValueError, match=r"^[^\n]*$") as caught:
         check_run(changed(choices, option))
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("seed=true", f"seed=true: {WHOLE}"),
+        ("device=0", f"device=0: {TEXT}"),
+        ("+teacher.foo=1", "teacher.foo is unknown: Teacher takes name, "),
+    ],
+)
+def test_what_a_task_of_evaluate_refuses(option, message):
+    config = changed("task=teacher teacher=digits data=digits", option, program="evaluate")
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as caught:
+        check_options(config, teacher.Options, "task=teacher")
     assert str(caught.value).startswith(message)
 
 

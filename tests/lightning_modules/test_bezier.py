@@ -257,11 +257,14 @@ def test_steps_are_one_for_the_end_and_any_for_the_drift(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"order": 0}, "method.order"),
-        ({"slot": "line"}, "method.slot"),
-        ({"order": 3, "slot": ["endpoint"]}, "the 2 inner control points of method.order"),
+        ({"order": 0}, "method.order must be an integer of at least 1, got 0"),
+        ({"slot": "line"}, "method.slot must be one of endpoint, trajectory, linear, got 'line'"),
+        (
+            {"order": 3, "slot": ["endpoint"]},
+            r"method.slot=\['endpoint'\].* the 2 inner control points of method.order=3",
+        ),
         ({"order": 3, "slot": ["endpoint", "line"]}, "method.slot"),
-        ({"weights": [[0.7, 0.4], [0, 1]]}, "sum to 1"),
+        ({"weights": [[0.7, 0.4], [0, 1]]}, r"method.weights.* control point 1 are \[0.7, 0.4\]; .* sum to 1"),
         ({"final_weights": [[0.7, 0.4], [0, 1]]}, "method.final_weights"),
         ({"end_row": "mean"}, "method.end_row"),
         ({"prediction": -1}, "method.prediction"),
@@ -280,7 +283,7 @@ def test_no_teacher_is_refused(tmp_path):
 
 
 def test_too_few_steps_for_the_path_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="too few steps"):
+    with pytest.raises(ValueError, match=r"teacher mixture has too few steps \(2\) to pass through the noise levels"):
         method(tmp_path, [mixture_flow(steps=2)], order=4, slot="trajectory").training_data(None)
 
 

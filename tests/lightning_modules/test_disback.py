@@ -227,6 +227,13 @@ def test_it_learns_the_mixture(recorded, precision):
 # -- misuse -----------------------------------------------------------------------------------------------------------
 
 
+def test_the_path_needs_a_clock(tmp_path):
+    stage = method(tmp_path).stages()["degradation"]
+    with pytest.raises(ValueError, match="counts its seconds: put callbacks.clock back"):
+        fit(stage, None)
+    assert stage.trainer.global_step == 0
+
+
 def test_a_missing_node(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no node .*node-000004.safetensors: run again"):
         fit(method(tmp_path), None)
@@ -272,7 +279,14 @@ def test_a_diverged_path_is_not_kept(tmp_path):
     ("options", "message"),
     [
         ({"nodes": -1}, "method.nodes must be an integer of at least 0, got -1"),
-        ({"nodes": 50}, r"method.nodes=50 do not fit into method.degradation.steps=64"),
+        (
+            {"nodes": 50},
+            r"method.nodes=50 do not fit into method.degradation.steps=64 \(geometric: .*: take fewer nodes or",
+        ),
+        (
+            {"nodes": 10**12},
+            "method.nodes=1000000000000 do not fit into method.degradation.steps=64: take fewer nodes or more",
+        ),
         ({"interval": 0}, "method.interval must be an integer of at least 1, got 0"),
         ({"switch": "never"}, "method.switch must be one of interval, converged, got 'never'"),
         ({"degradation": None}, "method.nodes=3 needs method.degradation"),

@@ -486,6 +486,10 @@ def test_all_students_beat_the_teacher_at_their_number_of_steps(tmp_path, precis
         ({"start_steps": 12}, "method.end_steps=1: make it 1 times a power of 2"),
         ({"end_steps": 3}, "does not come to method.end_steps=3: make it 3 times a power of 2"),
         ({"end_steps": 16}, "does not come to method.end_steps=16"),
+        (
+            {"start_steps": 1 << 40},
+            "1099511627776 solver steps of teacher .*lower them.*: their noise levels would take some .* GB",
+        ),
         ({"start_steps": 0}, "method.start_steps must be an integer of at least 1, got 0"),
         ({"factor": 1}, "method.factor must be an integer of at least 2, got 1"),
         ({"long_rounds": -1}, "method.long_rounds must be an integer of at least 0, got -1"),

@@ -1,3 +1,4 @@
+import re
 import statistics
 from dataclasses import replace
 
@@ -16,7 +17,8 @@ from stillhouse.metrics.distances import (
     precision_recall,
     wasserstein_distance,
 )
-from stillhouse.metrics.evaluation import measure_real_images, measure_sampler, split_real_images
+from stillhouse.metrics.evaluation import check_feature_memory, measure_real_images, measure_sampler, split_real_images
+from stillhouse.metrics.fidelity import NO_WEIGHTS_ADVICE
 from stillhouse.metrics.images import to_uint8
 from stillhouse.metrics.reference import load_reference, real_features, reference_statistics
 from stillhouse.metrics.sampling import sample_features
@@ -243,12 +245,16 @@ def broken():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            {"metrics": ()},
+            rf"evaluation.metrics must be a list of some of fid, .*, got \(\); {re.escape(NO_WEIGHTS_ADVICE)}",
+        ),
         ({"metrics": ("fid", "lpips")}, "metrics lpips are unknown; choose among fid, kid"),
         ({"num_samples": 5}, "evaluation.num_samples must be a whole number of at least 10, got 5"),
         ({"blocks": 1e11}, "evaluation.blocks must be a whole number of at least 1, got 100000000000.0"),
         (
             {"num_samples": 10**12},
-            r"evaluation.num_samples=1000000000000 in blocks=3 are more than the 2,147,483,648 seeds",
+            r"evaluation.num_samples=1000000000000 in blocks=3 are more than the 2,147,483,648 seeds .*; lower them",
         ),
         (
             {"reference": few_real(3), "metrics": ("recall",)},
@@ -277,6 +283,12 @@ def test_what_would_fail_after_sampling_is_refused_before(options, message):
 
     with pytest.raises(ValueError, match=message):
         measured(never, **options)
+
+
+def test_features_that_fit_into_no_memory_are_refused():
+    message = r"^evaluation.num_samples=500000000 in blocks=3 \(lower them\): features of 1,500,000,000 images .* 2.46e\+04 GB"
+    with pytest.raises(ValueError, match=message):
+        check_feature_memory(2048, 500_000_000, 3, has_images=True)
 
 
 def test_a_reference_of_another_extractor_is_refused():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stillhouse.files import atomic_write, remove_leftovers, write_file
+from stillhouse.files import atomic_write, check_folder_name, check_writable, remove_leftovers, write_file
 
 FORK = multiprocessing.get_context("fork")
 
@@ -78,3 +78,35 @@ def test_an_error_leaves_nothing_and_the_file_as_it_was(tmp_path):
     assert (tmp_path / "a").read_bytes() == b"1"
     with pytest.raises(OSError, match="cannot write .*/a/b.* choose another folder"):
         write_file(tmp_path / "a" / "b", b"")
+
+
+@pytest.mark.parametrize(
+    "name", ["", " ", "..", "../a", "a/../../b", "/tmp/a", "a//b", "a/", "a\nb", "a" * 256, "\N{EURO SIGN}" * 86]
+)
+def test_names_that_would_lead_elsewhere_or_nowhere_are_refused(name):
+    rule = "not empty, without .. and at most 255 long"
+    with pytest.raises(ValueError, match="^name=") as refused:
+        check_folder_name("name", name, "runs", several=True)
+    assert str(refused.value) == f"name={name!r} must name a folder, or one in others (a/b), below runs/, {rule}"
+    with pytest.raises(ValueError, match=f"must name one folder below data/, {rule}$"):
+        check_folder_name("data.name", name, "data")
+
+
+def test_a_name_may_be_several_folders_where_it_is_said_so():
+    check_folder_name("name", "a/b c/..d", "runs", several=True)
+    check_folder_name("data.name", "a" * 255, "data")
+    with pytest.raises(ValueError, match="^data.name='a/b' must name one folder below data/"):
+        check_folder_name("data.name", "a/b", "data")
+
+
+def test_what_can_not_be_written_is_found_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    check_writable(tmp_path / "new/folder/a.json")
+    with pytest.raises(OSError, match="^cannot write .*/folder: it is a folder; move it away or choose another place$"):
+        check_writable(tmp_path / "folder")
+    with pytest.raises(
+        OSError, match=r"^cannot write .*/file/a.json: Not a directory \(.*/file\); choose another place$"
+    ):
+        check_writable(tmp_path / "file/a.json")
+    assert names(tmp_path) == ["file", "folder"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from launch.evaluate.measure import Evaluation, leave_out_measurement
+from launch.evaluate.measure import Evaluation, check_results, checked, leave_out_measurement
 from stillhouse.diffusion.preconditioning import EDM, Epsilon
 from stillhouse.diffusion.schedules import karras
 from stillhouse.diffusion.teacher import Teacher
@@ -67,3 +67,29 @@ def test_without_a_measurement_there_is_none_on_the_way_either(callbacks):
     OmegaConf.set_struct(cfg, True)
     leave_out_measurement(cfg)
     assert (cfg.callbacks or {}).get("metrics") is None
+
+
+def test_an_evaluation_without_an_extractor_is_refused_with_the_ways_out():
+    settings = {"extractor": None, "metrics": ["fid"]}
+    message = (
+        r"^evaluation.extractor=null: without one nothing can be measured; evaluation=pixels needs no weights .*=none"
+    )
+    with pytest.raises(ValueError, match=message):
+        leave_out_measurement(OmegaConf.create({"evaluation": settings, "callbacks": None}))
+    with pytest.raises(ValueError, match=message):
+        checked(settings, data=None)
+
+
+def test_results_that_could_not_be_written_are_refused_before_they_are_measured(tmp_path):
+    check_results(tmp_path / "new/evaluation")
+    for name in ("samples.png", "interpolation.png", "quality.png"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(OSError, match=f"^cannot write .*/{name}: it is a folder"):
+            check_results(tmp_path)
+        (tmp_path / name).rmdir()
+    (tmp_path / "metrics.json").write_text("[{")
+    with pytest.raises(ValueError, match=r"/metrics.json is damaged or no list of metrics"):
+        check_results(tmp_path)
+    with pytest.raises(OSError, match="^cannot write .*/metrics.json/metrics.json: Not a directory"):
+        check_results(tmp_path / "metrics.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]

@@ -164,6 +164,18 @@ def test_a_folder_without_checkpoint_may_be_used_again(tmp_path):
     assert folder.read_config().seed == 1
 
 
+def test_a_run_that_could_not_be_written_is_refused_before_it_begins(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.config.mkdir(parents=True)
+    with pytest.raises(OSError, match="^cannot write .*/run/config.yaml: it is a folder"):
+        folder.check(CONFIG)
+    folder.config.rmdir()
+    folder.checkpoints.write_text("mine")
+    with pytest.raises(OSError, match="^cannot write .*/run/checkpoints/last.ckpt: Not a directory"):
+        folder.check(CONFIG)
+    assert [path.name for path in folder.path.iterdir()] == ["checkpoints"]
+
+
 def test_checkpoints_without_config_are_not_taken_over(tmp_path):
     folder = begun(tmp_path)
     folder.config.unlink()

@@ -1,6 +1,6 @@
 import pytest
 
-from launch.run.names import data_of
+from launch.run.names import data_of, run_folder
 
 
 @pytest.mark.parametrize(
@@ -18,3 +18,10 @@ from launch.run.names import data_of
 )
 def test_a_teachers_data_is_its_name_without_what_it_is(teacher, data):
     assert data_of(teacher) == data
+
+
+@pytest.mark.parametrize("name", ["", "../../outside", "a/../../conf", "/tmp/elsewhere", "a" * 256])
+def test_a_name_that_is_refused_later_makes_no_folder_elsewhere_before(name):
+    """Hydra makes a job's folder first."""
+    assert run_folder("a/b") == "runs/a/b"
+    assert run_folder(name) == "runs"

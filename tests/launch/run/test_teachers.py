@@ -6,7 +6,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 from safetensors.torch import load_file
 
 from hydra_plugins.run_folders import RunFolders
@@ -65,6 +65,9 @@ def test_a_run_is_a_teacher_of_its_students_weights(method):
     assert (config.name, config.weights) == ("tiny", "runs/tiny/student.safetensors")
     teacher = build(config)
     assert all(torch.equal(value, state[key]) for key, value in teacher.denoiser.network.state_dict().items())
+    Path(config.weights).write_bytes(b"cut short")
+    with pytest.raises(InstantiationException, match=rf"{config.weights} has SHA-256 .*, expected {config.sha256}"):
+        build(config)
 
 
 def test_teacher_and_data_of_a_run_are_choices_of_their_groups(monkeypatch):
@@ -121,7 +124,7 @@ def test_what_names_no_teacher_is_refused():
     OmegaConf.set_struct(cfg, False)
     for name in ("digits_rf9", "none", "", 3, None, ["digits"]):
         cfg.method.teachers = ["digits_rf1", name]
-        with pytest.raises(ValueError, match="is neither a file in conf/teacher nor a run folder"):
+        with pytest.raises(ValueError, match=r"method.teachers: .* is neither a file in conf/teacher nor a run folder"):
             expand_teachers(cfg)
 
 
@@ -171,6 +174,17 @@ def test_a_student_of_fewer_evaluations_is_no_teacher():
         ValueError, match="was distilled into 1 network evaluations and is no teacher to be sampled in 10 steps"
     ):
         expanded("runs/tiny")
+
+
+def test_a_method_without_a_teacher_says_what_it_needs():
+    cfg = compose("config", ["method=pretrain", "teacher=none"])
+    needs = "^method=pretrain needs a teacher, or the network of one, .* say teacher=NAME"
+    with pytest.raises(ValueError, match=needs):
+        expand_teachers(cfg)
+    with open_dict(cfg):  # as ~teacher does
+        del cfg.teacher
+    with pytest.raises(ValueError, match=needs):
+        expand_teachers(cfg)
 
 
 def test_a_teacher_that_the_method_would_not_see_is_refused():

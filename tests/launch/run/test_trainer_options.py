@@ -9,6 +9,7 @@ import torch
 from method_runs import config, train
 from omegaconf import OmegaConf, open_dict
 
+from launch.errors import EXPECTED
 from launch.run.build import build_seeded, build_trainer
 from launch.run.folder import FREE, RunFolder
 from launch.run.trainer_options import REFUSED, choose_channels_last
@@ -16,6 +17,14 @@ from launch.run.trainer_options import REFUSED, choose_channels_last
 OFFERED = {"accelerator", "strategy", "devices", "num_nodes", "precision", "gradient_clip_val", "log_every_n_steps"}
 OFFERED |= {"benchmark"}
 PASSED_ON = {"gradient_clip_algorithm", "deterministic", "inference_mode", "detect_anomaly"}
+
+METRICS = {
+    "_target_": "callbacks.GenerativeMetrics",
+    "every_kimg": 1,
+    "num_samples": 10,
+    "extractor": {"_target_": "stillhouse.metrics.extractors.Digits"},
+    "nfe": [1, 2],
+}
 
 
 def trainer(name="pretrain", **options):
@@ -66,11 +75,40 @@ def test_others_reach_lightning(option):
             {"precision": "bf16-true"},
             r"trainer.precision must be one of 32-true, tf32, bf16-mixed, 16-mixed, got 'bf16-true'",
         ),
+        ({"validate_every_n_steps": 0}, "^trainer.validate_every_n_steps must be an integer of at least 1, got 0$"),
+        ({"accelerator": "abacus"}, "accelerator='abacus'.*cpu"),
     ],
 )
 def test_misuse(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(EXPECTED, match=message):
         trainer(**options)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (
+            "denoising_student",
+            {"method.held_out": 15, "batch_size": 16},
+            "method.held_out=15 can't be shared by the 2 processes of trainer.devices",
+        ),
+        (
+            "pretrain",
+            {"batch_size": 10**11},
+            r"batch_size=100000000000 \(lower it\): .* would take some 2.56e\+04 GB of memory",
+        ),
+        (
+            "progressive",
+            {"callbacks.metrics": METRICS, "batch_size": 16, "method.kimg": 1},
+            r"callbacks.metrics.nfe=\[1, 2\]: steps=2: the student takes 1, and no other number",
+        ),
+    ],
+)
+def test_what_a_run_of_two_processes_can_not_have(name, changes, message):
+    """Before its stages are trained or anything is allocated."""
+    cfg = config(name, changes | {"trainer.devices": 2})
+    with pytest.raises(ValueError, match=f"^{message}"):
+        build_trainer(cfg, build_seeded(cfg.method, cfg.seed), RunFolder(cfg.folder))
 
 
 def test_channels_are_innermost_where_that_is_faster():

@@ -1,9 +1,14 @@
 """What a sweep over every combination refuses before a job begins."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from launch.sweep.grid import check_values
+from launch.run.folder import RunFolder
+from launch.sweep.grid import check_values, run_grid
+from launch.sweep.jobs import Job
 
 
 @pytest.mark.parametrize(
@@ -21,3 +26,14 @@ def test_a_repeated_value_and_an_interval_are_refused(option, message):
     check_values(given[:-1])
     with pytest.raises(ValueError, match=message):
         check_values(given)
+
+
+def test_two_jobs_in_one_folder_are_refused():
+    """Of the command `name=a seed=0,1`."""
+    jobs = SimpleNamespace(
+        job=lambda overrides, options: Job(overrides, options, RunFolder("runs/a")), folder=Path("runs")
+    )
+    with pytest.raises(
+        ValueError, match=r"two jobs would have the folder runs/a: .* lack seed; .* 'name=NAME-\$\{seed\}'$"
+    ):
+        run_grid(jobs, [("name=a", "seed=0"), ("name=a", "seed=1")], [])
