@@ -9,7 +9,7 @@ from page_tools import Page
 from PIL import Image
 from quality_tools import REAL, students, teachers, write_measured
 
-from launch.evaluate.report import check_target, write_report
+from launch.evaluate.report import check_target, main, write_report
 from stillhouse.metrics.records import save_records
 
 TRACE = {"revision": "a" * 40, "config": "b" * 64, "weights": "c" * 64}
@@ -212,6 +212,11 @@ def test_misuse(tmp_path):
     for wrong in (True, "report", tmp_path / "report.txt"):
         with pytest.raises(ValueError, match=r"is a web page; name it like target=report.html"):
             check_target(wrong)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="^cannot write .*/file/r.html: Not a directory"):
+        check_target(tmp_path / "file/r.html")
+    with pytest.raises(ValueError, match=r"^say of which runs: task=report 'run=\[runs/\*\]'$"):
+        main(OmegaConf.create({"run": None, "target": "r.html"}))
     with pytest.raises(FileNotFoundError, match=r"run=nothing/\* names no run"):
         write_report(tmp_path / "r.html", ["nothing/*"])
     OmegaConf.save({"method": {"name": "x"}}, tmp_path / "config.yaml")

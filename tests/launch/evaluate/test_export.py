@@ -11,7 +11,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 
-from launch.evaluate.export import check_alike, check_target, export, portable
+from launch.evaluate.export import check_alike, check_target, export, main, portable
 from launch.evaluate.trained_run import TrainedRun, Weights
 from launch.run.build import build, build_seeded
 from launch.run.folder import RunFolder
@@ -246,12 +246,41 @@ def test_the_weights_are_a_teachers(folders):
     assert all(torch.equal(value, ours[name]) for name, value in method.student.network.state_dict().items())
 
 
+def test_where_to_is_checked_before_the_run_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/a", "runs/b", "empty"):
+        Path(name).mkdir(parents=True)
+    for name in ("a", "b"):
+        Path(f"runs/{name}/config.yaml").write_text("not a run's")
+    assert check_target("empty") == Path("empty")
+    for changes, message in (
+        ({"run": None}, "say which run's student, and where to: task=export run=runs/NAME target=FOLDER"),
+        ({"target": None}, "say which run's student, and where to: task=export run=runs/NAME target=FOLDER"),
+        ({"run": "runs/*"}, "export is for the student of one run, at one number of steps"),
+        ({"steps": [1, 2]}, "export is for the student of one run, at one number of steps"),
+        ({"target": "runs/b"}, "target=runs/b exists already; choose another folder, or remove it$"),
+        (
+            {"target": "runs/a/config.yaml"},
+            "target=runs/a/config.yaml exists already; choose another folder, or remove it$",
+        ),
+        ({"target": "runs/a/config.yaml/a"}, "cannot write runs/a/config.yaml/a: Not a directory"),
+        ({}, "config.yaml is not the config of a run"),
+    ):
+        options = {
+            "run": "runs/a",
+            "target": "new",
+            "steps": None,
+            "weights": None,
+            "checkpoint": None,
+            "download": False,
+        }
+        with pytest.raises((ValueError, OSError), match=message):
+            main(OmegaConf.create(options | changes))
+    assert not Path("new").exists()
+
+
 @pytest.mark.slow
-def test_misuse(folders, tmp_path):
-    with pytest.raises(ValueError, match=r"target=.*/sfd exists already; choose another folder, or remove it$"):
-        check_target(folders[0] / "sfd")
-    (tmp_path / "empty").mkdir()
-    assert check_target(tmp_path / "empty") == tmp_path / "empty"
+def test_misuse():
     method, cfg = made("disback")
     with open_dict(cfg):
         cfg.method.teacher.network._target_ = "elsewhere.Network"
