@@ -92,6 +92,9 @@ def explained(error: BaseException) -> str:
                 return f"{override.input_line}: {group} can't be {'null' if optional else 'left out'}; {choose}"
     if several := re.match(r"Multiple values for (\w+)\. To override", _message(error)):
         return f"{several[1]} is a choice that the config has: say {several[1]}=NAME, without +"
+    gone = re.match(r"Interpolation key '(\w+)", _message(error))
+    if gone and any(override.is_delete() and override.key_or_group == gone[1] for override in given):
+        return f"~{gone[1]}: {gone[1]} can't be left out"
     unknown = re.match(r"(?:In '[^']*': )?Could not (?:override|delete)[^']*'([^']+)'", _message(error))
     if unknown:
         return _unknown_key(unknown[1].partition("@")[0])

@@ -80,9 +80,10 @@ def check_options(cfg: DictConfig, options: type, owner: str) -> None:
         ValueError: For an option that is unknown, missing or of the wrong type.
     """
     kinds = get_type_hints(options)
-    for name, kind in kinds.items():
+    for name in kinds:  # all of them first, since values of others may refer to it
         if name not in cfg and name in options.__required_keys__:
             raise ValueError(f"{name} is missing: {owner} needs it{_group_hint(name)}")
+    for name, kind in kinds.items():
         if name in cfg:
             check_value(name, cfg[name], kind)
     for name in cfg:

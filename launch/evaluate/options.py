@@ -144,8 +144,10 @@ def evaluation_settings(cfg: DictConfig, stored: DictConfig | None = None) -> di
         stored: The config of the run that is measured, if one is.
 
     Raises:
-        ValueError: For evaluation=none.
+        ValueError: For none, and for evaluation=none.
     """
+    if "evaluation" not in cfg and stored is None:
+        raise ValueError("evaluation is missing: say evaluation=NAME (conf/evaluation)")
     settings = build(cfg.evaluation if "evaluation" in cfg else stored.evaluation)
     changes = {key: cfg[key] for key in ("num_samples", "blocks", "metrics") if cfg[key] is not None}
     settings |= OmegaConf.to_container(OmegaConf.create(changes))

@@ -68,6 +68,7 @@ REFUSED = {
         ("--config-dir=nowhere", "nowhere' not found"),
         # What a program can't do.
         ("teacher=none method=pretrain", "method=pretrain needs a teacher, or the network of one", "teacher=NAME"),
+        ("~evaluation", "evaluation is missing: train.py needs it; say evaluation=NAME (conf/evaluation)"),
         ("sweep=wandb", "sweep=wandb is for W&B: say `wandb sweep conf/sweep/wandb.yaml`"),
         ("batch_size=100000000000", "batch_size=100000000000 (lower it)", "5.12e+04 GB of memory"),  # none of it is allocated
     ],

@@ -52,7 +52,8 @@ def told(program, options):
     config = program.replace("train", "config").removesuffix(".py")
     given = [option for option in sys.argv[1:] if option != "-m"]
     with pytest.raises(EXPECTED) as caught:
-        GlobalHydra.instance().config_loader().load_configuration(config, given, command_line.RunMode.RUN)
+        composed = GlobalHydra.instance().config_loader().load_configuration(config, given, command_line.RunMode.RUN)
+        _ = composed.hydra.run.dir  # where hydra.main goes next
     return explained(caught.value)
 
 
@@ -71,6 +72,7 @@ def told(program, options):
         ("teacher=none teacher.weights=a", "there is no option teacher.weights without a teacher: say teacher=NAME", ""),
         # What a run can't do without.
         ("data=null", "data=null: data can't be left out; choose data=NAME: celeba64, checkerboard, cifar10, digits, ", ""),
+        ("~name", "~name: name can't be left out", ""),
         ("logger=null", "logger=null: logger can't be left out; choose logger=NAME: csv, default", ""),
         ("recipe=null", "recipe=null: recipe can't be null; say ~recipe to leave it out", ""),
         # What can't be read.

@@ -225,6 +225,7 @@ def test_what_is_refused(choices, option, message):
         ("seed=true", f"seed=true: {WHOLE}"),
         ("device=0", f"device=0: {TEXT}"),
         ("+teacher.foo=1", "teacher.foo is unknown: Teacher takes name, "),
+        ("~data", "data is missing: task=teacher needs it"),
     ],
 )
 def test_what_a_task_of_evaluate_refuses(option, message):

@@ -66,5 +66,7 @@ def test_the_commands_settings_come_before_the_runs():
             evaluation_settings(nothing, run)
     with pytest.raises(ValueError, match="measures nothing: choose another one$"):
         evaluation_settings(nothing)
+    with pytest.raises(ValueError, match=r"^evaluation is missing: say evaluation=NAME \(conf/evaluation\)$"):
+        evaluation_settings(OmegaConf.create(changes))
     with pytest.raises(ValueError, match="it was trained so; choose another one by evaluation=pixels$"):
         evaluation_settings(OmegaConf.create(changes), OmegaConf.create({"evaluation": none}))
