@@ -140,20 +140,22 @@ def option_names(cfg: dict, prefix: str = "") -> set[str]:
     }
 
 
-def with_slow_recipes(files: list[Path]) -> list:
-    """Of a method's recipes all are slow but the one with the most options; not those that recipe= chooses."""
-    of_method = {}
-    for file in files:
-        *method, last = override(file)[0]
+def with_slow(files: list[Path]) -> list:
+    """Slow are a method's recipes but the one with the most options and those that recipe= chooses, and then the files that
+    another quick case takes as well: those of a recipe's method, host and data, and the defaults."""
+    lines, of_method = {file: override(file)[0] for file in files}, {}
+    for file, (*method, last) in lines.items():
         if file.parts[0] == "recipe" and last.startswith("data="):
             options = option_names(OmegaConf.to_container(OmegaConf.load(CONF / file)))
             of_method.setdefault(tuple(method), []).append((file, options))
     most = {max(recipes, key=lambda recipe: (len(recipe[1]), recipe[0]))[0] for recipes in of_method.values()}
     slow = {file for recipes in of_method.values() for file, _ in recipes} - most
+    taken = [set(lines[file]) for file in files if file.parts[0] == "recipe" and file not in slow]
+    slow |= {file for file in files if file.stem == "default" or any(set(lines[file]) < line for line in taken)}
     return [pytest.param(file, marks=pytest.mark.slow if file in slow else ()) for file in files]
 
 
-@pytest.mark.parametrize("file", with_slow_recipes(COMPOSED), ids=str)
+@pytest.mark.parametrize("file", with_slow(COMPOSED), ids=str)
 def test_every_file_composes_and_builds(file, tmp_path, monkeypatch, torch_home):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(torch_home))
