@@ -110,7 +110,7 @@ def test_the_fake_scores_loss_is_denoising_score_matching_of_generated_images():
 @pytest.mark.parametrize(
     ("options", "precision"),
     [
-        ({}, "32-true"),
+        ({"kimg": 64, "lr": 1.5e-3}, "32-true"),
         pytest.param({"two_sided": True, "kimg": 76.8}, "bf16-mixed", marks=pytest.mark.slow),
         pytest.param(
             {"weighting": "dmd", "sigma_init": 80.0, "fake_updates": 2, "fake_lr_factor": 2},

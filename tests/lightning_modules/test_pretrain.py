@@ -60,7 +60,7 @@ def module(**options):
 
 @pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
 def test_it_learns_the_exact_denoiser_and_samples_the_mixture(precision):
-    method = module()
+    method = module(kimg=150)
     x0 = Mixture().sample(2000, torch.Generator().manual_seed(5)).float()
     noise = sample_noise(torch.arange(2000), (2, 1, 1))
 
