@@ -78,15 +78,14 @@ def test_its_drift_fit_is_reflow_bit_for_bit(tmp_path):
     assert ours.nfe == theirs.nfe == 31
 
 
-@pytest.mark.parametrize("order", [2, 3, 5])
-def test_linear_slots_give_the_losses_of_a_straight_path(tmp_path, order):
+def test_linear_slots_give_the_losses_of_a_straight_path(tmp_path):
     options = {"drift": 0.5, "prediction_times": Uniform(), "kimg": 4, "end_row": "average"}
     straight = method(tmp_path, order=1, weights=[[0.3, 0.7]], **options)
-    rows = [[0.3, 0.7]] * order
     _, expected = trained(straight)
-    _, losses = trained(method(tmp_path, order=order, weights=rows, slot="linear", **options))
-    assert losses == pytest.approx(expected, rel=2e-3)
-    assert losses[0] == pytest.approx(expected[0], rel=1e-5)
+    for order in (2, 5):
+        _, losses = trained(method(tmp_path, order=order, weights=[[0.3, 0.7]] * order, slot="linear", **options))
+        assert losses == pytest.approx(expected, rel=2e-3)
+        assert losses[0] == pytest.approx(expected[0], rel=1e-5)
 
 
 def test_without_later_times_inner_control_points_do_not_enter(tmp_path):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from metric_stubs import SHAPE, Packed, Stub, sampler
+from process_tools import in_two_processes
 
 from stillhouse.metrics.evaluation import measure_real_images, measure_sampler
 from stillhouse.metrics.reference import real_features, reference_statistics
@@ -56,8 +56,7 @@ def message_of(function, *args, **kwargs):
 
 
 def child(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
     results = outcome(folder)
     sampled = []
 
@@ -85,7 +84,7 @@ def child(rank, folder):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(child, (folder,), nprocs=2)
+    in_two_processes(child, folder)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
