@@ -11,7 +11,9 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,8 @@ TWINS = (
     "b_dense sfd",
     "b_dense progressive",
     "b_dense denoising_student",
+    "reflow",  # bezier's drift fit, bit for bit
+    "flow_distill",  # bezier of one teacher and order one, bit for bit
 )
 FAMILIES = ("edm", "ddpm", "flow")
 PLANAR = ("checkerboard", "eight_gaussians")
@@ -135,10 +139,10 @@ class Case:
             options += (
                 ["method.sigma_init=2.5"] if self.method in ("diff_instruct", "disback", "sid", "sida", "dmd2") else []
             )  # below their highest
-        cfg = compose("config", [*options, f"name={'-'.join((method, host, self.family))}"])
+        cfg = composed(*options, f"name={'-'.join((method, host, self.family))}")
         with open_dict(cfg):
             if bezier:  # the same one twice, which as a new network has no name in conf/teacher that a list could hold
-                same = compose("config", [f"data={self.data}", *data_options, f"teacher={self.teacher}"])
+                same = composed(f"data={self.data}", *data_options, f"teacher={self.teacher}")
                 cfg.method.teachers = [OmegaConf.to_container(same.teacher, resolve=True)] * 2
         expand_teachers(cfg)
         with open_dict(cfg):
@@ -147,6 +151,16 @@ class Case:
                 for key, value in self.network.items():
                     OmegaConf.update(teacher.network, key, value)
         return cfg
+
+
+@cache
+def _composed(options: tuple[str, ...]) -> DictConfig:
+    return compose("config", list(options))
+
+
+def composed(*options: str) -> DictConfig:
+    """A config of its own; for equal options it is put together once, since each case is planned and then run."""
+    return deepcopy(_composed(options))
 
 
 def cases() -> list[Case]:
