@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from callbacks import EMA
 from closed_forms import MEANS, ExactMeanVelocity, Mixture, MixtureData, column, energy_distance, fit, resumed_repeats
 from lightning_modules import MeanFlow
 from stillhouse.diffusion.denoiser import Denoiser
@@ -211,7 +212,7 @@ def slow(*values):
         slow(True, "teacher", "32-true", 0.05),
         slow(True, "teacher", "bf16-mixed", 0.05),
         slow(True, "data", "bf16-mixed", 0.05),
-        slow(False, "teacher", "bf16-mixed", 0.15),
+        slow(False, "teacher", "bf16-mixed", 0.1),
         slow(False, "data", "32-true", 0.25),
     ],
 )
@@ -222,7 +223,6 @@ def test_it_learns_the_mixture_and_the_sum_rule(edm, target, precision, share):
     """
     real = Mixture().sample(1024, torch.Generator().manual_seed(1))
     options = {"batch_size": 128, "kimg": 256, "lr": 1e-3, "seed": 0, "warmup_kimg": 2, "equal_share": 0.5}
-    # At a constant rate the last weights are anywhere: of two seeds one ends three times as far off as the other.
     options["lr_decay_kimg"] = 32
     # From data |error|^2 varies much in the plane, where its power would pull u from the targets' mean.
     options["p"] = 0.75 if target == "teacher" else 0.0
@@ -230,19 +230,21 @@ def test_it_learns_the_mixture_and_the_sum_rule(edm, target, precision, share):
     if target == "teacher":
         module.sampler.denoiser = Denoiser(ExactFlow(), Velocity())
     before = energy_distance(module.sample(latents()), real)
-    fit(module, MixtureData(128), precision=precision)
-    one = energy_distance(module.sample(latents()), real)
-    module.chosen_nfe = 4
-    four = energy_distance(module.sample(latents()), real)
-    assert before > 0.1  # the network starts at zero
-    assert one < share * before
-    assert four < 0.2 * before
+    # The average is measured, as in a run: the last weights are anywhere, of two seeds one ten times as far off as the other.
+    average = EMA({"decay": 0.998})
+    fit(module, MixtureData(128), average, precision=precision)
     t, s, r = (torch.full((1024,), value, dtype=torch.float64) for value in (0.1, 0.4, 0.9))
     z = between(latents().double(), real, t)
-    with torch.no_grad():
+    with average.applied(module), torch.no_grad():
+        one = energy_distance(module.sample(latents()), real)
+        module.chosen_nfe = 4
+        four = energy_distance(module.sample(latents()), real)
         whole = z + 0.8 * velocity(module.student, z, t, until=r)
         middle = z + 0.3 * velocity(module.student, z, t, until=s)
         parts = middle + 0.5 * velocity(module.student, middle, s, until=r)
+    assert before > 0.1  # the network starts at zero
+    assert one < share * before
+    assert four < 0.2 * before
     assert (whole - parts).square().mean() < 0.05 * (whole - z).square().mean()
 
 
