@@ -2,8 +2,8 @@
 
 Here is a case of each kind of place in launch/ from which train.py is refused, and of each promise of when: before a folder is
 made, memory is taken or pictures are packed. (Those of a method's constructor are in test_trajectory_methods.py.) All other
-messages are in the tests of their modules: what Hydra can't compose in launch/test_command_line.py, types and unknown options in
-launch/test_options.py, teachers, trainers and folders of runs in launch/run, the rest beside the class that refuses it.
+messages are in the tests of their modules: what Hydra can't compose in launch/test_refused_command_lines.py, types and unknown
+options in launch/test_options.py, teachers, trainers and folders of runs in launch/run, the rest beside what refuses it.
 """
 
 import os

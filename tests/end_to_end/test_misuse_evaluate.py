@@ -1,7 +1,7 @@
 """What evaluate.py can't do: one clear line, before anything is measured or written; and what it leaves out with a line.
 
-Of the refusals here is a case of each kind of place from which they come; the other messages are in launch/test_command_line.py,
-launch/test_options.py and the tests of launch/evaluate.
+Of the refusals here is a case of each kind of place from which they come; the other messages are in
+launch/test_refused_command_lines.py, launch/test_options.py and the tests of launch/evaluate.
 """
 
 import shutil
