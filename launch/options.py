@@ -79,10 +79,8 @@ def check_options(cfg: DictConfig, options: type, owner: str) -> None:
     Raises:
         ValueError: For an option that is unknown, missing or of the wrong type.
     """
+    check_present(cfg, options, owner)  # first, since values of others may refer to it
     kinds = get_type_hints(options)
-    for name in kinds:  # all of them first, since values of others may refer to it
-        if name not in cfg and name in options.__required_keys__:
-            raise ValueError(f"{name} is missing: {owner} needs it{_group_hint(name)}")
     for name, kind in kinds.items():
         if name in cfg:
             check_value(name, cfg[name], kind)
@@ -95,6 +93,13 @@ def check_options(cfg: DictConfig, options: type, owner: str) -> None:
             if not choices:
                 raise UnknownOption(str(name), str(name), list(kinds), owner)
             check_targets(cfg[name])
+
+
+def check_present(cfg: DictConfig, options: type, owner: str) -> None:
+    """Check that no option is missing; the rest is as of `check_options`."""
+    for name in get_type_hints(options):
+        if name not in cfg and name in options.__required_keys__:
+            raise ValueError(f"{name} is missing: {owner} needs it{_group_hint(name)}")
 
 
 def _group_hint(name: str) -> str:

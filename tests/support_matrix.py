@@ -11,9 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +137,10 @@ class Case:
             options += (
                 ["method.sigma_init=2.5"] if self.method in ("diff_instruct", "disback", "sid", "sida", "dmd2") else []
             )  # below their highest
-        cfg = composed(*options, f"name={'-'.join((method, host, self.family))}")
+        cfg = compose("config", [*options, f"name={'-'.join((method, host, self.family))}"])
         with open_dict(cfg):
             if bezier:  # the same one twice, which as a new network has no name in conf/teacher that a list could hold
-                same = composed(f"data={self.data}", *data_options, f"teacher={self.teacher}")
+                same = compose("config", [f"data={self.data}", *data_options, f"teacher={self.teacher}"])
                 cfg.method.teachers = [OmegaConf.to_container(same.teacher, resolve=True)] * 2
         expand_teachers(cfg)
         with open_dict(cfg):
@@ -151,16 +149,6 @@ class Case:
                 for key, value in self.network.items():
                     OmegaConf.update(teacher.network, key, value)
         return cfg
-
-
-@cache
-def _composed(options: tuple[str, ...]) -> DictConfig:
-    return compose("config", list(options))
-
-
-def composed(*options: str) -> DictConfig:
-    """A config of its own; for equal options it is put together once, since each case is planned and then run."""
-    return deepcopy(_composed(options))
 
 
 def cases() -> list[Case]:

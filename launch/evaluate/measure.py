@@ -230,8 +230,6 @@ def leave_out_measurement(cfg: DictConfig) -> None:
     Raises:
         ValueError: For one that can't measure.
     """
-    if "evaluation" not in cfg:
-        return  # which check_run refuses
     if not measures_nothing(cfg.evaluation):
         _check_extractor(cfg.evaluation)
     elif "metrics" in (cfg.callbacks or {}):

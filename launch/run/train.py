@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from launch.command_line import check_choices, chosen_by_itself
 from launch.errors import quiet, reported
 from launch.evaluate.measure import check_data, checked, leave_out_measurement, needs_images
-from launch.options import check_run
+from launch.options import RunOptions, check_present, check_run
 from launch.process_environment import is_rank_zero
 from launch.run.build import Stage, build, build_seeded, build_stages, build_trainer, check_fit, fit_stages
 from launch.run.final import finish
@@ -114,6 +114,7 @@ def checked_config(cfg: DictConfig) -> dict[str, Any]:
     if "sweep" in cfg:
         raise ValueError("sweep=wandb is for W&B: say `wandb sweep conf/sweep/wandb.yaml`, then `wandb agent ...`")
     expand_teachers(cfg)
+    check_present(cfg, RunOptions, "train.py")
     leave_out_measurement(cfg)
     check_run(cfg)
     config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)

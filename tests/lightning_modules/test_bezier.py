@@ -82,7 +82,7 @@ def test_linear_slots_give_the_losses_of_a_straight_path(tmp_path):
     options = {"drift": 0.5, "prediction_times": Uniform(), "kimg": 4, "end_row": "average"}
     straight = method(tmp_path, order=1, weights=[[0.3, 0.7]], **options)
     _, expected = trained(straight)
-    for order in (2, 5):
+    for order in (2, 3, 5):
         _, losses = trained(method(tmp_path, order=order, weights=[[0.3, 0.7]] * order, slot="linear", **options))
         assert losses == pytest.approx(expected, rel=2e-3)
         assert losses[0] == pytest.approx(expected[0], rel=1e-5)

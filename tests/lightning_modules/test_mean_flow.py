@@ -222,8 +222,15 @@ def test_it_learns_the_mixture_and_the_sum_rule(edm, target, precision, share):
     EDM's label by exact derivatives, and a rectified flow's, which runs to 999, by differences that do not see its ripples.
     """
     real = Mixture().sample(1024, torch.Generator().manual_seed(1))
-    options = {"batch_size": 128, "kimg": 256, "lr": 1e-3, "seed": 0, "warmup_kimg": 2, "equal_share": 0.5}
-    options["lr_decay_kimg"] = 32
+    options = {
+        "batch_size": 128,
+        "kimg": 256,
+        "lr": 1e-3,
+        "seed": 0,
+        "warmup_kimg": 2,
+        "lr_decay_kimg": 32,
+        "equal_share": 0.5,
+    }
     # From data |error|^2 varies much in the plane, where its power would pull u from the targets' mean.
     options["p"] = 0.75 if target == "teacher" else 0.0
     module = mean_flow(mlp(0.0, edm, weights=False, width=128), **options, target=target)

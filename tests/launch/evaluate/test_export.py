@@ -253,6 +253,14 @@ def test_where_to_is_checked_before_the_run_is_loaded(tmp_path, monkeypatch):
     for name in ("a", "b"):
         Path(f"runs/{name}/config.yaml").write_text("not a run's")
     assert check_target("empty") == Path("empty")
+    options = {
+        "run": "runs/a",
+        "target": "new",
+        "steps": None,
+        "weights": None,
+        "checkpoint": None,
+        "download": False,
+    }
     for changes, message in (
         ({"run": None}, "say which run's student, and where to: task=export run=runs/NAME target=FOLDER"),
         ({"target": None}, "say which run's student, and where to: task=export run=runs/NAME target=FOLDER"),
@@ -266,14 +274,6 @@ def test_where_to_is_checked_before_the_run_is_loaded(tmp_path, monkeypatch):
         ({"target": "runs/a/config.yaml/a"}, "cannot write runs/a/config.yaml/a: Not a directory"),
         ({}, "config.yaml is not the config of a run"),
     ):
-        options = {
-            "run": "runs/a",
-            "target": "new",
-            "steps": None,
-            "weights": None,
-            "checkpoint": None,
-            "download": False,
-        }
         with pytest.raises((ValueError, OSError), match=message):
             main(OmegaConf.create(options | changes))
     assert not Path("new").exists()

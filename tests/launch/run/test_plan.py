@@ -82,8 +82,7 @@ SMALL = "teacher.network.num_blocks=1"  # where sizes are not looked at: layers 
 
 
 def test_weights_of_a_loss_and_students_of_rounds_are_named():
-    loss = ("method=flow_distill", "data=cifar10", SMALL)
-    assert "vgg16-397923af.pth; add download=true to fetch https://" in planned(*loss)
+    assert "vgg16-397923af.pth; add download=true to fetch https://" in planned("method=bezier", "data=cifar10")
     text = planned("method=progressive", "data=cifar10", SMALL)
     assert "students of 12 rounds before the last" in text
     assert "after rounds/4096: " in text
